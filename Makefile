@@ -1,0 +1,44 @@
+# `make` alone prints the targets. PYTHON= chooses the interpreter, GRID= the grid, JOBS= how many cores to use.
+PYTHON ?= python3
+GRID ?= quick
+JOBS ?= all
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# A virtual environment of its own: neither the user's site-packages nor another PYTHONPATH reach into it.
+export PYTHONNOUSERSITE := 1
+unexport PYTHONPATH
+.DEFAULT_GOAL := help
+.PHONY: help env report test lab lint clean
+
+help:  ## print the targets
+	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+env: $(VENV)/.ready  ## set up the virtual environment .venv
+
+report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
+	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --config grid=$(GRID)
+	@echo "The report: outputs/$(basename $(notdir $(GRID)))/report/index.html"
+
+test: $(VENV)/.ready  ## check the code's style and run the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/.ready  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+clean:  ## remove the environment, the caches and everything in outputs
+	rm -rf $(VENV) .snakemake data/cache outputs

@@ -1,0 +1,173 @@
+# From a grid file to a report: corpus → one papermill job per run → analysis → report.
+#
+#   snakemake --cores all --config grid=quick          (what `make report` calls)
+#
+# A finished run is not run again; an added size runs alone. A changed parameter or a changed source runs it anew.
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+sys.path.insert(0, workflow.basedir)
+
+from snakemake.exceptions import WorkflowError
+
+from ctxlm.config import ConfigError, load_grid
+
+OUTPUTS = os.environ.get("CTXLM_OUTPUTS", "outputs")
+GRID_FILE = str(config.get("grid", "quick"))
+DATA_PARAMETERS = ["corpus", "embedding", "embed_dim", "val_samples", "test_samples"]
+DATA_PARAMETERS += ["train_capacity_tokens", "train_capacity_samples"]
+SOURCES = sorted(glob_wildcards("ctxlm/{name,[^/]+}.py").name)
+SOURCES = [f"ctxlm/{name}.py" for name in SOURCES]
+ANALYSIS = [f"ctxlm/analysis/{name}.py" for name in sorted(glob_wildcards("ctxlm/analysis/{name}.py").name)]
+
+try:  # everything that can be said before any work starts is said here, in one sentence
+    GRID = load_grid(GRID_FILE)
+    if any(run.device.startswith("cuda") for run in GRID.runs.values()):
+        from ctxlm.model import resolve_device
+
+        for run in GRID.runs.values():
+            resolve_device(run)
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+HOME = f"{OUTPUTS}/{GRID.name}"
+
+
+def visible_gpus() -> list[str]:
+    """Indices of the GPUs this machine lends us; none without a driver."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [index for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if index.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True)
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
+GPUS = visible_gpus()
+# The cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU.
+THREADS = max(1, workflow.cores // (len(GPUS) or len(GRID.runs)))
+
+# The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
+CORPORA: dict[str, dict] = {}
+CORPUS_OF: dict[str, str] = {}
+for name, run in GRID.runs.items():
+    values = run.model_dump(include=set(DATA_PARAMETERS))
+    known = [corpus for corpus, others in CORPORA.items() if others == values]
+    CORPUS_OF[name] = known[0] if known else f"corpus-{len(CORPORA) + 1}" if CORPORA else "corpus"
+    CORPORA[CORPUS_OF[name]] = values
+
+
+def papermill_yaml(parameters: dict) -> str:
+    """Parameters for papermill's -y: JSON is YAML."""
+    return json.dumps(parameters, sort_keys=True)
+
+
+# Keep the log; on failure repeat the notebook's own last sentence where the user looks.
+PAPERMILL = "papermill --cwd . -k python3 --no-progress-bar --log-output"
+
+
+wildcard_constraints:
+    run="|".join(GRID.runs),
+    corpus="|".join(CORPORA),
+
+
+rule all:
+    input:
+        f"{HOME}/report/index.html",
+
+
+rule corpus:
+    input:
+        "notebooks/01_corpus.ipynb",
+        "ctxlm/corpus.py",
+        "ctxlm/embeddings.py",
+    output:
+        f"{HOME}/{{corpus}}/corpus.json",
+    log:
+        notebook=f"{HOME}/{{corpus}}/corpus.ipynb",
+        text=f"{HOME}/{{corpus}}/corpus.log",
+    params:
+        values=lambda wildcards: papermill_yaml(
+            CORPORA[wildcards.corpus]
+            | {
+                "output_dir": f"{HOME}/{wildcards.corpus}",
+                "train_tokens": max(
+                    (run.train_tokens for name, run in GRID.runs.items() if CORPUS_OF[name] == wildcards.corpus),
+                    key=lambda tokens: tokens or 0,
+                ),
+                "train_samples": max(
+                    (run.train_samples for name, run in GRID.runs.items() if CORPUS_OF[name] == wildcards.corpus),
+                    key=lambda samples: samples or 0,
+                ),
+            }
+        ),
+    threads: workflow.cores
+    message:
+        "Reading the corpus and its embeddings"
+    shell:
+        "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/01_corpus.ipynb {log.notebook} -y {params.values:q}"
+        " > {log.text} 2>&1 || {{ tail -n 1 {log.text} >&2; exit 1; }}"
+
+
+rule experiment:
+    input:
+        "notebooks/02_experiment.ipynb",
+        SOURCES,
+        lambda wildcards: f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json",
+    output:
+        f"{HOME}/{{run}}/metrics.json",
+    log:
+        notebook=f"{HOME}/{{run}}/experiment.ipynb",
+        text=f"{HOME}/{{run}}/experiment.log",
+    params:
+        values=lambda wildcards: papermill_yaml(
+            GRID.runs[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
+        ),
+        gpu=lambda wildcards: (
+            f"CUDA_VISIBLE_DEVICES={GPUS[list(GRID.runs).index(wildcards.run) % len(GPUS)]}" if GPUS else ""
+        ),
+    threads: THREADS
+    # The longest runs first, so that no core waits for a long last one.
+    priority: lambda wildcards: GRID.runs[wildcards.run].train_tokens or GRID.runs[wildcards.run].train_samples
+    message:
+        "Run {wildcards.run}"
+    shell:
+        "OMP_NUM_THREADS={threads} {params.gpu} " + PAPERMILL + " notebooks/02_experiment.ipynb {log.notebook}"
+        " -y {params.values:q} 2>&1 | tee {log.text} | awk '/^(iteration|epoch) /"
+        " {{print \"{wildcards.run}: \" $0; fflush()}}' || {{ tail -n 1 {log.text} >&2; exit 1; }}"
+
+
+rule analysis:
+    input:
+        "notebooks/03_analysis.ipynb",
+        ANALYSIS,
+        expand(f"{HOME}/{{run}}/metrics.json", run=GRID.runs),
+    output:
+        f"{HOME}/analysis.json",
+    log:
+        notebook=f"{HOME}/analysis.ipynb",
+        text=f"{HOME}/analysis.log",
+    params:
+        values=papermill_yaml({"grid": GRID_FILE, "output_dir": HOME}),
+    message:
+        "Analysing the grid"
+    shell:
+        PAPERMILL + " notebooks/03_analysis.ipynb {log.notebook} -y {params.values:q}"
+        " > {log.text} 2>&1 || {{ tail -n 1 {log.text} >&2; exit 1; }}"
+
+
+rule report:
+    input:
+        f"{HOME}/analysis.json",
+        expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
+    output:
+        f"{HOME}/report/index.html",
+    message:
+        "Writing the report"
+    shell:
+        "python -m ctxlm.analysis.report --grid {GRID_FILE:q} --outputs {OUTPUTS:q}"

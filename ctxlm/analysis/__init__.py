@@ -1,0 +1,1 @@
+"""What the runs of a grid say: power laws, crossover, over-fitting, and the report."""

@@ -1,0 +1,233 @@
+"""What the runs of a grid say, in sentences: every number in them is computed from the runs."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pandas as pd
+
+LEAD = "**Deep and narrow, or shallow and wide?** "
+
+
+def nothing(grid: str) -> str:
+    """The sentence for a grid without a finished run."""
+    return f"No finished run of grid {grid}: run `make report GRID={grid}`."
+
+
+def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
+    """Paragraphs about the runs, the answer to "deep and narrow, or shallow and wide?" first.
+
+    Args:
+        runs: one row a run, as `scaling.read_grid` gives them.
+        summary: `scaling.summarise` of the same runs.
+    """
+    if runs.empty:
+        return [nothing(summary["grid"])]
+    return [
+        *_answers(runs, summary),
+        _laws(summary),
+        *(_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]),
+        _overfitting(runs),
+        _convergence(runs),
+        _rank(runs),
+    ]
+
+
+def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+    """What the runs read and were judged on, and where their results lie."""
+    if runs.empty:
+        return ""
+    read = " and ".join(sorted(set(runs["corpus"] + " with " + runs["embedding"] + " embeddings")))
+    samples = _span(val_by_sample.groupby("run")["sample"].nunique())
+    return (
+        f"{len(runs)} runs read {read}: {_span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
+        f"{_span(runs['val_tokens'], '{:,}'.format)} tokens of {samples} validation samples. Source: {sources(runs)}."
+    )
+
+
+def sources(runs: pd.DataFrame) -> str:
+    """Whether results are this machine's or the repository's."""
+    names = {"committed": "committed results (data/results)", "outputs": "runs of this machine (outputs)"}
+    return " and ".join(names[source] for source in sorted(runs["source"].unique()))
+
+
+def what_differs(runs: pd.DataFrame) -> str:
+    """How our runs of the study differ from the published ones."""
+    if runs.empty:
+        return "No run of the study at full size yet: run `make report GRID=study`."
+    corpora, embeddings = (" and ".join(sorted(runs[name].unique())) for name in ("corpus", "embedding"))
+    return (
+        f"**What differs**: the published runs read UltraChat with GPT-2's embeddings; ours read {corpora} with "
+        f"{embeddings} embeddings, and other validation text. The levels of PPL and accuracy cannot be compared one to "
+        f"one; what can be is which configuration is better, and by how much. Times are of other machines."
+    )
+
+
+def describe(runs: pd.DataFrame) -> dict[str, str]:
+    """What each configuration is: its label with its layers and the width of its context."""
+    shapes = runs.groupby("experiment")[["num_layers", "context_dim"]].first()
+    (fewest, narrowest), (most, widest) = shapes.min(), shapes.max()
+    kinds = {(most, narrowest): "deep and narrow: ", (fewest, widest): "shallow and wide: "}
+    if fewest == most or narrowest == widest:
+        kinds = {}
+    return {
+        label: f"{label} ({kinds.get((layers, width), '')}{layers} layers, context {width})"
+        for label, layers, width in shapes.itertuples()
+    }
+
+
+def winner(difference: dict[str, Any]) -> str | None:
+    """The label whose PPL is lower by more than the interval of a paired difference; None where it includes 0."""
+    low, high = difference["interval"] or (-math.inf, math.inf)
+    return difference["a"] if high < 0 else difference["b"] if low > 0 else None
+
+
+def _answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
+    names, lead = describe(runs), LEAD
+    if len(names) == 1:
+        yield f"{LEAD}Only {names[runs['experiment'].iloc[0]]} has been run: there is nothing to compare it with."
+    for pair in summary["crossovers"]:  # one entry a pair
+        a, b = pair["a"], pair["b"]
+        differences = [d for d in summary["paired_differences"] if (d["a"], d["b"]) == (a, b)]
+        yield lead + (_verdict(names, a, b, differences) if differences else _incomparable(names, a, b))
+        lead = ""
+    if summary["paired_differences"]:
+        samples = _span(d["samples"] for d in summary["paired_differences"])
+        seeds = _span(runs.groupby(["experiment", "train_tokens"])["seed"].nunique())
+        yield (
+            f"These intervals cover the choice of the {samples} validation samples, on which both configurations were "
+            f"judged token by token. They do not cover the seed ({seeds} for each configuration and size)."
+        )
+
+
+def _incomparable(names: dict[str, str], a: str, b: str) -> str:
+    return f"{names[a]} and {names[b]} cannot be compared: no amount of training text was given to both."
+
+
+def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
+    won = {label: [d["train_tokens"] for d in differences if winner(d) == label] for label in (a, b, None)}
+    undecided, winners = won.pop(None), [label for label, sizes in won.items() if sizes]
+    tied = f"at {_sizes(undecided)} they cannot be told apart"
+    if not winners:
+        answer = (
+            f"{names[a]} and {names[b]} **cannot be told apart** at {_sizes(undecided)}: every interval includes 0."
+        )
+    elif len(winners) == 1:
+        best, other = winners[0], b if winners[0] == a else a
+        rest = (
+            f"; {tied}" if undecided else ", the only size of both" if len(differences) == 1 else ", every size of both"
+        )
+        answer = f"{names[best]} **is better than** {names[other]} at {_sizes(won[best])}{rest}."
+    else:
+        answer = "**It depends on the amount of text**: " + ", ".join(
+            f"{names[label]} is better at {_sizes(won[label])}"
+            for label in sorted(won, key=lambda label: won[label][0])
+        )
+        answer += f"; {tied}." if undecided else "."
+    values = "; ".join(f"{_difference(d)} at {d['train_tokens']:,}" for d in differences)
+    return f"{answer} Validation PPL of {a} against {b}, with 95 % intervals: {values} tokens."
+
+
+def _difference(d: dict[str, Any]) -> str:
+    interval = "no interval" if d["interval"] is None else " to ".join(_percent(math.expm1(x)) for x in d["interval"])
+    return f"{_percent(math.expm1(d['log_ppl']))} ({interval})"
+
+
+def _laws(summary: dict[str, Any]) -> str:
+    fitted = []
+    for label, law in summary["configurations"].items():
+        if law["reason"]:
+            fitted.append(f"{label}: no law ({law['reason']})")
+            continue
+        interval = "no interval"
+        if law["alpha_interval"]:
+            interval = "95 % interval " + " to ".join(_signed(x) for x in law["alpha_interval"])
+        fitted.append(
+            f"{label}: α = {_signed(law['alpha'])} (n = {law['n']}, {law['residual_dof']} d.o.f., {interval})"
+        )
+    exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
+    caution = " A line through two points fits them whatever their errors." if exact else ""
+    return f"**Scaling.** Fitted as PPL = A · tokens^α. {'; '.join(fitted)}.{caution}"
+
+
+def _crossover(pair: dict[str, Any], laws: dict[str, Any]) -> str:
+    a, b = pair["a"], pair["b"]
+    if pair["tokens"] is None:
+        return f"**Crossover.** There is none between {a} and {b}: {pair['reason']}."
+    low = max(laws[label]["tokens_min"] for label in (a, b))
+    high = min(laws[label]["tokens_max"] for label in (a, b))
+    below, above = (a, b) if laws[a]["alpha"] > laws[b]["alpha"] else (b, a)
+    where = "extrapolated from" if pair["extrapolated"] else "inside"
+    text = (
+        f"**Crossover.** The laws of {a} and {b} meet at about {_tokens(pair['tokens'])} tokens, {where} the measured "
+        f"range ({low:,} to {high:,}): {below} is better below, {above} above."
+    )
+    intervals = [laws[label]["alpha_interval"] for label in (a, b)]
+    if None in intervals:
+        return text + " A law without residual degrees of freedom gives the crossover no error: take it as a lead."
+    if max(i[0] for i in intervals) <= min(i[1] for i in intervals):
+        return text + " The intervals of the two exponents overlap: take the crossover as a lead, not as a finding."
+    return text
+
+
+def _overfitting(runs: pd.DataFrame) -> str:
+    rates = _by_label(runs, "{overfit_rate}", overfit_rate=lambda x: f"{100 * x:.1f} %")
+    text = (
+        f"**Over-fitting.** The best epoch is {_span(runs['best_epoch'])} (n = {len(runs)}); "
+        f"by the last epoch, validation PPL is above its best by {rates}."
+    )
+    growing = int((runs["best_epoch"] == runs["epochs_run"]).sum())
+    return text + (f" In {growing} of {len(runs)} runs the last epoch is the best." if growing else "")
+
+
+def _convergence(runs: pd.DataFrame) -> str:
+    ends = _by_label(
+        runs,
+        "at iteration {phase1_iterations} with {phase1_converged_ratio} of the tokens converged",
+        phase1_iterations=str,
+        phase1_converged_ratio=lambda x: f"{100 * x:.1f} %",
+    )
+    short = int((runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]).sum())
+    more = f" In {short} of {len(runs)} runs the iterations ran out before enough tokens had." if short else ""
+    return f"**Convergence.** Phase 1 ends {ends}.{more}"
+
+
+def _rank(runs: pd.DataFrame) -> str:
+    template = (
+        "{init_er_pct} before Phase 1 and {train_er_noiseless_pct} after it ({val_er_pct} on validation text, "
+        "{train_er_pct} with the noise of training)"
+    )
+    names = ("init_er_pct", "train_er_noiseless_pct", "val_er_pct", "train_er_pct")
+    ranks = _by_label(runs, template, **dict.fromkeys(names, lambda x: f"{x:.1f} %"))
+    return f"**Effective rank**, in per cent of the context's dimensions: {ranks}."
+
+
+def _by_label(runs: pd.DataFrame, template: str, **texts: Callable[[float], str]) -> str:
+    """`template` filled with the range of each column in `texts`, for every configuration."""
+    groups = runs.groupby("experiment")
+    filled = (template.format(**{name: _span(g[name], text) for name, text in texts.items()}) for _, g in groups)
+    return "; ".join(f"{words} for {label}" for (label, _), words in zip(groups, filled, strict=True))
+
+
+def _span(values: Iterable[float], text: Callable[[float], str] = str) -> str:
+    """One text where all values read the same, otherwise "lowest to highest"."""
+    ordered = sorted(values)
+    low, high = text(ordered[0]), text(ordered[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def _sizes(sizes: list[int]) -> str:
+    words = [f"{size:,}" for size in sizes]
+    return f"{', '.join(words[:-1])} and {words[-1]} tokens" if len(words) > 1 else f"{''.join(words)} tokens"
+
+
+def _percent(fraction: float) -> str:
+    return f"{_signed(100 * fraction, 1)} %"
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _tokens(tokens: float) -> str:
+    return f"{float(f'{tokens:.3g}'):,.0f}"

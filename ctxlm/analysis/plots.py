@@ -1,0 +1,353 @@
+"""Every figure, one function each; all return a matplotlib Figure. Importing this module sets the common style.
+
+A configuration keeps its colour, marker and line style in every figure, so that it can be told apart in grey print
+too. `history` is long: phase, step, metric, value (and run, experiment, train_tokens where it holds many runs).
+Where there is nothing to draw, the figure says so in a sentence.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+
+from ctxlm.analysis.scaling import PowerLaw, ppl_interval
+
+sns.set_theme(
+    style="whitegrid",
+    palette="colorblind",
+    rc=dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9)
+    | {"font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10.5, "axes.edgecolor": "0.4", "figure.dpi": 110}
+    | {"lines.linewidth": 1.6, "lines.markersize": 6, "grid.linewidth": 0.6, "hatch.linewidth": 0.6},
+)
+COLOURS = sns.color_palette("colorblind")
+MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
+REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
+BELOW = {"loc": "outside lower center", "frameon": False}
+WIDTH = 8.5
+"""Of every figure, inches."""
+
+
+def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each configuration."""
+    looks = zip(sorted(set(labels)), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
+    return {label: {"color": colour, "marker": marker, "linestyle": line} for label, colour, marker, line in looks}
+
+
+def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
+
+
+def _says(sentence: str) -> Figure:
+    figure, ((axes,),) = _figure(height=0.6)
+    axes.axis("off")
+    axes.text(0, 0.5, sentence, va="center", style="italic")
+    return figure
+
+
+def _tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic axis ticked at the sizes themselves, save those too close to the one before."""
+    ticks: list[int] = []
+    for size in sorted(set(sizes)):
+        if not ticks or size / ticks[-1] >= (max(sizes) / min(sizes)) ** 0.09:
+            ticks.append(size)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("training tokens (log)")
+
+
+def _ppl_axis(axes: Axes, label: str) -> None:
+    """A logarithmic axis with plain numbers; LogLocator alone leaves a range under a decade without ticks."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylim(low, high)
+    axes.set_ylabel(label)
+
+
+def _steps_axis(axes: Axes, label: str) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.set_xlabel(label)
+
+
+def _dodge(position: int, count: int) -> float:
+    """Factor that moves a configuration's points aside on a logarithmic axis, so that error bars stay legible."""
+    return 1 + 0.012 * (2 * position - (count - 1))
+
+
+# The report's figures: many runs
+
+
+def plot_scaling(
+    runs: pd.DataFrame, val_by_sample: pd.DataFrame, summary: Mapping[str, Any], published: pd.DataFrame | None = None
+) -> Figure:
+    """The main figure: PPL against training tokens, the laws and their crossovers; `published` runs are hollow."""
+    if runs.empty:
+        return _says("No finished run.")
+    figure, ((axes,),) = _figure(height=5)
+    styles, sizes = _styles(runs["experiment"]), runs["train_tokens"]
+    low, high = sizes.min() / 1.25, sizes.max() * 1.25
+    crossovers = [c for c in summary["crossovers"] if c["tokens"] and low / 2.5 < c["tokens"] < high * 2.5]
+    low, high = (
+        min([low, *(c["tokens"] / 1.1 for c in crossovers)]),
+        max([high, *(c["tokens"] * 1.1 for c in crossovers)]),
+    )
+    for position, (label, group) in enumerate(runs.groupby("experiment")):
+        look = styles[label] | {"linestyle": "none", "zorder": 3}
+        law, dodge, ppl = summary["configurations"][label], _dodge(position, len(styles)), group["val_ppl"].to_numpy()
+        intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in group["run"]]
+        ends = np.transpose([i or (p, p) for i, p in zip(intervals, ppl, strict=True)])
+        name = f"{label}: {group['num_layers'].iloc[0]} layers, context {group['context_dim'].iloc[0]}"
+        if not law["reason"]:
+            name += f" · α = {law['alpha']:.3f} (n = {law['n']}, {law['residual_dof']} d.o.f.)".replace("-", "−")
+            curve = PowerLaw(**{key: value for key, value in law.items() if key != "reason"})
+            bounds = (low, curve.tokens_min, curve.tokens_max, high)
+            for start, end, line in zip(bounds, bounds[1:], ("--", "-", "--"), strict=False):
+                x = np.geomspace(start, end, 20)
+                axes.plot(x, curve.ppl(x), color=look["color"], linestyle=line, linewidth=1.3)
+        axes.errorbar(group["train_tokens"] * dodge, ppl, abs(ends - ppl), capsize=3, elinewidth=1, label=name, **look)
+        if published is not None:
+            there = published[published["experiment"] == label]
+            axes.plot(
+                there["train_tokens"] * dodge * (1.03 if position else 0.97), there["val_ppl"], mfc="white", **look
+            )
+    keys = axes.get_legend_handles_labels()[0]
+    if published is not None:
+        keys.append(
+            Line2D([], [], color="0.4", marker="o", linestyle="none", mfc="white", label="hollow: as published")
+        )
+    if any(not law["reason"] for law in summary["configurations"].values()):
+        keys.append(Line2D([], [], color="0.4", label="law, within the fitted sizes"))
+        keys.append(Line2D([], [], color="0.4", linestyle="--", label="law, extrapolated"))
+    for cross in crossovers:
+        what = f"crossover of {cross['a']} and {cross['b']}: {float(format(cross['tokens'], '.3g')):,.0f} tokens"
+        axes.axvline(cross["tokens"], **REFERENCE)
+        keys.append(Line2D([], [], label=what + (", extrapolated" if cross["extrapolated"] else ""), **REFERENCE))
+    axes.set_xlim(low, high)
+    _tokens_axis(axes, sizes)
+    samples = val_by_sample.groupby("run")["sample"].nunique().max()
+    _ppl_axis(axes, f"validation PPL (log), 95 % interval over {samples} samples")
+    figure.legend(handles=keys, ncols=2, **BELOW)
+    return figure
+
+
+def plot_paired_differences(summary: Mapping[str, Any]) -> Figure:
+    """Difference in PPL of each pair of configurations by size, with 95 % intervals; at 0 there is none."""
+    differences = pd.DataFrame(summary["paired_differences"])
+    if differences.empty:
+        return _says("No two configurations were trained on the same number of tokens: nothing to compare.")
+    figure, ((axes,),) = _figure()
+    differences["pair"] = differences["a"] + " against " + differences["b"]
+    for position, (pair, look) in enumerate(_styles(differences["pair"]).items()):
+        group = differences[differences["pair"] == pair]
+        centre = np.expm1(group["log_ppl"].to_numpy())
+        ends = np.transpose([np.expm1(i or (d, d)) for i, d in zip(group["interval"], group["log_ppl"], strict=True)])
+        tokens = group["train_tokens"] * _dodge(position, differences["pair"].nunique())
+        axes.errorbar(tokens, centre, abs(ends - centre), capsize=4, label=pair, **look | {"linestyle": "none"})
+    axes.axhline(0, color="0.2", linewidth=1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(1.2 * low, -0.01), max(1.2 * high, 0.01))
+    axes.set_ylabel("difference in validation PPL")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _tokens_axis(axes, differences["train_tokens"])
+    if differences["pair"].nunique() == 1:
+        for y, label in ((0, differences["a"][0]), (1, differences["b"][0])):
+            axes.text(1.01, y, f"{label} is\nbetter", transform=axes.transAxes, va=("bottom", "top")[y])
+    samples, tokens = differences["samples"].max(), differences["tokens"].max()
+    axes.set_title(f"{samples} validation samples, {tokens:,} tokens; 95 % intervals over samples", loc="left")
+    axes.legend()
+    return figure
+
+
+def plot_learning_curves(history: pd.DataFrame) -> Figure:
+    """Training and validation PPL of every epoch, a panel a size: where they part, the run over-fits."""
+    if history.empty:
+        return _says("No finished run.")
+    curves = history[(history["phase"] == "phase2") & history["metric"].isin(["train_ppl", "val_ppl"])]
+    sizes, styles = sorted(curves["train_tokens"].unique()), _styles(curves["experiment"])
+    columns = min(len(sizes), 4)
+    rows = math.ceil(len(sizes) / columns)
+    figure, grid = _figure(rows, columns, 1 + 2.7 * rows, sharex=True, sharey=True)
+    kinds = {
+        "val_ppl": ("validation", {"linestyle": "-"}),
+        "train_ppl": ("training", {"linestyle": ":", "mfc": "white"}),
+    }
+    for axes, size in zip(grid.flat, sizes, strict=False):
+        here = curves[curves["train_tokens"] == size]
+        for (label, _, metric), curve in here.groupby(["experiment", "run", "metric"]):
+            axes.plot(curve["step"], curve["value"], markersize=4.5, **styles[label] | kinds[metric][1])
+        axes.set_title(f"{size:,} training tokens")
+        _steps_axis(axes, "epoch")
+    for axes in grid.flat[len(sizes) :]:
+        axes.axis("off")
+    for axes in grid[:, 0]:
+        _ppl_axis(axes, "PPL (log)")
+    keys = [Line2D([], [], label=f"{x}, {what}", **styles[x] | look) for x in styles for what, look in kinds.values()]
+    figure.legend(handles=keys, ncols=min(len(styles), 4), **BELOW)
+    return figure
+
+
+def plot_overfitting(runs: pd.DataFrame) -> Figure:
+    """By how much the last epoch's validation PPL exceeds the best one's, against training tokens; seeds averaged."""
+    if runs.empty:
+        return _says("No finished run.")
+    figure, ((axes,),) = _figure(height=3.4)
+    rates = runs.groupby(["experiment", "train_tokens"])["overfit_rate"].mean()
+    for label, look in _styles(runs["experiment"]).items():
+        axes.plot(rates[label].index, rates[label], label=label, **look)
+    axes.set_ylim(0, max(1.1 * rates.max(), 0.01))
+    axes.set_ylabel("last validation PPL\nover the best, minus 1")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _tokens_axis(axes, runs["train_tokens"])
+    axes.legend()
+    return figure
+
+
+def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Phase 1 of every run by iteration: converged share and mean squared change; fainter lines have fewer tokens."""
+    if history.empty:
+        return _says("No finished run.")
+    figure, ((left, right),) = _figure(1, 2, 3.4)
+    styles, sizes = _styles(runs["experiment"]), sorted(runs["train_tokens"].unique())
+    for axes, metric in ((left, "converged_ratio"), (right, "mse")):
+        curves = history[(history["phase"] == "phase1") & (history["metric"] == metric)]
+        for (label, size, _), curve in curves.groupby(["experiment", "train_tokens", "run"]):
+            shade = 0.35 + 0.65 * (sizes.index(size) + 1) / len(sizes)
+            axes.plot(curve["step"], curve["value"], alpha=shade, markersize=4.5, **styles[label])
+    _convergence_axes(left, right)
+    left.axhline(runs["phase1_min_converged_ratio"].max(), **REFERENCE)
+    right.axhline(runs["phase1_convergence_threshold"].max(), **REFERENCE)
+    keys = [Line2D([], [], label=label, **look) for label, look in styles.items()]
+    keys.append(Line2D([], [], label="threshold: of all tokens, to stop; of a token, to have converged", **REFERENCE))
+    figure.legend(handles=keys, ncols=4, **BELOW)
+    return figure
+
+
+def _convergence_axes(left: Axes, right: Axes) -> None:
+    left.set(ylabel="converged tokens", ylim=(-0.03, 1.03))
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    right.set(ylabel="mean squared change\nof a context dimension (log)", yscale="log")
+    for axes in (left, right):
+        _steps_axis(axes, "iteration")
+
+
+def plot_effective_rank(runs: pd.DataFrame) -> Figure:
+    """Effective rank before and after Phase 1, a panel a configuration, in per cent of the context's dimensions."""
+    if runs.empty:
+        return _says("No finished run.")
+    kinds = {
+        "init_er_pct": "before Phase 1",
+        "train_er_pct": "after it, with training noise",
+        "train_er_noiseless_pct": "after it, without noise",
+        "val_er_pct": "after it, on validation text",
+    }
+    labels, sizes = sorted(runs["experiment"].unique()), sorted(runs["train_tokens"].unique())
+    figure, grid = _figure(len(labels), 1, 0.9 + 2.2 * len(labels), sharex=True, sharey=True)
+    for axes, label in zip(grid.flat, labels, strict=True):
+        here = runs[runs["experiment"] == label]
+        means = here.groupby("train_tokens")[list(kinds)].mean().reindex(sizes)
+        for k, (name, what) in enumerate(kinds.items()):
+            look = {"label": what, "color": COLOURS[k + 2], "hatch": HATCHES[k], "edgecolor": "white"}
+            bars = axes.bar(np.arange(len(sizes)) + 0.2 * (k - 1.5), means[name], 0.18, **look)
+            axes.bar_label(bars, ["" if math.isnan(x) else f"{x:.1f}" for x in means[name]], fontsize=7.5, padding=1)
+        axes.set(title=f"{label}: {here['context_dim'].iloc[0]} dimensions", ylabel="effective rank", ylim=(0, 112))
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+        axes.grid(axis="x", visible=False)
+    axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    axes.set_xlabel("training tokens")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, **BELOW)
+    return figure
+
+
+def plot_seconds(runs: pd.DataFrame) -> Figure:
+    """Minutes of every configuration and size by phase; seeds averaged."""
+    if runs.empty:
+        return _says("No finished run.")
+    names = {"phase1_seconds": "Phase 1", "phase2_seconds": "Phase 2", "total_seconds": "data, test and the rest"}
+    parts = runs.groupby(["experiment", "train_tokens"])[list(names)].mean() / 60
+    total = parts["total_seconds"].copy()
+    parts["total_seconds"] -= parts["phase1_seconds"] + parts["phase2_seconds"]
+    figure, ((axes,),) = _figure(height=1.2 + 0.32 * len(parts))
+    for k, (name, what) in enumerate(names.items()):
+        before = parts[list(names)[:k]].sum(axis=1)
+        look = {"label": what, "color": COLOURS[k], "hatch": HATCHES[k], "edgecolor": "white"}
+        bars = axes.barh([f"{label}, {size:,} tokens" for label, size in parts.index], parts[name], left=before, **look)
+    axes.bar_label(bars, [f"{minutes:.1f}" for minutes in total], padding=3, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.08)
+    axes.set_xlabel("minutes")
+    figure.legend(ncols=3, **BELOW)
+    return figure
+
+
+# The experiment notebook's figures: one run
+
+
+def _metric(history: pd.DataFrame, phase: str, name: str) -> pd.Series:
+    rows = history[(history["phase"] == phase) & (history["metric"] == name)]
+    return rows.set_index("step")["value"].sort_index()
+
+
+def plot_phase1(history: pd.DataFrame) -> Figure:
+    """One run's Phase 1 by iteration: converged share, mean squared change, and both terms of the loss."""
+    figure, ((left, middle, right),) = _figure(1, 3, 3.1)
+    names = ((left, "converged_ratio", None), (middle, "mse", None))
+    names += ((right, "fixed_point_loss", "fixed point"), (right, "diversity_loss", "diversity"))
+    for axes, name, what in names:
+        values = _metric(history, "phase1", name)
+        k = int(name == "diversity_loss")
+        axes.plot(values.index, values, color=COLOURS[k], marker=MARKERS[k], linestyle=LINES[k], label=what)
+    _convergence_axes(left, middle)
+    _steps_axis(right, "iteration")
+    right.set_ylabel("terms of the loss")
+    right.legend()
+    return figure
+
+
+def plot_phase2(history: pd.DataFrame) -> Figure:
+    """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked.
+
+    Validation between epochs (`val_every_steps`) is placed by Phase 2's "updates" by the end of every epoch or, in a
+    history without them, as if its last value stood at the end of the last epoch.
+    """
+    figure, ((left, right),) = _figure(1, 2, 3.4)
+    between, updates = _metric(history, "phase2_updates", "val_loss"), _metric(history, "phase2", "updates")
+    for axes, name, change in ((left, "loss", np.array), (right, "ppl", np.exp)):
+        train, val = (_metric(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
+        if len(between):
+            epoch = updates.iloc[0] if len(updates) else between.index[-1] / val.index[-1]
+            look = {"color": COLOURS[0], "alpha": 0.6, "linewidth": 1, "marker": ".", "markersize": 3}
+            axes.plot(between.index / epoch, change(between), label="validation between epochs", **look)
+        axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
+        axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
+        axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin()}", **REFERENCE)
+        _steps_axis(axes, "epoch")
+    left.set_ylabel("loss, nats a token")
+    _ppl_axis(right, "PPL (log)")
+    left.legend()
+    return figure
+
+
+def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Singular values of context matrices, largest first, each divided by their sum: label → values."""
+    figure, ((axes,),) = _figure()
+    for (label, raw), colour, line in zip(values.items(), cycle(COLOURS), cycle(LINES), strict=False):
+        p = np.asarray(raw, float)
+        axes.plot(np.arange(1, len(p) + 1), p / p.sum(), color=colour, linestyle=line, label=label)
+    axes.set(xlabel="rank of the singular value", ylabel="singular value over their sum (log)", yscale="log")
+    axes.legend()
+    return figure

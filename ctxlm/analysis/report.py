@@ -1,0 +1,193 @@
+"""A grid's executed notebooks as one report that opens from disk: `python -m ctxlm.analysis.report --grid quick`.
+
+`report/index.html` is the analysis without its code; `report/notebooks/` has every executed notebook with it. A page
+loads nothing but itself: images and style are inside, and its policy forbids the rest.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+import nbformat
+from nbconvert import HTMLExporter
+from pygments.formatters import HtmlFormatter
+
+from ctxlm.config import ConfigError, load_grid
+from ctxlm.files import resolve
+from ctxlm.results import git_commit, outputs_dir
+
+NOTEBOOK_ONLY = "notebook-only"
+"""Tag of cells that help whoever opens the notebook, and are left out of the index."""
+
+STYLE = """
+body { max-width: 60rem; margin: 2rem auto 4rem; padding: 0 1.2rem; color: #1c1c1c; background: #fff;
+       font: 1rem/1.55 "Source Sans 3", "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+h3 { font-size: 1.08rem; margin: 1.6rem 0 .4rem; }
+header { border-bottom: 2px solid #0173b2; margin-bottom: 1.6rem; padding-bottom: .8rem; }
+header p { margin: .2rem 0; color: #555; font-size: .92rem; }
+a { color: #01598a; }
+img { display: block; margin: 1rem auto; max-width: 100%; }
+pre, code { font: .84rem/1.45 "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+pre { overflow-x: auto; margin: .4rem 0; white-space: pre-wrap; }
+.highlight { background: #f6f7f8; border-left: 3px solid #ccd3d8; padding: .2rem .7rem; margin: .8rem 0 .4rem; }
+.output_stderr, .output_stdout { color: #555; }
+.output { overflow-x: auto; }
+table { border-collapse: collapse; margin: .9rem auto; font-size: .8rem; line-height: 1.3; border: 0; }
+th, td { padding: .3rem .5rem; text-align: right; border: 0; border-bottom: 1px solid #e3e3e3; }
+th { vertical-align: bottom; border-bottom: 1.5px solid #888; }
+th:first-child, td:first-child { text-align: left; }
+nav table { margin-left: 0; font-size: .9rem; }
+nav td { text-align: left; }
+@media print { body { max-width: none; margin: 0; font-size: 10pt; } h2, h3 { break-after: avoid; }
+               img, table { break-inside: avoid; } a { color: inherit; text-decoration: none; } }
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head>
+<body><header><h1>{heading}</h1>{lines}</header><main>{body}</main></body></html>
+"""
+
+
+def build(grid: str, outputs: Path | None = None) -> Path:
+    """Write `report/` of a grid from its executed notebooks; it replaces the earlier one only when complete.
+
+    Args:
+        grid: a grid's name or file. outputs: where its folder is; by default as `results.outputs_dir`.
+
+    Raises:
+        ConfigError: the analysis is missing or failed, or a notebook is not readable.
+    """
+    settings = load_grid(grid)
+    home = (outputs or outputs_dir()) / settings.name
+    analysis = _read(home / "analysis.ipynb", f"run `make report GRID={grid}` first")
+    _require_finished(analysis, home / "analysis.ipynb")
+    runs = json.loads((home / "analysis.json").read_text(encoding="utf-8"))["runs"]
+    facts = [f"{len(runs)} finished run{'' if len(runs) == 1 else 's'}", f"grid {settings.name}"]
+    facts += [f"written {datetime.now().astimezone():%d %B %Y, %H:%M %Z}", f"commit {git_commit() or 'unknown'}"]
+    lines = [settings.description, " · ".join(facts)]
+    staging = Path(tempfile.mkdtemp(dir=home, prefix=".report-"))
+    try:
+        staging.chmod(0o755)  # mkdtemp makes folders private; a report is for everyone
+        (staging / "notebooks").mkdir()
+        entries = []
+        for path in (
+            *sorted(home.glob("corpus*/corpus.ipynb")),
+            *sorted(home.glob("*/experiment.ipynb")),
+            home / "analysis.ipynb",
+        ):
+            name = path.stem if path.parent == home else path.parent.name
+            notebook = _read(path, "delete it and run the grid again")
+            title = _title(notebook, path)
+            finished = path.stem != "experiment" or (path.parent / "metrics.json").exists()
+            page = _page(f"{title}: {name}", [f"{settings.title} ({settings.name})"], _body(notebook, code=True))
+            (staging / "notebooks" / f"{name}.html").write_text(page, encoding="utf-8")
+            entries.append((title, name if finished else f"{name} (not finished)", f"notebooks/{name}.html"))
+        body = _body(analysis, code=False) + _navigation(entries)
+        (staging / "index.html").write_text(_page(settings.title, lines, body), encoding="utf-8")
+        _replace(home / "report", staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return home / "report" / "index.html"
+
+
+def _read(path: Path, remedy: str) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: {remedy}") from None
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise ConfigError(f"{path} is not a readable notebook ({str(error).splitlines()[0]}): {remedy}") from None
+
+
+def _require_finished(notebook: nbformat.NotebookNode, path: Path) -> None:
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                raise ConfigError(f"{path} ended in {output.ename}: {output.evalue}: open it to see where")
+        if cell.execution_count is None and cell.source.strip():
+            raise ConfigError(f"{path} was not run to its end: run it again")
+    if not path.with_suffix(".json").exists():
+        raise ConfigError(f"{path.with_suffix('.json')} is missing: run the analysis again")
+
+
+def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
+    """The notebook's first heading, or its file's name."""
+    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), path.stem)
+
+
+def _body(notebook: nbformat.NotebookNode, code: bool) -> str:
+    """The notebook's cells as HTML; figures are described by the heading above them."""
+    if not code:
+        kept = [cell for cell in notebook.cells if NOTEBOOK_ONLY not in cell.metadata.get("tags", [])]
+        notebook = nbformat.v4.new_notebook(cells=kept, metadata=notebook.metadata)
+    heading = ""
+    for cell in notebook.cells:
+        headings = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
+        heading = headings[-1] if cell.cell_type == "markdown" and headings else heading
+        cell.metadata["alt"] = heading or "figure"
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=not code,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+        embed_images=True,
+        mathjax_url="",
+        require_js_url="",
+    )
+    return exporter.from_notebook_node(notebook)[0]
+
+
+def _page(title: str, lines: list[str], body: str) -> str:
+    style = STYLE + HtmlFormatter().get_style_defs(".highlight")
+    shown = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+    return PAGE.format(title=escape(title), heading=escape(title), style=style, lines=shown, body=body)
+
+
+def _navigation(entries: list[tuple[str, str, str]]) -> str:
+    rows = "".join(
+        f'<tr><td>{escape(title)}</td><td><a href="{escape(link)}">{escape(run)}</a></td></tr>'
+        for title, run, link in entries
+    )
+    head = "<h2>The executed notebooks, with their code</h2>"
+    return f"<nav>{head}<table><tr><th>Notebook</th><th>Run</th></tr>{rows}</table></nav>"
+
+
+def _replace(report: Path, staging: Path) -> None:
+    """Move `staging` to `report`, putting the earlier report back if that fails."""
+    earlier = staging.with_name(f"{staging.name}-earlier")
+    if report.exists():
+        report.rename(earlier)
+    try:
+        staging.rename(report)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(report)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build a grid's report from its executed notebooks.")
+    parser.add_argument("--grid", default="quick", help="name of the grid, or its file")
+    parser.add_argument("--outputs", help="folder of all grids' outputs; by default outputs, or CTXLM_OUTPUTS")
+    options = parser.parse_args(arguments)
+    try:
+        print(build(options.grid, resolve(options.outputs) if options.outputs else None))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown
+from pandas.io.formats.style import Styler
+
+from ctxlm.analysis.scaling import ppl_interval
+from ctxlm.files import resolve
+
+REFERENCE = "data/reference/l4-2025-11-28"
+
+
+def read_published(name: str) -> pd.DataFrame:
+    """One of the published tables, e.g. "results"; their README says where each comes from."""
+    return pd.read_csv(resolve(REFERENCE) / f"{name}.csv")
+
+
+def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
+    """One row a run; PPL with its 95 % interval over validation samples, shares in per cent, times in minutes."""
+    if runs.empty:
+        return runs
+    intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in runs["run"]]
+    table = {
+        "Configuration": runs["experiment"],
+        "Training tokens": runs["train_tokens"].map("{:,}".format),
+        "Seed": runs["seed"].astype(str),
+        "Validation PPL": runs["val_ppl"].map("{:.1f}".format),
+        "95 % interval": ["none" if i is None else f"{i[0]:.1f} to {i[1]:.1f}" for i in intervals],
+        "Accuracy": (100 * runs["val_accuracy"]).map("{:.2f} %".format),
+        "Test PPL": runs["test_ppl"].map("{:.1f}".format),
+        "ER, training": runs["train_er_pct"].map("{:.1f} %".format),
+        "ER, validation": runs["val_er_pct"].map("{:.1f} %".format),
+        "Iterations": runs["phase1_iterations"].astype(str),
+        "Converged": (100 * runs["phase1_converged_ratio"]).map("{:.1f} %".format),
+        "Best epoch": runs["best_epoch"].astype(str) + " of " + runs["epochs_run"].astype(str),
+        "Over-fitting": (100 * runs["overfit_rate"]).map("{:+.0f} %".format),
+        "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format),
+        "Source": runs["source"],
+    }
+    return pd.DataFrame(table)
+
+
+def shown(table: pd.DataFrame, otherwise: str) -> Styler | Markdown:
+    """The table without its index, for a notebook; the sentence `otherwise` where it is empty."""
+    return Markdown(otherwise) if table.empty else table.style.hide(axis="index")
+
+
+def published_runs() -> pd.DataFrame:
+    """The four published runs, in the names and units of our own metrics.json."""
+    keys = ["experiment", "train_tokens"]
+    table = read_published("results")
+    for name in ("phase1", "phase2"):
+        table = table.merge(read_published(name).drop(columns="train_samples"), on=keys)
+    table = table.merge(read_published("architectures")[["experiment", "num_layers", "context_dim"]], on="experiment")
+    return table.assign(
+        val_accuracy=table["val_accuracy_pct"] / 100,
+        phase1_converged_ratio=table["phase1_converged_pct"] / 100,
+        overfit_rate=table["overfit_pct"] / 100,
+        total_seconds=60 * table["total_minutes"],
+    )
+
+
+def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
+    """Ours, the published value and the relative difference: a row a quantity, a column a run of the study.
+
+    Runs are matched by layers, context width and training tokens; several seeds are averaged. Empty where none matches.
+    """
+    keys = ["num_layers", "context_dim", "train_tokens"]
+    quantities = {
+        "Validation PPL": ("val_ppl", 1, "{:.1f}"),
+        "Validation accuracy, %": ("val_accuracy", 100, "{:.2f}"),
+        "ER of training contexts, %": ("train_er_pct", 1, "{:.1f}"),
+        "ER of validation contexts, %": ("val_er_pct", 1, "{:.1f}"),
+        "Phase 1 iterations": ("phase1_iterations", 1, "{:.3g}"),
+        "Converged tokens, %": ("phase1_converged_ratio", 100, "{:.1f}"),
+        "Best epoch": ("best_epoch", 1, "{:.3g}"),
+        "Over-fitting, %": ("overfit_rate", 100, "{:+.0f}"),
+        "Minutes": ("total_seconds", 1 / 60, "{:.1f}"),
+    }
+    names = [name for name, _, _ in quantities.values()]
+    ours = runs.groupby(keys, as_index=False)[names].mean() if len(runs) else pd.DataFrame(columns=keys + names)
+    pairs = ours.merge(published_runs(), on=keys, suffixes=("_ours", "_published"))
+    columns = {}
+    for _, pair in pairs.sort_values(["experiment", "train_tokens"]).iterrows():
+        cells = []
+        for name, factor, text in quantities.values():
+            mine, theirs = (factor * pair[f"{name}_{side}"] for side in ("ours", "published"))
+            cells.append(f"{text.format(mine)} against {text.format(theirs)} ({mine / theirs - 1:+.0%})")
+        columns[f"{pair['experiment']}, {pair['train_tokens']:,} tokens"] = cells
+    return pd.DataFrame({"Ours against published": list(quantities)} | columns) if columns else pd.DataFrame()
+
+
+def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """Exponents and crossover of our runs of the study beside the published ones; empty where none was fitted."""
+    published = read_published("power_laws").set_index("experiment")["alpha"]
+    claims = read_published("claims")
+    crossing = float(claims.loc[claims["claim"] == "the two PPLs cross at about", "value"].iloc[0])
+    laws = {label: law for label, law in summary["configurations"].items() if not law["reason"] and label in published}
+    rows = [
+        (
+            f"α of {label}",
+            f"{law['alpha']:.3f}",
+            f"{published[label]:.3f}",
+            f"n = {law['n']}, {law['residual_dof']} d.o.f.",
+        )
+        for label, law in laws.items()
+    ]
+    if rows:
+        tokens, reason = summary["crossover_tokens"], summary["crossover_reason"]
+        note = reason or ("extrapolated" if summary["crossover_extrapolated"] else "inside the measured range")
+        rows.append(("crossover, tokens", f"{tokens:,.0f}" if tokens else "none", f"{crossing:,.0f}", note))
+    return pd.DataFrame(rows, columns=["Law", "Ours", "Published", "Of ours"])

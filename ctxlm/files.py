@@ -1,0 +1,63 @@
+"""Where things lie on disk, how a file is replaced whole, and what a piece of source hashes to."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
+
+
+def resolve(path: str | Path) -> Path:
+    """`path` itself when absolute, otherwise below the repository's root."""
+    return ROOT / Path(path).expanduser()
+
+
+def cache_dir() -> Path:
+    """The folder of the caches: `data/cache`, or what the environment variable CTXLM_CACHE names."""
+    folder = Path(os.environ.get("CTXLM_CACHE") or ROOT / "data" / "cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without an error.
+
+    A reader therefore sees the old file or the new one, never half of one; a killed writer leaves
+    only a dot-file behind, and a failed one (a full disk) removes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private; results are for everyone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def digest(*parts: str | bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `parts`, each preceded by its length."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "little"))
+        sha.update(data)
+    return sha.hexdigest()[:16]
+
+
+def source_hash(*names: str) -> str:
+    """Digest of source files, named relative to the repository's root; part of every cache key."""
+    return digest(*(part for name in sorted(names) for part in (name, (ROOT / name).read_bytes())))

@@ -1,0 +1,93 @@
+"""Cross-entropy against a large vocabulary without the logits of a whole batch in float32.
+
+The logits of a block of rows exist once, in the type of the matrix products, and are overwritten by their softmax,
+which is all the gradient needs; reductions run in float32 over a few rows at a time, which stay in the cache.
+"""
+
+import torch
+from torch import Tensor
+
+LOGIT_BYTES = 64 * 2**20
+"""Memory for the logits of one block of rows."""
+ROWS_IN_CACHE = 32
+"""Rows reduced at a time on a CPU: 32 x 50,257 float32 stay in the third-level cache."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias, targets, dtype):
+        rows, device = h.shape[0], h.device
+        products, frozen = weight.to(dtype), not weight.requires_grad
+        losses = torch.empty(rows, device=device)
+        correct = torch.empty(rows, dtype=torch.bool, device=device)
+        needs_gradient = any(ctx.needs_input_grad[:3])
+        grad_h = torch.empty(rows, h.shape[1], device=device) if ctx.needs_input_grad[0] else None
+        grad_weight = None if frozen else torch.zeros_like(weight)
+        grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        size = max(1, LOGIT_BYTES // (weight.shape[0] * products.element_size()))
+        for block in torch.arange(rows, device=device).split(size):
+            start, stop = int(block[0]), int(block[-1]) + 1
+            h_block, t_block = h[start:stop].to(dtype), targets[start:stop]
+            logits = h_block @ products.T
+            if bias is not None:
+                logits += bias.to(dtype)
+            _reduce(logits, t_block, losses[start:stop], correct[start:stop], needs_gradient)
+            if not needs_gradient:
+                continue
+            # logits now hold the softmax p; the gradient of a row's loss is p - onehot(target)
+            if grad_h is not None:
+                grad_h[start:stop] = (logits @ products).float() - products[t_block].float()
+            if grad_weight is not None:
+                grad_weight += (logits.T @ h_block).float() / rows
+                grad_weight.index_add_(0, t_block, h_block.float() / -rows)
+            if grad_bias is not None:
+                grad_bias += logits.float().sum(0) / rows
+                grad_bias.index_add_(0, t_block, grad_bias.new_full((stop - start,), -1 / rows))
+        ctx.gradients = (grad_h.div_(rows) if grad_h is not None else None, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(losses, correct)
+        return losses.mean(), losses, correct
+
+    @staticmethod
+    def backward(ctx, grad_mean, _losses, _correct):
+        return *(None if g is None else g * grad_mean for g in ctx.gradients), None, None
+
+
+def _reduce(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, softmax: bool) -> None:
+    """Fill `losses` and `correct` from `logits` [R, V]; with `softmax`, overwrite `logits` by it."""
+    step = ROWS_IN_CACHE if logits.device.type == "cpu" else logits.shape[0]
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        block = logits[rows].to(torch.float32, copy=True)
+        target = block.gather(1, targets[rows, None])
+        largest = block.amax(1, keepdim=True)
+        # Equal logits are common in bfloat16: the first of the largest is the prediction, as argmax has it. On a
+        # CPU argmax costs 15 times amax, so it looks only at rows whose target is among the largest.
+        hits = correct[rows]
+        hits.copy_((target == largest)[:, 0])
+        if logits.device.type == "cpu":
+            hits[hits.clone()] = block[hits].argmax(1) == targets[rows][hits]
+        else:
+            hits &= block.argmax(1) == targets[rows]
+        # One fused pass; log-sum-exp follows from the largest probability, which never underflows (it is at least 1/V).
+        block = torch.softmax(block, 1)
+        losses[rows] = (largest - block.amax(1, keepdim=True).log() - target)[:, 0]
+        if softmax:
+            logits[rows] = block
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of softmax(h · weightᵀ + bias), like `F.cross_entropy` over `F.linear`.
+
+    Args:
+        h: float32 [B, d].
+        weight: float32 [V, d], or a copy in `dtype` that saves the conversion when it is frozen.
+        targets: int64 [B].
+        bias: float32 [V] or None.
+        dtype: of the matrix products; reductions and results are float32.
+
+    Returns:
+        The mean loss in nats (differentiable), every row's loss [B], and whether its target had the largest logit [B].
+    """
+    return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype)

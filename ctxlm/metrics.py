@@ -1,0 +1,51 @@
+"""Effective rank, perplexity, over-fitting."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ctxlm.model import generator
+
+MAX_ROWS = 10_000
+"""The effective rank of a longer context matrix is that of so many of its rows, always the same ones."""
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values of [rows, C], largest first, float64 [C], from the Gram matrix.
+
+    The C x C Gram matrix in float64 costs a fraction of the SVD; values under about 1e-8 of the largest are noise,
+    and weigh nothing in the effective rank.
+    """
+    if len(matrix) > MAX_ROWS:
+        rows = torch.randperm(len(matrix), generator=generator(0, "effective_rank"))[:MAX_ROWS]
+        matrix = matrix[rows.sort().values.to(matrix.device)]
+    matrix = matrix.double()
+    return torch.linalg.eigvalsh(matrix.T @ matrix).flip(0).clamp(min=0).sqrt().cpu()
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); between 1 and their number."""
+    p = values / values.sum()
+    return math.exp(-torch.special.xlogy(p, p).sum().item())
+
+
+def effective_rank_pct(values: Tensor) -> float:
+    """Effective rank in per cent of the dimensions (the number of singular values)."""
+    return 100 * effective_rank(values) / len(values)
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean cross-entropy in nats; infinite where that overflows."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+
+
+def loss_summary(name: str, losses: Tensor, accuracy: float) -> dict[str, float]:
+    """Mean loss (nats), perplexity and accuracy of a stream: `<name>_loss`, `<name>_ppl`, `<name>_accuracy`."""
+    loss = losses.double().mean().item()
+    return {f"{name}_loss": loss, f"{name}_ppl": perplexity(loss), f"{name}_accuracy": accuracy}
+
+
+def overfit_rate(last_ppl: float, best_ppl: float) -> float:
+    """How much worse the last epoch is than the best one, as a fraction (0.5: PPL is 50 % higher)."""
+    return last_ppl / best_ppl - 1

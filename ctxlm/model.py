@@ -1,0 +1,165 @@
+"""The two-phase context language model (the `constant` design) and the machine it runs on.
+
+Shapes: V vocabulary, d embed_dim, C context_dim, L num_layers, n num_input_tokens, B rows (any tokens, in any order).
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctxlm.config import ConfigError, Experiment
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator of its own for each purpose, so that a draw skipped in one place shifts none in another."""
+    name = repr((seed, *purpose)).encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "little"))
+
+
+def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -> Tensor:
+    """u_t: the normalised embeddings of the n tokens that end at each position, oldest first.
+
+    Args:
+        embedding: [V, d].
+        tokens: the stream, int64 [T].
+        positions: int64, any shape [...].
+        n: tokens read at a time.
+
+    Returns:
+        [..., n·d]; tokens before the stream's start read as zeros.
+    """
+    index = positions.unsqueeze(-1) + torch.arange(1 - n, 1, device=positions.device)
+    rows = F.layer_norm(F.embedding(tokens[index.clamp(min=0)], embedding), embedding.shape[-1:])
+    return (rows * (index >= 0).unsqueeze(-1)).flatten(-2)
+
+
+class _Layers(nn.Module):
+    """Layers `LayerNorm(residual + ReLU(Linear(concat(context, other))))`, initialised alike."""
+
+    def __init__(self, context_dim: int, other_dims: list[int], out_dim: int, init: torch.Generator):
+        super().__init__()
+        self.context_dim, self.out_dim = context_dim, out_dim
+        self.linears = nn.ModuleList(nn.Linear(context_dim + width, out_dim) for width in other_dims)
+        self.norms = nn.ModuleList(nn.LayerNorm(out_dim) for _ in other_dims)
+        for linear in self.linears:
+            nn.init.normal_(linear.weight, std=0.1, generator=init)
+            nn.init.normal_(linear.bias, std=0.01, generator=init)
+
+    def layer(self, index: int, context: Tensor, other: Tensor, residual: Tensor) -> Tensor:
+        linear = self.linears[index]
+        # Two products instead of one over the concatenation: autograd then skips the gradient of the part
+        # that needs none (the tokens in Phase 1, the contexts in Phase 2).
+        out = F.linear(other, linear.weight[:, self.context_dim :], linear.bias)
+        out = out + F.linear(context, linear.weight[:, : self.context_dim])
+        return self.norms[index](residual + F.relu(out))
+
+
+class ContextBlock(_Layers):
+    """Folds the tokens u_t into the context: c_t = ContextBlock(c_{t-1}, u_t)."""
+
+    def __init__(self, num_layers: int, context_dim: int, input_dim: int, init: torch.Generator):
+        super().__init__(context_dim, [input_dim] * num_layers, context_dim, init)
+
+    def forward(self, context: Tensor, inputs: Tensor) -> list[Tensor]:
+        """Every layer's output, L tensors [B, C] (the last is c_t), from c_{t-1} [B, C] and u_t [B, n·d]."""
+        outputs = []
+        for index in range(len(self.linears)):
+            context = self.layer(index, context, inputs, residual=context)
+            outputs.append(context)
+        return outputs
+
+
+class TokenBlock(_Layers):
+    """Predicts from the contexts: layer l reads context layer l; h starts as the input tokens u_t."""
+
+    def __init__(self, num_layers: int, context_dim: int, embed_dim: int, input_dim: int, init: torch.Generator):
+        super().__init__(context_dim, [input_dim] + [embed_dim] * (num_layers - 1), embed_dim, init)
+
+    def forward(self, inputs: Tensor, contexts: list[Tensor]) -> Tensor:
+        """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, C]."""
+        h = inputs
+        for index, context in enumerate(contexts):
+            h = self.layer(index, context, h, residual=h[..., -self.out_dim :])
+        return h
+
+
+class ContextLM(nn.Module):
+    """ContextBlock, TokenBlock, embedding and head of one experiment."""
+
+    def __init__(self, experiment: Experiment, embedding: Tensor):
+        """`embedding` is float32 [V, d]; weights are drawn from the experiment's seed, on the CPU."""
+        super().__init__()
+        e = experiment
+        if embedding.shape[1] != e.embed_dim:
+            raise ConfigError(
+                f"embed_dim = {e.embed_dim} does not fit the embedding of width {embedding.shape[1]}: make them equal"
+            )
+        input_dim = e.num_input_tokens * e.embed_dim
+        self.num_input_tokens = e.num_input_tokens
+        self.embedding = nn.Parameter(embedding, requires_grad=False)
+        self.context_block = ContextBlock(
+            e.num_layers, e.context_dim, input_dim, generator(e.seed, "init", "context_block")
+        )
+        self.token_block = TokenBlock(
+            e.num_layers, e.context_dim, e.embed_dim, input_dim, generator(e.seed, "init", "token_block")
+        )
+        self.head = None
+        if not e.use_weight_tying:
+            self.head = nn.Linear(e.embed_dim, embedding.shape[0])
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def inputs(self, tokens: Tensor, positions: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """u_t [..., n·d] at `positions` [...] of the stream `tokens` [T]; from another `embedding` if given."""
+        return token_inputs(
+            self.embedding if embedding is None else embedding, tokens, positions, self.num_input_tokens
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training made: every weight but a frozen embedding, which its own cache holds."""
+        kept = self.state_dict()
+        if not self.embedding.requires_grad:
+            del kept["embedding"]
+        return kept
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of the blocks, with the study's count of the TokenBlock beside the true one.
+
+        The study counts every TokenBlock layer as if it read all n tokens; only the first one does.
+        """
+        token_block = self.token_block
+        per_layer = token_block.linears[0].weight.numel() + 3 * token_block.out_dim  # bias, norm weight, norm bias
+        return {
+            "context_block_params": sum(p.numel() for p in self.context_block.parameters()),
+            "token_block_params_published": per_layer * len(token_block.linears),
+            "token_block_params_trained": sum(p.numel() for p in token_block.parameters()),
+        }
+
+
+def resolve_device(experiment: Experiment) -> torch.device:
+    """The device that `device` names; `auto` is the first GPU where there is one.
+
+    Raises:
+        ConfigError: a CUDA device is asked for that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if experiment.device == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(experiment.device)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device = {experiment.device!r}: torch sees {count} CUDA device(s) here; use auto or cpu")
+    return device
+
+
+def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
+    """The type of Phase 2's matrix products; `auto` is bfloat16 where the hardware multiplies it natively."""
+    if experiment.dtype != "auto":
+        return getattr(torch, experiment.dtype)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # emulated bfloat16 is slower than float32; these probes are private and absent from some versions
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32

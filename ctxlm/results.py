@@ -1,0 +1,185 @@
+"""One run on disk, and the runs of a grid as data frames.
+
+A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished
+run. Small results that took long are committed under `data/results/<grid>/<run>/` and stand in where there is no
+such folder in `outputs`.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.files import ROOT, atomic, resolve, source_hash
+
+SOURCES = (
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")),
+    "notebooks/02_experiment.ipynb",
+)
+"""What a run's numbers depend on; the analysis is left out on purpose."""
+
+SMALL_FILES = ("metrics.json", "history.csv", "val_by_sample.csv")
+"""The files of a run that are committed when the run took long."""
+
+
+def code_hash() -> str:
+    """Digest of `SOURCES`."""
+    return source_hash(*SOURCES)
+
+
+def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Every resolved parameter, and the code, versions and machine a run was made with."""
+    packages = ("torch", "numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
+    return experiment.model_dump() | {
+        "params_hash": experiment.params_hash,
+        "code_hash": code_hash(),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Stopwatch:
+    """Wall-clock seconds by step: `with watch("phase1"): ...` adds to `watch.seconds["phase1_seconds"]`."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.steps: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.steps[f"{step}_seconds"] = self.steps.get(f"{step}_seconds", 0.0) + time.perf_counter() - began
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every step so far, and total_seconds since the watch was made."""
+        return self.steps | {"total_seconds": time.perf_counter() - self.began}
+
+
+def git_commit() -> str | None:
+    """The commit checked out, with "-dirty" where tracked files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
+    """Sum and count of token losses by the sample of the predicted token: columns sample, loss_sum, tokens."""
+    table = pd.DataFrame({"sample": samples, "loss": losses.astype(np.float64)}).groupby("sample")["loss"]
+    return table.agg(loss_sum="sum", tokens="count").reset_index()
+
+
+def write_run(
+    folder: str | Path,
+    metrics: Mapping[str, Any],
+    history: pd.DataFrame,
+    val_losses: np.ndarray,
+    val_samples: np.ndarray,
+    weights: dict[str, torch.Tensor],
+) -> Path:
+    """Write a finished run; every file is complete on disk before the first earlier one is replaced.
+
+    Args:
+        folder: the run's folder, made if need be; relative paths start at the repository's root.
+        metrics: the flat content of metrics.json.
+        history: rows phase, step, metric, value.
+        val_losses: every validation token's loss, nats, float32 [N].
+        val_samples: the sample of every such token, int32 [N].
+        weights: what model.safetensors holds.
+
+    Raises:
+        ValueError: a metric is not finite (JSON has no such numbers).
+        OSError: the disk is full or not writable; what was there before is untouched.
+    """
+    folder = resolve(folder)
+    not_finite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+    if not_finite:
+        raise ValueError(f"{not_finite[0]} = {metrics[not_finite[0]]} is not finite: the run is not written")
+    writers: dict[str, Callable[[Path], Any]] = {
+        "metrics.json": lambda path: path.write_text(json.dumps(dict(metrics), indent=1) + "\n", encoding="utf-8"),
+        "history.csv": lambda path: history.to_csv(path, index=False),
+        "val_by_sample.csv": lambda path: losses_by_sample(val_losses, val_samples).to_csv(path, index=False),
+        "val_losses.npz": lambda path: np.savez_compressed(path, loss=val_losses, sample=val_samples),
+        "model.safetensors": lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
+    }
+    with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
+        for name, write in writers.items():
+            write(replaced_on_exit.enter_context(atomic(folder / name)))
+        (folder / "metrics.json").unlink(missing_ok=True)  # from here on, until the new one, the run is unfinished
+    return folder / "metrics.json"
+
+
+def outputs_dir() -> Path:
+    """Where runs are written: `outputs`, or what the environment variable CTXLM_OUTPUTS names."""
+    return resolve(os.environ.get("CTXLM_OUTPUTS") or "outputs")
+
+
+def run_folders(grid: str) -> dict[str, tuple[Path, str]]:
+    """Finished runs of a grid: name → (folder, "outputs" or "committed")."""
+    committed = resolve(os.environ.get("CTXLM_RESULTS") or "data/results")
+    found: dict[str, tuple[Path, str]] = {}
+    for root, source in ((committed, "committed"), (outputs_dir(), "outputs")):
+        for path in sorted((root / grid).glob("*/metrics.json")):
+            found[path.parent.name] = (path.parent, source)
+    return found
+
+
+def load_runs(grid: str) -> pd.DataFrame:
+    """One row a finished run: the content of metrics.json, the run's name and its source.
+
+    Raises:
+        ConfigError: a metrics.json is not readable.
+    """
+    rows = []
+    for run, (folder, source) in run_folders(grid).items():
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{folder.name}/metrics.json of grid {grid} is damaged ({error}): delete it") from None
+        rows.append({"run": run, "source": source} | metrics)
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
+
+
+def load_history(grid: str) -> pd.DataFrame:
+    """history.csv of every finished run, with columns run, experiment, train_tokens and seed before its own."""
+    return _load_table(grid, "history.csv")
+
+
+def load_val_by_sample(grid: str) -> pd.DataFrame:
+    """val_by_sample.csv of every finished run, with columns run, experiment, train_tokens and seed before its own."""
+    return _load_table(grid, "val_by_sample.csv")
+
+
+def _load_table(grid: str, name: str) -> pd.DataFrame:
+    folders, tables = run_folders(grid), []
+    for row in load_runs(grid).itertuples():
+        table = pd.read_csv(folders[row.run][0] / name)
+        for column in ("seed", "train_tokens", "experiment", "run"):
+            table.insert(0, column, getattr(row, column))
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -1,0 +1,48 @@
+"""Fixtures shared by the tests: tiny models, streams and their literal twins."""
+
+import os
+
+# Before torch is imported: tests run side by side with others and their products are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+from ctxlm.config import Experiment
+from ctxlm.model import ContextLM
+from tests import literal
+
+
+def copied(model: ContextLM) -> literal.Weights:
+    """The literal twin's copy of a model's weights."""
+
+    def layers(block):
+        return [
+            {"weight": linear.weight, "bias": linear.bias, "norm_weight": norm.weight, "norm_bias": norm.bias}
+            for linear, norm in zip(block.linears, block.norms, strict=True)
+        ]
+
+    head = None if model.head is None else {"weight": model.head.weight, "bias": model.head.bias}
+    return literal.Weights(layers(model.context_block), layers(model.token_block), model.embedding, head)
+
+
+def tiny(vocabulary: int = 60, **parameters) -> ContextLM:
+    """A model of a few hundred weights; the embedding has GPT-2's spread."""
+    defaults = {"num_layers": 3, "context_dim": 12, "embed_dim": 8, "train_tokens": 100}
+    settings = Experiment.from_mapping(defaults, parameters)
+    embedding = 0.14 * torch.randn(vocabulary, settings.embed_dim, generator=torch.Generator().manual_seed(1))
+    return ContextLM(settings, embedding)
+
+
+def stream(length: int, vocabulary: int = 60, seed: int = 0) -> torch.Tensor:
+    """Random tokens, int64 [length]."""
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def one_thread():
+    """Products of one thread are summed in one order, so equal inputs give equal bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

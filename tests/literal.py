@@ -1,0 +1,254 @@
+"""The algorithm once more, slow and literal, one token at a time: an oracle that shares no code with `ctxlm`.
+
+Written from the algorithm's description alone. `settings` is a mapping of parameters under the study's names
+(`Experiment.model_dump()` will do). L layers, context width C, embedding width d, n input tokens, V tokens in all.
+A Linear reads the context first, then the tokens, oldest first.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+class Weights:
+    """Copies of every weight.
+
+    A layer is a dict of `weight` [out, in], `bias` [out], `norm_weight` [out] and `norm_bias` [out]; a context layer
+    maps C + n·d to C, the first token layer C + n·d to d and the others C + d to d. `embedding` is [V, d]. `head` is
+    a dict of `weight` [V, d] and `bias` [V], or None when it is tied to the embedding. `input_norm`, a pair
+    (weight [d], bias [d]), is the study's own affine after the embedding's LayerNorm; None leaves it out.
+    """
+
+    def __init__(self, context_layers, token_layers, embedding, head=None, input_norm=None):
+        self.context_layers = [_copy(layer) for layer in context_layers]
+        self.token_layers = [_copy(layer) for layer in token_layers]
+        self.embedding = embedding.detach().clone()
+        self.head = None if head is None else _copy(head)
+        self.input_norm = None if input_norm is None else tuple(part.detach().clone() for part in input_norm)
+
+
+def _copy(layer):
+    return {name: tensor.detach().clone() for name, tensor in layer.items()}
+
+
+def zero_head(vocabulary, d, dtype=torch.float32):
+    """An untied head as it starts: logits are zero whatever it reads."""
+    return {"weight": torch.zeros(vocabulary, d, dtype=dtype), "bias": torch.zeros(vocabulary, dtype=dtype)}
+
+
+def token_input(embedding, tokens, t, n, input_norm=None):
+    """u_t = (x_{t-n+1}, …, x_t), [n·d]: normalised embeddings, zeros before the stream."""
+    d = embedding.shape[1]
+    parts = []
+    for position in range(t - n + 1, t + 1):
+        if position < 0:
+            parts.append(embedding.new_zeros(d))
+            continue
+        x = F.layer_norm(embedding[tokens[position]], (d,), eps=1e-5)
+        if input_norm is not None:
+            weight, bias = input_norm
+            if position < t:  # the study trains its affine through the current token alone
+                weight, bias = weight.detach(), bias.detach()
+            x = x * weight + bias
+        parts.append(x)
+    return torch.cat(parts)
+
+
+def token_inputs(embedding, tokens, n, input_norm=None):
+    """`token_input` of every position, [T, n·d]."""
+    return torch.stack([token_input(embedding, tokens, t, n, input_norm) for t in range(len(tokens))])
+
+
+def _layer(layer, residual, read):
+    """LayerNorm(residual + ReLU(Linear(read)))."""
+    out = residual + torch.relu(layer["weight"] @ read + layer["bias"])
+    return F.layer_norm(out, out.shape, layer["norm_weight"], layer["norm_bias"], eps=1e-5)
+
+
+def context_step(weights, c, u):
+    """ContextBlock on one token: c [C], u [n·d] → every layer's output, L times [C]; the last is the new context."""
+    outputs = []
+    for layer in weights.context_layers:
+        c = _layer(layer, c, torch.cat([c, u]))
+        outputs.append(c)
+    return outputs
+
+
+def token_step(weights, contexts, u):
+    """TokenBlock on one token: layer l reads `contexts[l]` [C]; u [n·d] gives h [d]."""
+    d = weights.embedding.shape[1]
+    h = u
+    for layer, c in zip(weights.token_layers, contexts, strict=True):
+        h = _layer(layer, h[-d:], torch.cat([c, h]))
+    return h
+
+
+def logits_of(weights, h):
+    """h [d] gives one logit for each token of the vocabulary, [V]."""
+    if weights.head is None:
+        return weights.embedding @ h
+    return weights.head["weight"] @ h + weights.head["bias"]
+
+
+def zero_context(weights):
+    """The context before the stream, [C]."""
+    return torch.zeros_like(weights.context_layers[0]["bias"])
+
+
+@torch.no_grad()
+def run_contexts(weights, tokens, n, embedding=None):
+    """c_t = ContextBlock(c_{t-1}, u_t) along the stream: every layer's output at every token, [T, L, C]."""
+    embedding = weights.embedding if embedding is None else embedding
+    c = zero_context(weights)
+    contexts = []
+    for t in range(len(tokens)):
+        outputs = context_step(weights, c, token_input(embedding, tokens, t, n, weights.input_norm))
+        contexts.append(torch.stack(outputs))
+        c = outputs[-1]
+    return torch.stack(contexts)
+
+
+def phase1(weights, tokens, n, settings, noise):
+    """Train the ContextBlock in place: contexts that stay where they are (fixed point) and differ (diversity).
+
+    `noise(iteration, block, (rows, C))` gives standard normal draws; iterations count from 1, blocks from 0.
+    Returns the iterations' records and the last iteration's (noisy) contexts [T, C].
+    """
+    w = settings["dist_reg_weight"]
+    rows = settings["phase1_batch_size"]
+    parameters = [tensor for layer in weights.context_layers for tensor in layer.values()]
+    for tensor in parameters:
+        tensor.requires_grad_(True)
+    optimiser = torch.optim.Adam(parameters, lr=settings["phase1_learning_rate"])
+    starts = range(0, len(tokens), rows)
+
+    previous = run_contexts(weights, tokens, n)[:, -1]
+    records = [{"iteration": 1, "fixed_point_loss": None, "diversity_loss": None, "loss": None}]
+    records[0] |= {"converged_tokens": 0, "converged_ratio": 0.0}
+    for iteration in range(2, settings["phase1_max_iterations"] + 1):
+        contexts, fixed_point_sum, diversity_sum, loss_sum, converged = [], 0.0, 0.0, 0.0, 0
+        optimiser.zero_grad()
+        for block, start in enumerate(starts):
+            positions = range(start, min(start + rows, len(tokens)))
+            draws = noise(iteration, block, (len(positions), previous.shape[1]))
+            outputs = []
+            for row, t in enumerate(positions):
+                read = previous[t - 1] + settings["phase1_context_noise"] * draws[row]  # t = 0 reads the last context
+                u = token_input(weights.embedding, tokens, t, n, weights.input_norm)
+                outputs.append(context_step(weights, read, u)[-1])
+            out = torch.stack(outputs)
+            squared = (out - previous[start : positions[-1] + 1]) ** 2
+            fixed_point = squared.mean()
+            diversity = -((out - out.mean(dim=0)) ** 2).sum().sqrt() / len(positions)
+            loss = (1 - w) * fixed_point + w * diversity
+            (loss / len(starts)).backward()
+            fixed_point_sum += fixed_point.item()
+            diversity_sum += diversity.item()
+            loss_sum += loss.item()
+            converged += int((squared.mean(dim=1) < settings["phase1_convergence_threshold"]).sum())
+            contexts.append(out.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, settings["phase1_gradient_clip"])
+        optimiser.step()
+        previous = torch.cat(contexts)  # as they were before the step
+        ratio = converged / len(tokens)
+        record = {"iteration": iteration, "converged_tokens": converged, "converged_ratio": ratio}
+        record["fixed_point_loss"] = fixed_point_sum / len(starts)
+        record["diversity_loss"] = diversity_sum / len(starts)
+        record["loss"] = loss_sum / len(starts)
+        records.append(record)
+        if iteration >= settings["phase1_min_iterations"] and ratio >= settings["phase1_min_converged_ratio"]:
+            break
+    for tensor in parameters:
+        tensor.requires_grad_(False)
+    return records, previous
+
+
+def phase2(weights, train_tokens, val_tokens, n, settings):
+    """Train the TokenBlock in place to predict the next token from frozen contexts; the best epoch's weights are kept.
+
+    Returns a dict: `epochs` (a record each), `steps` (every update's training loss), `best_epoch` (from 1) and
+    `val_losses` (the best epoch's, one for each validation target, [N - 1]).
+    With `weights.input_norm` that affine is trained too, and contexts are folded anew with it as it moves.
+    """
+    snapshot = weights.embedding.detach().clone()  # contexts keep Phase 1's embedding
+    parameters = [tensor for layer in weights.token_layers for tensor in layer.values()]
+    if weights.head is not None:
+        parameters += weights.head.values()
+    if weights.input_norm is not None:
+        parameters += weights.input_norm
+    if not settings["phase2_freeze_embedding"]:
+        parameters.append(weights.embedding)
+    for tensor in parameters:
+        tensor.requires_grad_(True)
+    optimiser = torch.optim.Adam(parameters, lr=settings["phase2_learning_rate"])
+
+    def predict(tokens, t, contexts):
+        u = token_input(weights.embedding, tokens, t, n, weights.input_norm)
+        return logits_of(weights, token_step(weights, contexts, u))
+
+    train_contexts = run_contexts(weights, train_tokens, n, snapshot)
+    val_contexts = run_contexts(weights, val_tokens, n, snapshot)
+    targets = len(train_tokens) - 1
+    epochs, steps, best, best_tensors = [], [], None, None
+    for epoch in range(1, settings["phase2_epochs"] + 1):
+        loss_sum, hits, c = 0.0, 0, zero_context(weights)
+        for start in range(0, targets, settings["phase2_batch_size"]):
+            positions = range(start, min(start + settings["phase2_batch_size"], targets))
+            rows = []
+            for t in positions:
+                contexts = train_contexts[t]
+                if weights.input_norm is not None:
+                    with torch.no_grad():
+                        u = token_input(snapshot, train_tokens, t, n, weights.input_norm)
+                        contexts = context_step(weights, c, u)
+                        c = contexts[-1]
+                rows.append(predict(train_tokens, t, contexts))
+            logits = torch.stack(rows)
+            following = torch.as_tensor([int(train_tokens[t + 1]) for t in positions])
+            loss = F.cross_entropy(logits, following)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings["phase2_gradient_clip"])
+            optimiser.step()
+            steps.append(loss.item())
+            loss_sum += loss.item() * len(positions)
+            hits += int((logits.argmax(dim=1) == following).sum())
+        if weights.input_norm is not None:
+            val_contexts = run_contexts(weights, val_tokens, n, snapshot)
+        with torch.no_grad():
+            logits = torch.stack([predict(val_tokens, t, val_contexts[t]) for t in range(len(val_tokens) - 1)])
+            following = torch.as_tensor([int(token) for token in val_tokens[1:]])
+            val_losses = F.cross_entropy(logits, following, reduction="none")
+        record = {"epoch": epoch, "train_loss": loss_sum / targets, "train_accuracy": hits / targets}
+        record["val_loss"] = val_losses.mean().item()
+        record["val_accuracy"] = (logits.argmax(dim=1) == following).double().mean().item()
+        epochs.append(record)
+        if best is None or record["val_loss"] < best["val_loss"]:
+            best = {"best_epoch": epoch, "val_loss": record["val_loss"], "val_losses": val_losses}
+            best_tensors = [tensor.detach().clone() for tensor in parameters]
+        elif epoch - best["best_epoch"] >= settings["phase2_patience"]:
+            break
+    for tensor, kept in zip(parameters, best_tensors, strict=True):
+        tensor.requires_grad_(False)
+        tensor.copy_(kept)
+    return {"epochs": epochs, "steps": steps, "best_epoch": best["best_epoch"], "val_losses": best["val_losses"]}
+
+
+def effective_rank(matrix):
+    """exp(H(p)), p the singular values over their sum, the matrix not centred (Roy & Vetterli, 2007)."""
+    values = torch.linalg.svdvals(matrix)
+    p = values / values.sum()
+    return math.exp(-sum(float(share) * math.log(float(share)) for share in p if share > 0))
+
+
+def parameter_counts(num_layers, context_dim, embed_dim, num_input_tokens):
+    """(ContextBlock, TokenBlock as published, TokenBlock as trained): Linear weights and biases, LayerNorm affines."""
+    tokens_dim = num_input_tokens * embed_dim
+    context = published = trained = 0
+    for layer in range(num_layers):
+        context += context_dim * (context_dim + tokens_dim) + context_dim + 2 * context_dim
+        published += embed_dim * (context_dim + tokens_dim) + embed_dim + 2 * embed_dim
+        read = tokens_dim if layer == 0 else embed_dim
+        trained += embed_dim * (context_dim + read) + embed_dim + 2 * embed_dim
+    return context, published, trained

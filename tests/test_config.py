@@ -1,0 +1,380 @@
+"""Parameters: what is refused and how, what identifies a run, and how a grid file becomes runs."""
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.files import ROOT
+
+FIELDS = Experiment.model_fields
+GRIDS = sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml"))
+
+
+def refusal(call, *arguments, **keywords) -> str:
+    """The message of the ConfigError that the call must raise, one line of text."""
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **keywords)
+    message = str(caught.value)
+    assert message.strip() == message and "\n" not in message
+    return message
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("num_layer", 3, "did you mean num_layers?"),
+        ("phase2_learningrate", 0.1, "did you mean phase2_learning_rate?"),
+        ("xyz", 1, "see the README's table of parameters"),
+        (1, 2, "is not a parameter"),
+        ("num_layers", "3", "write it without quotes"),
+        ("num_layers", 3.0, "it should be a valid integer"),
+        ("num_layers", True, "it should be a valid integer"),
+        ("num_layers", None, "it should be a valid integer"),
+        ("train_tokens", [20_000], "it should be a valid integer"),
+        ("use_weight_tying", "yes", "it should be a valid boolean"),
+        ("use_weight_tying", 1, "it should be a valid boolean"),
+        ("corpus", 7, "it should be a valid string"),
+        ("corpus", "", "it should have at least 1 character"),
+        ("phase1_learning_rate", "1e-4", "write 1.0e-4"),
+        ("phase1_learning_rate", "fast", "it should be a valid number"),
+        ("num_layers", 0, "greater than or equal to 1"),
+        ("context_dim", -768, "greater than or equal to 1"),
+        ("embed_dim", 0, "greater than or equal to 1"),
+        ("num_input_tokens", 0, "greater than or equal to 1"),
+        ("train_tokens", 0, "greater than or equal to 1"),
+        ("val_samples", -1, "greater than or equal to 1"),
+        ("phase2_batch_size", 0, "greater than or equal to 1"),
+        ("phase2_learning_rate", 0.0, "greater than 0"),
+        ("phase2_learning_rate", float("inf"), "it should be a finite number"),
+        ("phase1_context_noise", -0.1, "greater than or equal to 0"),
+        ("phase1_context_noise", float("nan"), "it should be a finite number"),
+        ("dist_reg_weight", 1.5, "less than or equal to 1"),
+        ("dist_reg_weight", float("nan"), "less than or equal to 1"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("seed", 2**32, "less than"),
+        ("device", "gpu", "auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:", "auto, cpu, cuda or cuda:N"),
+        ("dtype", "float16", "'float32' or 'bfloat16'"),
+        ("design", "deep", "choose"),
+        ("experiment", "a/b", "label"),
+        ("experiment", "", "label"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_with_parameter_value_and_remedy(name, value, remedy):
+    message = refusal(Experiment.from_mapping, {name: value})
+    assert message.startswith(f"{name} = {value!r} is not ")
+    assert remedy in message
+    assert message.count(" = ") == 1
+
+
+def test_every_bad_value_is_named():
+    message = refusal(Experiment.from_mapping, {"context_dim": 0, "num_layer": 6})
+    assert sorted(part.split(" = ")[0] for part in message.split("; ")) == ["context_dim", "num_layer"]
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"train_tokens": 20_000, "train_samples": 50}, "give exactly one"),
+        ({"train_tokens": None, "train_samples": None}, "give exactly one"),
+        ({"train_capacity_tokens": 9, "train_capacity_samples": 8}, "give at most one"),
+        ({"phase1_min_iterations": 5, "phase1_max_iterations": 4}, "lower the first or raise the second"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(values, remedy):
+    message = refusal(Experiment.from_mapping, values)
+    assert remedy in message
+    assert all(f"{name} = {value}" in message for name, value in values.items())
+
+
+def test_later_mappings_override_earlier_ones():
+    experiment = Experiment.from_mapping({"num_layers": 6, "seed": 1}, {"num_layers": 3})
+    assert (experiment.num_layers, experiment.seed, experiment.context_dim) == (3, 1, 768)
+
+
+# What identifies a run
+
+TEXTS = {
+    "experiment": ["A", "B", "0-wide_v1.2"],
+    "corpus": ["chitchat", "ultrachat", "texts/mine.txt"],
+    "embedding": ["ppmi", "random", "gpt2"],
+    "device": ["auto", "cpu", "cuda", "cuda:1"],
+}
+
+
+def valid(name: str) -> st.SearchStrategy:
+    """Valid values of one parameter."""
+    kind, default = FIELDS[name].annotation, FIELDS[name].default
+    if name in TEXTS:
+        return st.sampled_from(TEXTS[name])
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if isinstance(default, bool):
+        return st.booleans()
+    if isinstance(default, float):
+        return st.floats(0, 1, exclude_min=True)
+    if type(None) in typing.get_args(kind):
+        return st.none() | st.integers(1, 10**7)
+    return st.integers(1, 10**7)
+
+
+@st.composite
+def parameters(draw) -> dict:
+    """Every parameter, with values that agree with one another."""
+    values = draw(st.fixed_dictionaries({name: valid(name) for name in FIELDS}))
+    given_size = draw(st.sampled_from(["train_tokens", "train_samples"]))
+    values |= {"train_tokens": None, "train_samples": None, given_size: draw(st.integers(1, 10**7))}
+    values[draw(st.sampled_from(["train_capacity_tokens", "train_capacity_samples"]))] = None
+    iterations = sorted([values["phase1_min_iterations"], values["phase1_max_iterations"]])
+    return values | dict(zip(["phase1_min_iterations", "phase1_max_iterations"], iterations, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=parameters(), data=st.data())
+def test_an_experiment_survives_json_and_yaml_in_any_order(values, data):
+    experiment = Experiment.from_mapping(values)
+    written = experiment.model_dump()
+    assert written == values
+    shuffled = dict(data.draw(st.permutations(list(written.items()))))
+    for reread in (json.loads(json.dumps(shuffled)), yaml.safe_load(yaml.safe_dump(shuffled, sort_keys=False))):
+        again = Experiment.from_mapping(reread)
+        assert again == experiment
+        assert again.params_hash == experiment.params_hash
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=parameters(), data=st.data())
+def test_any_changed_parameter_changes_the_hash(values, data):
+    name = data.draw(st.sampled_from([name for name in FIELDS if name != "design"]))
+    other = data.draw(valid(name))
+    assume(other != values[name])
+    try:
+        changed = Experiment.from_mapping(values | {name: other})
+    except ConfigError:
+        assume(False)
+    assert changed.params_hash != Experiment.from_mapping(values).params_hash
+
+
+def test_a_whole_number_is_the_same_as_its_float():
+    assert Experiment(phase1_gradient_clip=1).params_hash == Experiment(phase1_gradient_clip=1.0).params_hash
+
+
+def test_an_experiment_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Experiment().seed = 1
+
+
+# A notebook's namespace
+
+IPYTHON = {
+    "__name__": "__main__",
+    "__doc__": "text",
+    "_": "",
+    "_i1": "num_layers = 3",
+    "_ih": ["", "num_layers = 3"],
+    "_oh": {},
+    "_exit_code": 0,
+    "In": ["", "num_layers = 3"],
+    "Out": {},
+    "get_ipython": lambda: None,
+    "exit": object(),
+    "open": open,
+    "json": json,
+    "Path": Path,
+    "Experiment": Experiment,
+    "load_grid": load_grid,
+}
+
+
+def test_a_notebooks_parameters_are_found_among_ipythons_names():
+    found = Experiment.from_namespace(IPYTHON | {"num_layers": 3, "train_samples": None, "output_dir": "outputs/x"})
+    assert found == Experiment(num_layers=3)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, "text", None, [1], {"a": 1}])
+def test_an_unknown_plain_value_in_a_notebook_is_refused(value):
+    message = refusal(Experiment.from_namespace, IPYTHON | {"num_layer": value})
+    assert message == f"num_layer = {value!r} is not a parameter: did you mean num_layers?"
+
+
+def test_names_beside_the_parameters_are_allowed_only_when_listed():
+    assert Experiment.from_namespace({"run_name": "x"}, also=("run_name",)) == Experiment()
+    assert "output_dir" in refusal(Experiment.from_namespace, {"output_dir": "x"}, also=("run_name",))
+
+
+# YAML files
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"num_layers: [1", "is not readable as YAML"),
+        (b"corpus: \xff\xfe", "is not readable as YAML"),
+        (b"- num_layers\n- 6\n", "holds list"),
+        (b"", "holds NoneType"),
+    ],
+)
+def test_a_parameter_file_that_holds_no_mapping_is_named(tmp_path, content, complaint):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    message = refusal(read_yaml, file)
+    assert str(file) in message and complaint in message
+
+
+def test_a_parameter_file_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        message = refusal(read_yaml, path)
+        assert str(path) in message and "check the name" in message
+
+
+def test_the_base_file_holds_every_parameter_with_its_default():
+    base = read_yaml("params/base.yaml")
+    assert set(base) == set(FIELDS)
+    assert Experiment.from_mapping(base) == Experiment()
+
+
+def test_the_two_configurations_are_the_studys():
+    shapes = {}
+    for label in "AB":
+        values = read_yaml(f"params/{label}.yaml")
+        assert set(values) <= set(FIELDS)
+        experiment = Experiment.from_mapping(read_yaml("params/base.yaml"), values)
+        shapes[experiment.experiment] = (experiment.num_layers, experiment.context_dim, experiment.embed_dim)
+    assert shapes == {"A": (6, 768, 768), "B": (3, 1536, 768)}
+
+
+# Grids
+
+
+def grid_file(folder: Path, **content) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump({"experiments": {"A": {}}} | content, sort_keys=False), encoding="utf-8")
+    return str(file)
+
+
+def test_a_grid_crosses_experiments_with_swept_values(tmp_path):
+    (tmp_path / "wide.yaml").write_text("experiment: other\nnum_layers: 3\ncontext_dim: 64\n", encoding="utf-8")
+    grid = load_grid(
+        grid_file(
+            tmp_path,
+            title="Mine",
+            common={"embed_dim": 32, "context_dim": 32},
+            experiments={"narrow": None, "wide": str(tmp_path / "wide.yaml"), "wide-n1": {"num_input_tokens": 1}},
+            sweep={"train_tokens": [100, 200], "phase2_learning_rate": [0.001, 1.0e-5]},
+        )
+    )
+    assert (grid.name, grid.title, grid.description) == ("mine", "Mine", "")
+    assert len(grid.runs) == 3 * 2 * 2
+    assert list(grid.runs)[:2] == [
+        "narrow_train_tokens-100_phase2_learning_rate-0.001",
+        "narrow_train_tokens-100_phase2_learning_rate-1e-05",
+    ]
+    run = grid.runs["wide_train_tokens-200_phase2_learning_rate-0.001"]
+    expected = {"experiment": "wide", "num_layers": 3, "context_dim": 64, "embed_dim": 32, "train_tokens": 200}
+    assert run == Experiment.from_mapping(expected, {"phase2_learning_rate": 0.001})
+    assert len({run.params_hash for run in grid.runs.values()}) == len(grid.runs)
+
+
+def test_a_grid_without_a_sweep_has_one_run_for_each_experiment(tmp_path):
+    grid = load_grid(grid_file(tmp_path, experiments={"A": {}, "B": {"num_layers": 3}}))
+    assert {name: run.num_layers for name, run in grid.runs.items()} == {"A": 6, "B": 3}
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 10**6), min_size=2, max_size=6, unique=True), data=st.data())
+def test_a_longer_sweep_adds_runs_and_changes_none(tmp_path_factory, sizes, data):
+    folder = tmp_path_factory.mktemp("grid")
+    shorter = data.draw(st.lists(st.sampled_from(sizes), min_size=1, unique=True))
+    before = load_grid(grid_file(folder, sweep={"train_tokens": shorter, "seed": [1, 2]})).runs
+    after = load_grid(grid_file(folder, sweep={"train_tokens": sizes, "seed": [1, 2]})).runs
+    assert len(before) == 2 * len(shorter) and len(after) == 2 * len(sizes)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"swep": {}}, "'swep' is no key of a grid file"),
+        ({1: 2, "x": 3}, "is no key of a grid file"),
+        ({"experiments": {}}, "'experiments' must map"),
+        ({"experiments": ["A", "B"]}, "'experiments' must map"),
+        ({"experiments": {"A": [1]}}, "'A' must be a parameter file or values"),
+        ({"experiments": {"a b": {}}}, "experiment = 'a b'"),
+        ({"common": 5}, "'common' must map"),
+        ({"common": {"num_layer": 3}}, "run A: num_layer = 3 is not a parameter: did you mean num_layers?"),
+        ({"sweep": {"seed": 3}}, "'sweep' must map parameter names to non-empty lists"),
+        ({"sweep": {"seed": []}}, "'sweep' must map parameter names to non-empty lists"),
+        ({"sweep": {"sed": [1]}}, "run A_sed-1: sed = 1 is not a parameter: did you mean seed?"),
+        ({"sweep": {"seed": [1, "2"]}}, "run A_seed-2: seed = '2'"),
+        ({"sweep": {"train_samples": [50]}}, "give exactly one"),
+        ({"sweep": {"corpus": ["texts/mine.txt"]}}, "cannot name a folder"),
+        ({"title": 7}, "title = 7"),
+    ],
+)
+def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, content, complaint):
+    file = grid_file(tmp_path)
+    written = yaml.safe_load(Path(file).read_text(encoding="utf-8")) | content
+    Path(file).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    message = refusal(load_grid, file)
+    assert file in message and complaint in message
+
+
+def test_a_grids_parameter_file_that_is_missing_is_named(tmp_path):
+    message = refusal(load_grid, grid_file(tmp_path, experiments={"A": "params/C.yaml"}))
+    assert message == "params/C.yaml cannot be read (No such file or directory): check the name"
+
+
+def test_a_missing_grid_is_answered_with_the_known_ones():
+    message = refusal(load_grid, "quikc")
+    assert "'quikc'" in message and all(name in message for name in GRIDS)
+    assert "missing.yaml" in refusal(load_grid, "params/grids/missing.yaml")
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_of_the_repository_loads(name):
+    grid = load_grid(name)
+    assert grid.name == name and grid.title and grid.description
+    assert len({run.params_hash for run in grid.runs.values()}) == len(grid.runs) > 0
+
+
+def test_the_quick_grid_keeps_the_studys_proportions():
+    runs = load_grid("quick").runs.values()
+    assert {run.experiment for run in runs} == {"A", "B"}
+    for label, layers, ratio in (("A", 6, 1), ("B", 3, 2)):
+        own = [run for run in runs if run.experiment == label]
+        assert {(run.num_layers, run.context_dim / run.embed_dim) for run in own} == {(layers, ratio)}
+        assert {run.embed_dim for run in own} == {own[0].embed_dim} and own[0].embed_dim >= 128
+        sizes = {run.train_tokens for run in own}
+        assert len(sizes) >= 4 and min(sizes) >= 20_000
+        assert {run.corpus for run in own} == {"chitchat"}
+    by_label = [{(run.train_tokens, run.seed) for run in runs if run.experiment == label} for label in "AB"]
+    assert by_label[0] == by_label[1]
+
+
+def test_the_quick_grid_changes_only_widths_and_sizes():
+    free = {"experiment", "num_layers", "context_dim", "embed_dim"}
+    free |= {"train_tokens", "val_samples", "test_samples", "seed"}
+    for run in load_grid("quick").runs.values():
+        assert run.model_dump(exclude=free) == Experiment().model_dump(exclude=free)
+        assert run.val_samples != Experiment().val_samples
+
+
+def test_the_study_grid_is_the_study():
+    shapes = {"A": {"num_layers": 6, "context_dim": 768}, "B": {"num_layers": 3, "context_dim": 1536}}
+    expected = [
+        Experiment.from_mapping({"experiment": label, "train_tokens": size}, shape)
+        for label, shape in shapes.items()
+        for size in (86_925, 183_620)
+    ]
+    runs = list(load_grid("study").runs.values())
+    assert sorted(run.params_hash for run in runs) == sorted(run.params_hash for run in expected)
+    assert all((run.corpus, run.embed_dim, run.seed) == ("chitchat", 768, 42) for run in runs)

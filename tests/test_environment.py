@@ -1,0 +1,175 @@
+"""The set-up says the same thing twice, notebooks are clean, and imports run one way."""
+
+import ast
+import graphlib
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ctxlm.config import Experiment
+from ctxlm.files import ROOT
+
+# Dependencies
+
+CONDA_NAMES = {
+    "pytorch": "torch",
+    "pytorch-cpu": "torch",
+    "matplotlib-base": "matplotlib",
+    "seaborn-base": "seaborn",
+    "snakemake-minimal": "snakemake",
+}
+
+
+def lower_bounds(lines: list[str]) -> dict[str, str | None]:
+    """Each package's PyPI name → its lower bound, or None where there is none."""
+    bounds: dict[str, str | None] = {}
+    for line in lines:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        assert name not in bounds, f"{name} is listed twice"
+        bounds[name] = next((part.version for part in requirement.specifier if part.operator == ">="), None)
+    return bounds
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str | None]:
+    """environment.yml's packages, conda's and pip's together, under their PyPI names."""
+    content = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    lines = []
+    for entry in content["dependencies"]:
+        lines += entry["pip"] if isinstance(entry, dict) else [entry]
+    editable = [line for line in lines if line.startswith("-")]
+    assert editable in ([], ["-e ."]), "conda hands these lines to pip as a requirements file, which takes few options"
+    bounds = lower_bounds([line for line in lines if line not in editable])
+    return {CONDA_NAMES.get(name, name): bound for name, bound in bounds.items()}
+
+
+def test_both_set_ups_name_the_same_packages_with_the_same_lower_bounds(project, environment):
+    lines = list(project["dependencies"])
+    for extra in project.get("optional-dependencies", {}).values():
+        lines += [line for line in extra if Requirement(line).name != project["name"] and line not in lines]
+    wanted = lower_bounds(lines)
+    assert {name: bound for name, bound in environment.items() if name not in ("python", "pip")} == wanted
+    assert all(wanted.values()), "every package has a lower bound"
+
+
+def test_both_set_ups_ask_for_the_same_python(project, environment):
+    assert project["requires-python"].startswith(">=3.11")
+    assert environment["python"] == "3.11"
+
+
+# Notebooks
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def parameter_cell(path: Path) -> dict:
+    """What the one cell tagged "parameters" assigns: names → literal values."""
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    values = {}
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign), f"line {statement.lineno} assigns nothing"
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        (name,) = [target.id for target in targets]
+        values[name] = ast.literal_eval(statement.value)
+    return values
+
+
+def test_the_main_notebooks_are_there():
+    assert {"01_corpus", "02_experiment", "03_analysis"} <= {path.stem for path in NOTEBOOKS}
+
+
+@each_notebook
+def test_a_notebook_is_valid_and_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs for cell in code)
+    assert {cell.execution_count for cell in code} == {None}
+
+
+@each_notebook
+def test_a_notebook_is_a_table_of_contents(path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, f"{path.name}:{cell.id}", "exec")
+            if "parameters" not in cell.metadata.get("tags", []):
+                assert len(cell.source.splitlines()) <= 30, f"cell {cell.id} belongs in a module"
+
+
+@each_notebook
+def test_a_notebooks_parameters_are_literals(path):
+    assert parameter_cell(path)
+
+
+def test_the_experiment_notebook_has_every_parameter():
+    values = parameter_cell(ROOT / "notebooks" / "02_experiment.ipynb")
+    assert set(Experiment.model_fields) <= set(values)
+    assert Experiment.from_namespace(values)
+
+
+# Imports
+
+FLOORS = [
+    {"ctxlm", "ctxlm.files"},
+    {"ctxlm.config"},
+    {"ctxlm.corpus", "ctxlm.embeddings"},
+    {"ctxlm.model"},
+    {"ctxlm.results", "ctxlm.metrics", "ctxlm.recurrence", "ctxlm.loss"},
+    {"ctxlm.phase1", "ctxlm.phase2", "ctxlm.baselines", "ctxlm.generate"},
+    {"ctxlm.analysis"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules a source file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> dict[str, Path]:
+    """Each module of the package → its file."""
+    named = {}
+    for path in (ROOT / "ctxlm").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def floor(module: str) -> int:
+    package = "ctxlm.analysis" if module.startswith("ctxlm.analysis.") else module
+    return next(level for level, members in enumerate(FLOORS) if package in members)
+
+
+def test_imports_run_one_way():
+    files = modules()
+    assert "ctxlm.config" in files
+    graph = {module: imports(path) & files.keys() - {"ctxlm", module} for module, path in files.items()}
+    for module, imported in graph.items():
+        above = {other for other in imported if floor(other) > floor(module)}
+        assert not above, f"{module} imports {sorted(above)} from a floor above its own"
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(files)
+
+
+def test_the_literal_twin_shares_nothing_with_the_package():
+    assert {name.split(".")[0] for name in imports(ROOT / "tests" / "literal.py")} == {"math", "torch"}

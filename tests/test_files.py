@@ -1,0 +1,167 @@
+"""Files replaced whole or not at all, and digests that tell apart what differs."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctxlm import files
+from ctxlm.files import ROOT, atomic, cache_dir, digest, resolve, source_hash
+
+
+def child(script: str, path) -> subprocess.Popen:
+    """A Python process that runs `script` with `path` as its argument, its output readable as text."""
+    command = [sys.executable, "-c", script, str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_old_file_stands_until_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "folder" / "metrics.json"
+    with atomic(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists()
+    with atomic(path) as temporary:
+        assert temporary.parent == path.parent and temporary.suffix == ".json"  # np.savez appends what is lacking
+        temporary.write_text("ne")
+        assert path.read_text() == "old"
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failing_block_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "history.csv"
+    path.write_text("old")
+    with pytest.raises(error), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failing_first_write_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError), atomic(tmp_path / "history.csv") as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replacement_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "history.csv"
+    path.write_text("old")
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"), atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+FILL = """
+import resource, sys
+from pathlib import Path
+from ctxlm.files import atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with atomic(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"x" * 1001)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system limits no file sizes")
+def test_a_write_that_finds_no_room_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("old")
+    process = child(FILL, path)
+    errors = process.communicate()[1]
+    assert process.returncode == 1 and "File too large" in errors
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+STALL = """
+import signal, sys
+from pathlib import Path
+from ctxlm.files import atomic
+with atomic(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print("half written", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_killed_writer_leaves_the_old_file_and_a_dot_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+    process = child(STALL, path)
+    assert process.stdout.readline() == "half written\n"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    (left,) = set(tmp_path.iterdir()) - {path}
+    assert left.name.startswith(".") and left.read_text() == "half"
+    with atomic(path) as temporary:  # and what it left stands in nobody's way
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_a_new_file_has_the_rights_of_any_other(tmp_path):
+    path, other = tmp_path / "a.json", tmp_path / "b.json"
+    with atomic(path) as temporary:
+        temporary.write_text("a")
+    other.write_text("b")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+parts = st.lists(st.binary(max_size=4), max_size=4)
+
+
+@given(one=parts, other=parts)
+def test_digests_are_equal_only_for_equal_parts(one, other):
+    assert (digest(*one) == digest(*other)) == (one == other)
+
+
+@given(text=st.text(), cut=st.integers(0, 20))
+def test_a_digest_sees_where_one_part_ends(text, cut):
+    assert digest(text[:cut], text[cut:]) != digest(text)
+    assert digest(text) == digest(text.encode())
+    assert len(digest(text)) == 16 and int(digest(text), 16) >= 0
+
+
+def test_the_source_hash_sees_content_and_name_and_not_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    (tmp_path / "one.py").write_text("a = 1\n")
+    (tmp_path / "two.py").write_text("b = 2\n")
+    before = source_hash("one.py", "two.py")
+    assert source_hash("two.py", "one.py") == before
+    (tmp_path / "two.py").write_text("b = 3\n")
+    changed = source_hash("one.py", "two.py")
+    assert changed != before
+    (tmp_path / "two.py").rename(tmp_path / "three.py")
+    assert source_hash("one.py", "three.py") not in (before, changed)
+    with pytest.raises(FileNotFoundError):
+        source_hash("two.py")
+
+
+def test_paths_are_taken_from_the_repository_wherever_it_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("params/base.yaml") == ROOT / "params" / "base.yaml"
+    assert (ROOT / "ctxlm" / "files.py").samefile(files.__file__)
+    assert resolve(tmp_path / "mine.txt") == tmp_path / "mine.txt"
+    assert resolve("~/mine.txt") == resolve(os.path.expanduser("~/mine.txt"))
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    assert cache_dir() == tmp_path / "cache" and cache_dir().is_dir()
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.delenv("CTXLM_CACHE")
+    assert cache_dir() == tmp_path / "data" / "cache" and cache_dir().is_dir()

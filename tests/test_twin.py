@@ -1,0 +1,105 @@
+"""Both phases step by step against the literal, token-by-token twin."""
+
+import pytest
+import torch
+
+import ctxlm.phase2
+from ctxlm.config import Experiment
+from ctxlm.model import generator
+from ctxlm.phase1 import train_context_block
+from ctxlm.phase2 import train_token_block
+from ctxlm.recurrence import sequential
+from tests import literal
+from tests.conftest import copied, stream, tiny
+
+SHAPES = [
+    {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2},
+    {"num_layers": 1, "context_dim": 20, "num_input_tokens": 1},
+    {"num_layers": 2, "context_dim": 8, "num_input_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_contexts_are_the_twins(shape):
+    model, tokens = tiny(**shape), stream(50)
+    twin = literal.run_contexts(copied(model), tokens.tolist(), shape["num_input_tokens"])
+    torch.testing.assert_close(sequential(model, tokens).values, twin[:, -1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_phase1_is_the_twins(shape, noise):
+    settings = Experiment.from_mapping(
+        {"embed_dim": 8, "phase1_batch_size": 32, "phase1_max_iterations": 6, "phase1_min_converged_ratio": 1.0},
+        {"phase1_context_noise": noise, "phase1_convergence_threshold": 0.2},
+        shape,
+    )
+    model, tokens = tiny(**shape), stream(70)
+    weights = copied(model)
+
+    def draws(iteration, block, shape):
+        return torch.randn(shape, generator=generator(settings.seed, "phase1_noise", iteration, block))
+
+    twin, twin_contexts = literal.phase1(
+        weights, tokens.tolist(), shape["num_input_tokens"], settings.model_dump(), draws
+    )
+    ours = train_context_block(model, tokens, sequential(model, tokens).values, settings)
+    assert ours.iterations == twin[-1]["iteration"]
+    assert ours.converged_tokens == twin[-1]["converged_tokens"]
+    for record in twin[1:]:
+        values = {row["metric"]: row["value"] for row in ours.history if row["step"] == record["iteration"]}
+        for name in ("fixed_point_loss", "diversity_loss", "converged_tokens", "converged_ratio"):
+            assert values[name] == pytest.approx(record[name], rel=1e-4, abs=1e-6), (name, record["iteration"])
+    torch.testing.assert_close(ours.contexts, twin_contexts, atol=2e-4, rtol=0)
+    for linear, layer in zip(model.context_block.linears, weights.context_layers, strict=True):
+        torch.testing.assert_close(linear.weight, layer["weight"], atol=2e-4, rtol=0)
+
+
+def test_phase1_stops_as_soon_as_enough_tokens_converged():
+    settings = Experiment.from_mapping({"embed_dim": 8, "context_dim": 12, "num_layers": 3})
+    model, tokens = tiny(), stream(300)
+    ours = train_context_block(model, tokens, sequential(model, tokens).values, settings)
+    ratios = [row["value"] for row in ours.history if row["metric"] == "converged_ratio"]
+    assert ours.iterations == len(ratios) + 1 <= settings.phase1_max_iterations
+    assert all(r < settings.phase1_min_converged_ratio for r in ratios[1:-1])
+    if ours.iterations < settings.phase1_max_iterations:
+        assert ratios[-1] >= settings.phase1_min_converged_ratio
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_phase2_is_the_twins(shape, tied, frozen, monkeypatch):
+    settings = Experiment.from_mapping(
+        {"embed_dim": 8, "phase2_batch_size": 16, "phase2_epochs": 3, "phase2_patience": 1},
+        {"use_weight_tying": tied, "phase2_freeze_embedding": frozen, "phase2_learning_rate": 0.01},
+        shape,
+    )
+    model, train, val = tiny(**shape, use_weight_tying=tied), stream(70), stream(40, seed=1)
+    weights = copied(model)
+    twin = literal.phase2(weights, train.tolist(), val.tolist(), shape["num_input_tokens"], settings.model_dump())
+
+    steps, ours_loss = [], ctxlm.phase2.linear_cross_entropy
+
+    def spy(*arguments):
+        result = ours_loss(*arguments)
+        if torch.is_grad_enabled():
+            steps.append(result[0].item())
+        return result
+
+    monkeypatch.setattr(ctxlm.phase2, "linear_cross_entropy", spy)
+    ours = train_token_block(
+        model,
+        (train, sequential(model, train).values),
+        (val, sequential(model, val).values),
+        settings,
+    )
+    assert steps == pytest.approx(twin["steps"], rel=1e-4)
+    assert (ours.best_epoch, ours.epochs_run) == (twin["best_epoch"], len(twin["epochs"]))
+    torch.testing.assert_close(ours.val_losses, twin["val_losses"], atol=1e-3, rtol=1e-4)
+    for epoch, record in enumerate(twin["epochs"], start=1):
+        values = {row["metric"]: row["value"] for row in ours.history if row["step"] == epoch}
+        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
+            assert values[name] == pytest.approx(record[name], rel=1e-4), (name, epoch)
+    for linear, layer in zip(model.token_block.linears, weights.token_layers, strict=True):
+        torch.testing.assert_close(linear.weight, layer["weight"], atol=1e-3, rtol=0)
