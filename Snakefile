@@ -4,7 +4,6 @@
 #
 # A finished run is not run again; an added size runs alone. A changed parameter or a changed source runs it anew.
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 
+import yaml
 from snakemake.exceptions import WorkflowError
 
 from ctxlm.config import ConfigError, load_grid
@@ -63,12 +63,13 @@ for name, run in GRID.runs.items():
 
 
 def papermill_yaml(parameters: dict) -> str:
-    """Parameters for papermill's -y: JSON is YAML."""
-    return json.dumps(parameters, sort_keys=True)
+    """Parameters for papermill's -y, on one line (not JSON: YAML reads its 1e-05 as text)."""
+    return yaml.safe_dump(parameters, default_flow_style=True, width=10**6).strip()
 
 
-# Keep the log; on failure repeat the notebook's own last sentence where the user looks.
+# The notebook's output goes to a log as it runs; on failure its last sentence is repeated where the user looks.
 PAPERMILL = "papermill --cwd . -k python3 --no-progress-bar --log-output"
+OR_SAY_WHY = " || {{ grep . {log.text} | tail -n 1 >&2; exit 1; }}"
 
 
 wildcard_constraints:
@@ -111,7 +112,7 @@ rule corpus:
         "Reading the corpus and its embeddings"
     shell:
         "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/01_corpus.ipynb {log.notebook} -y {params.values:q}"
-        " > {log.text} 2>&1 || {{ tail -n 1 {log.text} >&2; exit 1; }}"
+        " > {log.text} 2>&1" + OR_SAY_WHY
 
 
 rule experiment:
@@ -139,7 +140,7 @@ rule experiment:
     shell:
         "OMP_NUM_THREADS={threads} {params.gpu} " + PAPERMILL + " notebooks/02_experiment.ipynb {log.notebook}"
         " -y {params.values:q} 2>&1 | tee {log.text} | awk '/^(iteration|epoch) /"
-        " {{print \"{wildcards.run}: \" $0; fflush()}}' || {{ tail -n 1 {log.text} >&2; exit 1; }}"
+        " {{print \"{wildcards.run}: \" $0; fflush()}}'" + OR_SAY_WHY
 
 
 rule analysis:
@@ -158,7 +159,7 @@ rule analysis:
         "Analysing the grid"
     shell:
         PAPERMILL + " notebooks/03_analysis.ipynb {log.notebook} -y {params.values:q}"
-        " > {log.text} 2>&1 || {{ tail -n 1 {log.text} >&2; exit 1; }}"
+        " > {log.text} 2>&1" + OR_SAY_WHY
 
 
 rule report:

@@ -278,10 +278,10 @@ def check_hub(repository: str, kind: str) -> None:
     Raises:
         Exception: the hub cannot be reached or has no such repository. With HF_HUB_OFFLINE=1 it is not asked.
     """
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants
 
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=10)
+    if not constants.HF_HUB_OFFLINE:
+        HfApi().repo_info(repository, repo_type=kind, timeout=10)
 
 
 def _check_ultrachat(corpus: Corpus) -> None:

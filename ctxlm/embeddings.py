@@ -16,6 +16,9 @@ GPT2_STD = 0.14
 WINDOW = 4
 """Co-occurrence reaches so many tokens to either side, within a sample."""
 
+NOISE = 0.05
+"""Spread of the rows of tokens never seen, as a share of the others'."""
+
 SEED = 0
 """Embeddings belong to the data: they are the same for every `seed` of an experiment."""
 
@@ -46,24 +49,27 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
 
 
 def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:
-    """Rows U·√S of the truncated SVD of the stream's PPMI matrix, float32 [V, dim], with a standard deviation of 0.14.
+    """Rows of U·√S from the truncated SVD of the stream's PPMI matrix, each scaled to a spread of 0.14; [V, dim].
 
     PPMI = max(0, log(n_ij · n / (n_i · n_j))) over the counts n_ij of tokens at most `WINDOW` apart in a sample.
-    The standard deviation is that of all V · dim entries. Tokens never seen, and the dimensions beyond the matrix's
-    rank, hold noise of a twentieth of the seen tokens' standard deviation, so that no two tokens are alike.
+    Every row of a token that was seen has the root mean square GPT-2's entries have: unscaled, the rows of frequent
+    tokens are some 20 times longer than those of rare ones (GPT-2's differ by a factor of 2), and so are the logits
+    of a tied head. Tokens never seen get noise of a twentieth of that, and so does a dimension beyond the matrix's
+    rank, so that no two tokens are alike.
 
-    Source: Levy, Goldberg & Dagan 2015 (TACL 3), eigenvalue weighting p = 0.5.
+    Source: Levy, Goldberg & Dagan 2015 (TACL 3): eigenvalue weighting p = 0.5, rows normalised.
     """
     seen, matrix = _ppmi(stream)
     vectors, values = _largest_eigenpairs(matrix, min(dim, len(seen)))
     rows = vectors * np.sqrt(np.abs(values))
-    scale = float(rows.std()) if rows.size else 0.0
     embedding = np.random.default_rng(SEED).standard_normal((VOCABULARY, dim), dtype=np.float32)
-    embedding *= 0.05 * (scale or 1.0)
+    embedding *= NOISE
     filled = np.flatnonzero(np.abs(values) > 1e-5 * np.abs(values).max(initial=0))
-    embedding[np.ix_(seen, filled)] = rows[:, filled]
-    embedding *= GPT2_STD / embedding.std(dtype=np.float64)
-    return embedding
+    lengths = np.sqrt(np.square(rows[:, filled]).mean(1, keepdims=True)) if len(filled) else np.ones((len(seen), 1))
+    # A token without positive associations has no direction of its own: it keeps its noise.
+    has_one = np.flatnonzero(lengths[:, 0] > 1e-6 * lengths.max(initial=0))
+    embedding[np.ix_(seen[has_one], filled)] = rows[np.ix_(has_one, filled)] / lengths[has_one]
+    return embedding * np.float32(GPT2_STD)
 
 
 def _ppmi(stream: Stream) -> tuple[np.ndarray, scipy.sparse.csr_array]:

@@ -23,14 +23,10 @@ def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     """
     if runs.empty:
         return [nothing(summary["grid"])]
-    return [
-        *_answers(runs, summary),
-        _laws(summary),
-        *(_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]),
-        _overfitting(runs),
-        _convergence(runs),
-        _rank(runs),
-    ]
+    paragraphs = [*_answers(runs, summary), _laws(summary)]
+    paragraphs += [_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]]
+    paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
+    return [paragraph.replace(" %", "\u00a0%") for paragraph in paragraphs]  # no line begins with a per cent sign
 
 
 def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -40,7 +36,7 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     read = " and ".join(sorted(set(runs["corpus"] + " with " + runs["embedding"] + " embeddings")))
     samples = _span(val_by_sample.groupby("run")["sample"].nunique())
     return (
-        f"{len(runs)} runs read {read}: {_span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
+        f"**Runs.** {len(runs)}, on {read}: {_span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
         f"{_span(runs['val_tokens'], '{:,}'.format)} tokens of {samples} validation samples. Source: {sources(runs)}."
     )
 
@@ -89,7 +85,7 @@ def _answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
     for pair in summary["crossovers"]:  # one entry a pair
         a, b = pair["a"], pair["b"]
         differences = [d for d in summary["paired_differences"] if (d["a"], d["b"]) == (a, b)]
-        yield lead + (_verdict(names, a, b, differences) if differences else _incomparable(names, a, b))
+        yield lead + _verdict(names, a, b, differences)
         lead = ""
     if summary["paired_differences"]:
         samples = _span(d["samples"] for d in summary["paired_differences"])
@@ -100,32 +96,26 @@ def _answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         )
 
 
-def _incomparable(names: dict[str, str], a: str, b: str) -> str:
-    return f"{names[a]} and {names[b]} cannot be compared: no amount of training text was given to both."
-
-
 def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
+    if not differences:
+        return f"{names[a]} and {names[b]} cannot be compared: no amount of training text was given to both."
     won = {label: [d["train_tokens"] for d in differences if winner(d) == label] for label in (a, b, None)}
-    undecided, winners = won.pop(None), [label for label, sizes in won.items() if sizes]
-    tied = f"at {_sizes(undecided)} they cannot be told apart"
+    undecided = won.pop(None)
+    winners = sorted((label for label in won if won[label]), key=lambda label: won[label][0])
+    tied = f"; at {_sizes(undecided)} they cannot be told apart" if undecided else ""
     if not winners:
-        answer = (
-            f"{names[a]} and {names[b]} **cannot be told apart** at {_sizes(undecided)}: every interval includes 0."
-        )
+        answer = f"{names[a]} and {names[b]} **cannot be told apart** at {_sizes(undecided)}: no interval excludes 0"
     elif len(winners) == 1:
-        best, other = winners[0], b if winners[0] == a else a
-        rest = (
-            f"; {tied}" if undecided else ", the only size of both" if len(differences) == 1 else ", every size of both"
-        )
-        answer = f"{names[best]} **is better than** {names[other]} at {_sizes(won[best])}{rest}."
+        other = b if winners == [a] else a
+        rest = tied or (", every size of both" if len(differences) > 1 else ", the only size of both")
+        answer = f"{names[winners[0]]} **is better than** {names[other]} at {_sizes(won[winners[0]])}{rest}"
     else:
-        answer = "**It depends on the amount of text**: " + ", ".join(
-            f"{names[label]} is better at {_sizes(won[label])}"
-            for label in sorted(won, key=lambda label: won[label][0])
-        )
-        answer += f"; {tied}." if undecided else "."
+        both = ", ".join(f"{names[label]} is better at {_sizes(won[label])}" for label in winners)
+        answer = f"**It depends on the amount of text**: {both}{tied}"
     values = "; ".join(f"{_difference(d)} at {d['train_tokens']:,}" for d in differences)
-    return f"{answer} Validation PPL of {a} against {b}, with 95 % intervals: {values} tokens."
+    return (
+        f"{answer}. Validation PPL of {a} against {b}, with 95 % intervals (below 0, {a} is better): {values} tokens."
+    )
 
 
 def _difference(d: dict[str, Any]) -> str:
@@ -157,10 +147,12 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any]) -> str:
     low = max(laws[label]["tokens_min"] for label in (a, b))
     high = min(laws[label]["tokens_max"] for label in (a, b))
     below, above = (a, b) if laws[a]["alpha"] > laws[b]["alpha"] else (b, a)
-    where = "extrapolated from" if pair["extrapolated"] else "inside"
+    where = f"inside the measured range ({low:,} to {high:,})"
+    if pair["extrapolated"]:
+        where = f"extrapolated from {low:,} to {high:,}" if low <= high else "extrapolated, for no size of both is near"
     text = (
-        f"**Crossover.** The laws of {a} and {b} meet at about {_tokens(pair['tokens'])} tokens, {where} the measured "
-        f"range ({low:,} to {high:,}): {below} is better below, {above} above."
+        f"**Crossover.** The laws of {a} and {b} meet at about {_tokens(pair['tokens'])} tokens, {where}: "
+        f"by them, {below} is better below, {above} above."
     )
     intervals = [laws[label]["alpha_interval"] for label in (a, b)]
     if None in intervals:

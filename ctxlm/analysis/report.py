@@ -12,12 +12,13 @@ import tempfile
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-from ctxlm.config import ConfigError, load_grid
+from ctxlm.config import ConfigError, Grid, load_grid
 from ctxlm.files import resolve
 from ctxlm.results import git_commit, outputs_dir
 
@@ -35,25 +36,27 @@ header p { margin: .2rem 0; color: #555; font-size: .92rem; }
 a { color: #01598a; }
 img { display: block; margin: 1rem auto; max-width: 100%; }
 pre, code { font: .84rem/1.45 "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-pre { overflow-x: auto; margin: .4rem 0; white-space: pre-wrap; }
+pre { margin: .4rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .highlight { background: #f6f7f8; border-left: 3px solid #ccd3d8; padding: .2rem .7rem; margin: .8rem 0 .4rem; }
-.output_stderr, .output_stdout { color: #555; }
 .output { overflow-x: auto; }
-table { border-collapse: collapse; margin: .9rem auto; font-size: .8rem; line-height: 1.3; border: 0; }
-th, td { padding: .3rem .5rem; text-align: right; border: 0; border-bottom: 1px solid #e3e3e3; }
-th { vertical-align: bottom; border-bottom: 1.5px solid #888; }
-th:first-child, td:first-child { text-align: left; }
+.output_stream { color: #555; }
+table { border-collapse: collapse; margin: .9rem auto; font-size: .78rem; line-height: 1.3; border: 0; }
+th, td { padding: .3rem .45rem; text-align: right; border: 0; border-bottom: 1px solid #e3e3e3; white-space: nowrap; }
+th { vertical-align: bottom; border-bottom: 1.5px solid #888; white-space: normal; }
+th:first-child, td:first-child, nav th, nav td { text-align: left; }
 nav table { margin-left: 0; font-size: .9rem; }
-nav td { text-align: left; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; } h2, h3 { break-after: avoid; }
-               img, table { break-inside: avoid; } a { color: inherit; text-decoration: none; } }
+  img, table { break-inside: avoid; } .output { overflow: visible; } th, td { padding: .15rem .2rem; }
+  main table { font-size: 6.5pt; } a { color: inherit; text-decoration: none; } }
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title><style>{style}</style></head>
-<body><header><h1>{heading}</h1>{lines}</header><main>{body}</main></body></html>
+<body><header>{header}</header><main>{body}</main></body></html>
 """
+NAVIGATION = """<nav><h2 id="notebooks">The executed notebooks, with their code</h2>
+<table><tr><th>Notebook</th><th>Run</th></tr>{rows}</table></nav>"""
 
 
 def build(grid: str, outputs: Path | None = None) -> Path:
@@ -68,34 +71,40 @@ def build(grid: str, outputs: Path | None = None) -> Path:
     settings = load_grid(grid)
     home = (outputs or outputs_dir()) / settings.name
     analysis = _read(home / "analysis.ipynb", f"run `make report GRID={grid}` first")
-    _require_finished(analysis, home / "analysis.ipynb")
-    runs = json.loads((home / "analysis.json").read_text(encoding="utf-8"))["runs"]
-    facts = [f"{len(runs)} finished run{'' if len(runs) == 1 else 's'}", f"grid {settings.name}"]
-    facts += [f"written {datetime.now().astimezone():%d %B %Y, %H:%M %Z}", f"commit {git_commit() or 'unknown'}"]
-    lines = [settings.description, " · ".join(facts)]
+    runs = _finished_runs(analysis, home / "analysis.ipynb")
+    others = [*sorted(home.glob("corpus*/corpus.ipynb")), *sorted(home.glob("*/experiment.ipynb"))]
     staging = Path(tempfile.mkdtemp(dir=home, prefix=".report-"))
     try:
         staging.chmod(0o755)  # mkdtemp makes folders private; a report is for everyone
         (staging / "notebooks").mkdir()
-        entries = []
-        for path in (
-            *sorted(home.glob("corpus*/corpus.ipynb")),
-            *sorted(home.glob("*/experiment.ipynb")),
-            home / "analysis.ipynb",
-        ):
+        rows = []
+        for path in [*others, home / "analysis.ipynb"]:
             name = path.stem if path.parent == home else path.parent.name
             notebook = _read(path, "delete it and run the grid again")
             title = _title(notebook, path)
-            finished = path.stem != "experiment" or (path.parent / "metrics.json").exists()
-            page = _page(f"{title}: {name}", [f"{settings.title} ({settings.name})"], _body(notebook, code=True))
+            header = (
+                f'{escape(name)} · <a href="../index.html">{escape(settings.title)}</a> (grid {escape(settings.name)})'
+            )
+            page = _page(f"{title}: {name}", f"<p>{header}</p>", _body(notebook, code=True))
             (staging / "notebooks" / f"{name}.html").write_text(page, encoding="utf-8")
-            entries.append((title, name if finished else f"{name} (not finished)", f"notebooks/{name}.html"))
-        body = _body(analysis, code=False) + _navigation(entries)
-        (staging / "index.html").write_text(_page(settings.title, lines, body), encoding="utf-8")
+            note = "" if path.stem != "experiment" or path.with_name("metrics.json").exists() else " (not finished)"
+            link = f'<a href="notebooks/{quote(name)}.html">{escape(name)}</a>{note}'
+            rows.append(f"<tr><td>{escape(title)}</td><td>{link}</td></tr>")
+        body = _body(analysis, code=False) + NAVIGATION.format(rows="".join(rows))
+        page = _page(settings.title, _header(settings, runs), body)
+        (staging / "index.html").write_text(page, encoding="utf-8")
         _replace(home / "report", staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return home / "report" / "index.html"
+
+
+def _header(settings: Grid, runs: int) -> str:
+    commit, _, changed = (git_commit() or "unknown").partition("-")
+    facts = f"{runs} finished run{'' if runs == 1 else 's'} · grid {settings.name} · "
+    facts += f"written {datetime.now().astimezone():%d %B %Y, %H:%M %Z} · commit {commit[:12]}{changed and ', changed'}"
+    lines = "".join(f"<p>{escape(line)}</p>" for line in (settings.description, facts))
+    return f'<h1>{escape(settings.title)}</h1>{lines}<p><a href="#notebooks">The notebooks with their code</a></p>'
 
 
 def _read(path: Path, remedy: str) -> nbformat.NotebookNode:
@@ -107,15 +116,17 @@ def _read(path: Path, remedy: str) -> nbformat.NotebookNode:
         raise ConfigError(f"{path} is not a readable notebook ({str(error).splitlines()[0]}): {remedy}") from None
 
 
-def _require_finished(notebook: nbformat.NotebookNode, path: Path) -> None:
+def _finished_runs(notebook: nbformat.NotebookNode, path: Path) -> int:
+    """How many runs the analysis read; refuses an analysis that failed or did not come to its end."""
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-        for output in cell.outputs:
-            if output.output_type == "error":
-                raise ConfigError(f"{path} ended in {output.ename}: {output.evalue}: open it to see where")
+        for error in (output for output in cell.outputs if output.output_type == "error"):
+            raise ConfigError(f"{path} ended in {error.ename} ({error.evalue}): open it to see where")
         if cell.execution_count is None and cell.source.strip():
             raise ConfigError(f"{path} was not run to its end: run it again")
-    if not path.with_suffix(".json").exists():
-        raise ConfigError(f"{path.with_suffix('.json')} is missing: run the analysis again")
+    try:
+        return len(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["runs"])
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(f"{path.with_suffix('.json')} is missing or damaged: run the analysis again") from None
 
 
 def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
@@ -147,19 +158,9 @@ def _body(notebook: nbformat.NotebookNode, code: bool) -> str:
     return exporter.from_notebook_node(notebook)[0]
 
 
-def _page(title: str, lines: list[str], body: str) -> str:
+def _page(title: str, header: str, body: str) -> str:
     style = STYLE + HtmlFormatter().get_style_defs(".highlight")
-    shown = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
-    return PAGE.format(title=escape(title), heading=escape(title), style=style, lines=shown, body=body)
-
-
-def _navigation(entries: list[tuple[str, str, str]]) -> str:
-    rows = "".join(
-        f'<tr><td>{escape(title)}</td><td><a href="{escape(link)}">{escape(run)}</a></td></tr>'
-        for title, run, link in entries
-    )
-    head = "<h2>The executed notebooks, with their code</h2>"
-    return f"<nav>{head}<table><tr><th>Notebook</th><th>Run</th></tr>{rows}</table></nav>"
+    return PAGE.format(title=escape(title), style=style, header=header, body=body)
 
 
 def _replace(report: Path, staging: Path) -> None:

@@ -85,7 +85,7 @@ def fit_power_law(tokens: Sequence[float], ppl: Sequence[float]) -> PowerLaw:
     log_a, alpha = (float(value) for value in fit.params)
     dof = int(fit.df_resid)
     low, high = fit.conf_int(1 - CONFIDENCE)[1] if dof > 0 else (None, None)
-    r2 = float(fit.rsquared) if dof > 0 and math.isfinite(fit.rsquared) else None  # undefined where all PPL are equal
+    r2 = float(fit.rsquared) if dof > 0 and np.ptp(values) > 0 else None  # undefined where all PPL are equal
     interval = None if dof == 0 else (float(low), float(high))
     return PowerLaw(len(sizes), dof, alpha, interval, log_a, r2, int(sizes.min()), int(sizes.max()))
 

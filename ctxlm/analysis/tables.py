@@ -24,19 +24,19 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
         return runs
     intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in runs["run"]]
     table = {
-        "Configuration": runs["experiment"],
+        "Label": runs["experiment"],
         "Training tokens": runs["train_tokens"].map("{:,}".format),
         "Seed": runs["seed"].astype(str),
         "Validation PPL": runs["val_ppl"].map("{:.1f}".format),
-        "95 % interval": ["none" if i is None else f"{i[0]:.1f} to {i[1]:.1f}" for i in intervals],
-        "Accuracy": (100 * runs["val_accuracy"]).map("{:.2f} %".format),
+        "95 % interval": ["none" if i is None else f"{i[0]:.1f}–{i[1]:.1f}" for i in intervals],
+        "Accuracy, %": (100 * runs["val_accuracy"]).map("{:.2f}".format),
         "Test PPL": runs["test_ppl"].map("{:.1f}".format),
-        "ER, training": runs["train_er_pct"].map("{:.1f} %".format),
-        "ER, validation": runs["val_er_pct"].map("{:.1f} %".format),
-        "Iterations": runs["phase1_iterations"].astype(str),
-        "Converged": (100 * runs["phase1_converged_ratio"]).map("{:.1f} %".format),
+        "Training ER, %": runs["train_er_pct"].map("{:.1f}".format),
+        "Validation ER, %": runs["val_er_pct"].map("{:.1f}".format),
+        "Phase 1 iterations": runs["phase1_iterations"].astype(str),
+        "Converged, %": (100 * runs["phase1_converged_ratio"]).map("{:.1f}".format),
         "Best epoch": runs["best_epoch"].astype(str) + " of " + runs["epochs_run"].astype(str),
-        "Over-fitting": (100 * runs["overfit_rate"]).map("{:+.0f} %".format),
+        "Over-fitting, %": (100 * runs["overfit_rate"]).map("{:.0f}".format),
         "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format),
         "Source": runs["source"],
     }
@@ -88,9 +88,9 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
         cells = []
         for name, factor, text in quantities.values():
             mine, theirs = (factor * pair[f"{name}_{side}"] for side in ("ours", "published"))
-            cells.append(f"{text.format(mine)} against {text.format(theirs)} ({mine / theirs - 1:+.0%})")
+            cells.append(f"{text.format(mine)} / {text.format(theirs)} ({mine / theirs - 1:+.0%})")
         columns[f"{pair['experiment']}, {pair['train_tokens']:,} tokens"] = cells
-    return pd.DataFrame({"Ours against published": list(quantities)} | columns) if columns else pd.DataFrame()
+    return pd.DataFrame({"Ours / published": list(quantities)} | columns) if columns else pd.DataFrame()
 
 
 def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
@@ -111,5 +111,7 @@ def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
     if rows:
         tokens, reason = summary["crossover_tokens"], summary["crossover_reason"]
         note = reason or ("extrapolated" if summary["crossover_extrapolated"] else "inside the measured range")
-        rows.append(("crossover, tokens", f"{tokens:,.0f}" if tokens else "none", f"{crossing:,.0f}", note))
+        rows.append(
+            ("crossover, tokens", f"{float(f'{tokens:.3g}'):,.0f}" if tokens else "none", f"{crossing:,.0f}", note)
+        )
     return pd.DataFrame(rows, columns=["Law", "Ours", "Published", "Of ours"])

@@ -1,0 +1,332 @@
+"""The analysis of planted grids: its sentences, figures and tables, and the notebook that shows them."""
+
+import json
+import math
+import re
+from itertools import pairwise
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctxlm.analysis import plots, tables
+from ctxlm.analysis.findings import findings, material, what_differs
+from ctxlm.analysis.scaling import read_grid, summarise
+from ctxlm.files import ROOT
+from tests.planted import SIZES, plant
+
+matplotlib.use("Agg")
+
+STUDY = {"sizes": (86_925, 183_620), "shapes": {"A": (6, 768), "B": (3, 1536)}, "samples": 50}
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
+    yield tmp_path / "outputs"
+    plt.close("all")
+
+
+def read(grid: str = "planted"):
+    runs, history, val_by_sample = read_grid(grid)
+    return runs, history, val_by_sample, summarise(grid, runs, val_by_sample)
+
+
+def said(outputs, laws, *arguments, **options) -> list[str]:
+    plant(outputs, laws, *arguments, **options)
+    runs, _, val_by_sample, summary = read()
+    return [text.replace("\u00a0", " ") for text in (*findings(runs, summary), material(runs, val_by_sample))]
+
+
+# Sentences
+
+A, B = "A (deep and narrow: 6 layers, context 128)", "B (shallow and wide: 3 layers, context 256)"
+
+
+def test_the_better_configuration_is_named(outputs):
+    answer = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})[0]
+    sizes = "20,000, 30,000, 45,000 and 67,500 tokens"
+    assert answer.startswith(f"**Deep and narrow, or shallow and wide?** {A} **is better than** {B} at {sizes}, every")
+    assert f"(below 0, A is better): −{100 * (1 - 800 / 850):.1f} % (" in answer
+    answer = said(outputs, {"A": (-0.3, 860), "B": (-0.3, 800)})[0]
+    assert answer.startswith(f"**Deep and narrow, or shallow and wide?** {B} **is better than** {A} at {sizes}, every")
+    assert f"+{100 * (860 / 800 - 1):.1f} % (" in answer
+
+
+def test_a_crossing_is_told_by_size_and_as_crossover(outputs):
+    texts = said(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)})
+    assert f"depends on the amount of text**: {A} is better at 20,000 and 30,000 tokens, {B} is better at" in texts[0]
+    tokens = float(f"{20_000 * (850 / 800) ** (1 / 0.098):.3g}")
+    crossover = next(text for text in texts if text.startswith("**Crossover.**"))
+    assert f"about {tokens:,.0f} tokens, inside the measured range (20,000 to 67,500)" in crossover
+    assert "A is better below, B above" in crossover
+    scaling = next(text for text in texts if text.startswith("**Scaling.**"))
+    assert "A: α = −0.287 (n = 4, 2 d.o.f., 95 % interval" in scaling and "B: α = −0.385 (n = 4" in scaling
+
+
+def test_configurations_that_do_not_differ_cannot_be_told_apart(outputs):
+    texts = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, spread=0.05)
+    assert f"{A} and {B} **cannot be told apart** at 20,000, 30,000" in texts[0] and "is better than" not in texts[0]
+    assert "There is none between A and B" in texts[3]
+
+
+def test_two_sizes_give_exponents_without_intervals_and_an_extrapolated_crossover(outputs):
+    texts = said(outputs, {"A": (-0.3, 800), "B": (-0.5, 950)}, sizes=(20_000, 30_000))
+    assert "(n = 2, 0 d.o.f., no interval)" in texts[2] and "fits them whatever their errors" in texts[2]
+    assert "extrapolated from 20,000 to 30,000" in texts[3] and "take it as a lead" in texts[3]
+
+
+def test_overlapping_exponents_make_the_crossover_a_lead(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.35, 820)})
+    runs, _, val_by_sample = read_grid("planted")
+    runs["val_ppl"] *= np.tile([1.04, 0.97, 0.98, 1.03], 2)
+    summary = summarise("planted", runs, val_by_sample)
+    assert "overlap: take the crossover as a lead" in findings(runs, summary)[3]
+
+
+def test_incomplete_grids_are_described(outputs):
+    assert said(outputs, {}) == ["No finished run of grid planted: run `make report GRID=planted`.", ""]
+    texts = said(outputs, {"A": (-0.3, 800)}, sizes=(20_000,))
+    assert "Only A (6 layers, context 128) has been run" in texts[0] and "A: no law (a law needs" in texts[1]
+    texts = said(outputs, {"B": (-0.3, 800)}, sizes=(30_000,))
+    assert "cannot be compared: no amount of training text was given to both" in texts[0]
+    texts = said(outputs, {"C": (-0.3, 900)}, sizes=(20_000, 30_000), seeds=(1, 2))
+    assert sum("**is better than**" in text for text in texts) == 2 and "1 to 2 for each" in " ".join(texts)
+
+
+def test_slow_or_still_improving_runs_are_counted(outputs):
+    options = {"phase1_converged_ratio": 0.9, "epochs_run": 3}
+    texts = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, **options)
+    assert any("In 8 of 8 runs the last epoch is the best" in text for text in texts)
+    assert any("In 8 of 8 runs the iterations ran out" in text for text in texts)
+
+
+def test_every_number_in_the_sentences_comes_from_the_data(outputs):
+    first = said(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)})
+    for folder in (outputs / "planted").iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+    changed = {"best_epoch": 4, "phase1_converged_ratio": 0.963, "phase1_iterations": 9}
+    second = said(
+        outputs,
+        {"A": (-0.191, 700), "B": (-0.273, 740)},
+        sizes=(21_000, 29_000, 46_000, 66_000),
+        seeds=(1, 2),
+        shapes={"A": (5, 96), "B": (2, 160)},
+        samples=23,
+        **changed,
+    )
+    numbers = re.compile(r"[−+]?\d[\d,.]*\d|\d")
+    assert len(first) == len(second)
+    for before, after in zip(first, second, strict=True):
+        before, after = (
+            numbers.findall(re.sub(r"95 % interval|below 0|Phase 1", "", text)) for text in (before, after)
+        )
+        assert len(before) == len(after) and len(before) > 0
+        assert not [pair for pair in zip(before, after, strict=True) if pair[0] == pair[1]]
+
+
+def test_what_differs_names_corpus_and_embedding(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, corpus="mine.txt")
+    text = what_differs(read()[0])
+    assert "UltraChat with GPT-2's embeddings; ours read mine.txt with ppmi embeddings" in text
+    assert "make report GRID=study" in what_differs(pd.DataFrame())
+
+
+# Tables
+
+
+def test_published_tables_hold_what_the_study_printed():
+    results = tables.read_published("results").set_index(["experiment", "train_tokens"])
+    assert results.loc[("A", 86_925), "val_ppl"] == 554.58 and results.loc[("B", 183_620), "val_accuracy_pct"] == 18.07
+    phase1 = tables.read_published("phase1")
+    share = 100 * phase1["phase1_converged_tokens"] / phase1["train_tokens"]
+    assert np.abs(share - phase1["phase1_converged_pct"]).max() < 0.05
+    epochs = tables.read_published("phase2_epochs").pivot(
+        index=["experiment", "train_tokens"], columns="epoch", values="val_ppl"
+    )
+    assert list(epochs.columns) == [2, 4]
+    rate = tables.read_published("phase2").set_index(["experiment", "train_tokens"])["overfit_pct"]
+    assert np.abs(100 * (epochs[4] / epochs[2] - 1) - rate).max() < 0.6
+    assert (epochs[2] == results["val_ppl"].sort_index()).all()
+    minutes = results["phase1_minutes"] + results["phase2_minutes"] - results["total_minutes"]
+    assert minutes.abs().max() < 0.05
+
+
+def test_ours_beside_the_published_are_matched_by_shape_and_size(outputs):
+    plant(outputs, {"A": (-0.3, 846), "B": (-0.4, 1031)}, **STUDY)
+    runs, _, _, summary = read()
+    table = tables.beside_published(runs).set_index("Ours / published")
+    ours = 846 * (86_925 / 20_000) ** -0.3
+    assert table.loc["Validation PPL", "A, 86,925 tokens"] == f"{ours:.1f} / 554.6 ({ours / 554.58 - 1:+.0%})"
+    assert table.shape == (9, 4)
+    laws = tables.laws_beside_published(summary).set_index("Law")
+    assert list(laws.loc["α of A", ["Ours", "Published"]]) == ["-0.300", "-0.287"]
+    assert laws.loc["crossover, tokens", "Published"] == "141,000"
+    plant(outputs, {"A": (-0.3, 800)}, grid="small")
+    assert tables.beside_published(read("small")[0]).empty
+    assert tables.beside_published(pd.DataFrame()).empty
+
+
+def test_results_table_has_a_row_a_run(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    runs, _, val_by_sample, _ = read()
+    table = tables.results_table(runs, val_by_sample)
+    assert len(table) == 8
+    assert table.loc[0, "Validation PPL"] == "800.0" and table.loc[0, "Best epoch"] == "3 of 5"
+    assert tables.results_table(pd.DataFrame(), pd.DataFrame()).empty
+
+
+# Figures
+
+
+def test_main_figure_shows_points_laws_and_crossover(outputs):
+    plant(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)})
+    runs, _, val_by_sample, summary = read()
+    axes = plots.plot_scaling(runs, val_by_sample, summary).axes[0]
+    for container, (_, group) in zip(axes.containers, runs.groupby("experiment"), strict=True):
+        points = container[0]
+        assert points.get_ydata() == pytest.approx(group["val_ppl"].to_numpy())
+        assert points.get_xdata() == pytest.approx(group["train_tokens"].to_numpy(), rel=0.02)
+    assert len({container[0].get_marker() for container in axes.containers}) == 2
+    curves = [line for line in axes.lines if len(line.get_xdata()) == 20]
+    solid = [line.get_xdata() for line in curves if line.get_linestyle() == "-"]
+    assert [(x[0], x[-1]) for x in solid] == [pytest.approx((20_000, 67_500))] * 2
+    dashed = [line.get_xdata() for line in curves if line.get_linestyle() == "--"]
+    assert len(dashed) == 4 and all(x[-1] <= 20_001 or x[0] >= 67_499 for x in dashed)
+    dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert dotted == [pytest.approx(summary["crossover_tokens"])]
+    assert not [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+
+
+def test_published_points_are_hollow(outputs):
+    plant(outputs, {"A": (-0.3, 846), "B": (-0.4, 1031)}, **STUDY)
+    runs, _, val_by_sample, summary = read()
+    axes = plots.plot_scaling(runs, val_by_sample, summary, tables.published_runs()).axes[0]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_ydata()) for line in hollow] == [[554.58, 447.22], [586.36, 439.79]]
+
+
+def test_paired_figure_shows_the_differences_in_per_cent(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    axes = plots.plot_paired_differences(read()[3]).axes[0]
+    assert axes.containers[0][0].get_ydata() == pytest.approx([800 / 850 - 1] * 4)
+
+
+def test_curves_are_those_of_the_history(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    runs, history, _, _ = read()
+    figure = plots.plot_learning_curves(history)
+    assert [axes.get_title() for axes in figure.axes] == [f"{size:,} training tokens" for size in SIZES]
+    drawn = [tuple(line.get_ydata()) for line in figure.axes[0].lines]
+    first = history[(history["run"] == runs["run"][0]) & (history["metric"] == "val_ppl")]
+    assert tuple(first["value"]) in drawn and len(drawn) == 4
+    left, right = plots.plot_convergence(history, runs).axes
+    assert len(left.lines) == len(right.lines) == 8 + 1  # and the threshold
+    rates = plots.plot_overfitting(runs).axes[0].lines[0]
+    assert rates.get_ydata() == pytest.approx(runs["overfit_rate"][:4].to_numpy())
+
+
+def test_bars_are_ranks_and_minutes(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    runs = read()[0]
+    axes = plots.plot_effective_rank(runs).axes
+    heights = [[bar.get_height() for bar in container] for container in axes[1].containers]
+    assert heights[0] == pytest.approx([77.5] * 4) and heights[3] == pytest.approx([82.5] * 4)
+    bars = plots.plot_seconds(runs).axes[0].containers
+    total = np.sum([[bar.get_width() for bar in container] for container in bars], axis=0)
+    assert total == pytest.approx(runs["total_seconds"].to_numpy() / 60)
+
+
+def test_one_run_is_drawn_by_phase(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, sizes=(20_000,))
+    history = read()[1][["phase", "step", "metric", "value"]]
+    assert [len(axes.lines) for axes in plots.plot_phase1(history).axes] == [1, 1, 2]
+    left, right = plots.plot_phase2(history).axes
+    assert [line.get_label() for line in left.lines] == ["training", "validation", "best epoch: 3"]
+    assert np.log(right.lines[1].get_ydata()) == pytest.approx(left.lines[1].get_ydata())
+    updates = pd.DataFrame({"phase": "phase2_updates", "step": [20, 40], "metric": "val_loss", "value": [7.0, 6.9]})
+    by_the_end = pd.DataFrame(
+        {"phase": "phase2", "step": range(1, 6), "metric": "updates", "value": range(40, 201, 40)}
+    )
+    between = plots.plot_phase2(pd.concat([history, updates, by_the_end])).axes[0].lines[0]
+    assert list(between.get_xdata()) == [0.5, 1.0]
+
+
+def test_singular_values_are_normalised():
+    axes = plots.plot_singular_values({"init": [4, 3, 1], "train": np.array([1.0, 1.0])}).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.375, 0.125], [0.5, 0.5]]
+
+
+def test_no_text_of_the_main_figures_overlaps(outputs):
+    sizes = (20_000, 21_000, 30_000, 45_000, 90_000, 500_000)
+    plant(outputs, {"A": (-0.287, 800), "B": (-0.385, 850), "C": (-0.33, 820)}, sizes=sizes)
+    runs, history, val_by_sample, summary = read()
+    figures = [plots.plot_scaling(runs, val_by_sample, summary), plots.plot_overfitting(runs)]
+    for figure in [*figures, plots.plot_paired_differences(summary), plots.plot_learning_curves(history)]:
+        figure.canvas.draw()
+        for axes in figure.axes:
+            shown = [label for label in axes.get_xticklabels() if label.get_text() and label.get_visible()]
+            boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.x0)
+            assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+
+
+# The notebook
+
+CELLS = nbformat.read(ROOT / "notebooks" / "03_analysis.ipynb", as_version=4).cells
+
+
+def run_notebook(grid: str, folder) -> dict:
+    """Run the notebook's cells here, in order, with these parameters; returns analysis.json."""
+    names: dict = {}
+    for cell in (cell for cell in CELLS if cell.cell_type == "code"):
+        exec(cell.source, names)  # no kernel to wait for, and errors point into ctxlm
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= {"grid": grid, "output_dir": str(folder)}
+    return json.loads((folder / "analysis.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("laws", "sizes", "seeds"),
+    [
+        ({}, (), (42,)),
+        ({"A": (-0.3, 800)}, (20_000,), (42,)),
+        ({"A": (-0.3, 800)}, SIZES, (42, 43)),
+        ({"A": (-0.3, 800), "B": (-0.4, 850)}, {"A": SIZES, "B": SIZES[:2]}, (42,)),
+        ({"A": (-0.3, 800), "B": (-0.4, 850)}, {"A": SIZES[:2], "B": SIZES[2:]}, (42,)),
+        ({"A": (-0.3, 800), "B": (-0.4, 850), "C": (-0.35, 830)}, SIZES[:2], (42,)),
+    ],
+    ids=["none", "one run", "one configuration", "unequal sizes", "disjoint sizes", "three configurations"],
+)
+def test_notebook_says_what_there_is(outputs, tmp_path, monkeypatch, capsys, laws, sizes, seeds):
+    (tmp_path / "planted.yaml").write_text("experiments: {A: {}}\n")
+    monkeypatch.chdir(ROOT / "notebooks")
+    plant(outputs, laws, sizes, seeds=seeds)
+    content = run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+    assert set(content["configurations"]) == set(laws) and content["grid"] == "planted"
+    assert "NaN" not in (tmp_path / "analysis.json").read_text()
+    for label, law in content["configurations"].items():
+        assert law["alpha"] is None or law["alpha"] == pytest.approx(laws[label][0])
+
+
+def test_notebook_shows_the_committed_study(outputs, tmp_path, monkeypatch):
+    (tmp_path / "planted.yaml").write_text("experiments: {A: {}}\n")
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
+    plant(tmp_path / "committed", {"A": (-0.3, 846), "B": (-0.4, 1031)}, grid="study", **STUDY)
+    shown: list[str] = []
+    monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", thing)))
+    run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+    texts = [text for text in shown if isinstance(text, str)]
+    assert any(text.startswith("## The study at full size: committed results") for text in texts)
+    run_notebook("study", tmp_path)
+    assert math.isclose(json.loads((tmp_path / "analysis.json").read_text())["configurations"]["A"]["alpha"], -0.3)
+
+
+def test_notebook_is_stripped_and_short():
+    for cell in (cell for cell in CELLS if cell.cell_type == "code"):
+        assert cell.outputs == [] and cell.execution_count is None and len(cell.source.splitlines()) <= 12
+    assert len({cell.id for cell in CELLS}) == len(CELLS)

@@ -1,0 +1,287 @@
+"""PPMI against its definition, the truncated SVD against the full one, planted meanings, sources and their faults."""
+
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from ctxlm import embeddings
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, decode, load_corpus, tokenizer
+from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, load_embedding, ppmi_svd
+
+
+def stream_of(*samples):
+    """A stream of samples given as lists of tokens."""
+    lengths = [len(sample) for sample in samples]
+    return Stream(np.concatenate(samples).astype(np.int32), np.repeat(np.arange(len(samples), dtype=np.int32), lengths))
+
+
+def corpus_of(*samples):
+    starts = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])])
+    return Corpus("planted.txt", np.concatenate(samples).astype(np.int32), starts.astype(np.int64))
+
+
+def random_samples(tokens=30, samples=20, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, tokens, draw.integers(1, 30)) for _ in range(samples)]
+
+
+def spread(rows):
+    return np.sqrt(np.square(rows, dtype=np.float64).mean(axis=-1))
+
+
+# PPMI and its SVD
+
+
+def literal_ppmi(samples):
+    """The definition, pair by pair."""
+    seen = sorted({int(token) for sample in samples for token in sample})
+    counts = np.zeros((len(seen), len(seen)))
+    for sample in samples:
+        for i, token in enumerate(sample):
+            for j in range(max(0, i - WINDOW), min(len(sample), i + WINDOW + 1)):
+                if i != j:
+                    counts[seen.index(token), seen.index(sample[j])] += 1
+    marginal = counts.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pmi = np.log(counts * counts.sum() / np.outer(marginal, marginal))
+    return seen, np.where(counts > 0, np.maximum(pmi, 0), 0)
+
+
+samples = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples)
+def test_ppmi_is_its_definition_within_samples(samples):
+    seen, matrix = embeddings._ppmi(stream_of(*samples))
+    expected_seen, expected = literal_ppmi(samples)
+    assert seen.tolist() == expected_seen
+    np.testing.assert_allclose(matrix.toarray(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_truncated_svd_agrees_with_the_full_one():
+    draw = np.random.default_rng(0)
+    vectors, _ = np.linalg.qr(draw.standard_normal((200, 200)))
+    values = np.concatenate([[9, -8, 7, 6, -5, 4, 3, 2], 0.01 * draw.standard_normal(192)])
+    planted = (vectors * values) @ vectors.T
+    found, magnitudes = embeddings._largest_eigenpairs(scipy.sparse.csr_array(planted.astype(np.float32)), 8)
+    np.testing.assert_allclose(np.abs(magnitudes), np.linalg.svd(planted)[1][:8], rtol=1e-4)
+    np.testing.assert_allclose(np.abs(vectors[:, :8].T @ found), np.eye(8), atol=1e-3)
+
+
+def test_tokens_in_the_same_contexts_are_neighbours():
+    draw = np.random.default_rng(0)
+    groups = [range(10, 15), range(20, 25), range(30, 35)]  # a group's members are interchangeable between 0, 1 and 2
+    sentences = [[group, draw.choice(groups[group]), group, draw.choice(groups[group])] for group in range(3)] * 300
+    sentences = [[g, draw.choice(groups[g]), g, draw.choice(groups[g])] for g in draw.integers(0, 3, 900)]
+    embedding = ppmi_svd(stream_of(*sentences), 4)
+    members = embedding[[token for group in groups for token in group]]
+    directions = members / np.linalg.norm(members, axis=1, keepdims=True)
+    cosines = directions @ directions.T
+    same = np.kron(np.eye(3), np.ones((5, 5))) == 1
+    assert cosines[same].min() > cosines[~same].max() + 0.3
+
+
+def test_seen_tokens_have_gpt2s_spread_and_unseen_ones_a_twentieth_of_it():
+    stream = stream_of(*random_samples())
+    embedding = ppmi_svd(stream, 16)
+    assert embedding.shape == (VOCABULARY, 16) and embedding.dtype == np.float32
+    seen = np.unique(stream.tokens)
+    np.testing.assert_allclose(spread(embedding[seen]), GPT2_STD, rtol=1e-5)
+    unseen = np.delete(embedding, seen, axis=0)
+    assert spread(unseen.ravel()) == pytest.approx(NOISE * GPT2_STD, rel=0.01)
+    assert len(np.unique(embedding, axis=0)) == VOCABULARY  # no two tokens are alike
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [[5]],
+        [[5], [6], [7]],
+        [[5, 5, 5, 5]],
+        [[5, 6]],
+        [list(range(10))],
+        random_samples(tokens=12),
+    ],
+    ids=["one token", "no pairs", "one type", "one pair", "a row", "rank below dim"],
+)
+def test_a_small_corpus_gives_a_usable_embedding(samples):
+    embedding = ppmi_svd(stream_of(*samples), 24)
+    assert embedding.shape == (VOCABULARY, 24) and np.isfinite(embedding).all()
+    assert spread(embedding).min() > 0.1 * NOISE * GPT2_STD  # every row stands clear of LayerNorm's epsilon
+    assert spread(embedding).max() <= GPT2_STD * 1.01
+    assert len(np.unique(embedding, axis=0)) == VOCABULARY
+
+
+@pytest.mark.slow
+def test_chitchats_neighbours_make_sense():
+    corpus = load_corpus("chitchat")
+    embedding = load_embedding(Experiment(embed_dim=128), corpus)
+    assert np.isfinite(embedding).all()
+    second_half = corpus.stream(corpus.half, corpus.num_samples).tokens
+    frequent = np.flatnonzero(np.bincount(second_half, minlength=VOCABULARY) >= 100)
+    directions = embedding[frequent] / np.linalg.norm(embedding[frequent], axis=1, keepdims=True)
+
+    def neighbours(word):
+        (token,) = tokenizer().encode(word).ids
+        cosines = directions @ directions[np.searchsorted(frequent, token)]
+        return {decode([frequent[i]]) for i in np.argsort(-cosines)[1:11]}
+
+    assert {" cat", " dogs"} & neighbours(" dog")
+    assert {" glad", " sad"} & neighbours(" happy")
+    assert {" Friday", " Saturday", " Sunday", " Tuesday"} & neighbours(" Monday")
+    assert {" two", " four"} & neighbours(" three")
+
+
+# What is asked for
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+PLANTED = corpus_of(*random_samples(samples=21))
+
+
+def test_ppmi_reads_the_second_half_alone(cache):
+    embedding = load_embedding(Experiment(embed_dim=8), PLANTED)
+    assert np.array_equal(embedding, ppmi_svd(PLANTED.stream(10, 21), 8))
+
+
+def test_an_embedding_belongs_to_the_data_and_not_to_the_run(cache):
+    one = load_embedding(Experiment(embed_dim=8), PLANTED)
+    other = load_embedding(Experiment(embed_dim=8, seed=7, data_seed=3, train_tokens=5, num_layers=2), PLANTED)
+    assert np.array_equal(one, other)
+    draws = [load_embedding(Experiment(embed_dim=8, embedding="random", seed=seed)) for seed in (1, 2)]
+    assert np.array_equal(*draws)
+
+
+def test_a_random_embedding_has_gpt2s_spread(cache):
+    embedding = load_embedding(Experiment(embed_dim=32, embedding="random"))
+    assert embedding.shape == (VOCABULARY, 32) and embedding.dtype == np.float32
+    assert embedding.std() == pytest.approx(GPT2_STD, rel=0.01) and abs(embedding.mean()) < 1e-3
+
+
+def test_a_cache_hit_gives_the_same_matrix_without_computing(cache, monkeypatch):
+    cold = load_embedding(Experiment(embed_dim=8), PLANTED)
+    assert [file.suffix for file in cache.iterdir()] == [".npz"]
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "ppmi_svd", lambda *_: pytest.fail("computed again"))
+        warm = load_embedding(Experiment(embed_dim=8), PLANTED)
+    assert np.array_equal(cold, warm) and warm.dtype == np.float32 and warm.flags.writeable
+    load_embedding(Experiment(embed_dim=4), PLANTED)
+    load_embedding(Experiment(embed_dim=8), corpus_of(*random_samples(seed=1)))
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_cache_is_made_anew(cache, damage):
+    cold = load_embedding(Experiment(embed_dim=8), PLANTED)
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    file.write_bytes(whole[:middle] if damage == "truncated" else flipped)
+    assert np.array_equal(cold, load_embedding(Experiment(embed_dim=8), PLANTED))
+    assert file.read_bytes() == whole
+
+
+# Files and the hub
+
+
+@pytest.mark.parametrize("key", ["wte.weight", "transformer.wte.weight"])
+def test_a_safetensors_file_gives_its_wte_as_it_is(tmp_path, key):
+    wte = np.random.default_rng(0).standard_normal((VOCABULARY, 3), dtype=np.float32)
+    path = tmp_path / "model.safetensors"
+    save_file({key: wte, "wpe.weight": wte[:2]}, path)
+    assert np.array_equal(load_embedding(Experiment(embedding=str(path), embed_dim=3)), wte)
+    with pytest.raises(ConfigError, match=r"is \[50257, 3\], not \[50257, embed_dim = 4\]"):
+        load_embedding(Experiment(embedding=str(path), embed_dim=4))
+
+
+def test_a_bad_safetensors_file_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "model.safetensors"
+    experiment = Experiment(embedding=str(path), embed_dim=3)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_embedding(experiment)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ConfigError, match="is not readable as safetensors"):
+        load_embedding(experiment)
+    save_file({"wpe.weight": np.zeros((2, 3), np.float32)}, path)
+    with pytest.raises(ConfigError, match=r"holds no wte\.weight"):
+        load_embedding(experiment)
+
+
+def test_an_unknown_embedding_is_refused():
+    with pytest.raises(ConfigError, match="embedding = 'glove' is not possible: choose ppmi, random, gpt2 or"):
+        load_embedding(Experiment(embedding="glove"))
+
+
+def test_gpt2_has_its_own_width():
+    with pytest.raises(ConfigError, match="embed_dim = 128 does not go with embedding gpt2"):
+        load_embedding(Experiment(embedding="gpt2", embed_dim=128))
+
+
+class Hub:
+    """A hub that knows the files it is given, and notes what it was asked."""
+
+    def __init__(self, monkeypatch, kept=None, served=None):
+        self.asked, self.served = [], served
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: kept)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
+        monkeypatch.setattr(embeddings, "check_hub", self.check)
+
+    def check(self, *what):
+        self.asked.append(what)
+        if self.served is None:
+            raise ConnectionError("a long\nstory")
+
+    def download(self, *what):
+        self.asked.append(what)
+        return self.served
+
+
+@pytest.fixture
+def gpt2_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings, "VOCABULARY", 10)  # the whole would be 154 MB
+    path = tmp_path / "kept.safetensors"
+    save_file({"wte.weight": np.arange(7680, dtype=np.float32).reshape(10, 768)}, path)
+    return str(path)
+
+
+def test_gpt2_is_taken_from_the_hubs_cache_without_asking(monkeypatch, gpt2_file):
+    hub = Hub(monkeypatch, kept=gpt2_file)
+    assert load_embedding(Experiment(embedding="gpt2")).ravel().tolist() == list(range(7680))
+    assert hub.asked == []
+
+
+def test_gpt2_is_fetched_when_it_is_not_there(monkeypatch, gpt2_file):
+    hub = Hub(monkeypatch, served=gpt2_file)
+    assert load_embedding(Experiment(embedding="gpt2")).shape == (10, 768)
+    assert hub.asked == [("openai-community/gpt2", "model"), ("openai-community/gpt2", "model.safetensors")]
+
+
+def test_an_unreachable_hub_is_one_sentence_that_names_the_offline_choices(monkeypatch):
+    hub = Hub(monkeypatch)
+    choices = r"embedding = 'gpt2' cannot be had.*ConnectionError.*ppmi or random, or embedding: path/to/.*safetensors"
+    with pytest.raises(ConfigError, match=choices) as caught:
+        load_embedding(Experiment(embedding="gpt2"))
+    assert "\n" not in str(caught.value)
+    assert hub.asked == [("openai-community/gpt2", "model")]
+
+
+def test_importing_embeddings_imports_neither_torch_nor_the_hub():
+    import subprocess
+
+    from ctxlm.files import ROOT
+
+    script = "import sys, ctxlm.embeddings; print({'torch', 'huggingface_hub', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"

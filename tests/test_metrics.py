@@ -1,0 +1,72 @@
+"""Effective rank of planted matrices, perplexity, over-fitting."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxlm.metrics import (
+    MAX_ROWS,
+    effective_rank,
+    effective_rank_pct,
+    loss_summary,
+    overfit_rate,
+    perplexity,
+    singular_values,
+)
+from tests import literal
+
+
+def planted(values, rows, seed=0):
+    """A [rows, C] matrix with the given singular values."""
+    draw = torch.Generator().manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(rows, len(values), generator=draw, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=draw, dtype=torch.float64))
+    return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right
+
+
+def test_equal_singular_values_have_full_rank_and_one_has_rank_one():
+    assert effective_rank_pct(singular_values(planted([3.0] * 8, 50))) == pytest.approx(100)
+    assert effective_rank(singular_values(planted([5.0] + [0.0] * 7, 50))) == pytest.approx(1, abs=1e-5)
+    assert effective_rank(singular_values(planted([2.0] * 4 + [0.0] * 4, 50))) == pytest.approx(4, rel=1e-5)
+
+
+def test_known_entropy():
+    p = [0.5, 0.25, 0.125, 0.125]
+    expected = math.exp(-sum(x * math.log(x) for x in p))
+    assert effective_rank(singular_values(planted([40 * x for x in p], 30))) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 60), columns=st.integers(1, 12), seed=st.integers(0, 99))
+def test_the_gram_matrix_gives_the_svds_rank(rows, columns, seed):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    found = effective_rank(singular_values(matrix))
+    assert found == pytest.approx(literal.effective_rank(matrix), rel=1e-3)
+    assert 1 - 1e-6 <= found <= columns + 1e-6
+    assert effective_rank(singular_values(7 * matrix)) == pytest.approx(found, rel=1e-6)
+
+
+def test_a_long_matrix_is_judged_by_a_fixed_sample_of_its_rows():
+    matrix = torch.randn(MAX_ROWS + 500, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(singular_values(matrix), singular_values(matrix.clone()))
+    assert effective_rank(singular_values(matrix)) == pytest.approx(literal.effective_rank(matrix), rel=0.01)
+
+
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
+    assert perplexity(math.log(50_257)) == pytest.approx(50_257)
+    assert perplexity(1e6) == math.inf
+
+
+def test_loss_summary_is_the_mean_over_tokens():
+    assert loss_summary("val", torch.tensor([1.0, 3.0]), 0.25) == {
+        "val_loss": 2.0,
+        "val_ppl": pytest.approx(math.e**2),
+        "val_accuracy": 0.25,
+    }
+
+
+def test_the_studys_overfitting_rate():
+    assert overfit_rate(1247.38, 554.58) == pytest.approx(1.25, abs=0.005)  # A at 500 samples: +125 %

@@ -1,0 +1,99 @@
+"""The model's known answers: parameter counts, shapes, initialisation, determinism."""
+
+import pytest
+import torch
+
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.model import ContextLM, generator, resolve_device, resolve_dtype, token_inputs
+from tests import literal
+from tests.conftest import stream, tiny
+
+# The design's oracle at d = 768, n = 2; the first and third columns are the study's own table.
+PUBLISHED = [
+    (6, 768, 10_630_656, 10_630_656, 7_681_536),
+    (3, 1536, 14_169_600, 7_084_800, 5_905_152),
+]
+
+
+@pytest.mark.parametrize(("layers", "width", "context", "published", "trained"), PUBLISHED)
+def test_parameter_counts_are_the_published_ones(layers, width, context, published, trained):
+    settings = Experiment.from_mapping({"num_layers": layers, "context_dim": width})
+    counts = ContextLM(settings, torch.zeros(10, 768)).parameter_counts()
+    assert counts == {
+        "context_block_params": context,
+        "token_block_params_published": published,
+        "token_block_params_trained": trained,
+    }
+
+
+@pytest.mark.parametrize(("layers", "width", "d", "n"), [(1, 5, 7, 1), (2, 9, 4, 3), (4, 6, 6, 2)])
+def test_parameter_counts_of_other_shapes_are_the_twins(layers, width, d, n):
+    model = tiny(num_layers=layers, context_dim=width, embed_dim=d, num_input_tokens=n)
+    assert tuple(model.parameter_counts().values()) == literal.parameter_counts(layers, width, d, n)
+
+
+def test_initialisation_has_the_designs_spread():
+    model = tiny(embed_dim=64, context_dim=128, num_layers=2)
+    for block in (model.context_block, model.token_block):
+        for linear, norm in zip(block.linears, block.norms, strict=True):
+            assert linear.weight.std().item() == pytest.approx(0.1, rel=0.03)
+            assert linear.bias.std().item() == pytest.approx(0.01, rel=0.3)
+            assert (norm.weight == 1).all() and (norm.bias == 0).all()
+
+
+def test_an_untied_head_starts_at_zero():
+    head = tiny(use_weight_tying=False).head
+    assert not head.weight.any() and not head.bias.any()
+
+
+def test_each_purpose_has_draws_of_its_own():
+    draws = [torch.randn(4, generator=generator(*purpose)) for purpose in [(1,), (2,), (1, "a"), (1, "b"), (1, "a", 1)]]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+    assert torch.equal(draws[2], torch.randn(4, generator=generator(1, "a")))
+
+
+def test_the_seed_alone_decides_the_weights():
+    same, again, other = (tiny(seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert not torch.equal(same["context_block.linears.0.weight"], other["context_block.linears.0.weight"])
+    # and the number of layers of one block shifts no draw of the other
+    deeper = tiny(seed=1, context_dim=12, num_layers=1).state_dict()
+    assert torch.equal(deeper["token_block.linears.0.weight"], same["token_block.linears.0.weight"])
+
+
+def test_inputs_before_the_stream_are_zero_and_normalised_after():
+    embedding, tokens = torch.randn(60, 8), stream(10)
+    inputs = token_inputs(embedding, tokens, torch.arange(10), 3)
+    assert inputs.shape == (10, 24)
+    assert not inputs[0, :16].any() and not inputs[1, :8].any()
+    torch.testing.assert_close(inputs[5, 16:], inputs[6, 8:16])
+    torch.testing.assert_close(inputs[5, 16:].std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+def test_what_is_written_leaves_a_frozen_embedding_out():
+    model = tiny()
+    assert "embedding" not in model.weights()
+    model.embedding.requires_grad_(True)
+    assert "embedding" in model.weights()
+
+
+def test_an_embedding_of_another_width_is_refused():
+    with pytest.raises(ConfigError, match=r"embed_dim = 8 does not fit the embedding of width 9"):
+        ContextLM(Experiment.from_mapping({"embed_dim": 8}), torch.zeros(10, 9))
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(Experiment()) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"device = 'cuda': torch sees 0 CUDA device\(s\) here; use auto or cpu"):
+        resolve_device(Experiment.from_mapping({"device": "cuda"}))
+
+
+def test_bfloat16_is_chosen_only_where_the_cpu_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
+    assert resolve_dtype(Experiment(), cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert resolve_dtype(Experiment(), cpu) == torch.bfloat16
+    assert resolve_dtype(Experiment.from_mapping({"dtype": "float32"}), cpu) == torch.float32

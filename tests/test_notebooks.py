@@ -1,0 +1,107 @@
+"""The notebooks run as they are, by hand and by papermill, and refuse bad input before any work."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+
+from ctxlm.files import ROOT
+
+SMALL = {
+    "embedding": "random",
+    "embed_dim": 16,
+    "context_dim": 16,
+    "num_layers": 2,
+    "train_tokens": 600,
+    "val_samples": 2,
+    "test_samples": 2,
+    "phase2_epochs": 2,
+    "phase2_batch_size": 128,
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A corpus of 60 short paragraphs."""
+    words = "the a cat dog saw ran to from with red blue big small house tree and then it was".split()
+    paragraphs = (" ".join(words[(i * j) % 19] for j in range(1, 41)) for i in range(1, 61))
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path
+
+
+def papermill(tmp_path, notebook="02_experiment", cwd=ROOT, **parameters):
+    """Run a notebook as the README says; returns the process and the executed notebook's path."""
+    executed = tmp_path / f"{notebook}.ipynb"
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(executed)]
+    command += ["--cwd", str(cwd), "-k", "python3", "--no-progress-bar", "-y", yaml.safe_dump(parameters)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT), executed
+
+
+def last_line(process):
+    return [line for line in process.stderr.splitlines() if line.strip()][-1]
+
+
+def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
+    process, executed = papermill(tmp_path, corpus=str(text), output_dir=str(tmp_path / "run"), **SMALL)
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["train_tokens"], metrics["num_layers"], metrics["corpus"]) == (600, 2, str(text))
+    assert metrics["val_ppl"] > 1 and metrics["test_ppl"] > 1 and metrics["recurrence_residual"] <= 1e-5
+    for name in ("init_er_pct", "train_er_pct", "train_er_noiseless_pct", "val_er_pct"):
+        assert 0 < metrics[name] <= 100
+    cells = nbformat.read(executed, as_version=4).cells
+    figures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    assert figures == 3
+
+
+def test_every_promised_metric_is_written_and_explained(tmp_path, text):
+    promised = """experiment seed train_tokens val_tokens num_layers context_dim context_block_params
+        token_block_params_published token_block_params_trained train_er_pct train_er_noiseless_pct val_er_pct
+        init_er_pct phase1_iterations phase1_converged_tokens phase1_converged_ratio best_epoch epochs_run val_loss
+        val_ppl val_accuracy last_val_ppl overfit_rate test_ppl test_accuracy phase1_seconds phase2_seconds
+        total_seconds recurrence_residual params_hash code_hash git_commit versions device dtype""".split()
+    process, _ = papermill(tmp_path, corpus=str(text), output_dir=str(tmp_path / "run"), **SMALL)
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert set(promised) <= set(metrics)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in metrics if f"`{name}`" not in readme] == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ({"num_layer": 3}, "ConfigError: num_layer = 3 is not a parameter: did you mean num_layers?"),
+        ({"corpus": "no/such.txt"}, "ConfigError: corpus = 'no/such.txt' is neither chitchat nor ultrachat nor a file"),
+        ({"train_tokens": 10**6}, "ConfigError: train_tokens = 1000000 is more than the training capacity of"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path, text, bad, sentence):
+    earlier = tmp_path / "run" / "metrics.json"
+    earlier.parent.mkdir()
+    earlier.write_text('{"kept": true}', encoding="utf-8")
+    process, _ = papermill(tmp_path, **({"corpus": str(text), "output_dir": str(earlier.parent)} | SMALL | bad))
+    assert process.returncode != 0
+    assert last_line(process).startswith(sentence)
+    assert earlier.read_text(encoding="utf-8") == '{"kept": true}' and len(list(earlier.parent.iterdir())) == 1
+
+
+def test_the_loss_that_is_not_finite_leaves_no_metrics(tmp_path, text):
+    bad = SMALL | {"phase2_learning_rate": 1.0e38, "dtype": "float32"}
+    process, _ = papermill(tmp_path, corpus=str(text), output_dir=str(tmp_path / "run"), **bad)
+    assert process.returncode != 0
+    assert last_line(process).startswith("NonFiniteLoss: Phase 2's loss is")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment"])
+def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path):
+    own = {"output_dir": str(tmp_path / "out")}
+    small = {"train_tokens": 2000, "val_samples": 1, "test_samples": 1, "phase2_epochs": 1} if "02" in notebook else {}
+    process, _ = papermill(tmp_path, notebook, cwd=ROOT / "notebooks", **own, **small)
+    assert process.returncode == 0, process.stderr

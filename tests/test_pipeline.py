@@ -1,0 +1,109 @@
+"""The whole pipeline on a small grid: from a grid file to the report, with faults on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from ctxlm.files import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a small corpus and the grid file `tiny.yaml`, shared by the steps below."""
+    path = tmp_path_factory.mktemp("pipeline")
+    words = "the a cat dog saw ran to from with red blue big small house tree and then it was".split()
+    paragraphs = (" ".join(words[(i * j * j) % 19] for j in range(1, 61)) for i in range(1, 121))
+    (path / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    grid_file(path, [800, 1600])
+    return path
+
+
+def grid_file(folder, sizes, **common):
+    common = {"corpus": str(folder / "text.txt"), "embedding": "random", "embed_dim": 16} | common
+    common |= {"val_samples": 5, "test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
+    experiments = {"A": {"num_layers": 4, "context_dim": 16}, "B": {"num_layers": 2, "context_dim": 32}}
+    grid = {"title": "Tiny", "common": common, "experiments": experiments, "sweep": {"train_tokens": sizes}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+
+
+def snakemake(folder, *options, **popen):
+    """The command of `make report`, in an environment of its own."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--rerun-incomplete", *options]
+    command += ["--config", f"grid={folder / 'tiny.yaml'}"]
+    own = {"CTXLM_OUTPUTS": str(folder / "outputs"), "CTXLM_RESULTS": str(folder / "none")}
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    popen |= {"cwd": ROOT, "env": os.environ | own | {"PATH": path}, "text": True}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
+
+
+def finished(process):
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def metrics(folder):
+    return {path.parent.name: path for path in sorted((folder / "outputs" / "tiny").glob("*/metrics.json"))}
+
+
+def test_bad_input_is_refused_before_any_work(folder):
+    grid_file(folder, [800], num_layer=3)
+    code, output = finished(snakemake(folder))
+    grid_file(folder, [800, 1600])
+    assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
+    assert not (folder / "outputs").exists()
+
+
+def test_a_killed_grid_resumes(folder):
+    process = snakemake(folder, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not metrics(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
+    assert kept and len(kept) < 4
+    unlocked, output = finished(snakemake(folder, "--unlock"))
+    assert unlocked == 0, output
+    code, output = finished(snakemake(folder))
+    assert code == 0, output
+    assert len(metrics(folder)) == 4
+    assert (folder / "outputs" / "tiny" / "report" / "index.html").exists()
+
+
+def test_the_analysis_is_that_of_the_four_runs(folder):
+    analysis = json.loads((folder / "outputs" / "tiny" / "analysis.json").read_text(encoding="utf-8"))
+    runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in metrics(folder).items()}
+    assert set(runs) == {f"{label}_train_tokens-{size}" for label in "AB" for size in (800, 1600)}
+    assert {run["run"] for run in analysis["runs"]} == set(runs)
+    for label in "AB":
+        law = analysis["configurations"][label]
+        assert (law["n"], law["residual_dof"], law["alpha_interval"]) == (2, 0, None)
+
+
+def test_a_rerun_does_nothing_and_an_added_size_runs_alone(folder):
+    code, output = finished(snakemake(folder))
+    assert code == 0 and "Nothing to be done" in output
+    before = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
+    grid_file(folder, [800, 1600, 2400])
+    code, output = finished(snakemake(folder))
+    assert code == 0, output
+    after = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
+    assert {name: after[name] for name in before} == before and len(after) == 6
+
+
+def test_a_failing_run_says_why_and_leaves_the_others(folder):
+    before = {name: path.read_bytes() for name, path in metrics(folder).items()}
+    grid = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    grid["experiments"]["C"] = {"num_layers": 1, "context_dim": 16, "phase2_learning_rate": 1.0e38, "dtype": "float32"}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    code, output = finished(snakemake(folder))
+    assert code != 0 and "NonFiniteLoss: Phase 2's loss is" in output
+    assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before

@@ -1,0 +1,65 @@
+"""The chunked recurrence against its definition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxlm.config import Experiment
+from ctxlm.corpus import split
+from ctxlm.embeddings import load_embedding
+from ctxlm.model import ContextLM
+from ctxlm.recurrence import chunked, sequential
+from tests.conftest import stream, tiny
+
+
+@pytest.mark.filterwarnings("ignore:the ContextBlock does not forget")  # some narrow random ones do not
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 400),
+    chunk=st.integers(40, 120),
+    layers=st.integers(1, 3),
+    n=st.integers(1, 3),
+    seed=st.integers(0, 100),
+)
+def test_chunks_give_the_sequential_contexts(length, chunk, layers, n, seed):
+    model, tokens = tiny(num_layers=layers, num_input_tokens=n, seed=seed), stream(length, seed=seed)
+    expected, found = sequential(model, tokens), chunked(model, tokens, tolerance=1e-6, chunk_length=chunk)
+    assert found.values.shape == (length, 12)
+    torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=0)
+    assert found.residual <= 1e-6
+
+
+@pytest.mark.parametrize(("layers", "width"), [(6, 128), (3, 256)])
+def test_contexts_of_real_tokens_agree_to_1e_5(layers, width):
+    own = Experiment.from_mapping(
+        {"num_layers": layers, "context_dim": width, "embed_dim": 128, "embedding": "random", "train_tokens": 3000}
+    )
+    tokens = torch.from_numpy(split(own).train.tokens.astype(np.int64))
+    model = ContextLM(own, torch.from_numpy(load_embedding(own)))
+    expected, found = sequential(model, tokens), chunked(model, tokens)
+    assert 0 < found.warmup < 256 and found.residual <= 1e-5
+    assert (found.values - expected.values).abs().max().item() <= 1e-5
+    # and in one pass: every context is the block's answer to the one before
+    with torch.no_grad():
+        again = model.context_block(found.values[:-1], model.inputs(tokens, torch.arange(1, 3000)))[-1]
+    assert (again - found.values[1:]).abs().max().item() <= 1e-5
+
+
+def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
+    model, tokens = tiny(), stream(200)
+    with torch.no_grad():  # large weights make the map expand: neighbouring contexts part instead of meeting
+        for linear in model.context_block.linears:
+            linear.weight[:, :12] *= 30
+    with pytest.warns(UserWarning, match="does not forget within") as caught:
+        found = chunked(model, tokens, chunk_length=60)
+    assert len(caught) == 1
+    assert torch.equal(found.values, sequential(model, tokens).values) and found.warmup == 0
+
+
+def test_a_longer_chunk_is_tried_before_the_fall_back():
+    model, tokens = tiny(), stream(2000)
+    found = chunked(model, tokens, tolerance=1e-6, chunk_length=2)
+    assert found.warmup > 2 and found.residual <= 1e-6
+    torch.testing.assert_close(found.values, sequential(model, tokens).values, atol=1e-5, rtol=0)

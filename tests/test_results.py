@@ -1,0 +1,138 @@
+"""Runs on disk: what is written, what is refused, what survives a fault."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ctxlm.files
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.results import (
+    SOURCES,
+    Stopwatch,
+    code_hash,
+    load_history,
+    load_runs,
+    load_val_by_sample,
+    losses_by_sample,
+    provenance,
+    write_run,
+)
+
+HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
+
+
+def write(folder, **metrics):
+    metrics = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_loss": 2.0} | metrics
+    losses, samples = np.array([1.0, 2.0, 4.0], dtype=np.float32), np.array([7, 7, 8], dtype=np.int32)
+    return write_run(folder, metrics, HISTORY, losses, samples, {"w": torch.arange(6.0).reshape(2, 3).T})
+
+
+@pytest.fixture
+def roots(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "outputs", tmp_path / "results"
+
+
+def test_a_run_comes_back_as_it_was_written(roots):
+    folder = roots[0] / "g" / "A"
+    write(folder, val_ppl=7.4)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "history.csv",
+        "metrics.json",
+        "model.safetensors",
+        "val_by_sample.csv",
+        "val_losses.npz",
+    ]
+    runs = load_runs("g")
+    assert runs[["run", "source", "experiment", "val_ppl"]].values.tolist() == [["A", "outputs", "A", 7.4]]
+    assert load_history("g")[["run", "train_tokens", "metric", "value"]].values.tolist() == [
+        ["A", 100, "val_loss", 2.0]
+    ]
+    by_sample = load_val_by_sample("g")
+    assert by_sample[["sample", "loss_sum", "tokens"]].values.tolist() == [[7, 3.0, 2], [8, 4.0, 1]]
+    assert load_file(folder / "model.safetensors")["w"].shape == (3, 2)
+    with np.load(folder / "val_losses.npz") as file:
+        assert file["loss"].tolist() == [1.0, 2.0, 4.0] and file["sample"].tolist() == [7, 7, 8]
+
+
+def test_committed_results_stand_in_and_outputs_win(roots):
+    outputs, results = roots
+    write(results / "g" / "A", val_ppl=1.0)
+    write(results / "g" / "B", experiment="B", val_ppl=2.0)
+    write(outputs / "g" / "B", experiment="B", val_ppl=3.0)
+    runs = load_runs("g").set_index("run")
+    assert runs.loc["A", ["source", "val_ppl"]].tolist() == ["committed", 1.0]
+    assert runs.loc["B", ["source", "val_ppl"]].tolist() == ["outputs", 3.0]
+
+
+def test_an_unfinished_run_is_not_read(roots):
+    write(roots[0] / "g" / "A").unlink()
+    assert load_runs("g").empty and load_history("g").empty and load_val_by_sample("g").empty
+
+
+def test_a_damaged_metrics_file_is_named(roots):
+    write(roots[0] / "g" / "A").write_text('{"experiment": ', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete it"):
+        load_runs("g")
+
+
+def test_a_metric_that_is_not_finite_is_refused_and_the_earlier_run_stays(roots):
+    path = write(roots[0] / "g" / "A", val_ppl=1.0)
+    with pytest.raises(ValueError, match="val_ppl = inf is not finite"):
+        write(roots[0] / "g" / "A", val_ppl=float("inf"))
+    assert json.loads(path.read_text())["val_ppl"] == 1.0
+
+
+def test_a_full_disk_leaves_the_earlier_run_whole(roots, monkeypatch):
+    folder = roots[0] / "g" / "A"
+    path = write(folder, val_ppl=1.0)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def no_space(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ctxlm.results.save_file", no_space)  # the last file that is written
+    with pytest.raises(OSError, match="No space left"):
+        write(folder, val_ppl=2.0)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert json.loads(path.read_text())["val_ppl"] == 1.0
+
+
+def test_metrics_json_is_replaced_last(roots, monkeypatch):
+    folder, order = roots[0] / "g" / "A", []
+    replace = ctxlm.files.os.replace
+    monkeypatch.setattr(
+        ctxlm.files.os, "replace", lambda source, target: (order.append(target.name), replace(source, target))
+    )
+    write(folder)
+    assert len(order) == 5 and order[-1] == "metrics.json"
+
+
+def test_losses_by_sample_sum_in_double_precision():
+    table = losses_by_sample(np.full(10**6, 0.1, dtype=np.float32), np.zeros(10**6, dtype=np.int32))
+    assert table["loss_sum"].item() == pytest.approx(10**6 * float(np.float32(0.1)), rel=1e-9)
+
+
+def test_provenance_says_with_what_a_run_was_made():
+    own = Experiment()
+    found = provenance(own, torch.device("cpu"), torch.bfloat16)
+    assert found["params_hash"] == own.params_hash and found["code_hash"] == code_hash()
+    assert (found["device"], found["dtype"]) == ("cpu", "bfloat16")
+    assert set(own.model_dump()) <= set(found) and found["versions"]["torch"] == torch.__version__
+    assert "notebooks/02_experiment.ipynb" in SOURCES and not any("analysis" in name for name in SOURCES)
+
+
+def test_the_stopwatch_adds_up_by_step():
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch("a"):
+            pass
+    with watch("b"):
+        pass
+    assert list(watch.seconds) == ["a_seconds", "b_seconds", "total_seconds"]
+    assert 0 <= watch.seconds["a_seconds"] <= watch.seconds["total_seconds"]

@@ -1,0 +1,239 @@
+"""Laws and intervals against planted parameters, closed forms and SciPy's own regression."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ctxlm.analysis.scaling import (
+    crossover,
+    fit_power_law,
+    paired_difference,
+    ppl_interval,
+    read_grid,
+    summarise,
+    write_summary,
+)
+from ctxlm.analysis.tables import read_published
+from tests.planted import SIZES, plant
+
+
+def law(alpha: float, log_a: float, sizes=SIZES):
+    return fit_power_law(sizes, [math.exp(log_a + alpha * math.log(size)) for size in sizes])
+
+
+def by_sample(losses, tokens) -> pd.DataFrame:
+    table = pd.DataFrame({"sample": range(len(losses)), "loss_sum": np.asarray(losses) * tokens})
+    return table.assign(tokens=tokens)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.floats(-1, -0.01),
+    st.floats(1, 15),
+    st.lists(st.integers(1_000, 10_000_000), min_size=2, max_size=9, unique=True),
+)
+def test_planted_law_is_recovered(alpha, log_a, sizes):
+    fitted = law(alpha, log_a, sizes)
+    assert fitted.alpha == pytest.approx(alpha, abs=1e-5)
+    assert fitted.log_a == pytest.approx(log_a, abs=1e-4)
+    assert (fitted.n, fitted.residual_dof) == (len(sizes), len(sizes) - 2)
+    assert fitted.ppl(50_000) == pytest.approx(math.exp(log_a + alpha * math.log(50_000)), rel=1e-3)
+
+
+def test_interval_is_students_as_scipy_computes_it():
+    rng = np.random.default_rng(3)
+    sizes = np.repeat(SIZES, 2)
+    ppl = np.exp(9 - 0.3 * np.log(sizes) + 0.05 * rng.standard_normal(len(sizes)))
+    fitted, expected = fit_power_law(sizes, ppl), stats.linregress(np.log(sizes), np.log(ppl))
+    half = stats.t.ppf(0.975, len(sizes) - 2) * expected.stderr
+    assert fitted.alpha_interval == pytest.approx((expected.slope - half, expected.slope + half))
+    assert fitted.log_a == pytest.approx(expected.intercept)
+    assert fitted.r2 == pytest.approx(expected.rvalue**2)
+
+
+def test_interval_covers_the_planted_slope_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        ppl = np.exp(9 - 0.3 * np.log(SIZES) + 0.03 * rng.standard_normal(len(SIZES)))
+        low, high = fit_power_law(SIZES, ppl).alpha_interval
+        covered += low < -0.3 < high
+    assert 0.92 < covered / 400 < 0.98
+
+
+def test_two_sizes_give_a_point_estimate_and_no_interval():
+    published = read_published("results")
+    laws = read_published("power_laws").set_index("experiment")
+    for label, runs in published.groupby("experiment"):
+        fitted = fit_power_law(runs["train_tokens"], runs["val_ppl"])
+        assert (fitted.residual_dof, fitted.alpha_interval, fitted.r2) == (0, None, None)
+        assert fitted.alpha == pytest.approx(laws.loc[label, "alpha"], abs=1e-3)
+        assert fitted.log_a == pytest.approx(laws.loc[label, "log_a"], abs=0.02)
+
+
+def test_equal_ppl_has_slope_zero_and_no_r2():
+    fitted = fit_power_law([1000, 2000, 4000], [300, 300, 300])
+    assert fitted.alpha == pytest.approx(0, abs=1e-12)
+    assert fitted.r2 is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ppl", "words"),
+    [
+        ([1000], [300], "at least two sizes"),
+        ([1000, 1000], [300, 310], "at least two sizes, but there is 1,000"),
+        ([], [], "there is none"),
+        ([1000, 2000], [300, math.nan], "positive finite PPL, but there is nan"),
+        ([1000, 2000], [300, math.inf], "positive finite PPL, but there is inf"),
+        ([1000, 0], [300, 200], "positive finite tokens, but there is 0"),
+        ([1000, 2000], [300, -1], "positive finite PPL, but there is -1"),
+        ([1000, 2000], [300], "one PPL a run"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_one_sentence(tokens, ppl, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        fit_power_law(tokens, ppl)
+    assert "\n" not in str(raised.value)
+
+
+def test_crossover_of_the_published_runs_lies_where_their_log_gaps_vanish():
+    runs = read_published("results")
+    a, b = (group for _, group in runs.groupby("experiment"))
+    gaps = np.log(b["val_ppl"].to_numpy() / a["val_ppl"].to_numpy())
+    small, large = np.log(a["train_tokens"])
+    expected = math.exp(small + (large - small) * gaps[0] / (gaps[0] - gaps[1]))
+    found = crossover(*(fit_power_law(g["train_tokens"], g["val_ppl"]) for g in (a, b)))
+    assert found.tokens == pytest.approx(expected, rel=1e-6)
+    assert found.extrapolated is False
+
+
+def test_crossover_outside_the_sizes_of_both_is_extrapolated():
+    a = law(-0.3, 9)
+    meeting_at = lambda tokens: law(-0.4, 9 + 0.1 * math.log(tokens))  # noqa: E731
+    inside, beyond = crossover(a, meeting_at(40_000)), crossover(a, meeting_at(90_000))
+    assert inside.tokens == pytest.approx(40_000, rel=1e-6)
+    assert (inside.extrapolated, beyond.extrapolated) == (False, True)
+    narrow = law(-0.4, 9 + 0.1 * math.log(25_000), sizes=(30_000, 67_500))
+    assert crossover(a, narrow).extrapolated is True
+
+
+def test_parallel_and_nearly_parallel_laws_have_no_crossover():
+    assert crossover(law(-0.3, 9), law(-0.3, 9.1)).reason == "the two laws are parallel"
+    far = crossover(law(-0.3, 9), law(-0.3001, 9.1))
+    assert far.tokens is None and "10^434 tokens" in far.reason
+    before = crossover(law(-0.3, 9), law(-0.31, 8.9))
+    assert before.tokens is None and "10^-4 tokens" in before.reason
+
+
+def test_paired_difference_is_weighted_by_tokens():
+    tokens = np.array([100, 300, 600])
+    difference = paired_difference(by_sample([5.0, 6.0, 7.0], tokens), by_sample([5.1, 6.0, 6.9], tokens))
+    assert difference.log_ppl == pytest.approx((-0.1 * 100 + 0.1 * 600) / 1000)
+    assert (difference.samples, difference.tokens) == (3, 1000)
+
+
+def test_intervals_agree_with_the_normal_approximation_for_many_equal_samples():
+    rng = np.random.default_rng(1)
+    tokens = np.full(400, 500)
+    base, gap = rng.normal(6, 0.4, 400), rng.normal(-0.02, 0.05, 400)
+    a, b = by_sample(base + gap, tokens), by_sample(base, tokens)
+    difference, half = paired_difference(a, b), 1.96 * gap.std() / 20
+    assert difference.interval == pytest.approx((gap.mean() - half, gap.mean() + half), abs=0.1 * half)
+    half = 1.96 * base.std() / 20
+    assert np.log(ppl_interval(b)) == pytest.approx((base.mean() - half, base.mean() + half), abs=0.1 * half)
+
+
+def test_pairing_removes_what_samples_share():
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(300, 1500, 40)
+    hard = rng.normal(6, 0.4, 40)
+    a, b = (by_sample(hard + gap + 0.01 * rng.standard_normal(40), tokens) for gap in (0, 0.03))
+    low, high = paired_difference(a, b).interval
+    assert low < high < 0
+    alone = np.log(ppl_interval(a))
+    assert high - low < 0.2 * (alone[1] - alone[0])
+
+
+def test_seeds_are_averaged_before_pairing():
+    tokens = np.array([200, 400])
+    first, second = by_sample([5.0, 6.0], tokens), by_sample([5.2, 6.4], tokens)
+    averaged = paired_difference(pd.concat([first, second]), first)
+    assert averaged.log_ppl == pytest.approx((0.1 * 200 + 0.2 * 400) / 600)
+    assert averaged.samples == 2
+
+
+def test_one_sample_gives_no_interval_and_equal_runs_a_zero_one():
+    one = by_sample([5.0], np.array([100]))
+    assert ppl_interval(one) is None
+    assert paired_difference(one, one).interval is None
+    several = by_sample([5.0, 6.0, 7.0], np.array([100, 200, 300]))
+    assert paired_difference(several, several).interval == (0, 0)
+
+
+def test_other_tokens_cannot_be_paired():
+    with pytest.raises(ValueError, match="different validation tokens"):
+        paired_difference(by_sample([5.0], np.array([100])), by_sample([5.0], np.array([101])))
+    with pytest.raises(ValueError, match="different validation tokens"):
+        paired_difference(by_sample([5.0, 5.0], np.array([100, 100])), by_sample([5.0], np.array([100])))
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
+    return tmp_path
+
+
+def test_summary_of_a_planted_grid(outputs):
+    plant(outputs, {"A": (-0.287, 800), "B": (-0.36, 830)})
+    runs, _, val_by_sample = read_grid("planted")
+    summary = summarise("planted", runs, val_by_sample)
+    a = summary["configurations"]["A"]
+    assert (a["n"], a["residual_dof"], a["reason"]) == (4, 2, None)
+    assert a["alpha"] == pytest.approx(-0.287)
+    assert a["log_a"] == pytest.approx(math.log(800) + 0.287 * math.log(20_000))
+    assert summary["crossover_tokens"] == pytest.approx(20_000 * (830 / 800) ** (1 / 0.073))
+    assert summary["crossover_extrapolated"] is False
+    assert [d["train_tokens"] for d in summary["paired_differences"]] == list(SIZES)
+    assert summary["paired_differences"][0]["log_ppl"] == pytest.approx(math.log(800 / 830))
+    assert {run["source"] for run in summary["runs"]} == {"outputs"} and len(summary["runs"]) == 8
+    again = pd.read_json(write_summary(summary, outputs), typ="series")
+    assert again["crossover_tokens"] == pytest.approx(summary["crossover_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("laws", "sizes", "reason", "pairs"),
+    [
+        ({}, (), "fewer than two configurations", 0),
+        ({"A": (-0.3, 800)}, SIZES, "fewer than two configurations", 0),
+        ({"A": (-0.3, 800), "B": (-0.4, 800)}, (20_000,), "no law for A and B", 1),
+        ({"A": (-0.3, 800), "B": (-0.4, 800)}, {"A": (20_000, 30_000), "B": (30_000,)}, "no law for B", 1),
+        ({"A": (-0.3, 800), "B": (-0.4, 800), "C": (-0.35, 800)}, SIZES, "3 configurations: see crossovers", 12),
+    ],
+)
+def test_summary_of_incomplete_grids_says_why_there_is_no_crossover(outputs, laws, sizes, reason, pairs):
+    plant(outputs, laws, sizes)
+    runs, _, val_by_sample = read_grid("planted")
+    summary = summarise("planted", runs, val_by_sample)
+    assert (summary["crossover_tokens"], summary["crossover_reason"]) == (None, reason)
+    assert len(summary["paired_differences"]) == pairs
+    assert set(summary["configurations"]) == set(laws)
+    write_summary(summary, outputs)
+
+
+def test_runs_that_differ_in_more_than_size_and_seed_are_configurations_of_their_own(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, seeds=(1, 2))
+    for run in (outputs / "planted").glob("A_*seed-1"):
+        run.rename(run.with_name(run.name + "_slow"))
+    plant(outputs, {"A": (-0.2, 900)}, seeds=(1,), phase2_learning_rate=0.0005)
+    runs, history, val_by_sample = read_grid("planted")
+    labels = {"A, phase2_learning_rate 0.0005", "A, phase2_learning_rate 0.002"}
+    assert set(runs["experiment"]) == set(history["experiment"]) == set(val_by_sample["experiment"]) == labels
+    laws = summarise("planted", runs, val_by_sample)["configurations"]
+    assert laws["A, phase2_learning_rate 0.0005"]["alpha"] == pytest.approx(-0.2)
+    assert laws["A, phase2_learning_rate 0.002"]["n"] == 8
