@@ -121,7 +121,7 @@ rule experiment:
         SOURCES,
         lambda wildcards: f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json",
     output:
-        f"{HOME}/{{run}}/metrics.json",
+        update(f"{HOME}/{{run}}/metrics.json"),  # an earlier result stays until a new one is whole
     log:
         notebook=f"{HOME}/{{run}}/experiment.ipynb",
         text=f"{HOME}/{{run}}/experiment.log",
@@ -149,7 +149,7 @@ rule analysis:
         ANALYSIS,
         expand(f"{HOME}/{{run}}/metrics.json", run=GRID.runs),
     output:
-        f"{HOME}/analysis.json",
+        update(f"{HOME}/analysis.json"),
     log:
         notebook=f"{HOME}/analysis.ipynb",
         text=f"{HOME}/analysis.log",
@@ -167,7 +167,7 @@ rule report:
         f"{HOME}/analysis.json",
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
     output:
-        f"{HOME}/report/index.html",
+        update(f"{HOME}/report/index.html"),
     message:
         "Writing the report"
     shell:

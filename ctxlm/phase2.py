@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ctxlm.config import Experiment
 from ctxlm.loss import linear_cross_entropy
@@ -164,6 +164,7 @@ def train_token_block(
                 "val_loss": val_loss,
                 "val_ppl": perplexity(val_loss),
                 "val_accuracy": val_accuracy,
+                "updates": update,
                 "seconds": time.perf_counter() - began,
             },
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm import trange
 
 from ctxlm.model import ContextLM
 

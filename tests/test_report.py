@@ -13,6 +13,7 @@ from ctxlm.analysis import report
 from ctxlm.analysis.report import build, main
 from ctxlm.config import ConfigError
 
+PROGRESS = [nb.new_output("stream", name="stderr", text=f"\r{done} of 3") for done in (1, 2, 3)]
 PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 
 
@@ -46,7 +47,7 @@ def outputs(tmp_path) -> Path:
             {"runs": [{"run": "A_1", "source": "outputs"}, {"run": "B_1", "source": "committed"}]}
         ),
         "A_1/metrics.json": "{}",
-        "A_1/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(1)")),
+        "A_1/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(1)", *PROGRESS)),
         "A_2/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(2)")),
         "corpus/corpus.ipynb": notebook(nb.new_markdown_cell("# The corpus"), ran("read()")),
     }
@@ -108,6 +109,7 @@ def test_index_links_to_every_notebook_with_its_code(outputs):
     for code, source in zip(codes, ("read()", "train(1)", "train(2)", "secret_call()"), strict=True):
         assert source in code
     assert "<title>One experiment: A_1</title>" in pages[1] and 'href="../index.html"' in pages[1]
+    assert "3 of 3" in pages[1] and "2 of 3" not in pages[1]
     text = index.read_text(encoding="utf-8")
     assert "A_2</a> (not finished)" in text and "A_1</a></td>" in text
 

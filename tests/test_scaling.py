@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ctxlm.analysis import scaling
 from ctxlm.analysis.scaling import (
     crossover,
     fit_power_law,
@@ -118,8 +119,8 @@ def test_crossover_outside_the_sizes_of_both_is_extrapolated():
     inside, beyond = crossover(a, meeting_at(40_000)), crossover(a, meeting_at(90_000))
     assert inside.tokens == pytest.approx(40_000, rel=1e-6)
     assert (inside.extrapolated, beyond.extrapolated) == (False, True)
-    narrow = law(-0.4, 9 + 0.1 * math.log(25_000), sizes=(30_000, 67_500))
-    assert crossover(a, narrow).extrapolated is True
+    for tokens, sizes in ((25_000, (30_000, 67_500)), (50_000, (20_000, 45_000))):  # seen by only one of the two
+        assert crossover(a, law(-0.4, 9 + 0.1 * math.log(tokens), sizes)).extrapolated is True
 
 
 def test_parallel_and_nearly_parallel_laws_have_no_crossover():
@@ -146,6 +147,28 @@ def test_intervals_agree_with_the_normal_approximation_for_many_equal_samples():
     assert difference.interval == pytest.approx((gap.mean() - half, gap.mean() + half), abs=0.1 * half)
     half = 1.96 * base.std() / 20
     assert np.log(ppl_interval(b)) == pytest.approx((base.mean() - half, base.mean() + half), abs=0.1 * half)
+
+
+def test_samples_of_equal_loss_and_unequal_length_leave_no_uncertainty():
+    tokens = np.array([100, 300, 600, 5000])
+    a, b = by_sample([5.0] * 4, tokens), by_sample([5.2] * 4, tokens)
+    assert ppl_interval(a) == pytest.approx((math.exp(5), math.exp(5)))
+    assert paired_difference(a, b).interval == pytest.approx((-0.2, -0.2))
+
+
+def test_interval_over_few_samples_covers_the_truth_about_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 999)
+    rng = np.random.default_rng(20)
+    covered = 0
+    for _ in range(300):
+        tokens = rng.integers(100, 2000, 20)
+        gap = rng.normal(0, 0.02 + 0.3 / np.sqrt(tokens))
+        low, high = paired_difference(by_sample(5 + gap, tokens), by_sample([5.0] * 20, tokens)).interval
+        covered += low < 0 < high
+    assert 0.92 < covered / 300 < 0.98
+    two = np.array([100, 200])
+    low, high = paired_difference(by_sample([5.1, 5.2], two), by_sample([5.0, 5.0], two)).interval
+    assert (low, high) == pytest.approx((0.1, 0.2))  # no percentile reaches further
 
 
 def test_pairing_removes_what_samples_share():

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval
 
@@ -65,15 +65,14 @@ def _tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xlabel("training tokens (log)")
 
 
-def _ppl_axis(axes: Axes, label: str) -> None:
+def _log_axis(axes: Axes, label: str) -> None:
     """A logarithmic axis with plain numbers; LogLocator alone leaves a range under a decade without ticks."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
-    )
+    few = MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else few)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.3g}")
     axes.set_ylim(low, high)
     axes.set_ylabel(label)
 
@@ -139,7 +138,7 @@ def plot_scaling(
     axes.set_xlim(low, high)
     _tokens_axis(axes, sizes)
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
-    _ppl_axis(axes, f"validation PPL (log), 95 % interval over {samples} samples")
+    _log_axis(axes, f"validation PPL (log), 95 % interval over {samples} samples")
     figure.legend(handles=keys, ncols=2, **BELOW)
     return figure
 
@@ -194,7 +193,7 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
     for axes in grid.flat[len(sizes) :]:
         axes.axis("off")
     for axes in grid[:, 0]:
-        _ppl_axis(axes, "PPL (log)")
+        _log_axis(axes, "PPL (log)")
     keys = [Line2D([], [], label=f"{x}, {what}", **styles[x] | look) for x in styles for what, look in kinds.values()]
     figure.legend(handles=keys, ncols=min(len(styles), 4), **BELOW)
     return figure
@@ -208,7 +207,7 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     rates = runs.groupby(["experiment", "train_tokens"])["overfit_rate"].mean()
     for label, look in _styles(runs["experiment"]).items():
         axes.plot(rates[label].index, rates[label], label=label, **look)
-    axes.set_ylim(0, max(1.1 * rates.max(), 0.01))
+    axes.set_ylim(np.array([-0.04, 1.1]) * max(rates.max(), 0.01))
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
@@ -239,7 +238,7 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
 def _convergence_axes(left: Axes, right: Axes) -> None:
     left.set(ylabel="converged tokens", ylim=(-0.03, 1.03))
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    right.set(ylabel="mean squared change\nof a context dimension (log)", yscale="log")
+    _log_axis(right, "mean squared change\nof a context dimension (log)")
     for axes in (left, right):
         _steps_axis(axes, "iteration")
 
@@ -337,7 +336,7 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
         axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin()}", **REFERENCE)
         _steps_axis(axes, "epoch")
     left.set_ylabel("loss, nats a token")
-    _ppl_axis(right, "PPL (log)")
+    _log_axis(right, "PPL (log)")
     left.legend()
     return figure
 
@@ -349,5 +348,7 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
         p = np.asarray(raw, float)
         axes.plot(np.arange(1, len(p) + 1), p / p.sum(), color=colour, linestyle=line, label=label)
     axes.set(xlabel="rank of the singular value", ylabel="singular value over their sum (log)", yscale="log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 1e-4 * high), high)  # LayerNorm leaves one direction empty: it would flatten the rest
     axes.legend()
     return figure

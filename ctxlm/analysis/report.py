@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import nbformat
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
 from ctxlm.config import ConfigError, Grid, load_grid
@@ -147,6 +148,7 @@ def _body(notebook: nbformat.NotebookNode, code: bool) -> str:
         cell.metadata["alt"] = heading or "figure"
     exporter = HTMLExporter(
         template_name="basic",
+        preprocessors=[CoalesceStreamsPreprocessor],  # of a progress bar, its last state
         exclude_input=not code,
         exclude_input_prompt=True,
         exclude_output_prompt=True,

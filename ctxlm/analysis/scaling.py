@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
-from scipy.stats import bootstrap
+from scipy import stats
 
 from ctxlm.config import Experiment
 from ctxlm.files import atomic
@@ -107,7 +107,7 @@ def crossover(law_a: PowerLaw, law_b: PowerLaw) -> Crossover:
 
 
 def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame) -> PairedDifference:
-    """log PPL of A minus B over the same validation tokens, with a 95 % percentile bootstrap over the samples.
+    """log PPL of A minus B over the same validation tokens, with a 95 % bootstrap interval over the samples.
 
     A sample's weight is its number of tokens. Where a frame holds several runs (seeds), the losses of a sample
     are averaged over them first: the interval covers the choice of validation samples, not the seeds.
@@ -126,25 +126,29 @@ def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFra
 
 
 def ppl_interval(val_by_sample: pd.DataFrame) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of one run's PPL over validation samples; None for a single sample."""
+    """95 % bootstrap interval of one run's PPL over validation samples; None for a single sample."""
     _, interval = _weighted_mean(val_by_sample["loss_sum"], val_by_sample["tokens"])
     return interval and (math.exp(interval[0]), math.exp(interval[1]))
 
 
 def _weighted_mean(sums: pd.Series, tokens: pd.Series) -> tuple[float, tuple[float, float] | None]:
-    """Σ sums / Σ tokens, and its interval when the pairs (sum, tokens) are drawn again with replacement."""
+    """Σ sums / Σ tokens, and its interval when the pairs (sum, tokens) are drawn again with replacement.
+
+    The percentiles are expanded as Student's t is against the normal (Hesterberg, 2015): with 20 samples, plain
+    percentiles hold the truth in 91 % of cases instead of 95 %, and expanded ones in 94 %.
+    """
 
     def mean(s: np.ndarray, t: np.ndarray, axis: int) -> np.ndarray:
         return s.sum(axis=axis) / t.sum(axis=axis)
 
-    data = (sums.to_numpy(float), tokens.to_numpy(float))
+    data, n = (sums.to_numpy(float), tokens.to_numpy(float)), len(sums)
     value = float(mean(*data, axis=0))
-    if len(sums) < 2:
+    if n < 2:
         return value, None
-    drawn = bootstrap(
-        data, mean, paired=True, n_resamples=DRAWS, confidence_level=CONFIDENCE, method="percentile", rng=0
-    )
-    return value, (float(drawn.confidence_interval.low), float(drawn.confidence_interval.high))
+    level = 1 - 2 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    options = {"n_resamples": DRAWS, "confidence_level": level, "method": "percentile", "rng": 0}
+    interval = stats.bootstrap(data, mean, paired=True, **options).confidence_interval
+    return value, (float(interval.low), float(interval.high))
 
 
 def read_grid(grid: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

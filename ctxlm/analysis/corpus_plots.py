@@ -1,0 +1,205 @@
+"""What a model reads: tables and figures of a corpus, its split and its embedding. Figures are in tokens."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from ctxlm.analysis.plots import COLOURS, REFERENCE, WIDTH
+from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
+
+COMMON = 5000
+"""Neighbours are sought among so many of the corpus's most frequent tokens: rare ones are embedded by chance."""
+
+DATA_PARAMETERS = ("corpus", "embedding", "embed_dim", "train_tokens", "train_samples", "val_samples", "test_samples")
+DATA_PARAMETERS += ("train_capacity_tokens", "train_capacity_samples", "data_seed")
+"""What a split and an embedding depend on, and nothing else of an experiment."""
+
+
+def capacity(streams: Split) -> int:
+    """Samples kept for training: validation begins right behind them."""
+    return int(streams.val.samples[0])
+
+
+def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
+    """Samples, tokens, tokens a sample and different tokens, for the corpus and each part of it."""
+    parts = {
+        "corpus": corpus.stream(0, corpus.num_samples),
+        "training capacity": corpus.stream(0, capacity(streams)),
+        "training": streams.train,
+        "validation": streams.val,
+        "test": streams.test,
+    }
+    rows = {
+        name: (len(np.unique(part.samples)), len(part), len(np.unique(part.tokens))) for name, part in parts.items()
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["samples", "tokens", "different tokens"])
+    table.insert(2, "tokens a sample", (table["tokens"] / table["samples"]).round(1))
+    return table
+
+
+def unseen_share(train: Stream, val: Stream, tokens: int) -> float:
+    """Share of the validation stream's tokens that do not occur among the first `tokens` of training."""
+    return float(np.isin(val.tokens, train.tokens[:tokens], invert=True).mean())
+
+
+def examples(stream: Stream, samples: int, length: int = 160) -> pd.Series:
+    """The beginning of a stream's first samples as text, by sample."""
+    shown = {}
+    for sample in pd.unique(stream.samples)[:samples]:
+        text = decode(stream.tokens[stream.samples == sample][:length])
+        shown[int(sample)] = text[:length] + ("…" if len(text) > length else "")
+    return pd.Series(shown, name="text")
+
+
+def common_words(corpus: Corpus, count: int) -> list[int]:
+    """Some of the corpus's tokens that are words of three letters or more, from frequent to less frequent."""
+    common = _by_frequency(corpus)[:COMMON]
+    words = [token for token in common if (text := decode([token])).startswith(" ") and text[1:].isalpha()]
+    words = [token for token in words if len(decode([token])) > 3] or list(common)
+    ranks = np.geomspace(min(50, len(words)), len(words), count + 1)[:-1].astype(int) - 1
+    return [int(words[rank]) for rank in dict.fromkeys(ranks.tolist())]
+
+
+def neighbours(embedding: np.ndarray, corpus: Corpus, tokens: Sequence[int], count: int = 6) -> pd.DataFrame:
+    """For each token, the common tokens whose embeddings [V, d] point most nearly its way (cosine), nearest first."""
+    common = _by_frequency(corpus)[:COMMON]
+    directions = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    rows = {}
+    for token in tokens:
+        others = common[common != token]
+        nearest = others[np.argsort(-directions[others] @ directions[token])[:count]]
+        rows[repr(decode([token]))] = [repr(decode([other])) for other in nearest]
+    return pd.DataFrame.from_dict(rows, orient="index").rename(columns=lambda column: f"{column + 1}.")
+
+
+def _by_frequency(corpus: Corpus) -> np.ndarray:
+    """The tokens that occur in the corpus, most frequent first."""
+    counts = np.bincount(corpus.tokens, minlength=VOCABULARY)
+    return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+
+
+def _figure(columns: int = 1, height: float = 3.4) -> tuple[Figure, np.ndarray]:
+    return plt.subplots(1, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained")
+
+
+def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
+    """Where training, validation and test lie in the corpus: above in all of it, below up to the end of test."""
+    starts, held = corpus.starts, capacity(streams)
+    first = int(starts[streams.train.samples[0]])
+    last, end = first + len(streams.train), int(starts[held])
+    test = int(streams.test.samples[0])
+    after = int(streams.test.samples[-1]) + 1
+    parts = [
+        ("training capacity", 0, end, "0.85"),
+        ("training", first, min(last, end), COLOURS[0]),
+        ("training", 0, last - end, COLOURS[0]),  # a window that runs over the end goes on at the start
+        ("validation", end, int(starts[test]), COLOURS[1]),
+        ("test", int(starts[test]), int(starts[after]), COLOURS[2]),
+    ]
+    if second_half:
+        parts.append(("second half: makes the embedding", int(starts[corpus.half]), int(starts[-1]), COLOURS[4]))
+    figure, grid = plt.subplots(2, 1, figsize=(WIDTH, 2.6), layout="constrained")
+    for axes, limit in zip(grid, (int(starts[-1]), int(starts[after])), strict=True):
+        drawn = set()
+        for name, left, right, colour in parts:
+            if left < min(right, limit):
+                axes.barh(0, min(right, limit) - left, left=left, color=colour, height=0.8, label=name)
+                drawn.add(name)
+        axes.set_xlim(0, limit)
+        axes.set_yticks([])
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.grid(visible=False)
+    grid[0].set_title("The whole corpus", loc="left")
+    grid[1].set_title("Up to the end of test", loc="left")
+    grid[1].set_xlabel("position in the corpus (tokens)")
+    keys = dict(zip(*reversed(grid[0].get_legend_handles_labels()), strict=True))
+    figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=len(keys))
+    return figure
+
+
+def plot_lengths(corpus: Corpus, streams: Split) -> Figure:
+    """How long the corpus's samples are; ticks mark those of validation, which should lie like the rest."""
+    lengths = np.diff(corpus.starts)
+    figure, ((axes,),) = _figure()
+    bins = np.geomspace(lengths.min(), lengths.max() + 1, 41)
+    weights = np.full(len(lengths), 100 / len(lengths))
+    axes.hist(lengths, bins, weights=weights, color=COLOURS[0], alpha=0.6, label=_median("corpus", lengths))
+    val = lengths[np.unique(streams.val.samples)]
+    axes.plot(val, np.zeros(len(val)), "|", color=COLOURS[1], markersize=22, mew=1.6, label=_median("validation", val))
+    _log(axes, x=True)
+    axes.set_xlabel("length of a sample (tokens, log)")
+    axes.set_ylabel("share of samples (%)")
+    axes.legend(frameon=False, markerscale=0.5)
+    return figure
+
+
+def _median(name: str, lengths: np.ndarray) -> str:
+    return f"{name}: {len(lengths):,} samples, median {np.median(lengths):,.0f} tokens"
+
+
+def plot_frequencies(corpus: Corpus, streams: Split) -> Figure:
+    """Left: frequency by rank, against Zipf's law. Right: what validation holds that training has not shown."""
+    figure, ((left, right),) = _figure(2)
+    parts = (("corpus", corpus.tokens), ("training", streams.train.tokens), ("validation", streams.val.tokens))
+    for (name, tokens), line in zip(parts, ("-", "--", ":"), strict=True):
+        counts = np.sort(np.bincount(tokens))[::-1]
+        shares = 100 * counts[counts > 0] / len(tokens)
+        left.plot(np.arange(1, len(shares) + 1), shares, line, label=name)
+    ends = np.array([10, VOCABULARY])
+    left.plot(ends, 10 / ends, color="0.5", linewidth=1, label="Zipf: slope −1")
+    _log(left, x=True, y=True)
+    left.set_xlabel("rank of a token (log)")
+    left.set_ylabel("share of all tokens (%, log)")
+    left.legend(frameon=False)
+    train = corpus.stream(0, capacity(streams)) if streams.train.samples[0] == 0 else streams.train
+    steps = np.unique(np.geomspace(min(1000, len(train)), len(train), 25).astype(int))
+    right.plot(steps, [100 * unseen_share(train, streams.val, step) for step in steps], color="0.5")
+    here = 100 * unseen_share(streams.train, streams.val, len(streams.train))
+    label = f"this run: {here:.1f} % at {len(streams.train):,} tokens"
+    right.plot(len(streams.train), here, "o", color=COLOURS[1], label=label)
+    _log(right, x=True)
+    right.set_ylim(0)
+    right.set_xlabel("training tokens (log)")
+    right.set_ylabel("validation tokens never seen (%)")
+    right.legend(frameon=False)
+    return figure
+
+
+def plot_embedding(embedding: np.ndarray) -> Figure:
+    """Singular values of the embedding [V, d]; equal ones would use all its dimensions alike."""
+    figure, ((axes,),) = _figure(height=3)
+    values = np.sqrt(np.linalg.eigvalsh(embedding.T @ embedding).clip(0))[::-1]
+    axes.plot(np.arange(1, len(values) + 1), values, color=COLOURS[0], label="the embedding")
+    alike = float(np.sqrt(np.square(values).mean()))
+    axes.axhline(alike, label="of the same size, all dimensions alike", **REFERENCE)
+    axes.set_ylim(0)
+    axes.set_xlabel("number of the singular value")
+    axes.set_ylabel("singular value")
+    axes.legend(frameon=False)
+    sns.despine(ax=axes)
+    return figure
+
+
+def spread(embedding: np.ndarray, corpus: Corpus, streams: Split) -> pd.DataFrame:
+    """Root mean square of the embedding's entries, over all tokens and over those that occur in a part."""
+    parts = {"training": streams.train.tokens, "validation": streams.val.tokens, "corpus": corpus.tokens}
+    kinds = {name: np.unique(tokens) for name, tokens in parts.items()} | {"vocabulary": np.arange(len(embedding))}
+    rows = {name: (len(ids), float(np.sqrt(np.square(embedding[ids]).mean()))) for name, ids in kinds.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["different tokens", "root mean square"]).round(4)
+
+
+def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
+    """Logarithmic axes with plain numbers."""
+    if x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    sns.despine(ax=axes)
