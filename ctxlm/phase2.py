@@ -111,7 +111,7 @@ def train_token_block(
         dtype: of the matrix products.
 
     Raises:
-        NonFiniteLoss: the loss is no longer finite.
+        NonFiniteLoss: the loss, or its exponential, is no longer finite.
     """
     e, (tokens, contexts) = experiment, train
     model.embedding.requires_grad_(not e.phase2_freeze_embedding)
@@ -148,7 +148,7 @@ def train_token_block(
                 correct_sum += correct.sum()
                 update += 1
                 if update % check_every == 0 or stop == targets:
-                    _finite(loss_sum.item(), e, epoch, update)
+                    _finite(loss_sum.item() / stop, e, epoch, update)
                 if e.val_every_steps and update % e.val_every_steps == 0:
                     record("phase2_updates", update, {"val_loss": evaluate(predict, *val)[0].double().mean().item()})
         val_losses, val_accuracy = evaluate(predict, *val)
@@ -183,7 +183,7 @@ def train_token_block(
 
 
 def _finite(loss: float, e: Experiment, epoch: int, update: int) -> None:
-    if not math.isfinite(loss):
+    if not math.isfinite(perplexity(loss)):  # also where the loss is a number, but no longer one of a language model
         raise NonFiniteLoss(
             f"Phase 2's loss is {loss} in epoch {epoch} by update {update}: "
             f"lower phase2_learning_rate = {e.phase2_learning_rate}"

@@ -31,6 +31,15 @@ def outputs(tmp_path, monkeypatch):
     plt.close("all")
 
 
+def plan(folder, labels, sizes, seeds):
+    """The grid file that asks for planted runs."""
+    content = {
+        "experiments": {label: {} for label in labels},
+        "sweep": {"train_tokens": list(sizes), "seed": list(seeds)},
+    }
+    (folder / "planted.yaml").write_text(json.dumps(content))
+
+
 def read(grid: str = "planted"):
     runs, history, val_by_sample = read_grid(grid)
     return runs, history, val_by_sample, summarise(grid, runs, val_by_sample)
@@ -303,7 +312,7 @@ def run_notebook(grid: str, folder) -> dict:
     ids=["none", "one run", "one configuration", "unequal sizes", "disjoint sizes", "three configurations"],
 )
 def test_notebook_says_what_there_is(outputs, tmp_path, monkeypatch, capsys, laws, sizes, seeds):
-    (tmp_path / "planted.yaml").write_text("experiments: {A: {}}\n")
+    plan(tmp_path, "ABC", SIZES, seeds)
     monkeypatch.chdir(ROOT / "notebooks")
     plant(outputs, laws, sizes, seeds=seeds)
     content = run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
@@ -314,7 +323,7 @@ def test_notebook_says_what_there_is(outputs, tmp_path, monkeypatch, capsys, law
 
 
 def test_notebook_shows_the_committed_study(outputs, tmp_path, monkeypatch):
-    (tmp_path / "planted.yaml").write_text("experiments: {A: {}}\n")
+    plan(tmp_path, "AB", (20_000, 30_000), (42,))
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
     plant(tmp_path / "committed", {"A": (-0.3, 846), "B": (-0.4, 1031)}, grid="study", **STUDY)
     shown: list[str] = []

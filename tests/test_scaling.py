@@ -249,6 +249,14 @@ def test_summary_of_incomplete_grids_says_why_there_is_no_crossover(outputs, law
     write_summary(summary, outputs)
 
 
+def test_a_run_that_the_grid_no_longer_asks_for_is_not_read(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, (20_000, 30_000))
+    names = ["A_train_tokens-20000_seed-42", "A_train_tokens-45000_seed-42"]
+    for table in read_grid("planted", names):
+        assert set(table["run"]) == {names[0]}
+    assert [len(table) for table in read_grid("planted", ["B"])] == [0, 0, 0]
+
+
 def test_runs_that_differ_in_more_than_size_and_seed_are_configurations_of_their_own(outputs):
     plant(outputs, {"A": (-0.3, 800)}, seeds=(1, 2))
     for run in (outputs / "planted").glob("A_*seed-1"):

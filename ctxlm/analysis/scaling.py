@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,12 +151,18 @@ def _weighted_mean(sums: pd.Series, tokens: pd.Series) -> tuple[float, tuple[flo
     return value, (float(interval.low), float(interval.high))
 
 
-def read_grid(grid: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Runs, histories and validation losses of a grid, with one label in `experiment` for each configuration.
 
+    Only runs called `names` are read, if given: one that the grid file no longer asks for may be of other parameters.
     Where runs of one label differ in more than size and seed, what differs is added to the label.
     """
-    runs, history, val_by_sample = load_runs(grid), load_history(grid), load_val_by_sample(grid)
+    tables = load_runs(grid), load_history(grid), load_val_by_sample(grid)
+    if tables[0].empty:
+        return tables
+    if names is not None:
+        tables = tuple(table[table["run"].isin(names)].reset_index(drop=True) for table in tables)
+    runs, history, val_by_sample = tables
     if runs.empty:
         return runs, history, val_by_sample
     for name in (name for name in Experiment.model_fields if name in runs and name not in REPLICATES):
