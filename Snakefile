@@ -119,7 +119,8 @@ rule experiment:
     input:
         "notebooks/02_experiment.ipynb",
         SOURCES,
-        lambda wildcards: f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json",
+        # Only its being there counts: whatever a run takes from the corpus is among the run's own parameters.
+        lambda wildcards: ancient(f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json"),
     output:
         update(f"{HOME}/{{run}}/metrics.json"),  # an earlier result stays until a new one is whole
     log:
@@ -139,8 +140,8 @@ rule experiment:
         "Run {wildcards.run}"
     shell:
         "OMP_NUM_THREADS={threads} {params.gpu} " + PAPERMILL + " notebooks/02_experiment.ipynb {log.notebook}"
-        " -y {params.values:q} 2>&1 | tee {log.text} | awk '/^(iteration|epoch) /"
-        " {{print \"{wildcards.run}: \" $0; fflush()}}'" + OR_SAY_WHY
+        " -y {params.values:q} 2>&1 | tee {log.text} | while IFS= read -r line; do"
+        ' case "$line" in iteration*|epoch*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
 
 
 rule analysis:
