@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report test lab lint clean
+.PHONY: help env report unlock test lab lint clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
@@ -17,15 +17,19 @@ help:  ## print the targets
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@# Notebooks are stripped of their outputs as they are committed (.gitattributes names the filter).
+	@if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then $(BIN)/nbstripout --install; fi
 	@touch $@
 
 env: $(VENV)/.ready  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
-	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --config grid=$(GRID)
-	@echo "The report: outputs/$(basename $(notdir $(GRID)))/report/index.html"
+	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --keep-going --config 'grid=$(GRID)'
+
+unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again
+	$(BIN)/snakemake --cores 1 --unlock --config 'grid=$(GRID)'
 
 test: $(VENV)/.ready  ## check the code's style and run the tests
 	$(BIN)/ruff check .
@@ -40,5 +44,5 @@ lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout notebooks/*.ipynb
 
-clean:  ## remove the environment, the caches and everything in outputs
-	rm -rf $(VENV) .snakemake data/cache outputs
+clean:  ## remove the environment and the caches; results in outputs stay
+	rm -rf $(VENV) .snakemake data/cache

@@ -15,6 +15,7 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 from ctxlm.config import ConfigError, load_grid
+from ctxlm.files import source_hash
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS", "outputs")
 GRID_FILE = str(config.get("grid", "quick"))
@@ -49,8 +50,16 @@ def visible_gpus() -> list[str]:
 
 
 GPUS = visible_gpus()
-# The cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU.
-THREADS = max(1, workflow.cores // (len(GPUS) or len(GRID.runs)))
+os.environ["CTXLM_GPUS"] = " ".join(GPUS)
+# The cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU. A cluster's
+# executor names no cores: `--config threads=8` then says how many a run gets.
+CORES = workflow.cores or 1
+THREADS = int(config.get("threads", max(1, CORES // (len(GPUS) or len(GRID.runs)))))
+# Each run takes a free GPU and keeps it locked until it ends.
+TAKE_A_GPU = (
+    'for gpu in $CTXLM_GPUS; do exec 9> "{OUTPUTS}/.gpu-$gpu"; '
+    "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$gpu; break; fi; done; "
+)
 
 # The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
 CORPORA: dict[str, dict] = {}
@@ -69,7 +78,7 @@ def papermill_yaml(parameters: dict) -> str:
 
 # The notebook's output goes to a log as it runs; on failure its last sentence is repeated where the user looks.
 PAPERMILL = "papermill --cwd . -k python3 --no-progress-bar --log-output"
-OR_SAY_WHY = " || {{ grep . {log.text} | tail -n 1 >&2; exit 1; }}"
+OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 
 
 wildcard_constraints:
@@ -77,9 +86,16 @@ wildcard_constraints:
     corpus="|".join(CORPORA),
 
 
+onsuccess:
+    print(f"The report: {HOME}/report/index.html")
+
+
 rule all:
     input:
         f"{HOME}/report/index.html",
+        # named here too, so that a run that was deleted is run again
+        expand(f"{HOME}/{{run}}/metrics.json", run=GRID.runs),
+        expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
 
 
 rule corpus:
@@ -107,18 +123,16 @@ rule corpus:
                 ),
             }
         ),
-    threads: workflow.cores
+    threads: CORES
     message:
         "Reading the corpus and its embeddings"
     shell:
-        "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/01_corpus.ipynb {log.notebook} -y {params.values:q}"
-        " > {log.text} 2>&1" + OR_SAY_WHY
+        "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/01_corpus.ipynb {log.notebook:q} -y {params.values:q}"
+        " > {log.text:q} 2>&1" + OR_SAY_WHY
 
 
 rule experiment:
     input:
-        "notebooks/02_experiment.ipynb",
-        SOURCES,
         # Only its being there counts: whatever a run takes from the corpus is among the run's own parameters.
         lambda wildcards: ancient(f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json"),
     output:
@@ -130,17 +144,15 @@ rule experiment:
         values=lambda wildcards: papermill_yaml(
             GRID.runs[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
-        gpu=lambda wildcards: (
-            f"CUDA_VISIBLE_DEVICES={GPUS[list(GRID.runs).index(wildcards.run) % len(GPUS)]}" if GPUS else ""
-        ),
+        code=source_hash(*SOURCES, "notebooks/02_experiment.ipynb"),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: GRID.runs[wildcards.run].train_tokens or GRID.runs[wildcards.run].train_samples
     message:
         "Run {wildcards.run}"
     shell:
-        "OMP_NUM_THREADS={threads} {params.gpu} " + PAPERMILL + " notebooks/02_experiment.ipynb {log.notebook}"
-        " -y {params.values:q} 2>&1 | tee {log.text} | while IFS= read -r line; do"
+        TAKE_A_GPU + "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/02_experiment.ipynb {log.notebook:q}"
+        " -y {params.values:q} 2>&1 | tee {log.text:q} | while IFS= read -r line; do"
         ' case "$line" in iteration*|epoch*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
 
 
@@ -159,8 +171,8 @@ rule analysis:
     message:
         "Analysing the grid"
     shell:
-        PAPERMILL + " notebooks/03_analysis.ipynb {log.notebook} -y {params.values:q}"
-        " > {log.text} 2>&1" + OR_SAY_WHY
+        PAPERMILL + " notebooks/03_analysis.ipynb {log.notebook:q} -y {params.values:q}"
+        " > {log.text:q} 2>&1" + OR_SAY_WHY
 
 
 rule report:

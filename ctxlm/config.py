@@ -21,6 +21,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
+"""What a run or a grid may be called, since it names a folder."""
+
+
 class ConfigError(ValueError):
     """A parameter that cannot be used; the message names it, its value and the remedy in one sentence."""
 
@@ -34,7 +38,7 @@ class Experiment(BaseModel):
     # What is read
     corpus: str = Field("chitchat", min_length=1, description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file")
     embedding: str = Field("ppmi", min_length=1, description="ppmi, random, gpt2, or a .safetensors file holding wte")
-    train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
+    train_tokens: int | None = Field(86_925, ge=2, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
     val_samples: Count = Field(50, description="validation samples: the first after the training capacity")
     test_samples: Count = Field(50, description="test samples: the first after validation")
@@ -115,7 +119,7 @@ class Experiment(BaseModel):
         Raises:
             ConfigError: as `from_mapping`.
         """
-        plain = (bool, int, float, str, list, dict, type(None))
+        plain = (bool, int, float, str, type(None))
         hidden = {"In", "Out", *also}  # IPython's own
         found = {
             name: value
@@ -197,8 +201,8 @@ class Grid(BaseModel):
 def load_grid(name: str) -> Grid:
     """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
 
-    The file holds `title`, `description`, `common` (values that differ from
-    `params/base.yaml`), `experiments` (label → a parameter file or values) and `sweep` (parameter → list).
+    The file holds `title`, `description`, `common` (values that differ from `params/base.yaml`), `experiments`
+    (label → a parameter file or values) and `sweep` (parameter → list).
     A run is called after its label and every swept value, so a longer list adds runs and renames none.
 
     Raises:
@@ -208,6 +212,11 @@ def load_grid(name: str) -> Grid:
     if not resolve(path).exists():
         known = ", ".join(sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml")))
         raise ConfigError(f"grid {name!r} does not exist: choose one of {known}, or name a .yaml file")
+    ours = ROOT / "params" / "grids" / f"{path.stem}.yaml"
+    if ours.exists() and resolve(path).resolve() != ours:
+        raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
+    if not re.fullmatch(NAME, path.stem):
+        raise ConfigError(f"{path}: {path.stem!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'")
     content = read_yaml(path)
     unknown = set(content) - {"title", "description", "common", "experiments", "sweep"}
     if unknown:
@@ -232,7 +241,9 @@ def load_grid(name: str) -> Grid:
                 runs[run] = Experiment.from_mapping(base, common, values, {"experiment": str(label)}, swept)
             except ConfigError as error:
                 raise ConfigError(f"{path}, run {run}: {error}") from None
-            if not re.fullmatch(r"[A-Za-z0-9_.+-]+", run):  # a path among the swept values, say
+            if run == "report" or run.startswith("corpus"):
+                raise ConfigError(f"{path}: a run cannot be called {run!r}, the report and the corpus are: rename it")
+            if not re.fullmatch(NAME, run):  # a path among the swept values, say
                 raise ConfigError(f"{path}: run {run!r} cannot name a folder: give such a value under 'experiments'")
     try:
         return Grid(

@@ -164,11 +164,15 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         length = experiment.train_tokens
     window = np.arange(corpus.starts[start], corpus.starts[start] + length) % len(region)
     first_test = capacity + experiment.val_samples
-    return Split(
+    streams = Split(
         train=Stream(region.tokens[window], region.samples[window]),
         val=corpus.stream(capacity, first_test),
         test=corpus.stream(first_test, first_test + experiment.test_samples),
     )
+    for name, part in (("train", streams.train), ("val", streams.val), ("test", streams.test)):
+        if len(part) < 2:
+            raise ConfigError(f"{name}_samples gives a single token, which leaves nothing to predict: raise it")
+    return streams
 
 
 def _capacity(corpus: Corpus, experiment: Experiment) -> int:

@@ -1,6 +1,7 @@
 """Where things lie on disk, how a file is replaced whole, and what a piece of source hashes to."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
+
+
+if not (ROOT / "params").is_dir():
+    raise ImportError("ctxlm works from its repository: install it there with `pip install -e .`")
 
 
 def resolve(path: str | Path) -> Path:
@@ -59,5 +64,16 @@ def digest(*parts: str | bytes) -> str:
 
 
 def source_hash(*names: str) -> str:
-    """Digest of source files, named relative to the repository's root; part of every cache key."""
-    return digest(*(part for name in sorted(names) for part in (name, (ROOT / name).read_bytes())))
+    """Digest of source files, named relative to the repository's root; part of every cache key.
+
+    Of a notebook only the code counts, so that running it by hand changes nothing.
+    """
+    return digest(*(part for name in sorted(names) for part in (name, _code(ROOT / name))))
+
+
+def _code(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".ipynb":
+        return content
+    cells = json.loads(content)["cells"]
+    return json.dumps(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]).encode()

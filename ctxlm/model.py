@@ -99,6 +99,8 @@ class ContextLM(nn.Module):
         input_dim = e.num_input_tokens * e.embed_dim
         self.num_input_tokens = e.num_input_tokens
         self.embedding = nn.Parameter(embedding, requires_grad=False)
+        # Once Phase 2 trains the embedding: a copy of Phase 1's, which contexts keep reading.
+        self.register_buffer("context_embedding", None)
         self.context_block = ContextBlock(
             e.num_layers, e.context_dim, input_dim, generator(e.seed, "init", "context_block")
         )
@@ -111,11 +113,14 @@ class ContextLM(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def inputs(self, tokens: Tensor, positions: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """u_t [..., n·d] at `positions` [...] of the stream `tokens` [T]; from another `embedding` if given."""
-        return token_inputs(
-            self.embedding if embedding is None else embedding, tokens, positions, self.num_input_tokens
-        )
+    def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""
+        return token_inputs(self.embedding, tokens, positions, self.num_input_tokens)
+
+    def context_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
+        embedding = self.embedding if self.context_embedding is None else self.context_embedding
+        return token_inputs(embedding, tokens, positions, self.num_input_tokens)
 
     def weights(self) -> dict[str, Tensor]:
         """What training made: every weight but a frozen embedding, which its own cache holds."""

@@ -19,8 +19,7 @@ class NonFiniteLoss(ArithmeticError):
 class Phase1:
     """What Phase 1 leaves behind."""
 
-    contexts: Tensor
-    """The last iteration's noisy contexts, float32 [T, C]: they give the published train ER."""
+    tokens: int
     iterations: int
     converged_tokens: int
     history: list[dict]
@@ -31,7 +30,7 @@ class Phase1:
         return {
             "phase1_iterations": self.iterations,
             "phase1_converged_tokens": self.converged_tokens,
-            "phase1_converged_ratio": self.converged_tokens / len(self.contexts),
+            "phase1_converged_ratio": self.converged_tokens / self.tokens,
         }
 
 
@@ -54,7 +53,8 @@ def train_context_block(model: ContextLM, tokens: Tensor, contexts: Tensor, expe
     Args:
         model: on the device of `tokens`.
         tokens: int64 [T].
-        contexts: float32 [T, C], the recurrence's; overwritten in place, iteration by iteration.
+        contexts: float32 [T, C], the recurrence's; overwritten in place, iteration by iteration, so that it ends as
+            the last iteration's noisy contexts, which give the published train ER.
         experiment: supplies the `phase1_*` parameters, `dist_reg_weight` and `seed`.
 
     Raises:
@@ -78,7 +78,7 @@ def train_context_block(model: ContextLM, tokens: Tensor, contexts: Tensor, expe
             if e.phase1_context_noise:
                 noise = torch.randn(read.shape, generator=generator(e.seed, "phase1_noise", iteration, index))
                 read = read + e.phase1_context_noise * noise.to(read.device)
-            inputs = model.inputs(tokens, torch.arange(start, stop, device=tokens.device))
+            inputs = model.context_inputs(tokens, torch.arange(start, stop, device=tokens.device))
             out = block(read, inputs)[-1]
             loss, fixed_point, diversity, moved = _context_loss(out, previous, e.dist_reg_weight)
             (loss / len(starts)).backward()
@@ -108,4 +108,4 @@ def train_context_block(model: ContextLM, tokens: Tensor, contexts: Tensor, expe
         if iteration >= e.phase1_min_iterations and converged / total >= e.phase1_min_converged_ratio:
             break
     optimiser.zero_grad(set_to_none=True)
-    return Phase1(contexts, iteration, converged, history)
+    return Phase1(total, iteration, converged, history)

@@ -50,9 +50,6 @@ class Predictor:
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        trained = model.embedding.requires_grad
-        # The contexts were made with this embedding and keep it, even when Phase 2 goes on to train it.
-        self.context_embedding = model.embedding.detach().clone() if trained else model.embedding
         weight = model.embedding if model.head is None else model.head.weight
         self.weight = weight if weight.requires_grad else weight.detach().to(dtype)
         self.bias = None if model.head is None else model.head.bias
@@ -68,12 +65,12 @@ class Predictor:
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 positions = torch.arange(start, stop, device=tokens.device)
-                inputs = model.inputs(tokens, positions, self.context_embedding)
+                inputs = model.context_inputs(tokens, positions)
                 before = contexts[max(start - 1, 0) : stop - 1]
                 if start == 0:
                     before = torch.cat([torch.zeros_like(contexts[:1]), before])
                 layers = model.context_block(before, inputs)
-            if model.embedding.requires_grad:
+            if model.context_embedding is not None:
                 inputs = model.inputs(tokens, positions)
             h = model.token_block(inputs, layers)
         return linear_cross_entropy(h.float(), self.weight, tokens[start + 1 : stop + 1], self.bias, self.dtype)
@@ -114,7 +111,9 @@ def train_token_block(
         NonFiniteLoss: the loss, or its exponential, is no longer finite.
     """
     e, (tokens, contexts) = experiment, train
-    model.embedding.requires_grad_(not e.phase2_freeze_embedding)
+    if not e.phase2_freeze_embedding:
+        model.context_embedding = model.embedding.detach().clone()
+        model.embedding.requires_grad_(True)
     trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
     if model.head is not None:
         trained |= {f"head.{name}": p for name, p in model.head.named_parameters()}

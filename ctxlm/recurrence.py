@@ -32,7 +32,9 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
     context = torch.zeros(1, model.context_block.context_dim, device=tokens.device)
     values = torch.empty(len(tokens), context.shape[1], device=tokens.device)
     for t in trange(len(tokens), desc="contexts", unit="token", disable=not progress):
-        context = model.context_block(context, model.inputs(tokens, torch.tensor([t], device=tokens.device)))[-1]
+        context = model.context_block(context, model.context_inputs(tokens, torch.tensor([t], device=tokens.device)))[
+            -1
+        ]
         values[t] = context[0]
     return Contexts(values, residual=0.0, warmup=0)
 
@@ -45,9 +47,9 @@ def chunked(
 
     First every chunk runs from a zero context. Then every chunk but the first is run again from its
     predecessor's last context, until it has come within `tolerance` of its first run: from there on the first run
-    stands, since the recurrence only shrinks the difference further. The warm-up is thus as long as it needs to
-    be, token by token. Inside a chunk the recurrence holds by construction. If the runs have not met by the
-    chunks' end, the chunks are made four times longer; a single chunk is the sequential form.
+    stands. The warm-up is thus as long as it needs to be, token by token. Inside a chunk the recurrence holds by
+    construction, and at the joint it holds to `tolerance` times the block's own contraction. If the runs have not
+    met by the chunks' end, the chunks are made four times longer; a single chunk is the sequential form.
 
     Args:
         model: the model, on the device of `tokens`.
@@ -66,7 +68,7 @@ def chunked(
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
-        return model.context_block(context, model.inputs(tokens, positions))[-1]
+        return model.context_block(context, model.context_inputs(tokens, positions))[-1]
 
     context = torch.zeros(count, width, device=tokens.device)
     for offset in trange(length, desc=f"contexts, {count} chunks", disable=not progress):

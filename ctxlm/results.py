@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -84,6 +85,23 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def run_folder(path: str | Path | None) -> Path:
+    """The folder a run will be written to, made and tried before the work starts.
+
+    Raises:
+        ConfigError: no folder is named, or nothing can be written there.
+    """
+    if not path or resolve(path) == ROOT:
+        raise ConfigError(f"output_dir = {path!r} is not possible: name a folder for the run, as outputs/mine/A")
+    folder = resolve(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(f"output_dir = {str(path)!r} cannot be written to ({error.strerror}): name another") from None
 
 
 def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:

@@ -59,6 +59,17 @@ def test_validating_between_epochs_changes_nothing_else():
         assert values(watched, metric) == pytest.approx(values(plain, metric), rel=1e-6)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen):
+    settings, model, train, val = prepared(phase2_freeze_embedding=frozen)
+    before = model.embedding.clone()
+    phase2 = train_token_block(model, train, val, settings)
+    assert torch.equal(model.embedding, before) == frozen
+    again, _ = evaluate(Predictor(model, torch.float32), val[0], sequential(model, val[0]).values)
+    torch.testing.assert_close(again, phase2.val_losses)
+    assert ("context_embedding" in model.weights()) == (not frozen)
+
+
 def test_the_context_block_and_a_frozen_embedding_do_not_change_in_phase2():
     settings, model, train, val = prepared()
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -80,7 +91,7 @@ def test_one_iteration_of_phase1_is_the_recurrence_alone():
     before = contexts.clone()
     phase1 = train_context_block(model, tokens, contexts, settings)
     assert (phase1.iterations, phase1.converged_tokens, phase1.history) == (1, 0, [])
-    assert torch.equal(phase1.contexts, before)
+    assert torch.equal(contexts, before)
 
 
 def test_a_stream_of_two_tokens_has_one_target():

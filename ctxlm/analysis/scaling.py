@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 DRAWS = 9999
 MOST_TOKENS = 1e15
 """A crossover beyond this many tokens (or below one) is an artefact of two slopes that hardly differ."""
-REPLICATES = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "device", "dtype"}
+REPLICATES = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "device"}
 """Parameters that may differ between the runs of one configuration."""
 
 
@@ -174,7 +174,7 @@ def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataF
 
 def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
     """What `analysis.json` holds: a law a configuration, crossovers and differences by pair, and the runs' sources."""
-    laws, configurations, crossovers, differences = {}, {}, [], []
+    laws, configurations, crossovers, differences, unpaired = {}, {}, [], [], []
     for label, group in runs.groupby("experiment") if len(runs) else ():
         try:
             laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"])
@@ -190,8 +190,11 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
         crossovers.append({"a": a, "b": b} | asdict(found))
         of_a, of_b = (dict(iter(_of(val_by_sample, label))) for label in (a, b))
         for tokens in sorted(of_a.keys() & of_b.keys()):
-            difference = paired_difference(of_a[tokens], of_b[tokens])
-            differences.append({"a": a, "b": b, "train_tokens": int(tokens)} | asdict(difference))
+            pair = {"a": a, "b": b, "train_tokens": int(tokens)}
+            try:
+                differences.append(pair | asdict(paired_difference(of_a[tokens], of_b[tokens])))
+            except ValueError as error:  # a grid may sweep the corpus or the validation samples
+                unpaired.append(pair | {"reason": str(error)})
     several = f"{len(configurations)} configurations: see crossovers" if crossovers else "fewer than two configurations"
     first = crossovers[0] if len(crossovers) == 1 else asdict(Crossover(None, None, several))
     return {
@@ -202,6 +205,7 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
         "crossover_reason": first["reason"],
         "crossovers": crossovers,
         "paired_differences": differences,
+        "unpaired": unpaired,
         "runs": [] if runs.empty else runs[["run", "source"]].to_dict("records"),
     }
 
