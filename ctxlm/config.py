@@ -38,7 +38,7 @@ class Experiment(BaseModel):
     # What is read
     corpus: str = Field("chitchat", min_length=1, description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file")
     embedding: str = Field("ppmi", min_length=1, description="ppmi, random, gpt2, or a .safetensors file holding wte")
-    train_tokens: int | None = Field(86_925, ge=2, description="training tokens, cut exactly (or give train_samples)")
+    train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
     val_samples: Count = Field(50, description="validation samples: the first after the training capacity")
     test_samples: Count = Field(50, description="test samples: the first after validation")

@@ -55,6 +55,17 @@ class Split:
     val: Stream
     test: Stream
 
+    def with_targets(self) -> "Split":
+        """Itself, once every stream is known to hold a token to predict.
+
+        Raises:
+            ConfigError: a stream of one token.
+        """
+        for name, part in (("train_tokens", self.train), ("val_samples", self.val), ("test_samples", self.test)):
+            if len(part) < 2:
+                raise ConfigError(f"{name} leaves a single token, and nothing to predict from it: raise it")
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
@@ -164,15 +175,11 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         length = experiment.train_tokens
     window = np.arange(corpus.starts[start], corpus.starts[start] + length) % len(region)
     first_test = capacity + experiment.val_samples
-    streams = Split(
+    return Split(
         train=Stream(region.tokens[window], region.samples[window]),
         val=corpus.stream(capacity, first_test),
         test=corpus.stream(first_test, first_test + experiment.test_samples),
     )
-    for name, part in (("train", streams.train), ("val", streams.val), ("test", streams.test)):
-        if len(part) < 2:
-            raise ConfigError(f"{name}_samples gives a single token, which leaves nothing to predict: raise it")
-    return streams
 
 
 def _capacity(corpus: Corpus, experiment: Experiment) -> int:

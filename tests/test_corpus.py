@@ -553,6 +553,12 @@ def tiny_split(**parameters):
     return split(Experiment.from_mapping(own, parameters), tiny_corpus())
 
 
+def test_a_stream_of_one_token_has_nothing_to_predict():
+    assert len(tiny_split().with_targets().train) == 5
+    with pytest.raises(ConfigError, match="train_tokens leaves a single token"):
+        tiny_split(train_tokens=1).with_targets()
+
+
 def test_the_table_of_sizes_is_known():
     streams = tiny_split()
     assert corpus_plots.capacity(streams) == 3

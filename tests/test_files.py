@@ -1,5 +1,6 @@
 """Files replaced whole or not at all, and digests that tell apart what differs."""
 
+import json
 import os
 import signal
 import stat
@@ -165,3 +166,17 @@ def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOT", tmp_path)
     monkeypatch.delenv("CTXLM_CACHE")
     assert cache_dir() == tmp_path / "data" / "cache" and cache_dir().is_dir()
+
+
+def test_of_a_notebook_only_the_code_is_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+
+    def hashed(source, outputs, text):
+        cells = [
+            {"cell_type": "code", "source": [source], "outputs": outputs},
+            {"cell_type": "markdown", "source": text},
+        ]
+        (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+        return source_hash("a.ipynb")
+
+    assert hashed("x = 1", [], "one") == hashed("x = 1", ["run"], "two") != hashed("x = 2", [], "one")

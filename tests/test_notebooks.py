@@ -77,6 +77,8 @@ def test_every_promised_metric_is_written_and_explained(tmp_path, text):
     [
         ({"num_layer": 3}, "ConfigError: num_layer = 3 is not a parameter: did you mean num_layers?"),
         ({"corpus": "no/such.txt"}, "ConfigError: corpus = 'no/such.txt' is neither chitchat nor ultrachat nor a file"),
+        ({"output_dir": ""}, "ConfigError: output_dir = '' is not possible: name a folder for the run"),
+        ({"train_tokens": 1}, "ConfigError: train_tokens leaves a single token, and nothing to predict from it"),
         ({"train_tokens": 10**6}, "ConfigError: train_tokens = 1000000 is more than the training capacity of"),
     ],
 )

@@ -19,6 +19,7 @@ from ctxlm.results import (
     load_val_by_sample,
     losses_by_sample,
     provenance,
+    run_folder,
     write_run,
 )
 
@@ -136,3 +137,14 @@ def test_the_stopwatch_adds_up_by_step():
         pass
     assert list(watch.seconds) == ["a_seconds", "b_seconds", "total_seconds"]
     assert 0 <= watch.seconds["a_seconds"] <= watch.seconds["total_seconds"]
+
+
+def test_a_runs_folder_is_tried_before_the_work_starts(tmp_path):
+    assert run_folder(tmp_path / "new" / "A") == tmp_path / "new" / "A"
+    assert list((tmp_path / "new" / "A").iterdir()) == []
+    for nothing in (None, "", "."):
+        with pytest.raises(ConfigError, match=r"output_dir = .* is not possible: name a folder"):
+            run_folder(nothing)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir = .* cannot be written to \(Not a directory\): name another"):
+        run_folder(tmp_path / "file" / "A")
