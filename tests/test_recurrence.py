@@ -67,9 +67,9 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
 
 def test_a_longer_chunk_is_tried_before_the_fall_back():
     model, tokens = tiny(), stream(2000)
-    with torch.no_grad():  # forgets within some ten tokens
+    with torch.no_grad():  # strong inputs drown what was there before
         for linear in model.context_block.linears:
-            linear.weight[:, :12] *= 0.3
+            linear.weight[:, 12:] *= 5
     found = chunked(model, tokens, chunk_length=2)
     assert found.warmup > 2 and found.residual <= 1e-5
     torch.testing.assert_close(found.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
