@@ -20,7 +20,9 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@# Notebooks are stripped of their outputs as they are committed (.gitattributes names the filter).
-	@if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then $(BIN)/nbstripout --install; fi
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+	  git config filter.nbstripout.clean '"$(CURDIR)/$(BIN)/python" -m nbstripout --keep-id'; \
+	  git config filter.nbstripout.smudge cat; fi
 	@touch $@
 
 env: $(VENV)/.ready  ## set up the virtual environment .venv
@@ -42,7 +44,7 @@ lab: $(VENV)/.ready  ## open the notebooks in JupyterLab
 lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/nbstripout notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 
 clean:  ## remove the environment and the caches; results in outputs stay
 	rm -rf $(VENV) .snakemake data/cache

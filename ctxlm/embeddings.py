@@ -96,7 +96,9 @@ def _largest_eigenpairs(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.n
     """Eigenvectors [K, rank] and eigenvalues [rank], largest magnitude first, of a symmetric matrix [K, K].
 
     Randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.3). For a symmetric matrix
-    these are the left singular vectors and, up to sign, the singular values.
+    these are the left singular vectors and, up to sign, the singular values. An approximation: the spectrum is flat
+    and has both signs, so six iterations hold 92.5 % of the best rank-128 approximation's energy on chitchat and
+    leave the smallest of the values too small (LOG.md, 24 November 2026).
     """
     size = matrix.shape[0]
     columns = min(size, rank + max(32, rank // 8))
