@@ -73,7 +73,7 @@ class Experiment(BaseModel):
     # The machine
     seed: Seed = Field(42, description="of initialisation and noise")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of Phase 2's matrix products")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matrix products in both phases")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctxlm.config import Experiment
-from ctxlm.model import ContextLM, generator
+from ctxlm.model import ContextLM, generator, look_up
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -42,7 +42,13 @@ def _context_loss(out: Tensor, previous: Tensor, weight: float) -> tuple[Tensor,
     return (1 - weight) * fixed_point + weight * diversity, fixed_point, diversity, moved.detach()
 
 
-def train_context_block(model: ContextLM, tokens: Tensor, contexts: Tensor, experiment: Experiment) -> Phase1:
+def train_context_block(
+    model: ContextLM,
+    tokens: Tensor,
+    contexts: Tensor,
+    experiment: Experiment,
+    dtype: torch.dtype = torch.float32,
+) -> Phase1:
     """Train `model.context_block` in place.
 
     Iteration 1 is the recurrence, which `contexts` brings. Every further iteration is one Adam step over the whole
@@ -56,36 +62,55 @@ def train_context_block(model: ContextLM, tokens: Tensor, contexts: Tensor, expe
         contexts: float32 [T, C], the recurrence's; overwritten in place, iteration by iteration, so that it ends as
             the last iteration's noisy contexts, which give the published train ER.
         experiment: supplies the `phase1_*` parameters, `dist_reg_weight` and `seed`.
+        dtype: of the matrix products; everything else is float32.
 
     Raises:
         NonFiniteLoss: the loss is no longer finite.
     """
-    e, block, total = experiment, model.context_block, len(tokens)
+    e, block, total, device = experiment, model.context_block, len(tokens), tokens.device
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     optimiser = torch.optim.Adam(block.parameters(), lr=e.phase1_learning_rate)
-    starts = range(0, total, e.phase1_batch_size)
+    distinct = model.distinct_tokens(tokens)
+    bounds = [(start, min(start + e.phase1_batch_size, total)) for start in range(0, total, e.phase1_batch_size)]
+    # The rows of the tables that each block of tokens reads, and where in those it finds its own.
+    read_rows = [
+        distinct.places(torch.arange(start, stop, device=device)).unique(return_inverse=True) for start, stop in bounds
+    ]
     history: list[dict] = []
     converged, iteration = 0, 1
     for iteration in range(2, e.phase1_max_iterations + 1):
         began = time.perf_counter()
         optimiser.zero_grad()
-        sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)  # fixed point, diversity, MSE over tokens
-        converged_sum = torch.zeros((), dtype=torch.int64, device=tokens.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # fixed point, diversity, MSE over tokens
+        converged_sum = torch.zeros((), dtype=torch.int64, device=device)
+        # The weights stand still until the step at the end: every distinct token is projected once, the blocks'
+        # gradients of its projections are summed, and one backward pass takes them on to the weights.
+        with autocast:
+            tables = distinct.tables(block)
+        gradients = [torch.zeros_like(table, dtype=torch.float32) for table in tables]
         carried = contexts[-1:].clone()  # position 0 reads the last context
-        for index, start in enumerate(tqdm(starts, desc=f"Phase 1, iteration {iteration}", unit="block", leave=False)):
-            stop = min(start + e.phase1_batch_size, total)
+        bar = tqdm(bounds, desc=f"Phase 1, iteration {iteration}", unit="block", leave=False)
+        for index, (start, stop) in enumerate(bar):
             previous = contexts[start:stop].clone()
             read = torch.cat([carried, previous[:-1]])
             if e.phase1_context_noise:
                 noise = torch.randn(read.shape, generator=generator(e.seed, "phase1_noise", iteration, index))
-                read = read + e.phase1_context_noise * noise.to(read.device)
-            inputs = model.context_inputs(tokens, torch.arange(start, stop, device=tokens.device))
-            out = block(read, inputs)[-1]
+                read = read.add_(noise.to(device), alpha=e.phase1_context_noise)
+            rows, places = read_rows[index]
+            # float32, because a frequent token's gradient is a sum of hundreds
+            own = [table.detach()[rows].float().requires_grad_() for table in tables]
+            with autocast:
+                out = block(read, look_up(own, places))[-1]
             loss, fixed_point, diversity, moved = _context_loss(out, previous, e.dist_reg_weight)
-            (loss / len(starts)).backward()
+            (loss / len(bounds)).backward()
+            for gradient, table in zip(gradients, own, strict=True):
+                gradient.index_add_(0, rows, table.grad)
             contexts[start:stop] = out.detach()
             carried = previous[-1:]  # the next block reads this block's end as it was before
-            sums += torch.stack([fixed_point / len(starts), diversity / len(starts), moved.sum() / total]).detach()
+            sums += torch.stack([fixed_point / len(bounds), diversity / len(bounds), moved.sum() / total]).detach()
             converged_sum += (moved < e.phase1_convergence_threshold).sum()
+        torch.autograd.backward(tables, [g.to(t.dtype) for g, t in zip(gradients, tables, strict=True)])
+        del tables, gradients, own
         fixed_point, diversity, mse = sums.tolist()
         if not abs(fixed_point + diversity) < float("inf"):
             raise NonFiniteLoss(

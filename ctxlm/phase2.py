@@ -14,6 +14,7 @@ from ctxlm.loss import linear_cross_entropy
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
 from ctxlm.model import ContextLM
 from ctxlm.phase1 import NonFiniteLoss
+from ctxlm.recurrence import Contexts
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ class Phase2:
 
 
 class Predictor:
-    """The model's next-token loss on a stream with frozen contexts, batch by batch.
-
-    Only the last layer's context of every token is held; the other layers of a batch are computed again from it.
-    """
+    """The model's next-token loss on a stream with frozen contexts, batch by batch."""
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
@@ -54,44 +52,33 @@ class Predictor:
         self.weight = weight if weight.requires_grad else weight.detach().to(dtype)
         self.bias = None if model.head is None else model.head.bias
 
-    def __call__(self, tokens: Tensor, contexts: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, stream: Contexts, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting tokens[start+1 .. stop] (mean, per token, correct), as `linear_cross_entropy`.
 
         Args:
-            tokens: int64 [T]; contexts: float32 [T, C], the last layer's.
+            stream: T tokens and their contexts.
             start: first position read; stop: one past the last one, at most T - 1.
         """
-        model = self.model
+        model, tokens = self.model, stream.tokens
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            with torch.no_grad():
-                positions = torch.arange(start, stop, device=tokens.device)
-                inputs = model.context_inputs(tokens, positions)
-                before = contexts[max(start - 1, 0) : stop - 1]
-                if start == 0:
-                    before = torch.cat([torch.zeros_like(contexts[:1]), before])
-                layers = model.context_block(before, inputs)
-            if model.context_embedding is not None:
-                inputs = model.inputs(tokens, positions)
-            h = model.token_block(inputs, layers)
+            layers = stream.layers(model.context_block, start, stop)
+            h = model.token_block(model.inputs(tokens, torch.arange(start, stop, device=tokens.device)), layers)
         return linear_cross_entropy(h.float(), self.weight, tokens[start + 1 : stop + 1], self.bias, self.dtype)
 
 
 @torch.no_grad()
-def evaluate(predict: Predictor, tokens: Tensor, contexts: Tensor, batch_size: int = 2048) -> tuple[Tensor, float]:
+def evaluate(predict: Predictor, stream: Contexts, batch_size: int = 2048) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
-    targets = len(tokens) - 1
-    parts = [
-        predict(tokens, contexts, start, min(start + batch_size, targets))[1:]
-        for start in range(0, targets, batch_size)
-    ]
+    targets = len(stream.tokens) - 1
+    parts = [predict(stream, start, min(start + batch_size, targets))[1:] for start in range(0, targets, batch_size)]
     losses, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     return losses, correct.double().mean().item()
 
 
 def train_token_block(
     model: ContextLM,
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
+    train: Contexts,
+    val: Contexts,
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
 ) -> Phase2:
@@ -103,14 +90,14 @@ def train_token_block(
 
     Args:
         model: on the device of the streams.
-        train, val: tokens int64 [T] and the last layer's contexts float32 [T, C].
+        train, val: the streams with their contexts.
         experiment: supplies the `phase2_*` parameters and `val_every_steps`.
         dtype: of the matrix products.
 
     Raises:
         NonFiniteLoss: the loss, or its exponential, is no longer finite.
     """
-    e, (tokens, contexts) = experiment, train
+    e, device, targets = experiment, train.tokens.device, len(train.tokens) - 1
     if not e.phase2_freeze_embedding:
         model.context_embedding = model.embedding.detach().clone()
         model.embedding.requires_grad_(True)
@@ -121,9 +108,8 @@ def train_token_block(
         trained["embedding"] = model.embedding
     predict = Predictor(model, dtype)
     optimiser = torch.optim.Adam(trained.values(), lr=e.phase2_learning_rate)
-    targets = len(tokens) - 1
     starts = range(0, targets, e.phase2_batch_size)
-    check_every = 1 if tokens.device.type == "cpu" else 64  # reading a loss off a GPU makes it wait
+    check_every = 1 if device.type == "cpu" else 64  # reading a loss off a GPU makes it wait
     history: list[dict] = []
 
     def record(phase: str, step: int, values: dict[str, float]) -> None:
@@ -133,13 +119,13 @@ def train_token_block(
     epoch = update = 0
     for epoch in range(1, e.phase2_epochs + 1):
         began = time.perf_counter()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        correct_sum = torch.zeros((), dtype=torch.int64, device=tokens.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        correct_sum = torch.zeros((), dtype=torch.int64, device=device)
         with tqdm(starts, desc=f"Phase 2, epoch {epoch}", unit="update", leave=False) as bar:
             for start in bar:
                 stop = min(start + e.phase2_batch_size, targets)
                 optimiser.zero_grad()
-                loss, losses, correct = predict(tokens, contexts, start, stop)
+                loss, losses, correct = predict(train, start, stop)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), e.phase2_gradient_clip)
                 optimiser.step()
@@ -149,8 +135,8 @@ def train_token_block(
                 if update % check_every == 0 or stop == targets:
                     _finite(loss_sum.item() / stop, e, epoch, update)
                 if e.val_every_steps and update % e.val_every_steps == 0:
-                    record("phase2_updates", update, {"val_loss": evaluate(predict, *val)[0].double().mean().item()})
-        val_losses, val_accuracy = evaluate(predict, *val)
+                    record("phase2_updates", update, {"val_loss": evaluate(predict, val)[0].double().mean().item()})
+        val_losses, val_accuracy = evaluate(predict, val)
         val_loss, train_loss = val_losses.double().mean().item(), loss_sum.item() / targets
         _finite(val_loss, e, epoch, update)
         record(

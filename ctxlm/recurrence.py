@@ -5,6 +5,8 @@ forgets where it started after some tens of tokens (it contracts), so chunks of 
 and then joined.
 """
 
+import os
+import tempfile
 import warnings
 from dataclasses import dataclass
 
@@ -12,31 +14,54 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from ctxlm.model import ContextLM
+from ctxlm.config import ConfigError
+from ctxlm.files import cache_dir
+from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, look_up
+
+IN_MEMORY = 2**29
+"""Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """The last layer's context after every token, float32 [T, C], and how it was certified."""
+    """The contexts of a stream, and how they were certified.
 
+    Only the last layer's are held; `layers` computes the others of a batch again.
+    """
+
+    tokens: Tensor
+    """The stream, int64 [T]."""
     values: Tensor
+    """The last layer's context after every token, float32 [T, C]."""
+    distinct: DistinctTokens
+    tables: list[Tensor]
+    """What the distinct tokens add to each layer of the ContextBlock as it was."""
     residual: float
     """Largest difference at a joint between a chunk as run and as continued from its predecessor (0: sequential)."""
     warmup: int
     """Tokens after a chunk's start until both agreed to the tolerance (0: sequential)."""
 
+    @torch.no_grad()
+    def layers(self, block: ContextBlock, start: int, stop: int) -> list[Tensor]:
+        """Every layer's contexts at positions start .. stop - 1: L tensors [B, C]."""
+        before = self.values[max(start - 1, 0) : stop - 1]
+        if start == 0:
+            before = torch.cat([torch.zeros_like(self.values[:1]), before])
+        places = self.distinct.places(torch.arange(start, stop, device=self.tokens.device))
+        return block(before, look_up(self.tables, places))
+
 
 @torch.no_grad()
 def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Contexts:
     """Token by token, as defined. `tokens` is int64 [T]."""
-    context = torch.zeros(1, model.context_block.context_dim, device=tokens.device)
-    values = torch.empty(len(tokens), context.shape[1], device=tokens.device)
+    block, distinct = model.context_block, model.distinct_tokens(tokens)
+    context = torch.zeros(1, block.context_dim, device=tokens.device)
+    values = _matrix(len(tokens), block.context_dim, tokens.device)
     for t in trange(len(tokens), desc="contexts", unit="token", disable=not progress):
-        context = model.context_block(context, model.context_inputs(tokens, torch.tensor([t], device=tokens.device)))[
-            -1
-        ]
+        inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
+        context = block(context, block.project_inputs(inputs))[-1]
         values[t] = context[0]
-    return Contexts(values, residual=0.0, warmup=0)
+    return Contexts(tokens, values, distinct, distinct.tables(block), residual=0.0, warmup=0)
 
 
 @torch.no_grad()
@@ -59,19 +84,21 @@ def chunked(
         chunk_length: tokens a chunk; the default suits matrix products on a CPU and the usual warm-up.
         progress: show a bar.
     """
-    total, width = len(tokens), model.context_block.context_dim
+    total, block, device = len(tokens), model.context_block, tokens.device
     length = chunk_length or max(256, -(-total // 1024))
     if total <= length:
         return sequential(model, tokens, progress)
     count = -(-total // length)
-    starts = torch.arange(count, device=tokens.device) * length
-    values = torch.empty(count, length, width, device=tokens.device)
+    distinct = model.distinct_tokens(tokens)
+    tables = distinct.tables(block)
+    starts = torch.arange(count, device=device) * length
+    values = _matrix(count * length, block.context_dim, device).view(count, length, -1)
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
-        return model.context_block(context, model.context_inputs(tokens, positions))[-1]
+        return block(context, look_up(tables, distinct.places(positions)))[-1]
 
-    context = torch.zeros(count, width, device=tokens.device)
+    context = torch.zeros(count, block.context_dim, device=device)
     for offset in trange(length, desc=f"contexts, {count} chunks", disable=not progress):
         context = step(context, 0, offset)
         values[:, offset] = context
@@ -85,7 +112,7 @@ def chunked(
         else:
             warmup, residual = 0, 0.0
         if warmup and offset + 1 >= 2 * warmup:
-            return Contexts(values.flatten(0, 1)[:total], residual, warmup)
+            return Contexts(tokens, values.flatten(0, 1)[:total], distinct, tables, residual, warmup)
     if 4 * length >= total:
         warnings.warn(
             f"the ContextBlock does not forget within {length} tokens (residual {difference:.1e}): "
@@ -94,3 +121,23 @@ def chunked(
         )
         return sequential(model, tokens, progress)
     return chunked(model, tokens, tolerance, 4 * length, progress)
+
+
+def _matrix(rows: int, columns: int, device: torch.device) -> Tensor:
+    """An uninitialised float32 matrix; a large one on a CPU is a file that vanishes with its last user.
+
+    Raises:
+        ConfigError: the disk has no room for it.
+    """
+    size = rows * columns * 4
+    if device.type != "cpu" or size <= IN_MEMORY:
+        return torch.empty(rows, columns, device=device)
+    with tempfile.NamedTemporaryFile(dir=cache_dir(), prefix=".contexts-") as file:
+        try:  # a full disk is found here: in a mapping without its blocks it would kill the process later
+            getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))(file.fileno(), 0, size)
+        except OSError as error:
+            raise ConfigError(
+                f"the contexts of {rows:,} tokens need {size / 2**30:.1f} GiB in {cache_dir()} ({error.strerror}): "
+                "make room there, or name another folder in the environment variable CTXLM_CACHE"
+            ) from None
+        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)

@@ -21,8 +21,8 @@ def prepared(train=200, val=80, **parameters):
     return (
         settings,
         model,
-        (tokens, sequential(model, tokens).values),
-        (val_tokens, sequential(model, val_tokens).values),
+        sequential(model, tokens),
+        sequential(model, val_tokens),
     )
 
 
@@ -37,7 +37,7 @@ def test_the_best_epochs_weights_and_losses_are_kept():
     losses = values(phase2, "val_loss")
     assert phase2.best_epoch == 1 + losses.index(min(losses)) < phase2.epochs_run
     assert phase2.epochs_run == min(phase2.best_epoch + settings.phase2_patience, settings.phase2_epochs)
-    again, accuracy = evaluate(Predictor(model, torch.float32), *val)
+    again, accuracy = evaluate(Predictor(model, torch.float32), val)
     torch.testing.assert_close(again, phase2.val_losses)
     assert again.double().mean().item() == pytest.approx(min(losses)) and accuracy == phase2.val_accuracy
     summary = phase2.summary()
@@ -65,7 +65,7 @@ def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen):
     before = model.embedding.clone()
     phase2 = train_token_block(model, train, val, settings)
     assert torch.equal(model.embedding, before) == frozen
-    again, _ = evaluate(Predictor(model, torch.float32), val[0], sequential(model, val[0]).values)
+    again, _ = evaluate(Predictor(model, torch.float32), sequential(model, val.tokens))
     torch.testing.assert_close(again, phase2.val_losses)
     assert ("context_embedding" in model.weights()) == (not frozen)
 
@@ -79,19 +79,19 @@ def test_the_context_block_and_a_frozen_embedding_do_not_change_in_phase2():
 
 
 def test_phase1_changes_the_context_block_alone():
-    settings, model, (tokens, contexts), _ = prepared()
+    settings, model, train, _ = prepared()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    train_context_block(model, tokens, contexts, settings)
+    train_context_block(model, train.tokens, train.values, settings)
     changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
     assert changed and all(name.startswith("context_block") for name in changed)
 
 
 def test_one_iteration_of_phase1_is_the_recurrence_alone():
-    settings, model, (tokens, contexts), _ = prepared(phase1_max_iterations=1, phase1_min_iterations=1)
-    before = contexts.clone()
-    phase1 = train_context_block(model, tokens, contexts, settings)
+    settings, model, train, _ = prepared(phase1_max_iterations=1, phase1_min_iterations=1)
+    before = train.values.clone()
+    phase1 = train_context_block(model, train.tokens, train.values, settings)
     assert (phase1.iterations, phase1.converged_tokens, phase1.history) == (1, 0, [])
-    assert torch.equal(contexts, before)
+    assert torch.equal(train.values, before)
 
 
 def test_a_stream_of_two_tokens_has_one_target():
@@ -109,11 +109,11 @@ def test_a_loss_that_is_not_finite_stops_phase2_at_once():
 
 
 def test_a_loss_that_is_not_finite_stops_phase1():
-    settings, model, (tokens, contexts), _ = prepared()
+    settings, model, train, _ = prepared()
     with torch.no_grad():
         model.context_block.norms[-1].weight[0] = float("inf")
     with pytest.raises(NonFiniteLoss, match=r"at iteration 2: lower phase1_learning_rate = 0\.002"):
-        train_context_block(model, tokens, contexts, settings)
+        train_context_block(model, train.tokens, train.values, settings)
 
 
 def test_bfloat16_products_follow_float32():

@@ -31,8 +31,9 @@ def test_chunks_give_the_sequential_contexts(length, chunk, layers, n, seed):
     # A narrow random block need not contract, so a rounding error may grow along the stream: what is certified is
     # that every context is the block's answer to the one before it, from the zero context on.
     before = torch.cat([torch.zeros(1, 12), found.values[:-1]])
+    block = model.context_block
     with torch.no_grad():
-        again = model.context_block(before, model.context_inputs(tokens, torch.arange(length)))[-1]
+        again = block(before, block.project_inputs(model.context_inputs(tokens, torch.arange(length))))[-1]
     assert (again - found.values).abs().max().item() <= 1e-4
     if found.warmup == 0:
         assert torch.equal(found.values, expected.values)
@@ -49,8 +50,9 @@ def test_contexts_of_real_tokens_agree_to_1e_5(layers, width):
     assert 0 < found.warmup < 256 and found.residual <= 1e-5
     assert (found.values - expected.values).abs().max().item() <= 1e-5
     # and in one pass: every context is the block's answer to the one before
+    block = model.context_block
     with torch.no_grad():
-        again = model.context_block(found.values[:-1], model.context_inputs(tokens, torch.arange(1, 3000)))[-1]
+        again = block(found.values[:-1], block.project_inputs(model.context_inputs(tokens, torch.arange(1, 3000))))[-1]
     assert (again - found.values[1:]).abs().max().item() <= 1e-5
 
 

@@ -91,8 +91,8 @@ def test_phase2_is_the_twins(shape, tied, frozen, monkeypatch):
     monkeypatch.setattr(ctxlm.phase2, "linear_cross_entropy", spy)
     ours = train_token_block(
         model,
-        (train, sequential(model, train).values),
-        (val, sequential(model, val).values),
+        sequential(model, train),
+        sequential(model, val),
         settings,
     )
     assert steps == pytest.approx(twin["steps"], rel=1e-4)
