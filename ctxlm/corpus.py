@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import atomic, cache_dir, digest, resolve, source_hash
+from ctxlm.files import cache_dir, cached_arrays, digest, resolve, source_hash
 
 VOCABULARY = 50_257
 """Tokens of GPT-2's byte-level BPE, V."""
@@ -211,18 +210,6 @@ def _check_training(name: str, asked: int, capacity: int, total: int, unit: str,
             f"training: lower it, or raise train_capacity_tokens or train_capacity_samples ({corpus} has {total:,} "
             f"{unit} in all)"
         )
-
-
-def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew."""
-    try:
-        with np.load(path) as file:  # a zip: every member's CRC-32 is checked as it is read
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
-        arrays = build()
-        with atomic(path) as temporary:
-            np.savez(temporary, **arrays)
-        return arrays
 
 
 def _cached_corpus(

@@ -7,8 +7,8 @@ import scipy.linalg
 import scipy.sparse
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, Stream, cached_arrays, check_hub, load_corpus
-from ctxlm.files import cache_dir, digest, resolve, source_hash
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus
+from ctxlm.files import cache_dir, cached_arrays, digest, resolve, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14

@@ -1,12 +1,16 @@
-"""Where things lie on disk, how a file is replaced whole, and what a piece of source hashes to."""
+"""Where things lie on disk, how a file is replaced whole, what is cached, and what a piece of source hashes to."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
@@ -45,6 +49,21 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew."""
+    try:
+        with np.load(path) as file:  # a zip: every member's CRC-32 is checked as it is read
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        arrays = build()
+    try:
+        with atomic(path) as temporary:
+            np.savez(temporary, **arrays)
+    except OSError as error:  # what was computed is not lost because it cannot be kept
+        warnings.warn(f"{path} cannot be kept ({error.strerror}): it will be made again next time", stacklevel=2)
+    return arrays
 
 
 def _umask() -> int:

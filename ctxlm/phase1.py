@@ -1,14 +1,22 @@
 """Phase 1: shape the ContextBlock so that contexts reach a fixed point and stay diverse."""
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ctxlm.config import Experiment
+from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
+from ctxlm.metrics import singular_values
 from ctxlm.model import ContextLM, generator, look_up
+from ctxlm.recurrence import chunked
+
+CONTEXT_PARAMETERS = ["design", "num_layers", "context_dim", "embed_dim", "num_input_tokens", "dist_reg_weight", "seed"]
+"""What Phase 1 depends on beside the parameters named after it."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -17,7 +25,7 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass(frozen=True)
 class Phase1:
-    """What Phase 1 leaves behind."""
+    """What Phase 1 leaves behind, beside the ContextBlock's weights."""
 
     tokens: int
     iterations: int
@@ -32,6 +40,66 @@ class Phase1:
             "phase1_converged_tokens": self.converged_tokens,
             "phase1_converged_ratio": self.converged_tokens / self.tokens,
         }
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Phase 1 from the first contexts to the last, as computed or as found in the cache."""
+
+    phase1: Phase1
+    spectra: dict[str, Tensor]
+    """Singular values, float64 [C], of the contexts before Phase 1 (`init_er`) and in its last, noisy iteration
+    (`train_er`)."""
+    cached: bool
+    computed_seconds: float
+    """What it took when it was computed."""
+
+    def summary(self) -> dict[str, float]:
+        """The columns of metrics.json that Phase 1 gives."""
+        own = {"phase1_cached": self.cached, "phase1_computed_seconds": self.computed_seconds}
+        return self.phase1.summary() | own
+
+
+def shape_contexts(
+    model: ContextLM, tokens: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
+) -> Shaped:
+    """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
+
+    Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
+    occur, the parameters of the ContextBlock and of Phase 1, the seed, the type of the products, the kind of device,
+    torch's version and the source.
+
+    Raises:
+        NonFiniteLoss: the loss is no longer finite; nothing is kept.
+    """
+    began, block = time.perf_counter(), model.context_block
+    names = [name for name in type(experiment).model_fields if name.startswith("phase1_")] + CONTEXT_PARAMETERS
+    key = digest(
+        json.dumps(experiment.model_dump(include=set(names)), sort_keys=True),
+        f"{dtype} {tokens.device.type} {torch.__version__}",
+        source_hash(*(f"ctxlm/{name}.py" for name in ("metrics", "model", "phase1", "recurrence"))),
+        tokens.cpu().numpy().tobytes(),
+        model.distinct_tokens(tokens).rows.cpu().numpy().tobytes(),
+    )
+    cached = True
+
+    def compute() -> dict[str, np.ndarray]:
+        nonlocal cached
+        cached = False
+        contexts = chunked(model, tokens, progress=True).values
+        init_er = singular_values(contexts)
+        phase1 = train_context_block(model, tokens, contexts, experiment, dtype)
+        found = {"init_er": init_er, "train_er": singular_values(contexts)} | block.state_dict()
+        record = {"phase1": asdict(phase1), "computed_seconds": time.perf_counter() - began}
+        return {name: tensor.cpu().numpy() for name, tensor in found.items()} | {"record": np.array(json.dumps(record))}
+
+    arrays = cached_arrays(cache_dir() / f"phase1-{key}.npz", compute)
+    record = json.loads(str(arrays["record"]))
+    if cached:
+        block.load_state_dict({name: torch.from_numpy(arrays[name]) for name in block.state_dict()})
+        tqdm.write(f"Phase 1 was found in the cache; it took {record['computed_seconds']:.0f} s when it was computed")
+    spectra = {name: torch.from_numpy(arrays[name]) for name in ("init_er", "train_er")}
+    return Shaped(Phase1(**record["phase1"]), spectra, cached, record["computed_seconds"])
 
 
 def _context_loss(out: Tensor, previous: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

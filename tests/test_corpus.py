@@ -23,7 +23,6 @@ from ctxlm.corpus import (
     VOCABULARY,
     Corpus,
     Stream,
-    cached_arrays,
     decode,
     load_corpus,
     split,
@@ -528,15 +527,6 @@ def test_a_killed_writer_leaves_no_cache_file(tmp_path, empty_cache):
     assert process.returncode == -9
     assert all(file.name.startswith(".") for file in empty_cache.iterdir())
     assert load_corpus(str(path)).num_samples == 50
-
-
-def test_a_build_that_fails_leaves_nothing(tmp_path):
-    def fail():
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError):
-        cached_arrays(tmp_path / "folder" / "a.npz", fail)
-    assert not (tmp_path / "folder").exists()
 
 
 # What the corpus notebook shows

@@ -7,12 +7,13 @@ import stat
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlm import files
-from ctxlm.files import ROOT, atomic, cache_dir, digest, resolve, source_hash
+from ctxlm.files import ROOT, atomic, cache_dir, cached_arrays, digest, resolve, source_hash
 
 
 def child(script: str, path) -> subprocess.Popen:
@@ -180,3 +181,22 @@ def test_of_a_notebook_only_the_code_is_hashed(tmp_path, monkeypatch):
         return source_hash("a.ipynb")
 
     assert hashed("x = 1", [], "one") == hashed("x = 1", ["run"], "two") != hashed("x = 2", [], "one")
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        cached_arrays(tmp_path / "folder" / "a.npz", fail)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_cannot_be_kept_is_not_lost(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.warns(UserWarning, match=r"cannot be kept \(No space left on device\): it will be made again"):
+        assert cached_arrays(tmp_path / "a.npz", lambda: {"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
+    assert not any(tmp_path.iterdir())

@@ -33,6 +33,12 @@ def text(tmp_path):
     return path
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Runs here start without the Phase 1 of others."""
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+
+
 def papermill(tmp_path, notebook="02_experiment", cwd=ROOT, **parameters):
     """Run a notebook as the README says; returns the process and the executed notebook's path."""
     executed = tmp_path / f"{notebook}.ipynb"
@@ -56,6 +62,14 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
     cells = nbformat.read(executed, as_version=4).cells
     figures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
     assert figures == 3
+    # and a run that differs only in Phase 2 pays for Phase 1 no more
+    other = {"phase2_learning_rate": 0.0005, "corpus": str(text), "output_dir": str(tmp_path / "other")}
+    process, _ = papermill(tmp_path, **SMALL | other)
+    assert process.returncode == 0, process.stderr
+    again = json.loads((tmp_path / "other" / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["phase1_cached"], again["phase1_cached"]) == (False, True)
+    assert again["phase1_computed_seconds"] == metrics["phase1_computed_seconds"]
+    assert again["init_er_pct"] == metrics["init_er_pct"] and again["train_er_pct"] == metrics["train_er_pct"]
 
 
 def test_every_promised_metric_is_written_and_explained(tmp_path, text):

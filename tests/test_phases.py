@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctxlm.config import Experiment
-from ctxlm.phase1 import NonFiniteLoss, train_context_block
+from ctxlm.phase1 import NonFiniteLoss, shape_contexts, train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import sequential
 from tests.conftest import stream, tiny
@@ -123,3 +123,77 @@ def test_bfloat16_products_follow_float32():
         results.append(train_token_block(model, train, val, settings, dtype))
     exact, rounded = (phase2.val_losses.mean().item() for phase2 in results)
     assert rounded == pytest.approx(exact, abs=0.02)
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def shaped(tokens=None, embedding_scale=1.0, dtype=torch.float32, **parameters):
+    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4}, parameters)
+    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k == "seed"})
+    with torch.no_grad():  # scaled and bent, since a mere scale is lost in LayerNorm
+        model.embedding.copy_(model.embedding * embedding_scale + (embedding_scale - 1) * model.embedding**2)
+    return model, shape_contexts(model, stream(200) if tokens is None else tokens, settings, dtype)
+
+
+def test_phase1_is_computed_once_for_runs_that_differ_in_phase2(empty_cache):
+    model, first = shaped()
+    plain, contexts = tiny(**SHAPE), sequential(tiny(**SHAPE), stream(200)).values
+    expected = train_context_block(
+        plain, stream(200), contexts, Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4})
+    )
+    again, second = shaped(phase2_learning_rate=0.5, phase2_batch_size=7, val_samples=3, experiment="other")
+    assert (first.cached, second.cached) == (False, True)
+    timeless = [[row for row in phase1.history if row["metric"] != "seconds"] for phase1 in (first.phase1, expected)]
+    assert timeless[0] == timeless[1] and first.phase1.iterations == expected.iterations
+    assert second.phase1 == first.phase1 and second.computed_seconds == first.computed_seconds
+    assert second.summary() == first.summary() | {"phase1_cached": True}
+    for name in ("init_er", "train_er"):
+        assert torch.equal(first.spectra[name], second.spectra[name])
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+        assert torch.equal(weight, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 7},
+        {"phase1_learning_rate": 0.01},
+        {"phase1_context_noise": 0.2},
+        {"dist_reg_weight": 0.4},
+        {"tokens": stream(200, seed=5)},
+        {"tokens": stream(199)},
+        {"embedding_scale": 1.5},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_another_phase1_is_not_taken_from_the_cache(empty_cache, other):
+    shaped()
+    assert not shaped(**other)[1].cached
+
+
+def test_a_damaged_phase1_is_computed_again(empty_cache):
+    model, first = shaped()
+    (path,) = empty_cache.iterdir()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again, second = shaped()
+    assert not second.cached and second.phase1.iterations == first.phase1.iterations
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert shaped()[1].cached
+
+
+def test_a_phase1_that_failed_is_not_kept(empty_cache, monkeypatch):
+    def fail(*_):
+        raise NonFiniteLoss("no")
+
+    monkeypatch.setattr("ctxlm.phase1.train_context_block", fail)
+    with pytest.raises(NonFiniteLoss):
+        shaped()
+    assert not any(empty_cache.iterdir())
