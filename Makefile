@@ -9,11 +9,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report unlock test lab lint clean
+.PHONY: help env report benchmark unlock test lab lint clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
@@ -29,6 +29,11 @@ env: $(VENV)/.ready  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
 	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --keep-going --config 'grid=$(GRID)'
+
+benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
+	@mkdir -p outputs/benchmark
+	$(BIN)/papermill notebooks/05_benchmark.ipynb outputs/benchmark/benchmark.ipynb --cwd . -k python3 -f params/benchmark.yaml
+	$(BIN)/python -m ctxlm.analysis.report --notebook outputs/benchmark/benchmark.ipynb
 
 unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again
 	$(BIN)/snakemake --cores 1 --unlock --config 'grid=$(GRID)'

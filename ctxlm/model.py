@@ -42,24 +42,24 @@ class _Layers(nn.Module):
     def __init__(self, context_dim: int, other_dims: list[int], out_dim: int, init: torch.Generator):
         super().__init__()
         self.context_dim, self.out_dim = context_dim, out_dim
-        self.linears = nn.ModuleList(nn.Linear(context_dim + width, out_dim) for width in other_dims)
+        # Linear(concat(context, other)) is held as two: autograd then skips the gradient of the part that needs none
+        # (the tokens in Phase 1, the contexts in Phase 2), and the tokens' part can be had from a table.
+        self.from_context = nn.ModuleList(nn.Linear(context_dim, out_dim, bias=False) for _ in other_dims)
+        self.from_other = nn.ModuleList(nn.Linear(width, out_dim) for width in other_dims)
         self.norms = nn.ModuleList(nn.LayerNorm(out_dim) for _ in other_dims)
-        for linear in self.linears:
-            nn.init.normal_(linear.weight, std=0.1, generator=init)
-            nn.init.normal_(linear.bias, std=0.01, generator=init)
+        for left, right in zip(self.from_context, self.from_other, strict=True):
+            weight = torch.empty(out_dim, context_dim + right.in_features).normal_(std=0.1, generator=init)
+            nn.init.normal_(right.bias, std=0.01, generator=init)
+            with torch.no_grad():
+                left.weight.copy_(weight[:, :context_dim])
+                right.weight.copy_(weight[:, context_dim:])
 
-    # Linear(concat(context, other)) is taken as two products: autograd then skips the gradient of the part that needs
-    # none (the tokens in Phase 1, the contexts in Phase 2), and the part of the tokens can be had from a table.
+    def __len__(self) -> int:
+        return len(self.norms)
 
-    def project(self, index: int, other: Tensor) -> Tensor:
-        """The share of `other` in the layer's Linear, with its bias."""
-        linear = self.linears[index]
-        return F.linear(other, linear.weight[:, self.context_dim :], linear.bias)
-
-    def layer(self, index: int, context: Tensor, projected: Tensor, residual: Tensor) -> Tensor:
-        """The layer's output, given what `project` makes of its other input."""
-        out = F.linear(context, self.linears[index].weight[:, : self.context_dim]) + projected
-        return self.norms[index](residual + F.relu(out))
+    def layer(self, index: int, context: Tensor, share: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output, [B, out_dim], given the share of its other input in the Linear, `from_other[index]`."""
+        return self.norms[index](residual + F.relu(self.from_context[index](context) + share))
 
 
 class ContextBlock(_Layers):
@@ -68,22 +68,22 @@ class ContextBlock(_Layers):
     def __init__(self, num_layers: int, context_dim: int, input_dim: int, init: torch.Generator):
         super().__init__(context_dim, [input_dim] * num_layers, context_dim, init)
 
-    def forward(self, context: Tensor, projected: list[Tensor]) -> list[Tensor]:
+    def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
         """Every layer's output, L tensors [B, C] (the last is c_t).
 
         Args:
             context: c_{t-1}, [B, C].
-            projected: the share of u_t in every layer, L tensors [B, C], from `project_inputs` or `look_up`.
+            shares: of u_t in every layer's Linear, L tensors [B, C], from `shares` or `look_up`.
         """
         outputs = []
-        for index, share in enumerate(projected):
+        for index, share in enumerate(shares):
             context = self.layer(index, context, share, residual=context)
             outputs.append(context)
         return outputs
 
-    def project_inputs(self, inputs: Tensor) -> list[Tensor]:
-        """The share of u_t, [B, n·d], in every layer: L tensors [B, C]."""
-        return [self.project(index, inputs) for index in range(len(self.linears))]
+    def shares(self, inputs: Tensor) -> list[Tensor]:
+        """The share of u_t, [B, n·d], in every layer's Linear: L tensors [B, C]."""
+        return [linear(inputs) for linear in self.from_other]
 
 
 class TokenBlock(_Layers):
@@ -96,7 +96,7 @@ class TokenBlock(_Layers):
         """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, C]."""
         h = inputs
         for index, context in enumerate(contexts):
-            h = self.layer(index, context, self.project(index, h), residual=h[..., -self.out_dim :])
+            h = self.layer(index, context, self.from_other[index](h), residual=h[..., -self.out_dim :])
         return h
 
 
@@ -122,8 +122,8 @@ class DistinctTokens:
         The last place, which is never before the stream, carries the bias.
         """
         tables = []
-        for linear in block.linears:
-            *earlier, last = linear.weight[:, block.context_dim :].chunk(self.n, dim=1)
+        for linear in block.from_other:
+            *earlier, last = linear.weight.chunk(self.n, dim=1)
             shares = [F.linear(self.rows, weight) for weight in earlier] + [F.linear(self.rows, last, linear.bias)]
             tables.append(torch.cat(shares))
         return tables
@@ -196,10 +196,11 @@ class ContextLM(nn.Module):
         The study counts every TokenBlock layer as if it read all n tokens; only the first one does.
         """
         token_block = self.token_block
-        per_layer = token_block.linears[0].weight.numel() + 3 * token_block.out_dim  # bias, norm weight, norm bias
+        out, width = token_block.out_dim, token_block.context_dim + token_block.from_other[0].in_features
+        per_layer = out * width + 3 * out  # weight; bias, norm weight, norm bias
         return {
             "context_block_params": sum(p.numel() for p in self.context_block.parameters()),
-            "token_block_params_published": per_layer * len(token_block.linears),
+            "token_block_params_published": per_layer * len(token_block),
             "token_block_params_trained": sum(p.numel() for p in token_block.parameters()),
         }
 

@@ -137,7 +137,7 @@ def train_context_block(
     """
     e, block, total, device = experiment, model.context_block, len(tokens), tokens.device
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    optimiser = torch.optim.Adam(block.parameters(), lr=e.phase1_learning_rate)
+    optimiser = torch.optim.Adam(block.parameters(), lr=e.phase1_learning_rate, fused=True)
     distinct = model.distinct_tokens(tokens)
     bounds = [(start, min(start + e.phase1_batch_size, total)) for start in range(0, total, e.phase1_batch_size)]
     # The rows of the tables that each block of tokens reads, and where in those it finds its own.

@@ -49,7 +49,9 @@ class Predictor:
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
         weight = model.embedding if model.head is None else model.head.weight
-        self.weight = weight if weight.requires_grad else weight.detach().to(dtype)
+        frozen = not weight.requires_grad
+        self.weight = weight.detach().to(dtype) if frozen else weight
+        self.transposed = self.weight.T.contiguous() if frozen and weight.device.type == "cpu" else None
         self.bias = None if model.head is None else model.head.bias
 
     def __call__(self, stream: Contexts, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +65,8 @@ class Predictor:
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             layers = stream.layers(model.context_block, start, stop)
             h = model.token_block(model.inputs(tokens, torch.arange(start, stop, device=tokens.device)), layers)
-        return linear_cross_entropy(h.float(), self.weight, tokens[start + 1 : stop + 1], self.bias, self.dtype)
+        targets = tokens[start + 1 : stop + 1]
+        return linear_cross_entropy(h.float(), self.weight, targets, self.bias, self.dtype, self.transposed)
 
 
 @torch.no_grad()
@@ -107,9 +110,9 @@ def train_token_block(
     if model.embedding.requires_grad:
         trained["embedding"] = model.embedding
     predict = Predictor(model, dtype)
-    optimiser = torch.optim.Adam(trained.values(), lr=e.phase2_learning_rate)
+    optimiser = torch.optim.Adam(trained.values(), lr=e.phase2_learning_rate, fused=True)
     starts = range(0, targets, e.phase2_batch_size)
-    check_every = 1 if device.type == "cpu" else 64  # reading a loss off a GPU makes it wait
+    check_every = 1 if device.type == "cpu" else len(starts)  # reading a loss off a GPU makes the host wait for it
     history: list[dict] = []
 
     def record(phase: str, step: int, values: dict[str, float]) -> None:

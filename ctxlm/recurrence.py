@@ -59,7 +59,7 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
     values = _matrix(len(tokens), block.context_dim, tokens.device)
     for t in trange(len(tokens), desc="contexts", unit="token", disable=not progress):
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
-        context = block(context, block.project_inputs(inputs))[-1]
+        context = block(context, block.shares(inputs))[-1]
         values[t] = context[0]
     return Contexts(tokens, values, distinct, distinct.tables(block), residual=0.0, warmup=0)
 
@@ -81,11 +81,13 @@ def chunked(
         model: the model, on the device of `tokens`.
         tokens: int64 [T].
         tolerance: largest absolute difference of a context entry at the joints.
-        chunk_length: tokens a chunk; the default suits matrix products on a CPU and the usual warm-up.
+        chunk_length: tokens a chunk; the default suits the device and the usual warm-up.
         progress: show a bar.
     """
     total, block, device = len(tokens), model.context_block, tokens.device
-    length = chunk_length or max(256, -(-total // 1024))
+    # Enough chunks to fill the products' rows, few enough that the joints' runs stay a small share.
+    shortest, rows = (256, 1024) if device.type == "cpu" else (128, 8192)
+    length = chunk_length or max(shortest, -(-total // rows))
     if total <= length:
         return sequential(model, tokens, progress)
     count = -(-total // length)

@@ -10,20 +10,6 @@ import torch
 
 from ctxlm.config import Experiment
 from ctxlm.model import ContextLM
-from tests import literal
-
-
-def copied(model: ContextLM) -> literal.Weights:
-    """The literal twin's copy of a model's weights."""
-
-    def layers(block):
-        return [
-            {"weight": linear.weight, "bias": linear.bias, "norm_weight": norm.weight, "norm_bias": norm.bias}
-            for linear, norm in zip(block.linears, block.norms, strict=True)
-        ]
-
-    head = None if model.head is None else {"weight": model.head.weight, "bias": model.head.bias}
-    return literal.Weights(layers(model.context_block), layers(model.token_block), model.embedding, head)
 
 
 def tiny(vocabulary: int = 60, **parameters) -> ContextLM:

@@ -32,6 +32,21 @@ def _copy(layer):
     return {name: tensor.detach().clone() for name, tensor in layer.items()}
 
 
+def copied(model):
+    """Copies of a `ContextLM`'s weights."""
+
+    def layers(block):
+        parts = zip(block.from_context, block.from_other, block.norms, strict=True)
+        return [
+            {"weight": torch.cat([left.weight, right.weight], dim=1), "bias": right.bias}
+            | {"norm_weight": norm.weight, "norm_bias": norm.bias}
+            for left, right, norm in parts
+        ]
+
+    head = None if model.head is None else {"weight": model.head.weight, "bias": model.head.bias}
+    return Weights(layers(model.context_block), layers(model.token_block), model.embedding, head)
+
+
 def zero_head(vocabulary, d, dtype=torch.float32):
     """An untied head as it starts: logits are zero whatever it reads."""
     return {"weight": torch.zeros(vocabulary, d, dtype=dtype), "bias": torch.zeros(vocabulary, dtype=dtype)}

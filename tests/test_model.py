@@ -35,9 +35,10 @@ def test_parameter_counts_of_other_shapes_are_the_twins(layers, width, d, n):
 def test_initialisation_has_the_designs_spread():
     model = tiny(embed_dim=64, context_dim=128, num_layers=2)
     for block in (model.context_block, model.token_block):
-        for linear, norm in zip(block.linears, block.norms, strict=True):
-            assert linear.weight.std().item() == pytest.approx(0.1, rel=0.03)
-            assert linear.bias.std().item() == pytest.approx(0.01, rel=0.3)
+        for left, right, norm in zip(block.from_context, block.from_other, block.norms, strict=True):
+            assert left.weight.std().item() == pytest.approx(0.1, rel=0.03)
+            assert right.weight.std().item() == pytest.approx(0.1, rel=0.03)
+            assert right.bias.std().item() == pytest.approx(0.01, rel=0.3)
             assert (norm.weight == 1).all() and (norm.bias == 0).all()
 
 
@@ -55,10 +56,10 @@ def test_each_purpose_has_draws_of_its_own():
 def test_the_seed_alone_decides_the_weights():
     same, again, other = (tiny(seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(same[name], again[name]) for name in same)
-    assert not torch.equal(same["context_block.linears.0.weight"], other["context_block.linears.0.weight"])
+    assert not torch.equal(same["context_block.from_other.0.weight"], other["context_block.from_other.0.weight"])
     # and the number of layers of one block shifts no draw of the other
     deeper = tiny(seed=1, context_dim=12, num_layers=1).state_dict()
-    assert torch.equal(deeper["token_block.linears.0.weight"], same["token_block.linears.0.weight"])
+    assert torch.equal(deeper["token_block.from_other.0.weight"], same["token_block.from_other.0.weight"])
 
 
 def test_inputs_before_the_stream_are_zero_and_normalised_after():

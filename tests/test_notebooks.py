@@ -8,6 +8,7 @@ import nbformat
 import pytest
 import yaml
 
+from ctxlm.analysis.report import build_page
 from ctxlm.files import ROOT
 
 SMALL = {
@@ -112,6 +113,20 @@ def test_the_loss_that_is_not_finite_leaves_no_metrics(tmp_path, text):
     assert process.returncode != 0
     assert last_line(process).startswith("NonFiniteLoss: Phase 2's loss is")
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_writes_its_figures(tmp_path, text):
+    own = {"sizes": [300, 900], "literal_tokens": 20, "embed_dim": 16, "corpus": str(text), "output_dir": str(tmp_path)}
+    process, executed = papermill(tmp_path, "05_benchmark", **own)
+    assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    promised = """peak_gflops_float32 peak_gflops_bfloat16 phase2_epoch_share_of_floor phase2_epoch_speedup_over_literal
+        recurrence_speedup_over_literal phase1_step_share_of_floor time_growth_exponent""".split()
+    assert all(found[name] > 0 for name in promised) and set(found["peak_rss_gib"]) == {"300", "900"}
+    assert found["recurrence_residual"] <= 1e-5 and len(found["stages"]) == 2 * 2 * 4
+    page = build_page(executed).read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 2 and page.count("How fast?</h1>") == 1 and "import" not in page
 
 
 @pytest.mark.slow

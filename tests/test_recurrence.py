@@ -33,7 +33,7 @@ def test_chunks_give_the_sequential_contexts(length, chunk, layers, n, seed):
     before = torch.cat([torch.zeros(1, 12), found.values[:-1]])
     block = model.context_block
     with torch.no_grad():
-        again = block(before, block.project_inputs(model.context_inputs(tokens, torch.arange(length))))[-1]
+        again = block(before, block.shares(model.context_inputs(tokens, torch.arange(length))))[-1]
     assert (again - found.values).abs().max().item() <= 1e-4
     if found.warmup == 0:
         assert torch.equal(found.values, expected.values)
@@ -52,15 +52,15 @@ def test_contexts_of_real_tokens_agree_to_1e_5(layers, width):
     # and in one pass: every context is the block's answer to the one before
     block = model.context_block
     with torch.no_grad():
-        again = block(found.values[:-1], block.project_inputs(model.context_inputs(tokens, torch.arange(1, 3000))))[-1]
+        again = block(found.values[:-1], block.shares(model.context_inputs(tokens, torch.arange(1, 3000))))[-1]
     assert (again - found.values[1:]).abs().max().item() <= 1e-5
 
 
 def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
     model, tokens = tiny(), stream(200)
     with torch.no_grad():  # large weights make the map expand: neighbouring contexts part instead of meeting
-        for linear in model.context_block.linears:
-            linear.weight[:, :12] *= 30
+        for linear in model.context_block.from_context:
+            linear.weight *= 30
     with pytest.warns(UserWarning, match="does not forget within") as caught:
         found = chunked(model, tokens, chunk_length=60)
     assert len(caught) == 1
@@ -70,8 +70,8 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
 def test_a_longer_chunk_is_tried_before_the_fall_back():
     model, tokens = tiny(), stream(2000)
     with torch.no_grad():  # strong inputs drown what was there before
-        for linear in model.context_block.linears:
-            linear.weight[:, 12:] *= 5
+        for linear in model.context_block.from_other:
+            linear.weight *= 5
     found = chunked(model, tokens, chunk_length=2)
     assert found.warmup > 2 and found.residual <= 1e-5
     torch.testing.assert_close(found.values, sequential(model, tokens).values, atol=2e-5, rtol=0)

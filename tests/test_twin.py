@@ -10,7 +10,7 @@ from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
 from tests import literal
-from tests.conftest import copied, stream, tiny
+from tests.conftest import stream, tiny
 
 SHAPES = [
     {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2},
@@ -22,7 +22,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_contexts_are_the_twins(shape):
     model, tokens = tiny(**shape), stream(50)
-    twin = literal.run_contexts(copied(model), tokens.tolist(), shape["num_input_tokens"])
+    twin = literal.run_contexts(literal.copied(model), tokens.tolist(), shape["num_input_tokens"])
     torch.testing.assert_close(sequential(model, tokens).values, twin[:, -1], atol=1e-5, rtol=0)
 
 
@@ -35,7 +35,7 @@ def test_phase1_is_the_twins(shape, noise):
         shape,
     )
     model, tokens = tiny(**shape), stream(70)
-    weights = copied(model)
+    weights = literal.copied(model)
 
     def draws(iteration, block, shape):
         return torch.randn(shape, generator=generator(settings.seed, "phase1_noise", iteration, block))
@@ -52,8 +52,8 @@ def test_phase1_is_the_twins(shape, noise):
         for name in ("fixed_point_loss", "diversity_loss", "converged_tokens", "converged_ratio"):
             assert values[name] == pytest.approx(record[name], rel=1e-4, abs=1e-6), (name, record["iteration"])
     torch.testing.assert_close(contexts, twin_contexts, atol=2e-4, rtol=0)
-    for linear, layer in zip(model.context_block.linears, weights.context_layers, strict=True):
-        torch.testing.assert_close(linear.weight, layer["weight"], atol=2e-4, rtol=0)
+    for layer, expected in zip(literal.copied(model).context_layers, weights.context_layers, strict=True):
+        torch.testing.assert_close(layer["weight"], expected["weight"], atol=2e-4, rtol=0)
 
 
 def test_phase1_stops_as_soon_as_enough_tokens_converged():
@@ -77,7 +77,7 @@ def test_phase2_is_the_twins(shape, tied, frozen, monkeypatch):
         shape,
     )
     model, train, val = tiny(**shape, use_weight_tying=tied), stream(70), stream(40, seed=1)
-    weights = copied(model)
+    weights = literal.copied(model)
     twin = literal.phase2(weights, train.tolist(), val.tolist(), shape["num_input_tokens"], settings.model_dump())
 
     steps, ours_loss = [], ctxlm.phase2.linear_cross_entropy
@@ -102,5 +102,5 @@ def test_phase2_is_the_twins(shape, tied, frozen, monkeypatch):
         values = {row["metric"]: row["value"] for row in ours.history if row["step"] == epoch}
         for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
             assert values[name] == pytest.approx(record[name], rel=1e-4), (name, epoch)
-    for linear, layer in zip(model.token_block.linears, weights.token_layers, strict=True):
-        torch.testing.assert_close(linear.weight, layer["weight"], atol=1e-3, rtol=0)
+    for layer, expected in zip(literal.copied(model).token_layers, weights.token_layers, strict=True):
+        torch.testing.assert_close(layer["weight"], expected["weight"], atol=1e-3, rtol=0)

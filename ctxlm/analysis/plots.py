@@ -352,3 +352,59 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_ylim(max(low, 1e-4 * high), high)  # LayerNorm leaves one direction empty: it would flatten the rest
     axes.legend()
     return figure
+
+
+# The benchmark's figures
+
+STAGES = {
+    "recurrence": "recurrence",
+    "phase1_step": "Phase 1, one step",
+    "phase2_epoch": "Phase 2, one epoch",
+    "evaluation": "evaluation",
+}
+
+
+def plot_shares(table: pd.DataFrame) -> Figure:
+    """Share of the matrix-product floor of every stage: by definition (bar) and of its own products (tick)."""
+    labels = list(table.index.unique("experiment"))
+    figure, ((axes,),) = _figure(height=1 + 0.45 * len(STAGES) * len(labels) / 2)
+    thick, styles = 0.8 / len(labels), _styles(labels)
+    for position, label in enumerate(labels):
+        rows = table.loc[label].reindex(list(STAGES))
+        y = np.arange(len(STAGES)) + (position - (len(labels) - 1) / 2) * thick
+        axes.barh(y, rows["share_of_floor"], 0.9 * thick, color=styles[label]["color"], alpha=0.75, label=label)
+        axes.plot(rows["share_of_own_products"], y, "|", color="0.1", markersize=13, markeredgewidth=2)
+    axes.plot([], [], "|", color="0.1", markersize=13, markeredgewidth=2, label="of the products it is left with")
+    axes.axvline(1, **REFERENCE)
+    axes.set_yticks(range(len(STAGES)), [f"{STAGES[s]} ({table['dtype'].xs(s, level=1).iloc[0]})" for s in STAGES])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("share of the floor (100 %: as fast as the matrix products alone)")
+    figure.legend(ncols=len(labels) + 1, **BELOW)
+    return figure
+
+
+def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Seconds of each stage, and peak anonymous memory, against the number of tokens."""
+    figure, ((left, right),) = _figure(columns=2, height=4)
+    styles, sizes = _styles(stages["experiment"]), sorted(stages["tokens"].unique())
+    for (stage, label), rows in stages[stages["stage"] != "evaluation"].groupby(["stage", "experiment"], sort=False):
+        look = styles[label] | {"linestyle": LINES[list(STAGES).index(stage)]}
+        left.plot(rows["tokens"], rows["seconds"], **look)
+    for label, rows in runs.groupby(level="experiment"):
+        right.plot(rows.index.get_level_values("tokens"), rows["peak_rss_gib"].astype(float), **styles[label])
+    for axes in (left, right):
+        _tokens_axis(axes, sizes)
+        axes.tick_params(axis="x", rotation=30)
+        axes.set_xlabel("tokens (log)")
+    _log_axis(left, "seconds (log)")
+    right.set_ylabel("peak anonymous memory, GiB")
+    right.set_ylim(0)
+    keys = [Line2D([], [], **(styles[label] | {"linestyle": "-"}), label=label) for label in styles]
+    keys += [
+        Line2D([], [], color="0.4", linestyle=line, label=name)
+        for line, name in zip(LINES, list(STAGES.values())[:3], strict=False)
+    ]
+    figure.legend(handles=keys, ncols=len(keys), **BELOW)
+    return figure

@@ -20,7 +20,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
 from ctxlm.config import ConfigError, Grid, load_grid
-from ctxlm.files import resolve
+from ctxlm.files import atomic, resolve
 from ctxlm.results import git_commit, outputs_dir
 
 NOTEBOOK_ONLY = "notebook-only"
@@ -100,12 +100,29 @@ def build(grid: str, outputs: Path | None = None) -> Path:
     return home / "report" / "index.html"
 
 
+def build_page(path: Path) -> Path:
+    """Write one executed notebook, without its code, as a page beside it.
+
+    Raises:
+        ConfigError: it is missing or not readable.
+    """
+    notebook = _read(path, "run it first")
+    title = _title(notebook, path)
+    page = _page(title, f"<p>{escape(_written())}</p>", _body(notebook, code=False))
+    with atomic(path.with_suffix(".html")) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path.with_suffix(".html")
+
+
 def _header(settings: Grid, runs: int) -> str:
-    commit, _, changed = (git_commit() or "unknown").partition("-")
-    facts = f"{runs} finished run{'' if runs == 1 else 's'} · grid {settings.name} · "
-    facts += f"written {datetime.now().astimezone():%d %B %Y, %H:%M %Z} · commit {commit[:12]}{changed and ', changed'}"
+    facts = f"{runs} finished run{'' if runs == 1 else 's'} · grid {settings.name} · {_written()}"
     lines = "".join(f"<p>{escape(line)}</p>" for line in (settings.description, facts))
     return f'<h1>{escape(settings.title)}</h1>{lines}<p><a href="#notebooks">The notebooks with their code</a></p>'
+
+
+def _written() -> str:
+    commit, _, changed = (git_commit() or "unknown").partition("-")
+    return f"written {datetime.now().astimezone():%d %B %Y, %H:%M %Z} · commit {commit[:12]}{changed and ', changed'}"
 
 
 def _read(path: Path, remedy: str) -> nbformat.NotebookNode:
@@ -181,10 +198,15 @@ def _replace(report: Path, staging: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build a grid's report from its executed notebooks.")
-    parser.add_argument("--grid", default="quick", help="name of the grid, or its file")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--grid", default="quick", help="name of the grid, or its file")
+    what.add_argument("--notebook", help="an executed notebook to make a page of, instead")
     parser.add_argument("--outputs", help="folder of all grids' outputs; by default outputs, or CTXLM_OUTPUTS")
     options = parser.parse_args(arguments)
     try:
+        if options.notebook:
+            print(build_page(resolve(options.notebook)))
+            return 0
         print(build(options.grid, resolve(options.outputs) if options.outputs else None))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

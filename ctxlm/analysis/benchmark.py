@@ -1,0 +1,276 @@
+"""What the stages of a run cost, against the machine's own matrix products: `notebooks/05_benchmark.ipynb` shows it.
+
+`python -m ctxlm.analysis.benchmark '{"num_layers": 6, …}'` measures one experiment in a process of its own, so that
+its peak memory is its own, and prints the result as JSON.
+"""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ctxlm.config import Experiment
+from ctxlm.corpus import VOCABULARY, split
+from ctxlm.embeddings import load_embedding
+from ctxlm.files import ROOT
+from ctxlm.model import ContextLM, resolve_device, resolve_dtype
+from ctxlm.phase1 import train_context_block
+from ctxlm.phase2 import Predictor, evaluate, train_token_block
+from ctxlm.recurrence import chunked
+
+REFERENCE_TOKENS = 183_620
+"""The study's larger size, which headline figures are given for."""
+EVALUATED = 20_000
+"""Tokens that the evaluation is timed on, at most."""
+
+
+def flops_per_token(experiment: Experiment, distinct: float = 1.0) -> dict[str, float]:
+    """Floating-point operations a token in the matrix products of each stage, from their shapes alone.
+
+    A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
+    weight's gradient, and of the gradients that pass from layer to layer.
+
+    Args:
+        experiment: supplies L, C, d and n.
+        distinct: distinct tokens per token. 1 counts the algorithm as it is defined; below 1, what is left when each
+            distinct token is projected once.
+    """
+    layers, c, d, n = (
+        experiment.num_layers,
+        experiment.context_dim,
+        experiment.embed_dim,
+        experiment.num_input_tokens,
+    )
+    context_part, token_part = 2 * layers * c * c, 2 * layers * c * n * d * distinct
+    token_block = 2 * d * (c + n * d) + (layers - 1) * 2 * d * (c + d)
+    head = 2 * d * VOCABULARY
+    contexts = context_part + token_part
+    return {
+        "recurrence": contexts,
+        # forward, weight gradients, and what passes back through all layers but the first
+        "phase1_step": 2 * contexts + context_part * (layers - 1) / layers,
+        # contexts again; the block's forward pass, weight gradients and what passes back; the head there and back
+        "phase2_epoch": contexts + 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
+        "evaluation": contexts + token_block + head,
+    }
+
+
+def peak_gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.4) -> float:
+    """The fastest matrix product this machine does now in `dtype`, 10⁹ operations a second.
+
+    The best of repeated products in three of the study's own shapes.
+    """
+    best = 0.0
+    for a, b, c in ((4096, 2304, 768), (4096, 1536, 1536), (512, 768, VOCABULARY)):
+        left, right = torch.randn(a, b, device=device).to(dtype), torch.randn(c, b, device=device).to(dtype)
+        ends = time.perf_counter() + seconds / 3
+        while time.perf_counter() < ends:
+            began = _now(device)
+            left @ right.T
+            best = max(best, 2 * a * b * c / (_now(device) - began) / 1e9)
+    return best
+
+
+def measure(experiment: Experiment) -> dict[str, Any]:
+    """Seconds of each stage on `experiment.train_tokens` tokens, the peaks beside them, and the peak memory.
+
+    One recurrence, the second step of Phase 1, one epoch of Phase 2, one evaluation. The peaks are measured before
+    and after every stage, and the best ones count, so that another's load does not flatter a share.
+    """
+    device = resolve_device(experiment)
+    dtype = resolve_dtype(experiment, device)
+    peaks = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str):
+        update_peaks()
+        began = _now(device)
+        yield
+        seconds[name] = _now(device) - began
+        update_peaks()
+
+    def update_peaks():
+        for kind in peaks:
+            peaks[kind] = max(peaks[kind], peak_gflops(kind, device))
+
+    with _PeakMemory() as memory:
+        tokens = torch.from_numpy(split(experiment).train.tokens.astype(np.int64)).to(device)
+        model = ContextLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
+        few = chunked(model, tokens[:2])
+        with stage("recurrence"):
+            contexts = chunked(model, tokens)
+        steps = Experiment.from_mapping(experiment.model_dump(), {"phase1_max_iterations": 3, "phase2_epochs": 1})
+        with stage("phase1"):
+            phase1 = train_context_block(model, tokens, contexts.values, steps, dtype)
+        with stage("phase2"):
+            phase2 = train_token_block(model, contexts, few, steps, dtype)
+        last = {(row["phase"], row["metric"]): row["value"] for row in phase1.history + phase2.history}
+        seconds["phase1_step"] = last["phase1", "seconds"]
+        seconds["phase2_epoch"] = last["phase2", "seconds"]
+        part = chunked(model, tokens[: EVALUATED + 1])
+        with stage("evaluation"):
+            evaluate(Predictor(model, dtype), part)
+    distinct = len(contexts.distinct.rows) / len(tokens)
+    rows = []
+    for name, plain in flops_per_token(experiment).items():
+        kind = torch.float32 if name == "recurrence" else dtype
+        count = len(part.tokens) if name == "evaluation" else len(tokens)
+        floor = count / (peaks[kind] * 1e9)
+        rows.append(
+            {
+                "experiment": experiment.experiment,
+                "tokens": len(tokens),
+                "stage": name,
+                "dtype": str(kind).removeprefix("torch."),
+                "seconds": seconds[name],
+                "tokens_per_second": count / seconds[name],
+                "mflop_per_token": plain / 1e6,
+                "share_of_floor": plain * floor / seconds[name],
+                "share_of_own_products": flops_per_token(experiment, distinct)[name] * floor / seconds[name],
+            }
+        )
+    return {
+        "stages": rows,
+        "distinct_tokens": len(contexts.distinct.rows) - 1,
+        "recurrence_residual": contexts.residual,
+        "recurrence_warmup": contexts.warmup,
+        "peak_gflops_float32": peaks[torch.float32],
+        "peak_gflops_bfloat16": peaks[torch.bfloat16],
+        "peak_rss_gib": memory.peak / 2**30,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure_apart(experiment: Experiment) -> dict[str, Any]:
+    """`measure` in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", "ctxlm.analysis.benchmark", json.dumps(experiment.model_dump())]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(([line for line in process.stderr.splitlines() if line.strip()] or ["killed"])[-1])
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def literal_seconds(literal: ModuleType, experiment: Experiment, count: int) -> dict[str, float]:
+    """Seconds a token of the literal twin, which goes token by token on the CPU in float32.
+
+    Args:
+        literal: `tests.literal` (the module knows nothing of `ctxlm`, and `ctxlm` nothing of the tests).
+        experiment: as for `measure`.
+        count: tokens it is timed on.
+
+    Returns:
+        `recurrence` and `phase2_epoch`, as the stages of `measure`.
+    """
+    tokens = split(experiment).train.tokens[:count].tolist()
+    weights = literal.copied(ContextLM(experiment, torch.from_numpy(load_embedding(experiment))))
+    began = time.perf_counter()
+    literal.run_contexts(weights, tokens, experiment.num_input_tokens)
+    recurrence = (time.perf_counter() - began) / len(tokens)
+    began = time.perf_counter()
+    settings = experiment.model_dump() | {"phase2_epochs": 1}
+    literal.phase2(weights, tokens, tokens[:2], experiment.num_input_tokens, settings)
+    epoch = time.perf_counter() - began - recurrence * (len(tokens) + 2)  # it makes the contexts first
+    return {"recurrence": recurrence, "phase2_epoch": epoch / (len(tokens) - 1)}
+
+
+def summarise(
+    runs: pd.DataFrame, stages: pd.DataFrame, literal_times: pd.DataFrame
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What benchmark.json holds, and the stages of one size as a table.
+
+    The headline figures are those of the size nearest to the study's larger one, and of the worse configuration.
+
+    Args:
+        runs: what `measure` gives beside its stages, indexed by (experiment, tokens).
+        stages: the rows of all stages.
+        literal_times: seconds a token, stage by experiment, from `literal_seconds`.
+    """
+    size = min(stages["tokens"].unique(), key=lambda tokens: abs(math.log(tokens / REFERENCE_TOKENS)))
+    table = stages[stages["tokens"] == size].drop(columns="tokens").set_index(["experiment", "stage"])
+    literal = literal_times.unstack().reindex(table.index)
+    table["speedup_over_literal"] = literal * table["tokens_per_second"]
+    share, speedup = (table[name].unstack("experiment") for name in ("share_of_floor", "speedup_over_literal"))
+    once = stages[stages["stage"].isin(["recurrence", "phase1_step", "phase2_epoch"])]
+    totals = once.groupby(["experiment", "tokens"])["seconds"].sum()
+    exponents = {label: _growth_exponent(part.droplevel(0)) for label, part in totals.groupby(level=0)}
+    memory = runs["peak_rss_gib"].astype(float).groupby(level="tokens").max()
+    summary = {
+        "device": runs["device"].iloc[0],
+        "threads": int(runs["threads"].iloc[0]),
+        "torch": torch.__version__,
+        "tokens": int(size),
+        "peak_gflops_float32": float(runs["peak_gflops_float32"].max()),
+        "peak_gflops_bfloat16": float(runs["peak_gflops_bfloat16"].max()),
+        "phase2_epoch_share_of_floor": float(share.loc["phase2_epoch"].min()),
+        "phase2_epoch_speedup_over_literal": float(speedup.loc["phase2_epoch"].min()),
+        "recurrence_speedup_over_literal": float(speedup.loc["recurrence"].min()),
+        "recurrence_residual": float(runs["recurrence_residual"].max()),
+        "phase1_step_share_of_floor": float(share.loc["phase1_step"].min()),
+        "time_growth_exponent": max(exponents.values(), key=lambda b: abs((b or 1) - 1)),
+        "time_growth_exponents": exponents,
+        "peak_rss_gib": {str(tokens): round(peak, 3) for tokens, peak in memory.items()},
+        "stages": stages.to_dict("records"),
+    }
+    return summary, table
+
+
+def _growth_exponent(seconds: pd.Series) -> float | None:
+    """b of the least-squares line log(seconds) = a + b·log(tokens), indexed by tokens; None for a single size."""
+    return float(np.polyfit(np.log(seconds.index), np.log(seconds), 1)[0]) if len(seconds) > 1 else None
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _PeakMemory:
+    """Largest anonymous resident memory of this process while the block runs, bytes, looked at 20 times a second.
+
+    Memory-mapped files do not count: the kernel takes their pages back when it needs them. Where /proc is missing,
+    the largest resident memory of any kind since the process began stands in.
+    """
+
+    def __enter__(self) -> "_PeakMemory":
+        self.peak, self.done = 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        status = Path("/proc/self/status")
+        while True:
+            if status.exists():
+                fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                self.peak = max(self.peak, int(fields["RssAnon"].split()[0]) * 1024)
+            else:
+                unit = 1 if sys.platform == "darwin" else 1024
+                self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            if self.done.wait(0.05):
+                return
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Experiment.from_mapping(json.loads(sys.argv[1])))))

@@ -1,0 +1,95 @@
+"""The benchmark counts what torch multiplies, sees memory that is taken, and says the worse of two figures."""
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctxlm.analysis import benchmark
+from ctxlm.analysis.benchmark import flops_per_token, summarise
+from ctxlm.config import Experiment
+from tests.conftest import tiny
+
+SHAPES = [
+    {"num_layers": 6, "context_dim": 8, "embed_dim": 8, "num_input_tokens": 2},
+    {"num_layers": 3, "context_dim": 16, "embed_dim": 8, "num_input_tokens": 2},
+    {"num_layers": 1, "context_dim": 5, "embed_dim": 4, "num_input_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_floor_counts_the_products_that_torch_does(shape, monkeypatch):
+    monkeypatch.setattr(benchmark, "VOCABULARY", 60)
+    model, rows = tiny(**shape), 7
+    context = torch.randn(rows, shape["context_dim"])
+    inputs = torch.randn(rows, shape["num_input_tokens"] * shape["embed_dim"])
+
+    def counted(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / rows
+
+    def contexts():
+        with torch.no_grad():
+            return model.context_block(context, model.context_block.shares(inputs))
+
+    def phase1_step():
+        model.context_block(context, model.context_block.shares(inputs))[-1].sum().backward()
+
+    def phase2_step():
+        F.linear(model.token_block(inputs, contexts()), model.embedding).sum().backward()
+
+    def evaluation():
+        with torch.no_grad():
+            F.linear(model.token_block(inputs, contexts()), model.embedding)
+
+    found = flops_per_token(Experiment.from_mapping(shape))
+    assert found == {
+        "recurrence": counted(contexts),
+        "phase1_step": counted(phase1_step),
+        "phase2_epoch": counted(phase2_step),
+        "evaluation": counted(evaluation),
+    }
+
+
+def test_looked_up_tokens_leave_the_products_with_the_contexts():
+    shape = Experiment()
+    plain, saved = flops_per_token(shape), flops_per_token(shape, distinct=0)
+    token_part = 2 * 6 * 768 * 2 * 768
+    assert plain["recurrence"] - saved["recurrence"] == token_part
+    assert plain["phase1_step"] - saved["phase1_step"] == 2 * token_part
+    assert plain["phase2_epoch"] - saved["phase2_epoch"] == token_part
+
+
+def test_peak_memory_is_what_was_taken_and_given_back():
+    size = 300 * 2**20
+    with benchmark._PeakMemory() as before:
+        pass
+    with benchmark._PeakMemory() as memory:
+        taken = torch.ones(size // 4)
+        memory.done.wait(0.2)
+        del taken
+    assert 0.9 * size < memory.peak - before.peak < 1.3 * size
+
+
+def test_headlines_are_the_worse_configurations_at_the_studys_size():
+    rows = [
+        {"experiment": label, "tokens": tokens, "stage": stage, "dtype": "float32", "share_of_floor": share}
+        | {"seconds": factor * tokens**power, "tokens_per_second": 1000 / factor}
+        for tokens in (20_000, 183_620, 1_000_000)
+        for label, share, factor, power in (("A", 0.8, 1, 1.0), ("B", 0.7, 2, 1.1))
+        for stage in ("recurrence", "phase1_step", "phase2_epoch", "evaluation")
+    ]
+    index = pd.MultiIndex.from_product([("A", "B"), (20_000, 1_000_000)], names=["experiment", "tokens"])
+    own = {"device": "cpu", "threads": 2, "recurrence_residual": 1e-6, "peak_gflops_float32": 9.0}
+    runs = pd.DataFrame([own | {"peak_gflops_bfloat16": 30.0 + i, "peak_rss_gib": 1.0 + i} for i in range(4)], index)
+    literal_times = pd.DataFrame({"A": {"recurrence": 0.1, "phase2_epoch": 0.5}, "B": dict.fromkeys(["recurrence"], 1)})
+    summary, table = summarise(runs, pd.DataFrame(rows), literal_times)
+    assert summary["tokens"] == 183_620 and len(table) == 8
+    assert summary["phase2_epoch_share_of_floor"] == 0.7
+    assert summary["recurrence_speedup_over_literal"] == pytest.approx(100)  # A: 100, B: 500
+    assert summary["phase2_epoch_speedup_over_literal"] == pytest.approx(500)  # B was not timed
+    assert summary["time_growth_exponents"] == pytest.approx({"A": 1, "B": 1.1})
+    assert summary["time_growth_exponent"] == pytest.approx(1.1)
+    assert summary["peak_rss_gib"] == {"20000": 3.0, "1000000": 4.0} and summary["peak_gflops_bfloat16"] == 33
