@@ -32,7 +32,8 @@ report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html
 
 benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
 	@mkdir -p outputs/benchmark
-	$(BIN)/papermill notebooks/05_benchmark.ipynb outputs/benchmark/benchmark.ipynb --cwd . -k python3 -f params/benchmark.yaml
+	$(BIN)/papermill --log-output --no-progress-bar --cwd . -k python3 \
+	  notebooks/05_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
 	$(BIN)/python -m ctxlm.analysis.report --notebook outputs/benchmark/benchmark.ipynb
 
 unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again

@@ -27,7 +27,7 @@ def resolve(path: str | Path) -> Path:
 
 def cache_dir() -> Path:
     """The folder of the caches: `data/cache`, or what the environment variable CTXLM_CACHE names."""
-    folder = Path(os.environ.get("CTXLM_CACHE") or ROOT / "data" / "cache")
+    folder = resolve(os.environ.get("CTXLM_CACHE") or "data/cache")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -177,7 +177,7 @@ def load_runs(grid: str) -> pd.DataFrame:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{folder.name}/metrics.json of grid {grid} is damaged ({error}): delete it") from None
-        rows.append({"run": run, "source": source} | metrics)
+        rows.append({"run": run, "source": source, "phase1_cached": False} | metrics)  # older results do not say
     if not rows:
         return pd.DataFrame()
     return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)

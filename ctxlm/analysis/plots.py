@@ -277,13 +277,16 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
         return _says("No finished run.")
     names = {"phase1_seconds": "Phase 1", "phase2_seconds": "Phase 2", "total_seconds": "data, test and the rest"}
     parts = runs.groupby(["experiment", "train_tokens"])[list(names)].mean() / 60
+    cached = runs.groupby(["experiment", "train_tokens"])["phase1_cached"].any()
+    cached = cached.map({True: " (Phase 1 cached)", False: ""})
+    notes = [f"{label}, {size:,} tokens{cached[label, size]}" for label, size in parts.index]
     total = parts["total_seconds"].copy()
     parts["total_seconds"] -= parts["phase1_seconds"] + parts["phase2_seconds"]
     figure, ((axes,),) = _figure(height=1.2 + 0.32 * len(parts))
     for k, (name, what) in enumerate(names.items()):
         before = parts[list(names)[:k]].sum(axis=1)
         look = {"label": what, "color": COLOURS[k], "hatch": HATCHES[k], "edgecolor": "white"}
-        bars = axes.barh([f"{label}, {size:,} tokens" for label, size in parts.index], parts[name], left=before, **look)
+        bars = axes.barh(notes, parts[name], left=before, **look)
     axes.bar_label(bars, [f"{minutes:.1f}" for minutes in total], padding=3, fontsize=8.5)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

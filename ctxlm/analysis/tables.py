@@ -37,7 +37,8 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
         "Converged, %": (100 * runs["phase1_converged_ratio"]).map("{:.1f}".format),
         "Best epoch": runs["best_epoch"].astype(str) + " of " + runs["epochs_run"].astype(str),
         "Over-fitting, %": (100 * runs["overfit_rate"]).map("{:.0f}".format),
-        "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format),
+        "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format)
+        + runs["phase1_cached"].map({True: " (Phase 1 cached)", False: ""}),
         "Source": runs["source"],
     }
     return pd.DataFrame(table)
