@@ -163,6 +163,7 @@ rule analysis:
         expand(f"{HOME}/{{run}}/metrics.json", run=GRID.runs),
     output:
         update(f"{HOME}/analysis.json"),
+        update(f"{HOME}/audit.csv"),
     log:
         notebook=f"{HOME}/analysis.ipynb",
         text=f"{HOME}/analysis.log",

@@ -76,6 +76,7 @@ def test_a_killed_grid_resumes(folder):
     assert code == 0, output
     assert len(metrics(folder)) == 4
     assert (folder / "outputs" / "tiny" / "report" / "index.html").exists()
+    assert (folder / "outputs" / "tiny" / "audit.csv").exists()
 
 
 def test_the_analysis_is_that_of_the_four_runs(folder):

@@ -41,14 +41,15 @@ def analysis(words: str = "A is better") -> str:
 def outputs(tmp_path) -> Path:
     home = tmp_path / "outputs" / "mini"
     files = {
-        "../../mini.yaml": "title: Wide & shallow?\ndescription: A <small> grid.\nexperiments: {A: {}}\n",
+        "../../mini.yaml": "title: Wide & shallow?\ndescription: A <small> grid.\n"
+        "experiments: {A: {}}\nsweep: {seed: [1, 2]}\n",
         "analysis.ipynb": analysis(),
         "analysis.json": json.dumps(
-            {"runs": [{"run": "A_1", "source": "outputs"}, {"run": "B_1", "source": "committed"}]}
+            {"runs": [{"run": "A_seed-1", "source": "outputs"}, {"run": "B_seed-1", "source": "committed"}]}
         ),
-        "A_1/metrics.json": "{}",
-        "A_1/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(1)", *PROGRESS)),
-        "A_2/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(2)")),
+        "A_seed-1/metrics.json": "{}",
+        "A_seed-1/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(1)", *PROGRESS)),
+        "A_seed-2/experiment.ipynb": notebook(nb.new_markdown_cell("# One experiment"), ran("train(2)")),
         "corpus/corpus.ipynb": notebook(nb.new_markdown_cell("# The corpus"), ran("read()")),
     }
     home.mkdir(parents=True)
@@ -102,16 +103,16 @@ def test_index_has_results_but_no_code(outputs):
 def test_index_links_to_every_notebook_with_its_code(outputs):
     index = make(outputs)
     links = [link for link in Links(index).links if link.startswith("notebooks/")]
-    names = ["corpus", "A_1", "A_2", "analysis"]
+    names = ["corpus", "A_seed-1", "A_seed-2", "analysis"]
     assert links == [f"notebooks/{name}.html" for name in names]
     pages = [(index.parent / link).read_text(encoding="utf-8") for link in links]
     codes = [re.sub("<[^>]+>", "", page) for page in pages]
     for code, source in zip(codes, ("read()", "train(1)", "train(2)", "secret_call()"), strict=True):
         assert source in code
-    assert "<title>One experiment: A_1</title>" in pages[1] and 'href="../index.html"' in pages[1]
+    assert "<title>One experiment: A_seed-1</title>" in pages[1] and 'href="../index.html"' in pages[1]
     assert "3 of 3" in pages[1] and "2 of 3" not in pages[1]
     text = index.read_text(encoding="utf-8")
-    assert "A_2</a> (not finished)" in text and "A_1</a></td>" in text
+    assert "A_seed-2</a> (not finished)" in text and "A_seed-1</a></td>" in text
 
 
 def test_a_rebuilt_report_replaces_the_old_one_whole(outputs):
@@ -139,7 +140,7 @@ FAILED = ran("fit()", nb.new_output("error", ename="ValueError", evalue="no size
         ("analysis.ipynb", notebook(ran("a"), ran("b", count=None)), "not run to its end"),
         ("analysis.json", None, "analysis.json is missing or damaged"),
         ("analysis.json", "{}", "analysis.json is missing or damaged"),
-        ("A_1/experiment.ipynb", "not JSON", "experiment.ipynb is not a readable notebook"),
+        ("A_seed-1/experiment.ipynb", "not JSON", "experiment.ipynb is not a readable notebook"),
     ],
 )
 def test_a_failed_build_leaves_the_previous_report(outputs, capsys, name, text, words):

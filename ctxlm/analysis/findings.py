@@ -223,3 +223,19 @@ def _signed(value: float, digits: int = 3) -> str:
 
 def _tokens(tokens: float) -> str:
     return f"{float(f'{tokens:.3g}'):,.0f}"
+
+
+def audited(audit: pd.DataFrame) -> str:
+    """How many of the study's claims hold, and which do not."""
+    counts = audit["verdict"].value_counts()
+    said = {
+        "holds": "hold to the printed digit",
+        "rounding": "are off by rounding",
+        "does not follow": "do not follow from its own tables",
+        "cannot be tested": "cannot be tested with them",
+    }
+    parts = [f"{counts[verdict]} {words}" for verdict, words in said.items() if verdict in counts]
+    wrong = audit.loc[audit["verdict"] == "does not follow"]
+    which = [f"{row.claim[0].lower()}{row.claim[1:]}: {row.published}" for row in wrong.itertuples()]
+    sentence = f"**The audit.** Of {len(audit)} claims, {'; '.join(parts)}."
+    return sentence + (f" What does not follow: {'; '.join(which)}." if which else "")

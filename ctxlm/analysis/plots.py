@@ -167,7 +167,7 @@ def plot_paired_differences(summary: Mapping[str, Any]) -> Figure:
             axes.text(1.01, y, f"{label} is\nbetter", transform=axes.transAxes, va=("bottom", "top")[y])
     samples, tokens = differences["samples"].max(), differences["tokens"].max()
     axes.set_title(f"{samples} validation samples, {tokens:,} tokens; 95 % intervals over samples", loc="left")
-    axes.legend()
+    figure.legend(ncols=4, **BELOW)
     return figure
 
 
@@ -211,7 +211,7 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
-    axes.legend()
+    figure.legend(ncols=4, **BELOW)
     return figure
 
 

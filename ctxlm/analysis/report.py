@@ -73,7 +73,8 @@ def build(grid: str, outputs: Path | None = None) -> Path:
     home = (outputs or outputs_dir()) / settings.name
     analysis = _read(home / "analysis.ipynb", f"run `make report GRID={grid}` first")
     runs = _finished_runs(analysis, home / "analysis.ipynb")
-    others = [*sorted(home.glob("corpus*/corpus.ipynb")), *sorted(home.glob("*/experiment.ipynb"))]
+    experiments = (home / run / "experiment.ipynb" for run in settings.runs)  # not those the grid no longer asks for
+    others = [*sorted(home.glob("corpus*/corpus.ipynb")), *(path for path in experiments if path.exists())]
     staging = Path(tempfile.mkdtemp(dir=home, prefix=".report-"))
     try:
         staging.chmod(0o755)  # mkdtemp makes folders private; a report is for everyone

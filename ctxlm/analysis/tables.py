@@ -1,6 +1,6 @@
 """The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -44,9 +44,15 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame(table)
 
 
-def shown(table: pd.DataFrame, otherwise: str) -> Styler | Markdown:
-    """The table without its index, for a notebook; the sentence `otherwise` where it is empty."""
-    return Markdown(otherwise) if table.empty else table.style.hide(axis="index")
+def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Styler | Markdown:
+    """The table without its index, for a notebook; the sentence `otherwise` where it is empty.
+
+    Columns in `prose` hold sentences: they are set left and may break into lines.
+    """
+    if table.empty:
+        return Markdown(otherwise)
+    wrapped = {"white-space": "normal", "text-align": "left", "min-width": "11em"}
+    return table.style.hide(axis="index").set_properties(subset=list(prose), **wrapped)
 
 
 def published_runs() -> pd.DataFrame:
@@ -116,3 +122,26 @@ def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
             ("crossover, tokens", f"{float(f'{tokens:.3g}'):,.0f}" if tokens else "none", f"{crossing:,.0f}", note)
         )
     return pd.DataFrame(rows, columns=["Law", "Ours", "Published", "Of ours"])
+
+
+def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
+    """The audit for reading: what does not hold first, numbers with the digits that were printed and one more."""
+
+    def number(row: pd.Series) -> str:
+        if isinstance(row["recomputed"], str):
+            return row["recomputed"]
+        return f"{row['recomputed']:,.{min(len(row['published'].partition('.')[2]) + 1, 4)}f}".replace("-", "−")
+
+    order = {
+        verdict: place for place, verdict in enumerate(("does not follow", "cannot be tested", "rounding", "holds"))
+    }
+    audit = audit.sort_values("verdict", key=lambda verdicts: verdicts.map(order), kind="stable")
+    table = {
+        "Verdict": audit["verdict"],
+        "Claim": audit["claim"],
+        "Published": audit["published"].str.replace("-", "−"),
+        "Recomputed": audit.apply(number, axis=1),
+        "Difference, %": [f"{100 * d:+.1f}".replace("-", "−") if pd.notna(d) else "" for d in audit["difference"]],
+        "Why": audit["why"].str.replace(" %", "\u00a0%").str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
+    }
+    return pd.DataFrame(table)

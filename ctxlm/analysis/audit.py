@@ -1,0 +1,423 @@
+"""The study's claims, recomputed from its own tables: every number and every quantitative statement of its page.
+
+`audit` reads nothing but the CSV files under `data/reference/`, so a changed cell changes the verdicts that hang on it.
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from ctxlm.analysis.tables import REFERENCE
+from ctxlm.files import atomic, resolve
+
+EMBED_DIM = 768
+"""Width of GPT-2's embedding, which the study's parameter counts imply and its page does not name."""
+ROUNDING = 0.01
+"""A value that misses its printed digits by at most this share counts as rounding."""
+HOLDS, ROUNDED, FALSE, UNTESTABLE = "holds", "rounding", "does not follow", "cannot be tested"
+VERDICTS = (HOLDS, ROUNDED, FALSE, UNTESTABLE)
+SHORT = {"A": "A (deep and narrow)", "B": "B (shallow and wide)"}
+
+
+def audit(folder: str | Path = REFERENCE) -> pd.DataFrame:
+    """One row a claim: claim_id, section, claim, published, recomputed, difference, verdict, why.
+
+    `published` is text as printed. `recomputed` is a number at full precision, or a sentence for a statement without
+    a number. `difference` is recomputed / published − 1, where both are numbers. Verdicts: "holds" (the recomputed
+    value rounds to what is printed), "rounding" (it is off by at most 1 %), "does not follow" (by more), "cannot be
+    tested" (with the study's tables alone).
+    """
+    return pd.DataFrame(_Audit(resolve(folder)).rows())
+
+
+def write_audit(claims: pd.DataFrame, folder: Path) -> Path:
+    """Write what `audit` gives to `audit.csv` in `folder`, atomically."""
+    with atomic(folder / "audit.csv") as temporary:
+        claims.to_csv(temporary, index=False)
+    return folder / "audit.csv"
+
+
+class _Audit:
+    """The tables, as printed text, and the claims made from them, section by section."""
+
+    def __init__(self, folder: Path):
+        def read(name: str) -> pd.DataFrame:
+            return pd.read_csv(folder / f"{name}.csv", dtype=str)
+
+        self.settings = read("settings").set_index("parameter")["value"]
+        self.about = read("about").set_index("item")["value"]
+        self.shapes = read("architectures").set_index("experiment")
+        self.results, self.phase1, self.phase2 = (self._by_run(read(n)) for n in ("results", "phase1", "phase2"))
+        self.laws = read("power_laws").set_index("experiment")
+        self.predictions = self._by_run(read("power_law_predictions"))
+        self.epochs = read("phase2_epochs")
+        self.claims = read("claims")
+        self.sizes = sorted({int(tokens) for _, tokens in self.results.index})
+        self.found: list[dict] = []
+
+    @staticmethod
+    def _by_run(table: pd.DataFrame) -> pd.DataFrame:
+        return table.set_index([table["experiment"], table["train_tokens"].astype(int)])
+
+    def rows(self) -> list[dict]:
+        for section in (self._settings, self._summary, self._power_laws, self._interpretation, self._phases):
+            section()
+        self._conclusions()
+        return self.found
+
+    def _add(self, claim_id: str, section: str, claim: str, published: str, recomputed, why: str, verdict=None) -> None:
+        """Append a claim; without `verdict`, the numbers decide."""
+        difference = None
+        if isinstance(recomputed, float):
+            printed = float(published)
+            difference = recomputed / printed - 1 if printed else None
+            verdict = verdict or _verdict(published, recomputed)
+        self.found.append(
+            {"claim_id": claim_id, "section": section, "claim": claim, "published": published}
+            | {"recomputed": recomputed, "difference": difference, "verdict": verdict, "why": why}
+        )
+
+    def _printed(self, words: str) -> str:
+        """The number of the one claim in claims.csv whose printed words contain `words`."""
+        (value,) = self.claims.loc[self.claims["printed"].str.contains(words, regex=False), "value"]
+        return value
+
+    def _ppl(self, label: str, tokens: int) -> float:
+        return float(self.results.loc[(label, tokens), "val_ppl"])
+
+    def _law(self, label: str) -> tuple[float, float]:
+        """(alpha, log a) of the line through both points, at full precision."""
+        small, large = self.sizes
+        alpha = math.log(self._ppl(label, large) / self._ppl(label, small)) / math.log(large / small)
+        return alpha, math.log(self._ppl(label, large)) - alpha * math.log(large)
+
+    def _crossing(self, factor: float = 1.0) -> float:
+        """Tokens at which both laws give one PPL, with B's PPL at the larger size multiplied by `factor`."""
+        small, large = self.sizes
+        gap_small = math.log(self._ppl("B", small) / self._ppl("A", small))
+        gap_large = math.log(factor * self._ppl("B", large) / self._ppl("A", large))
+        return small * (large / small) ** (gap_small / (gap_small - gap_large))
+
+    def _settings(self) -> None:
+        n = int(self.settings["num_input_tokens"])
+        for label, shape in self.shapes.iterrows():
+            layers, c = int(shape["num_layers"]), int(shape["context_dim"])
+            context = layers * (c * (c + n * EMBED_DIM) + 3 * c) / 1e6
+            counted = layers * (EMBED_DIM * (c + n * EMBED_DIM) + 3 * EMBED_DIM) / 1e6
+            trained = counted - (layers - 1) * EMBED_DIM * (n - 1) * EMBED_DIM / 1e6
+            where, block = "Settings", f"of {SHORT[label]}, million parameters"
+            self._add(
+                f"parameters_context_{label}",
+                where,
+                f"ContextBlock {block}",
+                shape["context_block_params_millions"],
+                context,
+                f"{layers} layers from {c} + {n}·{EMBED_DIM} to {c}, with biases and LayerNorms.",
+            )
+            self._add(
+                f"parameters_trained_{label}",
+                where,
+                f"Trained in Phase 2 {block}",
+                shape["token_block_params_trained_millions"],
+                trained,
+                f"Only the first layer reads all {n} tokens; the others read the {EMBED_DIM} values before them.",
+            )
+            self._add(
+                f"parameters_token_{label}",
+                where,
+                f"TokenBlock {block}",
+                shape["token_block_params_published_millions"],
+                trained,
+                f"The table counts every layer as if it read {n} tokens ({counted:.2f}); its own last column, what "
+                f"Phase 2 trains, is all the TokenBlock there is.",
+            )
+
+    def _summary(self) -> None:
+        where, minutes = "Summary of results", 0.0
+        for (label, tokens), row in self.results.iterrows():
+            parts = float(row["phase1_minutes"]), float(row["phase2_minutes"])
+            minutes += float(row["total_minutes"])
+            self._add(
+                f"minutes_{label}_{tokens}",
+                where,
+                f"Total minutes of {label} at {tokens:,} tokens",
+                row["total_minutes"],
+                round(sum(parts), 6),
+                f"Phase 1 and Phase 2 took {parts[0]:g} and {parts[1]:g} minutes.",
+            )
+        hours = self.about["duration_hours"]
+        self._add(
+            "duration",
+            where,
+            "Hours of the whole experiment",
+            hours,
+            minutes / 60,
+            f"The four runs add up to {minutes:.1f} minutes; the other {60 * float(hours) - minutes:.0f} are in no "
+            "table.",
+        )
+        for tokens in self.sizes:
+            accuracy = {label: float(self.results.loc[(label, tokens), "val_accuracy_pct"]) for label in "AB"}
+            better = max(accuracy, key=accuracy.get)
+            self._add(
+                f"accuracy_{tokens}",
+                where,
+                f"B has the higher accuracy at {tokens:,} tokens (printed in bold)",
+                "B",
+                better,
+                f"A {accuracy['A']} %, B {accuracy['B']} %: by accuracy the same configuration leads at every size, "
+                "which the study's conclusions, drawn from PPL, do not mention."
+                if self._accuracy_leader() == "B"
+                else f"A {accuracy['A']} %, B {accuracy['B']} %.",
+                HOLDS if better == "B" else FALSE,
+            )
+
+    def _accuracy_leader(self) -> str | None:
+        """The configuration whose accuracy is higher at every size."""
+        table = self.results["val_accuracy_pct"].astype(float).unstack(0)
+        leaders = set(table.idxmax(axis=1))
+        return leaders.pop() if len(leaders) == 1 else None
+
+    def _power_laws(self) -> None:
+        where = "Power laws"
+        small, large = self.sizes
+        for label, law in self.laws.iterrows():
+            alpha, log_a = self._law(label)
+            ends = [f"{size:,} tokens" for size in self.sizes]
+            for column, name, values in (
+                ("log_ppl", "PPL", [self._ppl(label, size) for size in self.sizes]),
+                ("log_tokens", "tokens", self.sizes),
+            ):
+                low, high = map(math.log, values)
+                for place, what, value in (
+                    ("small", f"log({name}) of {label} at {ends[0]}", low),
+                    ("large", f"log({name}) of {label} at {ends[1]}", high),
+                    ("change", f"Change of log({name}) of {label}", high - low),
+                ):
+                    why = "Natural logarithm." if place != "change" else "Of the unrounded logarithms."
+                    self._add(f"{column}_{place}_{label}", where, what, law[f"{column}_{place}"], value, why)
+            self._add(
+                f"exponent_{label}",
+                where,
+                f"Exponent α of {label}",
+                law["alpha"],
+                alpha,
+                f"The line through two points, {self._ppl(label, small)} and {self._ppl(label, large)}; it has no "
+                "residual degrees of freedom, so the exponent has no error that could be stated.",
+            )
+            self._add(
+                f"coefficient_{label}",
+                where,
+                f"Coefficient A of {label}",
+                law["a"],
+                math.exp(log_a),
+                f"From unrounded logarithms; the printed one is exp({law['log_a']}), rounded to three decimals.",
+            )
+            for tokens in self.sizes:
+                row, printed = self.predictions.loc[(label, tokens)], float(law["a"]) * tokens ** float(law["alpha"])
+                self._add(
+                    f"prediction_{label}_{tokens}",
+                    where,
+                    f"PPL of {label} at {tokens:,} tokens by the fitted law",
+                    row["predicted_ppl"],
+                    printed,
+                    f"The law as printed, {law['a']} · tokens^({law['alpha']}).",
+                )
+            errors = ", ".join(self.predictions.loc[label, "error_pct"])
+            self._add(
+                f"accuracy_of_law_{label}",
+                where,
+                f"The law of {label} predicts with an error of 0.0 %",
+                errors,
+                "two points, two parameters",
+                "A line through two points meets both whatever they are; only a third size could test it.",
+                UNTESTABLE,
+            )
+
+    def _interpretation(self) -> None:
+        where = "Interpretation"
+        small, large = self.sizes
+        alpha = {label: self._law(label)[0] for label in "AB"}
+        self._add(
+            "steeper",
+            where,
+            "B scales more efficiently than A",
+            "B",
+            min(alpha, key=alpha.get),
+            f"α is {alpha['A']:.3f} (A) and {alpha['B']:.3f} (B), each from two runs of one seed: two lines without an "
+            "error.",
+            UNTESTABLE,
+        )
+        for label, words in (("B", "データ量を2倍にすると、PPLが約30%"), ("A", "データ量を2倍にすると、PPLが約22%")):
+            gain = 100 * (1 - 2 ** alpha[label])
+            step = 100 * (1 - self._ppl(label, large) / self._ppl(label, small))
+            self._add(
+                f"doubling_{label}",
+                where,
+                f"Doubling the data improves {label}'s PPL by about (%)",
+                self._printed(words),
+                gain,
+                f"1 − 2^({alpha[label]:.3f}); even the {large / small:.2f} times more tokens of the second size "
+                f"improved it by {step:.1f} % only.",
+            )
+        noise = (
+            f"The arithmetic; whether the gap would outlast another seed or other text than these "
+            f"{self.settings['val_samples']} validation samples cannot be told from one run."
+        )
+        self._add(
+            "better_at_small",
+            where,
+            f"A is better at {small:,} tokens by (%)",
+            self._printed("Aが5.4%良い"),
+            100 * (1 - self._ppl("A", small) / self._ppl("B", small)),
+            noise,
+        )
+        self._add(
+            "better_at_large",
+            where,
+            f"B is better at {large:,} tokens by (%)",
+            self._printed("Bが1.7%良い"),
+            100 * (1 - self._ppl("B", large) / self._ppl("A", large)),
+            noise,
+        )
+        printed = {x: (float(self.laws.loc[x, "alpha"]), float(self.laws.loc[x, "a"])) for x in "AB"}
+        slope, ratio = printed["A"][0] - printed["B"][0], printed["B"][1] / printed["A"][1]
+        exponent = self._printed_value("difference of the two exponents")
+        quotient = self._printed_value("ratio of the two intercepts")
+        self._add("exponent_difference", where, "Difference of the exponents", exponent, slope, "As printed above it.")
+        self._add("coefficient_ratio", where, "Ratio of the coefficients", quotient, ratio, "As printed above it.")
+        own = float(quotient) ** (1 / float(exponent))
+        exact, moved = self._crossing(), self._crossing(1.01)
+        self._add(
+            "crossover",
+            where,
+            "Tokens at which the laws cross",
+            self._printed("約141,000トークン"),
+            exact,
+            f"From the four PPLs; the study's own last line, {quotient}^(1/{exponent}), is {own:,.0f}. Were B's PPL at "
+            f"{large:,} tokens 1 % higher, it would be {moved:,.0f}.",
+        )
+        for label in "AB":
+            values = self.results.loc[label, ["train_er_pct", "val_er_pct"]].astype(float).to_numpy()
+            low, high = self._printed_value(f"{label}'s effective rank").split("-")
+            inside = float(low) <= round(values.min()) and round(values.max()) <= float(high)
+            tight = inside or (float(low) - 0.5 <= values.min() and values.max() <= float(high) + 0.5)
+            self._add(
+                f"effective_rank_{label}",
+                where,
+                f"Effective rank of {label}, %",
+                f"{low}-{high}",
+                f"{values.min()}-{values.max()}",
+                f"Training and validation, both sizes: {values.min()} to {values.max()} %.",
+                HOLDS if tight else FALSE,
+            )
+
+    def _printed_value(self, claim: str) -> str:
+        (value,) = self.claims.loc[self.claims["claim"].str.startswith(claim), "value"]
+        return value
+
+    def _phases(self) -> None:
+        for (label, tokens), row in self.phase1.iterrows():
+            self._add(
+                f"converged_{label}_{tokens}",
+                "Phase 1",
+                f"Tokens of {label} that converged at {tokens:,} tokens, %",
+                row["phase1_converged_pct"],
+                100 * int(row["phase1_converged_tokens"]) / tokens,
+                f"{int(row['phase1_converged_tokens']):,} of {tokens:,}.",
+            )
+        for (label, tokens), row in self.phase2.iterrows():
+            mine = self.epochs[(self.epochs["experiment"] == label) & (self.epochs["train_tokens"] == str(tokens))]
+            ppl = mine.set_index(mine["epoch"].astype(int))["val_ppl"].astype(float).sort_index()
+            best = int(row["best_epoch"])
+            self._add(
+                f"overfitting_{label}_{tokens}",
+                "Phase 2",
+                f"Over-fitting of {label} at {tokens:,} tokens, %",
+                row["overfit_pct"],
+                100 * (float(ppl.iloc[-1]) / float(ppl[best]) - 1),
+                f"PPL {ppl.iloc[-1]} in epoch {ppl.index[-1]} over {ppl[best]} in epoch {best}.",
+            )
+        counts = self.epochs.groupby(["experiment", "train_tokens"])["epoch"].apply(lambda e: sorted(map(int, e)))
+        missing = sorted(set(range(1, max(map(max, counts)) + 1)) - set(counts.iloc[0]))
+        self._add(
+            "best_epoch",
+            "Phase 2",
+            "Epoch 2 is the best of every run; epochs 3 and 4 over-fit",
+            "2",
+            f"epochs printed: {', '.join(map(str, counts.iloc[0]))}",
+            f"The tables leave out epochs {' and '.join(map(str, missing))}; of the printed ones, epoch 2 has the "
+            "lower PPL in every run."
+            if missing
+            else "Every epoch is printed.",
+            UNTESTABLE if missing else HOLDS,
+        )
+        self._add(
+            "learning_rate",
+            "Phase 2",
+            "The learning rate of Phase 2 may be too high",
+            self.settings["phase2_learning_rate"],
+            "one learning rate",
+            "All runs used the same one: nothing to compare it with.",
+            UNTESTABLE,
+        )
+        self._add(
+            "early_stopping",
+            "Phase 2",
+            "Early stopping with a patience of 2 works as it should",
+            "2",
+            f"last epoch {max(map(max, counts))}",
+            "The last printed epoch is the second after the best one, as the rule has it; that it saved anything "
+            "cannot be seen, since training went no further.",
+            HOLDS if max(map(max, counts)) == int(self.phase2["best_epoch"].iloc[0]) + 2 else FALSE,
+        )
+
+    def _conclusions(self) -> None:
+        where = "Conclusions"
+        laws = {label: self._law(label) for label in "AB"}
+
+        def ppl(label: str, tokens: float) -> float:
+            alpha, log_a = laws[label]
+            return math.exp(log_a + alpha * math.log(tokens))
+
+        for claim_id, words, expected in (
+            ("recommendation_small", "小規模データ", "A"),
+            ("recommendation_large", "大規模データ", "B"),
+        ):
+            tokens = float(self._printed(words))
+            gain = 100 * (ppl("B", tokens) / ppl("A", tokens) - 1)
+            better = "A" if gain > 0 else "B"
+            bound = f"{'around' if expected == 'A' else 'above'} {tokens:,.0f} tokens"
+            self._add(
+                claim_id,
+                where,
+                f"{SHORT[expected]} is preferable {bound}",
+                expected,
+                better,
+                f"By the study's own laws, PPL of B against A is {gain:+.1f} % at {tokens:,.0f} tokens"
+                + (
+                    ": a line between two sizes, one seed each, no error bars."
+                    if better == expected
+                    else ": the bound lies on the wrong side of their crossing."
+                ),
+                UNTESTABLE if better == expected else FALSE,
+            )
+        self._add(
+            "lower_learning_rate",
+            where,
+            "Lowering the learning rate to 0.001 reduces over-fitting and allows more epochs",
+            self._printed("0.002 → 0.001"),
+            "one learning rate",
+            "A proposal: no run of the study tried it.",
+            UNTESTABLE,
+        )
+
+
+def _verdict(published: str, recomputed: float) -> str:
+    """What a recomputed number says about a printed one."""
+    decimals = len(published.partition(".")[2])
+    if math.isclose(round(recomputed, decimals), float(published), abs_tol=1e-9):
+        return HOLDS
+    if abs(recomputed - float(published)) <= ROUNDING * abs(float(published)):
+        return ROUNDED
+    return FALSE
