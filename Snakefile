@@ -41,7 +41,8 @@ HOME = f"{OUTPUTS}/{GRID.name}"
 def visible_gpus() -> list[str]:
     """Indices of the GPUs this machine lends us; none without a driver."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [index for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if index.strip()]
+        listed = [index.strip() for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return [] if "-1" in listed else [index for index in listed if index]
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
@@ -54,7 +55,8 @@ os.environ["CTXLM_GPUS"] = " ".join(GPUS)
 # The cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU. A cluster's
 # executor names no cores: `--config threads=8` then says how many a run gets.
 CORES = workflow.cores or 1
-THREADS = int(config.get("threads", max(1, CORES // (len(GPUS) or len(GRID.runs)))))
+SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(GRID.runs)  # rounded up, so that no run lacks a GPU
+THREADS = int(config.get("threads", max(1, SHARE)))
 # Each run takes a free GPU and keeps it locked until it ends.
 TAKE_A_GPU = (
     'for gpu in $CTXLM_GPUS; do exec 9> "{OUTPUTS}/.gpu-$gpu"; '
@@ -69,6 +71,14 @@ for name, run in GRID.runs.items():
     known = [corpus for corpus, others in CORPORA.items() if others == values]
     CORPUS_OF[name] = known[0] if known else f"corpus-{len(CORPORA) + 1}" if CORPORA else "corpus"
     CORPORA[CORPUS_OF[name]] = values
+
+
+def largest(corpus: str) -> dict:
+    """The largest training size asked of a corpus, in tokens if any run gives tokens, else in samples."""
+    runs = [run for name, run in GRID.runs.items() if CORPUS_OF[name] == corpus]
+    tokens = max((run.train_tokens or 0 for run in runs)) or None
+    samples = None if tokens else max(run.train_samples for run in runs)
+    return {"train_tokens": tokens, "train_samples": samples}
 
 
 def papermill_yaml(parameters: dict) -> str:
@@ -113,15 +123,8 @@ rule corpus:
             CORPORA[wildcards.corpus]
             | {
                 "output_dir": f"{HOME}/{wildcards.corpus}",
-                "train_tokens": max(
-                    (run.train_tokens for name, run in GRID.runs.items() if CORPUS_OF[name] == wildcards.corpus),
-                    key=lambda tokens: tokens or 0,
-                ),
-                "train_samples": max(
-                    (run.train_samples for name, run in GRID.runs.items() if CORPUS_OF[name] == wildcards.corpus),
-                    key=lambda samples: samples or 0,
-                ),
             }
+            | largest(wildcards.corpus)
         ),
     threads: CORES
     message:
@@ -182,6 +185,8 @@ rule report:
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
     output:
         update(f"{HOME}/report/index.html"),
+    params:
+        words=[GRID.title, GRID.description],  # a changed title is a new report
     message:
         "Writing the report"
     shell:

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows: two processes may then build the same file
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
 
@@ -28,7 +33,10 @@ def resolve(path: str | Path) -> Path:
 def cache_dir() -> Path:
     """The folder of the caches: `data/cache`, or what the environment variable CTXLM_CACHE names."""
     folder = resolve(os.environ.get("CTXLM_CACHE") or "data/cache")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"CTXLM_CACHE = {folder} cannot be made ({error.strerror}): name another folder") from None
     return folder
 
 
@@ -52,18 +60,47 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew."""
-    try:
-        with np.load(path) as file:  # a zip: every member's CRC-32 is checked as it is read
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew.
+
+    Of several processes that want the same file, one builds it and the others wait for it.
+    """
+    with _locked(path):
+        if (arrays := _read_arrays(path)) is not None:
+            return arrays
         arrays = build()
-    try:
-        with atomic(path) as temporary:
-            np.savez(temporary, **arrays)
-    except OSError as error:  # what was computed is not lost because it cannot be kept
-        warnings.warn(f"{path} cannot be kept ({error.strerror}): it will be made again next time", stacklevel=2)
+        try:
+            with atomic(path) as temporary:
+                np.savez(temporary, **arrays, names=np.array(sorted(arrays)))
+        except OSError as error:  # what was computed is not lost because it cannot be kept
+            warnings.warn(f"{path} cannot be kept ({error.strerror}): it will be made again next time", stacklevel=2)
     return arrays
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with zipfile.ZipFile(path) as whole:  # numpy alone stops checking where a damaged header says an array ends
+            if whole.testzip() is not None:
+                return None
+        with np.load(path) as file:  # a damaged directory can lose an array: each must be there
+            return {str(name): file[str(name)] for name in file["names"]}
+    except Exception:  # a flipped bit can raise nearly anything
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock named after `path` in the system's folder for temporary files; it is let go when a process dies."""
+    if fcntl is None:
+        yield
+        return
+    name = Path(tempfile.gettempdir()) / f"ctxlm-{os.getuid()}-{digest(str(path.resolve()))}.lock"
+    with open(name, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is making {path.name}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _umask() -> int:

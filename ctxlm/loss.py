@@ -17,13 +17,13 @@ _kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, targets, dtype, transposed):
+    def forward(ctx, h, weight, bias, targets, dtype, transposed, backward):
         rows, device = h.shape[0], h.device
         products, frozen = weight.to(dtype), not weight.requires_grad
         back = products if transposed is None else transposed.T
         losses = torch.empty(rows, device=device)
         correct = torch.empty(rows, dtype=torch.bool, device=device)
-        needs_gradient = any(ctx.needs_input_grad[:3])
+        needs_gradient = backward and any(ctx.needs_input_grad[:3])
         grad_h = torch.empty(rows, h.shape[1], device=device) if ctx.needs_input_grad[0] else None
         grad_weight = None if frozen else torch.zeros_like(weight)
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_mean, _losses, _correct):
-        return *(None if g is None else g * grad_mean for g in ctx.gradients), None, None, None
+        return *(None if g is None else g * grad_mean for g in ctx.gradients), None, None, None, None
 
 
 def _scratch(name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,4 +109,5 @@ def linear_cross_entropy(
     Returns:
         The mean loss in nats (differentiable), every row's loss [B], and whether its target had the largest logit [B].
     """
-    return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, transposed)
+    # Inside a Function gradients are always off, so it is told whether they are wanted.
+    return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, transposed, torch.is_grad_enabled())

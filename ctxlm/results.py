@@ -175,6 +175,8 @@ def load_runs(grid: str) -> pd.DataFrame:
     for run, (folder, source) in run_folders(grid).items():
         try:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            if not isinstance(metrics, dict) or not {"experiment", "train_tokens", "val_ppl"} <= set(metrics):
+                raise ValueError("it holds no run")
         except ValueError as error:
             raise ConfigError(f"{folder.name}/metrics.json of grid {grid} is damaged ({error}): delete it") from None
         rows.append({"run": run, "source": source, "phase1_cached": False} | metrics)  # older results do not say

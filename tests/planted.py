@@ -95,6 +95,7 @@ def _metrics(label: str, layers: int, width: int, size: int, seed: int, loss: fl
         "phase2_seconds": size * layers / 4e3,
         "total_seconds": size * width / 5e5 + size * layers / 4e3 + 5,
         "git_commit": "0" * 40,
+        "code_hash": "0" * 16,
         "device": "cpu",
         "dtype": "float32",
     }

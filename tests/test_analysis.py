@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from ctxlm.analysis import plots, tables
-from ctxlm.analysis.findings import findings, material, what_differs
+from ctxlm.analysis.findings import findings, gaps, material, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
 from tests.planted import SIZES, plant
@@ -137,6 +137,22 @@ def test_every_number_in_the_sentences_comes_from_the_data(outputs):
         )
         assert len(before) == len(after) and len(before) > 0
         assert not [pair for pair in zip(before, after, strict=True) if pair[0] == pair[1]]
+
+
+def test_the_answer_says_what_it_must_be_read_with(outputs):
+    plain = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    assert "ran out of iterations" not in plain[1] and "Caution" not in plain[-1]
+    unfinished = said(outputs, {"B": (-0.3, 850)}, phase1_converged_ratio=0.84, code_hash="1" * 16)
+    assert unfinished[1].endswith("Phase 1 of B ran out of iterations before it converged.")
+    assert "**Caution**: 2 versions of the code made them" in unfinished[-1]
+
+
+def test_the_gap_is_set_beside_the_published_one(outputs):
+    plant(outputs, {"A": (-0.3, 846), "B": (-0.3, 900)}, **STUDY)  # A leads by 6 % at both sizes
+    text = gaps(read()[-1], tables.published_runs()).replace("\u00a0", " ")
+    assert "PPL of A against B: −5.4 % published, −6.0 % (" in text and "+1.7 % published, −6.0 % (" in text
+    assert text.endswith("at 183,620 tokens. Not the same configuration leads at every size.")
+    assert gaps({"paired_differences": []}, tables.published_runs()) == ""
 
 
 def test_what_differs_names_corpus_and_embedding(outputs):

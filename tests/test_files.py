@@ -200,3 +200,35 @@ def test_what_cannot_be_kept_is_not_lost(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"cannot be kept \(No space left on device\): it will be made again"):
         assert cached_arrays(tmp_path / "a.npz", lambda: {"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
     assert not any(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_never_gives_other_arrays(tmp_path):
+    path, made = tmp_path / "a.npz", {"x": np.arange(40.0).reshape(20, 2), "y": np.arange(5)}
+    cached_arrays(path, lambda: made)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        for bit in (0, 4):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            found = cached_arrays(path, lambda: made)
+            assert all(np.array_equal(found[name], made[name]) for name in made), (position, bit)
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path):
+    script = (
+        "import sys, time, numpy as np; from pathlib import Path; from ctxlm.files import cached_arrays\n"
+        "def build():\n    print('built'); time.sleep(1); return {'x': np.ones(1)}\n"
+        "cached_arrays(Path(sys.argv[1]), build)"
+    )
+    path = tmp_path / "a.npz"
+    processes = [child(script, path) for _ in range(3)]
+    said = [process.communicate()[0] for process in processes]
+    assert sum("built" in text for text in said) == 1 and all(process.returncode == 0 for process in processes)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match=r"CTXLM_CACHE = .* cannot be made .*: name another folder"):
+        cache_dir()

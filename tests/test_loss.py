@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import ctxlm.loss
 from ctxlm.loss import linear_cross_entropy
@@ -53,6 +54,14 @@ def test_gradcheck(with_bias):
         return linear_cross_entropy(h, weight, targets, bias)[0]
 
     assert torch.autograd.gradcheck(loss, leaves, eps=1e-2, atol=1e-3, rtol=1e-2)
+
+
+def test_evaluation_multiplies_once(monkeypatch):
+    h, weight, bias, targets = problem(9, 6, 40)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        losses = linear_cross_entropy(h, weight.requires_grad_(), targets, bias.requires_grad_())[1]
+    assert counter.get_total_flops() == 2 * 9 * 6 * 40
+    torch.testing.assert_close(losses, F.cross_entropy(F.linear(h, weight, bias), targets, reduction="none").detach())
 
 
 def test_a_transposed_copy_changes_nothing_but_rounding():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,19 @@ def test_bad_input_is_refused_before_any_work(folder):
     grid_file(folder, [800, 1600])
     assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
     assert not (folder / "outputs").exists()
+
+
+def test_a_grid_may_give_sizes_in_tokens_and_in_samples(folder):
+    grid_file(folder, [800])
+    content = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    content["experiments"]["S"] = {"num_layers": 2, "context_dim": 16, "train_tokens": None, "train_samples": 5}
+    content["sweep"] = {}
+    content["experiments"]["A"]["train_tokens"] = content["experiments"]["B"]["train_tokens"] = 800
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    code, output = finished(snakemake(folder, "--until", "corpus"))
+    grid_file(folder, [800, 1600])
+    assert code == 0, output
+    shutil.rmtree(folder / "outputs")
 
 
 def test_a_killed_grid_resumes(folder):

@@ -76,6 +76,14 @@ def test_an_unfinished_run_is_not_read(roots):
     assert load_runs("g").empty and load_history("g").empty and load_val_by_sample("g").empty
 
 
+def test_a_metrics_file_that_holds_no_run_is_named(roots):
+    folder = roots[0] / "g" / "A"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged \(it holds no run\): delete it"):
+        load_runs("g")
+
+
 def test_a_damaged_metrics_file_is_named(roots):
     write(roots[0] / "g" / "A").write_text('{"experiment": ', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete it"):

@@ -37,7 +37,8 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     samples = _span(val_by_sample.groupby("run")["sample"].nunique())
     return (
         f"**Runs.** {len(runs)}, on {read}: {_span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
-        f"{_span(runs['val_tokens'], '{:,}'.format)} tokens of {samples} validation samples. Source: {sources(runs)}."
+        f"{_span(runs['val_tokens'] - 1, '{:,}'.format)} tokens of {samples} validation samples. "
+        f"Source: {sources(runs)}.{one_code(runs)}"
     )
 
 
@@ -45,6 +46,15 @@ def sources(runs: pd.DataFrame) -> str:
     """Whether results are this machine's or the repository's."""
     names = {"committed": "committed results (data/results)", "outputs": "runs of this machine (outputs)"}
     return " and ".join(names[source] for source in sorted(runs["source"].unique()))
+
+
+def one_code(runs: pd.DataFrame) -> str:
+    """A warning where the runs were made by different versions of the code; otherwise nothing."""
+    versions = runs["code_hash"].nunique()
+    if versions < 2:
+        return ""
+    commits = ", ".join(sorted({str(commit)[:12] for commit in runs["git_commit"]}))
+    return f" **Caution**: {versions} versions of the code made them (commits {commits}); they may not be comparable."
 
 
 def what_differs(runs: pd.DataFrame) -> str:
@@ -57,6 +67,23 @@ def what_differs(runs: pd.DataFrame) -> str:
         f"{embeddings} embeddings, and other validation text. The levels of PPL and accuracy cannot be compared one to "
         f"one; what can be is which configuration is better, and by how much. Times are of other machines."
     )
+
+
+def gaps(summary: dict[str, Any], published: pd.DataFrame) -> str:
+    """The gap between two configurations, published and ours, at every size of both."""
+    ppl = published.set_index(["experiment", "train_tokens"])["val_ppl"]
+    said, agree = [], True
+    for d in summary["paired_differences"]:
+        keys = [(d[side], d["train_tokens"]) for side in ("a", "b")]
+        if all(key in ppl.index for key in keys):
+            theirs = ppl[keys[0]] / ppl[keys[1]] - 1
+            agree &= (theirs < 0) == (d["log_ppl"] < 0)
+            said.append(f"{_percent(theirs)} published, {_difference(d)} ours at {d['train_tokens']:,} tokens")
+    if not said:
+        return ""
+    a, b = summary["paired_differences"][0]["a"], summary["paired_differences"][0]["b"]
+    verdict = "The same configuration leads" if agree else "Not the same configuration leads at every size"
+    return f"**The gap.** PPL of {a} against {b}: {'; '.join(said)}. {verdict}."
 
 
 def describe(runs: pd.DataFrame) -> dict[str, str]:
@@ -93,7 +120,17 @@ def _answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         yield (
             f"These intervals cover the choice of the {samples} validation samples, on which both configurations were "
             f"judged token by token. They do not cover the seed ({seeds} for each configuration and size)."
+            + _unfinished(runs)
         )
+
+
+def _unfinished(runs: pd.DataFrame) -> str:
+    """What the answer must be read with: configurations whose Phase 1 ran out of iterations."""
+    unfinished = runs[runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]]
+    if unfinished.empty:
+        return ""
+    labels = " and ".join(sorted(unfinished["experiment"].unique()))
+    return f" Phase 1 of {labels} ran out of iterations before it converged."
 
 
 def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
