@@ -122,7 +122,8 @@ def train_context_block(
     Iteration 1 is the recurrence, which `contexts` brings. Every further iteration is one Adam step over the whole
     stream: each token's context is computed from its predecessor's context of the iteration before (plus noise),
     and is pulled towards its own of the iteration before while all are pushed apart. Training stops early once
-    `phase1_min_converged_ratio` of the tokens moved less than `phase1_convergence_threshold`.
+    `phase1_min_converged_ratio` of the tokens moved less than `phase1_convergence_threshold`. In the gradient every
+    block of `phase1_batch_size` tokens weighs the same, a short last one too.
 
     Args:
         model: on the device of `tokens`.
