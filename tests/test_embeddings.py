@@ -1,5 +1,6 @@
 """PPMI against its definition, the truncated SVD against the full one, planted meanings, sources and their faults."""
 
+import os
 import subprocess
 import sys
 
@@ -88,6 +89,18 @@ def test_the_truncated_svd_of_a_flat_spectrum_holds_nearly_all_that_can_be_held(
     # Six plain power iterations with M hold 97 % of the best approximation's energy and miss values by 25 %.
     assert np.square(found.T @ planted).sum() > 0.99 * np.square(best).sum()
     np.testing.assert_allclose(magnitudes, best, rtol=0.03)
+
+
+def test_the_embedding_does_not_depend_on_the_number_of_threads(tmp_path):
+    code = "import sys, numpy as np; from tests.test_embeddings import *; "
+    code += "np.save(sys.argv[1], ppmi_svd(stream_of(*random_samples(tokens=3000, samples=900)), 64))"
+    made = []
+    for threads in ("1", "2"):
+        own = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        path = tmp_path / f"{threads}.npy"
+        subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, env=own, check=True)
+        made.append(np.load(path))
+    np.testing.assert_allclose(made[0], made[1], rtol=0, atol=1e-7)
 
 
 def test_tokens_in_the_same_contexts_are_neighbours():
