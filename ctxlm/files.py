@@ -1,5 +1,6 @@
 """Where things lie on disk, how a file is replaced whole, what is cached, and what a piece of source hashes to."""
 
+import getpass
 import hashlib
 import json
 import os
@@ -11,11 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows: two processes may then build the same file
-    fcntl = None
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
@@ -64,7 +61,8 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
 
     Of several processes that want the same file, one builds it and the others wait for it.
     """
-    with _locked(path):
+    name = f"ctxlm-{getpass.getuser()}-{digest(str(path.resolve()))}.lock"
+    with FileLock(Path(tempfile.gettempdir()) / name):  # let go of when a process dies
         if (arrays := _read_arrays(path)) is not None:
             return arrays
         arrays = build()
@@ -85,22 +83,6 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
             return {str(name): file[str(name)] for name in file["names"]}
     except Exception:  # a flipped bit can raise nearly anything
         return None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock named after `path` in the system's folder for temporary files; it is let go when a process dies."""
-    if fcntl is None:
-        yield
-        return
-    name = Path(tempfile.gettempdir()) / f"ctxlm-{os.getuid()}-{digest(str(path.resolve()))}.lock"
-    with open(name, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that is making {path.name}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _umask() -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ctxlm.analysis.scaling import fit_power_law
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, split
 from ctxlm.embeddings import load_embedding
@@ -209,7 +210,10 @@ def summarise(
     share, speedup = (table[name].unstack("experiment") for name in ("share_of_floor", "speedup_over_literal"))
     once = stages[stages["stage"].isin(["recurrence", "phase1_step", "phase2_epoch"])]
     totals = once.groupby(["experiment", "tokens"])["seconds"].sum()
-    exponents = {label: _growth_exponent(part.droplevel(0)) for label, part in totals.groupby(level=0)}
+    exponents = {
+        label: fit_power_law(part.index.get_level_values("tokens"), part).alpha if len(part) > 1 else None
+        for label, part in totals.groupby(level=0)
+    }
     memory = runs["peak_rss_gib"].astype(float).groupby(level="tokens").max()
     summary = {
         "device": runs["device"].iloc[0],
@@ -229,11 +233,6 @@ def summarise(
         "stages": stages.to_dict("records"),
     }
     return summary, table
-
-
-def _growth_exponent(seconds: pd.Series) -> float | None:
-    """b of the least-squares line log(seconds) = a + b·log(tokens), indexed by tokens; None for a single size."""
-    return float(np.polyfit(np.log(seconds.index), np.log(seconds), 1)[0]) if len(seconds) > 1 else None
 
 
 def _now(device: torch.device) -> float:

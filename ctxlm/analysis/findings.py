@@ -273,6 +273,6 @@ def audited(audit: pd.DataFrame) -> str:
     }
     parts = [f"{counts[verdict]} {words}" for verdict, words in said.items() if verdict in counts]
     wrong = audit.loc[audit["verdict"] == "does not follow"]
-    which = [f"{row.claim[0].lower()}{row.claim[1:]}: {row.published}" for row in wrong.itertuples()]
+    which = [f"{row.claim}: {row.published}" for row in wrong.itertuples()]
     sentence = f"**The audit.** Of {len(audit)} claims, {'; '.join(parts)}."
     return sentence + (f" What does not follow: {'; '.join(which)}." if which else "")

@@ -52,7 +52,9 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     if table.empty:
         return Markdown(otherwise)
     wrapped = {"white-space": "normal", "text-align": "left", "min-width": "11em"}
-    return table.style.hide(axis="index").set_properties(subset=list(prose), **wrapped)
+    left = {column: [{"selector": "th.col_heading", "props": "text-align: left"}] for column in prose}
+    styler = table.style.hide(axis="index").set_properties(subset=list(prose), **wrapped)
+    return styler.set_table_styles(left)
 
 
 def published_runs() -> pd.DataFrame:
@@ -132,16 +134,18 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
             return row["recomputed"]
         return f"{row['recomputed']:,.{min(len(row['published'].partition('.')[2]) + 1, 4)}f}".replace("-", "−")
 
-    order = {
-        verdict: place for place, verdict in enumerate(("does not follow", "cannot be tested", "rounding", "holds"))
-    }
-    audit = audit.sort_values("verdict", key=lambda verdicts: verdicts.map(order), kind="stable")
+    def difference(share: float) -> str:
+        per_cent = round(100 * share, 1) if pd.notna(share) else None
+        return "" if per_cent is None else f"{per_cent:+.1f}".replace("-", "−") if per_cent else "0.0"
+
+    order = ["does not follow", "cannot be tested", "rounding", "holds"]
+    audit = audit.sort_values("verdict", key=lambda verdicts: verdicts.map(order.index), kind="stable")
     table = {
         "Verdict": audit["verdict"],
         "Claim": audit["claim"],
         "Published": audit["published"].str.replace("-", "−"),
         "Recomputed": audit.apply(number, axis=1),
-        "Difference, %": [f"{100 * d:+.1f}".replace("-", "−") if pd.notna(d) else "" for d in audit["difference"]],
+        "Difference, %": audit["difference"].map(difference),
         "Why": audit["why"].str.replace(" %", "\u00a0%").str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
     }
     return pd.DataFrame(table)
