@@ -69,6 +69,11 @@ class Experiment(BaseModel):
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
     phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
+    context_ablation: Literal["none", "zero", "random_tokens"] = Field(
+        "none",
+        description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens",
+    )
+    train_loss_after_epoch: bool = Field(False, description="measure the training loss also after every epoch")
     val_every_steps: int = Field(0, ge=0, description="validate also every so many updates; 0: after epochs only")
     # The machine
     seed: Seed = Field(42, description="of initialisation and noise")

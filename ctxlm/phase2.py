@@ -61,12 +61,20 @@ class Predictor:
             stream: T tokens and their contexts.
             start: first position read; stop: one past the last one, at most T - 1.
         """
-        model, tokens = self.model, stream.tokens
-        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            layers = stream.layers(model.context_block, start, stop)
-            h = model.token_block(model.inputs(tokens, torch.arange(start, stop, device=tokens.device)), layers)
-        targets = tokens[start + 1 : stop + 1]
-        return linear_cross_entropy(h.float(), self.weight, targets, self.bias, self.dtype, self.transposed)
+        with self._autocast(stream.tokens):
+            layers = stream.layers(self.model.context_block, start, stop)
+        return self.at(stream.tokens, torch.arange(start, stop, device=stream.tokens.device), layers)
+
+    def at(self, tokens: Tensor, positions: Tensor, layers: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, C]."""
+        with self._autocast(tokens):
+            h = self.model.token_block(self.model.inputs(tokens, positions), layers)
+        return linear_cross_entropy(
+            h.float(), self.weight, tokens[positions + 1], self.bias, self.dtype, self.transposed
+        )
+
+    def _autocast(self, tokens: Tensor) -> torch.autocast:
+        return torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 @torch.no_grad()
@@ -156,6 +164,9 @@ def train_token_block(
                 "seconds": time.perf_counter() - began,
             },
         )
+        if e.train_loss_after_epoch:
+            after = evaluate(predict, train)[0].double().mean().item()
+            record("phase2", epoch, {"train_loss_after": after, "train_ppl_after": perplexity(after)})
         tqdm.write(
             f"epoch {epoch}: train PPL {perplexity(train_loss):,.1f}, validation PPL {perplexity(val_loss):,.1f}"
         )

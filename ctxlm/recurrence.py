@@ -8,15 +8,15 @@ and then joined.
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import trange
 
-from ctxlm.config import ConfigError
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import cache_dir
-from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, look_up
+from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, generator, look_up
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
@@ -40,10 +40,14 @@ class Contexts:
     """Largest difference at a joint between a chunk as run and as continued from its predecessor (0: sequential)."""
     warmup: int
     """Tokens after a chunk's start until both agreed to the tolerance (0: sequential)."""
+    zeroed: bool = False
+    """Show zeros in every layer instead of the contexts (an ablation)."""
 
     @torch.no_grad()
     def layers(self, block: ContextBlock, start: int, stop: int) -> list[Tensor]:
         """Every layer's contexts at positions start .. stop - 1: L tensors [B, C]."""
+        if self.zeroed:
+            return [torch.zeros_like(self.values[start:stop])] * len(block)
         before = self.values[max(start - 1, 0) : stop - 1]
         if start == 0:
             before = torch.cat([torch.zeros_like(self.values[:1]), before])
@@ -123,6 +127,20 @@ def chunked(
         )
         return sequential(model, tokens, progress)
     return chunked(model, tokens, tolerance, 4 * length, progress)
+
+
+def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Contexts:
+    """What the TokenBlock is to read instead of `contexts`, by the experiment's `context_ablation`.
+
+    `zero`: zeros; `random_tokens`: the contexts of the same tokens in random order, which tell nothing of the text
+    before but look like contexts. Tokens, and what is to be predicted, stay.
+    """
+    if experiment.context_ablation == "zero":
+        return replace(contexts, zeroed=True)
+    if experiment.context_ablation == "random_tokens":
+        order = torch.randperm(len(contexts.tokens), generator=generator(experiment.seed, "context_ablation"))
+        return replace(chunked(model, contexts.tokens[order.to(contexts.tokens.device)]), tokens=contexts.tokens)
+    return contexts
 
 
 def _matrix(rows: int, columns: int, device: torch.device) -> Tensor:

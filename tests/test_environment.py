@@ -130,7 +130,7 @@ FLOORS = [
     {"ctxlm.corpus", "ctxlm.embeddings"},
     {"ctxlm.model"},
     {"ctxlm.results", "ctxlm.metrics", "ctxlm.recurrence", "ctxlm.loss"},
-    {"ctxlm.phase1", "ctxlm.phase2", "ctxlm.baselines", "ctxlm.generate"},
+    {"ctxlm.phase1", "ctxlm.phase2", "ctxlm.memory", "ctxlm.baselines", "ctxlm.generate"},
     {"ctxlm.analysis"},
 ]
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -58,11 +59,14 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["train_tokens"], metrics["num_layers"], metrics["corpus"]) == (600, 2, str(text))
     assert metrics["val_ppl"] > 1 and metrics["test_ppl"] > 1 and metrics["recurrence_residual"] <= 1e-5
+    history = pd.read_csv(tmp_path / "run" / "history.csv").set_index(["phase", "step", "metric"])["value"]
+    assert history["forgetting_init", 0, "share_left"] == history["forgetting", 0, "share_left"] == 1
+    assert history["recent_tokens", 0, "val_ppl"] > 1
     for name in ("init_er_pct", "train_er_pct", "train_er_noiseless_pct", "val_er_pct"):
         assert 0 < metrics[name] <= 100
     cells = nbformat.read(executed, as_version=4).cells
     figures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
-    assert figures == 3
+    assert figures == 4
     # and a run that differs only in Phase 2 pays for Phase 1 no more
     other = {"phase2_learning_rate": 0.0005, "corpus": str(text), "output_dir": str(tmp_path / "other")}
     process, _ = papermill(tmp_path, **SMALL | other)

@@ -198,3 +198,16 @@ def test_a_phase1_that_failed_is_not_kept(empty_cache, monkeypatch):
     with pytest.raises(NonFiniteLoss):
         shaped()
     assert not any(empty_cache.iterdir())
+
+
+def test_the_training_loss_after_an_epoch_is_that_of_its_weights_and_changes_nothing_else():
+    settings, model, train, val = prepared(phase2_epochs=1)
+    plain = train_token_block(model, train, val, settings)
+    _, model, train, val = prepared()
+    also = Experiment.from_mapping(settings.model_dump(), {"train_loss_after_epoch": True})
+    measured = train_token_block(model, train, val, also)
+    assert values(measured, "val_loss") == pytest.approx(values(plain, "val_loss"), rel=1e-6)
+    losses, _ = evaluate(Predictor(model, torch.float32), train)  # one epoch: its weights are the best
+    assert values(measured, "train_loss_after") == pytest.approx([losses.double().mean().item()])
+    assert values(measured, "train_ppl_after") == pytest.approx([losses.double().mean().exp().item()])
+    assert values(plain, "train_loss_after") == []

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval
+from ctxlm.memory import FORGOTTEN
 
 sns.set_theme(
     style="whitegrid",
@@ -335,6 +336,10 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
             look = {"color": COLOURS[0], "alpha": 0.6, "linewidth": 1, "marker": ".", "markersize": 3}
             axes.plot(between.index / epoch, change(between), label="validation between epochs", **look)
         axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
+        after = _metric(history, "phase2", f"train_{name}_after")
+        if len(after):
+            look = {"color": COLOURS[2], "marker": MARKERS[2], "linestyle": LINES[2]}
+            axes.plot(after.index, after, label="training, after the epoch", **look)
         axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
         axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin()}", **REFERENCE)
         _steps_axis(axes, "epoch")
@@ -354,6 +359,33 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 1e-4 * high), high)  # LayerNorm leaves one direction empty: it would flatten the rest
     axes.legend()
+    return figure
+
+
+def plot_memory(history: pd.DataFrame) -> Figure:
+    """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
+    figure, ((left, right),) = _figure(1, 2, 3.4)
+    for k, (phase, what) in enumerate((("forgetting_init", "before Phase 1"), ("forgetting", "after it"))):
+        shares = _metric(history, phase, "share_left")
+        look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": LINES[k], "markersize": 3}
+        left.plot(shares.index, 100 * shares, label=what, **look)
+    left.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE)
+    left.set(yscale="log", ylabel="of the disturbance left, per cent (log)")
+    _steps_axis(left, "tokens read since")
+    left.legend()
+    recent = _metric(history, "recent_tokens", "val_ppl")
+    if recent.empty:
+        right.set_axis_off()
+        return figure
+    of_last = recent.drop(0)
+    right.plot(of_last.index, of_last, color=COLOURS[0], marker=MARKERS[0], label="the last k tokens")
+    right.axhline(recent[0], label="the whole stream", **REFERENCE)
+    right.set_xscale("log", base=2)
+    right.set_xticks(of_last.index, [str(k) for k in of_last.index])
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set_xlabel("tokens the context was built from, k (log)")
+    _log_axis(right, "validation PPL (log)")
+    right.legend()
     return figure
 
 

@@ -1,0 +1,89 @@
+"""How far back a context reaches: how soon a disturbed one is forgotten, and what the last k tokens alone are worth."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from ctxlm.metrics import perplexity
+from ctxlm.model import ContextBlock, look_up
+from ctxlm.phase2 import Predictor
+from ctxlm.recurrence import Contexts
+
+FORGOTTEN = 0.01
+"""A disturbance counts as forgotten once so small a share of it is left."""
+RECENT = (1, 2, 4, 8, 16, 32, 64)
+"""Tokens that a context is built from, in `recent_tokens`."""
+
+
+@torch.no_grad()
+def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: int = 256) -> list[float]:
+    """The share of a disturbance that is left after 0 .. `steps` tokens.
+
+    At evenly spaced positions the context is exchanged for that of another position, and both the true and the false
+    one read the same tokens from there on. The share is the root mean square of their difference, over positions
+    and dimensions, by its value at the start.
+
+    Args:
+        block: the one that made the contexts.
+        contexts: T tokens with their contexts.
+        steps: tokens read after the exchange; fewer on a short stream.
+        starts: positions, at most.
+    """
+    total = len(contexts.tokens)
+    steps = min(steps, total // 2)
+    positions = _spaced(0, total - steps, starts, contexts.tokens.device)
+    true = contexts.values[positions]
+    false = true.roll(len(true) // 2, 0)
+    differences = [(true - false).square().mean()]
+    for step in range(1, steps + 1):
+        shares = look_up(contexts.tables, contexts.distinct.places(positions + step))
+        true, false = block(true, shares)[-1], block(false, shares)[-1]
+        differences.append((true - false).square().mean())
+    left = torch.stack(differences).sqrt()
+    return (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).tolist()  # a single position disturbs nothing
+
+
+def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:
+    """Tokens until `share` of a disturbance is left, interpolated on a logarithmic scale; None: never."""
+    for step, (before, after) in enumerate(itertools.pairwise(left)):
+        if after <= share < before:
+            return step + 1.0 if after == 0 else step + math.log(before / share) / math.log(before / after)
+    return None
+
+
+@torch.no_grad()
+def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024) -> list[dict]:
+    """PPL at evenly spaced positions when the context, from zero, has read the last k tokens only.
+
+    The TokenBlock reads its own input tokens as ever. Rows of history.csv: phase `recent_tokens`, step k (0: the whole
+    stream), metrics `val_loss` and `val_ppl`. A k that the stream does not hold is left out.
+    """
+    model, tokens, distinct = predict.model, contexts.tokens, contexts.distinct
+    block, lengths = model.context_block, [k for k in RECENT if k < len(tokens) - 1]
+    if not lengths:
+        return []
+    at = _spaced(max(lengths), len(tokens) - 1, positions, tokens.device)
+    offsets = torch.arange(1 - distinct.n, 1, device=tokens.device)
+    nothing = torch.arange(distinct.n, device=tokens.device) * len(distinct.rows)  # as before the stream's start
+    rows = []
+
+    def record(k: int, layers: list[Tensor]) -> None:
+        loss = predict.at(tokens, at, layers)[1].double().mean().item()
+        values = {"val_loss": loss, "val_ppl": perplexity(loss)}
+        rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
+
+    record(0, block(contexts.values[at - 1], look_up(contexts.tables, distinct.places(at))))
+    for k in lengths:
+        layers = [torch.zeros(len(at), block.context_dim, device=tokens.device)]
+        for back in range(k - 1, -1, -1):
+            places = torch.where(offsets - back > -k, distinct.places(at - back), nothing)
+            layers = block(layers[-1], look_up(contexts.tables, places))
+        record(k, layers)
+    return rows
+
+
+def _spaced(first: int, end: int, count: int, device: torch.device) -> Tensor:
+    """At most `count` evenly spaced whole numbers from `first` to `end` - 1."""
+    return torch.linspace(first, end - 1, min(count, end - first)).round().long().to(device)
