@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -12,7 +13,9 @@ from scipy import stats
 from ctxlm.analysis import scaling
 from ctxlm.analysis.scaling import (
     crossover,
+    extrapolate,
     fit_power_law,
+    fit_saturating,
     paired_difference,
     ppl_interval,
     read_grid,
@@ -268,3 +271,74 @@ def test_runs_that_differ_in_more_than_size_and_seed_are_configurations_of_their
     laws = summarise("planted", runs, val_by_sample)["configurations"]
     assert laws["A, phase2_learning_rate 0.0005"]["alpha"] == pytest.approx(-0.2)
     assert laws["A, phase2_learning_rate 0.002"]["n"] == 8
+
+
+def test_robust_interval_is_hc3_or_from_ten_clusters_up_clustered():
+    rng = np.random.default_rng(5)
+    sizes = np.repeat(SIZES, 10)
+    ppl = np.exp(9 - 0.3 * np.log(sizes) + 0.05 * rng.standard_normal(40))
+    fit = sm.OLS(np.log(ppl), sm.add_constant(np.log(sizes))).fit()
+    hc3 = fit.get_robustcov_results("HC3", use_t=True).conf_int()[1]
+    assert fit_power_law(sizes, ppl).alpha_interval_robust == pytest.approx(tuple(hc3))
+    nine, ten = np.arange(40) % 9, np.arange(40) % 10
+    assert fit_power_law(sizes, ppl, nine).alpha_interval_robust == pytest.approx(tuple(hc3))
+    clustered = fit.get_robustcov_results("cluster", groups=ten, use_t=True).conf_int()[1]
+    found = fit_power_law(sizes, ppl, [f"seed {k}" for k in ten])
+    assert found.alpha_interval_robust == pytest.approx(tuple(clustered))
+    assert fit_power_law([1000, 2000], [300, 250]).alpha_interval_robust is None
+    # a run that alone determines where the line goes has no residual, and HC3 nothing to work with
+    assert fit_power_law([1000, 1000, 2000], [300, 310, 250]).alpha_interval_robust is None
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.6, 1.2])
+def test_planted_saturating_law_is_recovered(beta):
+    sizes = np.geomspace(10_000, 1_000_000, 8)
+    loss = 3.2 + 40 * (sizes / 1000) ** -beta
+    found = fit_saturating(sizes, np.exp(loss))
+    assert (found.floor, found.beta) == pytest.approx((3.2, beta), rel=1e-3)
+    assert found.scale == pytest.approx(40 * 1000**beta, rel=1e-2)
+    assert found.bends and (found.n, found.residual_dof) == (8, 5)
+    assert found.ppl(50_000) == pytest.approx(math.exp(3.2 + 40 * 50**-beta), rel=1e-4)
+
+
+def test_the_criterion_prefers_the_form_that_was_planted():
+    rng = np.random.default_rng(6)
+    sizes = np.tile(np.geomspace(10_000, 1_000_000, 6), 3)
+    noise = 0.01 * rng.standard_normal(len(sizes))
+    straight = fit_saturating(sizes, np.exp(9 - 0.3 * np.log(sizes) + noise))
+    bent = fit_saturating(sizes, np.exp(4 + 400 * sizes**-0.6 + noise))
+    assert straight.aicc > straight.aicc_power_law and not straight.bends
+    assert bent.aicc < bent.aicc_power_law - 10 and bent.bends
+    n, k = len(sizes), 3
+    x = np.log(sizes)
+    squares = np.polyfit(x, 9 - 0.3 * x + noise, 1, full=True)[1][0]
+    expected = n * math.log(squares / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+    assert straight.aicc_power_law == pytest.approx(expected)
+
+
+def test_too_few_runs_leave_the_criterion_or_the_form_out():
+    four = [10_000, 20_000, 40_000, 80_000]
+    found = fit_saturating(four, [500, 410, 350, 310])
+    assert found.aicc is None and found.aicc_power_law is None and found.residual_dof == 1
+    with pytest.raises(ValueError, match="at least four sizes, but there are 3"):
+        fit_saturating(four[:3], [500, 410, 350])
+    with pytest.raises(ValueError, match="positive finite PPL"):
+        fit_saturating(four, [500, 410, math.nan, 310])
+    rising = fit_saturating(four, [310, 350, 410, 500])
+    assert not rising.bends and rising.scale == 0
+
+
+def test_extrapolation_to_held_out_sizes():
+    sizes = np.array([10_000, 20_000, 40_000, 80_000, 160_000, 320_000])
+    straight = np.exp(9 - 0.3 * np.log(sizes))
+    rows = pd.DataFrame(extrapolate(sizes, straight)).set_index(["form", "tokens"])
+    assert set(rows.index) == {(form, size) for form in ("power law", "saturating") for size in (160_000, 320_000)}
+    assert rows.loc["power law", "error"].abs().max() < 1e-9
+    bent = np.exp(4 + 400 * sizes**-0.6)
+    rows = pd.DataFrame(extrapolate(sizes, bent)).set_index(["form", "tokens"])
+    assert rows.loc["saturating", "error"].abs().max() < 1e-3
+    expected = fit_power_law(sizes[:4], bent[:4]).ppl(320_000) / bent[5] - 1
+    assert rows.loc[("power law", 320_000), "error"] == pytest.approx(expected) and expected < -0.01
+    four = pd.DataFrame(extrapolate(sizes[:4], bent[:4]))
+    assert list(four["form"]) == ["power law"] and list(four["tokens"]) == [80_000]  # three sizes: nothing to bend
+    assert extrapolate([10_000, 20_000], [300, 250]) == []

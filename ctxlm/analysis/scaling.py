@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
-from scipy import stats
+from scipy import optimize, stats
 
 from ctxlm.config import Experiment
 from ctxlm.files import atomic
@@ -19,6 +19,8 @@ from ctxlm.results import load_history, load_runs, load_val_by_sample
 
 CONFIDENCE = 0.95
 DRAWS = 9999
+FEWEST_CLUSTERS = 10
+"""Cluster-robust errors of fewer clusters are too small."""
 MOST_TOKENS = 1e15
 """A crossover beyond this many tokens (or below one) is an artefact of two slopes that hardly differ."""
 REPLICATES = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "device"}
@@ -33,6 +35,8 @@ class PowerLaw:
     residual_dof: int
     alpha: float
     alpha_interval: tuple[float, float] | None
+    alpha_interval_robust: tuple[float, float] | None
+    """With errors robust to unequal spread: HC3, or by `clusters` where there are ten of them or more."""
     log_a: float
     r2: float | None
     tokens_min: int
@@ -62,11 +66,18 @@ class PairedDifference:
     tokens: int
 
 
-def fit_power_law(tokens: Sequence[float], ppl: Sequence[float]) -> PowerLaw:
+def fit_power_law(
+    tokens: Sequence[float], ppl: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> PowerLaw:
     """Least squares of log PPL on log tokens (the form of Kaplan et al., 2020), one point a run.
 
     The interval is Student's, with n − 2 degrees of freedom; with none left there is no interval and no R²,
-    for a line through two points fits them whatever their errors.
+    for a line through two points fits them whatever their errors. Beside it stands one with HC3 errors (MacKinnon &
+    White, 1985), or, from ten clusters up, with cluster-robust ones (fewer would make them too small).
+
+    Args:
+        tokens, ppl: of every run.
+        clusters: runs of equal value may share an error, as those of one seed do.
 
     Raises:
         ValueError: a value is not a positive finite number, or there are fewer than two distinct sizes.
@@ -85,9 +96,118 @@ def fit_power_law(tokens: Sequence[float], ppl: Sequence[float]) -> PowerLaw:
     log_a, alpha = (float(value) for value in fit.params)
     dof = int(fit.df_resid)
     low, high = fit.conf_int(1 - CONFIDENCE)[1] if dof > 0 else (None, None)
+    robust = robust_interval(fit, 1, clusters) if dof > 0 else None
     r2 = float(fit.rsquared) if dof > 0 and np.ptp(values) > 0 else None  # undefined where all PPL are equal
     interval = None if dof == 0 else (float(low), float(high))
-    return PowerLaw(len(sizes), dof, alpha, interval, log_a, r2, int(sizes.min()), int(sizes.max()))
+    return PowerLaw(len(sizes), dof, alpha, interval, robust, log_a, r2, int(sizes.min()), int(sizes.max()))
+
+
+def robust_interval(
+    fit: Any, coefficient: int, clusters: Sequence[Hashable] | None = None
+) -> tuple[float, float] | None:
+    """A coefficient's 95 % interval with HC3 or cluster-robust errors; None where one run alone determines the fit."""
+    if fit.get_influence().hat_matrix_diag.max() > 1 - 1e-9:  # that run has no residual to judge it by
+        return None
+    groups = None if clusters is None else pd.factorize(pd.Series(clusters))[0]
+    if groups is not None and groups.max() + 1 >= FEWEST_CLUSTERS:
+        robust = fit.get_robustcov_results("cluster", groups=groups, use_t=True)
+    else:
+        robust = fit.get_robustcov_results("HC3", use_t=True)
+    low, high = robust.conf_int(1 - CONFIDENCE)[coefficient]
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Saturating:
+    """loss = floor + scale · tokens^(−beta), in nats, beside the power law, by the corrected Akaike criterion."""
+
+    n: int
+    residual_dof: int
+    floor: float
+    scale: float
+    beta: float
+    aicc: float | None
+    """Lower is better; None with too few runs for the correction."""
+    aicc_power_law: float | None
+    bends: bool
+    """False where the fit ends at a bound, without a floor or at the smallest beta: then the runs show no bend."""
+
+    def ppl(self, tokens: float | np.ndarray) -> float | np.ndarray:
+        """The form's perplexity at so many tokens."""
+        return np.exp(self.floor + self.scale * np.asarray(tokens, float) ** -self.beta)
+
+
+BETAS = (0.01, 3.0)
+"""The exponents of the saturating form that are tried."""
+
+
+def fit_saturating(tokens: Sequence[float], ppl: Sequence[float]) -> Saturating:
+    """Least squares of the loss (log PPL) on a constant and tokens^(−beta), neither coefficient negative.
+
+    For a given beta the form is linear, so only beta is searched (Golub & Pereyra, 1973).
+
+    Raises:
+        ValueError: as `fit_power_law`, or fewer than four distinct sizes.
+    """
+    law = fit_power_law(tokens, ppl)
+    x, y = np.log(np.asarray(tokens, float)), np.log(np.asarray(ppl, float))
+    if np.unique(x).size < 4:
+        raise ValueError(f"a law that saturates needs runs of at least four sizes, but there are {np.unique(x).size}")
+    middle = x.mean()
+
+    def fitted(log_beta: float) -> tuple[np.ndarray, float]:
+        shape = np.exp(-math.exp(log_beta) * (x - middle))
+        return optimize.nnls(np.column_stack([np.ones_like(x), shape]), y)
+
+    ends = tuple(math.log(beta) for beta in BETAS)
+    tried = np.linspace(*ends, 60)
+    best = int(np.argmin([fitted(b)[1] for b in tried]))
+    around = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
+    found = optimize.minimize_scalar(lambda b: fitted(b)[1], bounds=around, method="bounded", options={"xatol": 1e-6})
+    (floor, scale), distance = fitted(found.x)
+    beta = math.exp(found.x)
+    rest = y - law.log_a - law.alpha * x
+    return Saturating(
+        len(x),
+        len(x) - 3,
+        float(floor),
+        float(scale * math.exp(beta * middle)),
+        beta,
+        _aicc(distance**2, len(x), 3),
+        _aicc(float(rest @ rest), len(x), 2),
+        bends=bool(beta > 1.05 * BETAS[0] and scale > 0 and floor > 0),
+    )
+
+
+def _aicc(squares: float, n: int, coefficients: int) -> float | None:
+    """Akaike's criterion of a least-squares fit, corrected for few points (Hurvich & Tsai, 1989)."""
+    k = coefficients + 1  # and the variance
+    if n - k - 1 < 1 or squares <= 1e-20 * n:
+        return None
+    return n * math.log(squares / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+
+
+def extrapolate(tokens: Sequence[float], ppl: Sequence[float]) -> list[dict[str, Any]]:
+    """What each form, fitted without the largest sizes, foretells of them.
+
+    One size is held out, two where there are at least five. Rows: form, tokens, predicted, measured (geometric mean of
+    the size's PPL), error (predicted / measured − 1). A form that cannot be fitted to the rest has no rows.
+    """
+    table = pd.DataFrame({"tokens": tokens, "ppl": ppl})
+    sizes = sorted(table["tokens"].unique())
+    held = sizes[-2:] if len(sizes) >= 5 else sizes[-1:]
+    rest, rows = table[~table["tokens"].isin(held)], []
+    for form, fit in (("power law", fit_power_law), ("saturating", fit_saturating)):
+        try:
+            law = fit(rest["tokens"], rest["ppl"])
+        except ValueError:
+            continue
+        for size in held:
+            measured = float(np.exp(np.log(table.loc[table["tokens"] == size, "ppl"]).mean()))
+            predicted = float(law.ppl(size))
+            row = {"form": form, "tokens": int(size), "predicted": predicted, "measured": measured}
+            rows.append(row | {"error": predicted / measured - 1})
+    return rows
 
 
 def crossover(law_a: PowerLaw, law_b: PowerLaw) -> Crossover:
@@ -145,10 +265,15 @@ def _weighted_mean(sums: pd.Series, tokens: pd.Series) -> tuple[float, tuple[flo
     value = float(mean(*data, axis=0))
     if n < 2:
         return value, None
-    level = 1 - 2 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    level = expanded_level(n - 1)
     options = {"n_resamples": DRAWS, "confidence_level": level, "method": "percentile", "rng": 0}
     interval = stats.bootstrap(data, mean, paired=True, **options).confidence_interval
     return value, (float(interval.low), float(interval.high))
+
+
+def expanded_level(dof: int) -> float:
+    """The level of percentiles that stands for 95 % where a spread has `dof` degrees of freedom (Hesterberg, 2015)."""
+    return 1 - 2 * stats.norm.cdf(-math.sqrt((dof + 1) / dof) * stats.t.ppf((1 + CONFIDENCE) / 2, dof))
 
 
 def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

@@ -1,0 +1,154 @@
+"""Differences of slopes, crossovers and their intervals, against planted laws, closed forms and statsmodels' own."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.formula.api as smf
+from scipy import stats
+
+from ctxlm.analysis.crossing import bootstrap, pooled
+from ctxlm.analysis.scaling import crossover, fit_power_law, read_grid
+from tests.planted import SIZES, plant
+
+ALPHAS, MEETS = {"A": -0.30, "B": -0.40}, 36_000
+
+
+def table(rng, noise, sizes=SIZES, replicates=3, alphas=ALPHAS, meets=MEETS) -> pd.DataFrame:
+    """Runs of two laws that meet at `meets` tokens and PPL 500, with independent errors of the loss."""
+    rows = []
+    for label, alpha in alphas.items():
+        for size in sizes:
+            for k in range(replicates):
+                loss = math.log(500) + alpha * math.log(size / meets) + noise * rng.standard_normal()
+                rows.append((f"{label}-{size}-{k}", label, size, k, loss))
+    return pd.DataFrame(rows, columns=["run", "experiment", "train_tokens", "seed", "val_loss"])
+
+
+def test_pooled_model_is_the_formula_and_its_crossover_that_of_two_fits():
+    runs = table(np.random.default_rng(0), 0.02)
+    found = pooled(runs, "A", "B")
+    expected = smf.ols("val_loss ~ C(experiment) * np.log(train_tokens)", runs).fit()
+    name = "C(experiment)[T.B]:np.log(train_tokens)"
+    assert found.slope_difference == pytest.approx(expected.params[name])
+    assert found.slope_interval == pytest.approx(tuple(expected.conf_int().loc[name]))
+    assert found.p_value == pytest.approx(expected.pvalues[name])
+    robust = expected.get_robustcov_results("HC3", use_t=True).conf_int()[list(expected.params.index).index(name)]
+    assert found.slope_interval_robust == pytest.approx(tuple(robust))
+    assert (found.n, found.residual_dof) == (24, 20)
+    laws = [fit_power_law(g["train_tokens"], np.exp(g["val_loss"])) for _, g in runs.groupby("experiment")]
+    assert found.crossover_tokens == pytest.approx(crossover(*laws).tokens)
+    swapped = pooled(runs, "B", "A")
+    assert swapped.slope_difference == pytest.approx(-found.slope_difference)
+    assert swapped.fieller_interval == pytest.approx(found.fieller_interval)
+    assert swapped.delta_interval == pytest.approx(found.delta_interval)
+
+
+def test_fieller_ends_are_where_the_gap_stops_being_significant():
+    runs = table(np.random.default_rng(1), 0.02)
+    found = pooled(runs, "A", "B")
+    assert found.fieller == "bounded"
+    t = stats.t.ppf(0.975, found.residual_dof)
+    for end in found.fieller_interval:  # at a token count taken as the origin, the gap is a coefficient of the model
+        there = runs.assign(x=np.log(runs["train_tokens"] / end))
+        fit = smf.ols("val_loss ~ C(experiment) * x", there).fit()
+        assert abs(fit.tvalues["C(experiment)[T.B]"]) == pytest.approx(t, rel=1e-6)
+
+
+def test_intervals_cover_the_planted_crossover_and_slope_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    covered = pd.DataFrame(
+        [
+            {
+                "slope": found.slope_interval[0] < -0.1 < found.slope_interval[1],
+                "robust": found.slope_interval_robust[0] < -0.1 < found.slope_interval_robust[1],
+                "delta": found.delta_interval[0] < MEETS < found.delta_interval[1],
+                "fieller": found.fieller_interval[0] < MEETS < found.fieller_interval[1],
+            }
+            for found in (pooled(table(rng, 0.01), "A", "B") for _ in range(400))
+        ]
+    )
+    assert ((covered.mean() > 0.90) & (covered.mean() < 0.99)).all(), covered.mean()
+
+
+def test_parallel_laws_leave_the_crossover_open():
+    runs = table(np.random.default_rng(3), 0.02, alphas={"A": -0.3, "B": -0.3})
+    found = pooled(runs, "A", "B")
+    assert found.fieller in ("outside", "unbounded") and found.slope_interval[0] < 0 < found.slope_interval[1]
+    exact = pooled(table(np.random.default_rng(3), 0.0, alphas={"A": -0.3, "B": -0.3}), "A", "B")
+    assert exact.crossover_tokens is None and exact.reason == "the slopes hardly differ"
+
+
+def test_no_degree_of_freedom_no_interval():
+    found = pooled(table(np.random.default_rng(4), 0.02, sizes=SIZES[:2], replicates=1), "A", "B")
+    assert found.residual_dof == 0 and found.crossover_tokens > 0
+    none = (found.slope_interval, found.slope_interval_robust, found.p_value, found.delta_interval)
+    assert (*none, found.fieller_interval) == (None,) * 5 and found.fieller == "unbounded"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda runs: runs[runs["train_tokens"] == SIZES[0]], "runs of 1 size"),
+        (lambda runs: runs[runs["experiment"] == "A"], r"B has runs of 0 size"),
+        (lambda runs: runs.assign(val_loss=runs["val_loss"].where(runs.index != 5)), "has no finite loss: drop it"),
+        (lambda runs: runs.assign(val_loss=runs["val_loss"].where(runs.index != 5, np.inf)), "has no finite loss"),
+    ],
+)
+def test_what_cannot_be_pooled_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        pooled(change(table(np.random.default_rng(5), 0.02)), "A", "B")
+
+
+def by_sample(runs: pd.DataFrame, rng, between: float, samples: int = 40) -> pd.DataFrame:
+    """Validation losses of `runs`: samples that are hard for all, whose weighted mean is the run's own loss."""
+    tokens = rng.integers(300, 1500, samples)
+    hard = between * rng.standard_normal(samples)
+    hard -= np.average(hard, weights=tokens)
+    parts = [
+        pd.DataFrame({"run": run, "sample": range(samples), "loss_sum": (loss + hard) * tokens, "tokens": tokens})
+        for run, loss in zip(runs["run"], runs["val_loss"], strict=True)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_bootstrap_of_exact_runs_moves_levels_but_neither_slopes_nor_crossover():
+    rng = np.random.default_rng(6)
+    runs = table(rng, 0.0)
+    drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=200)
+    assert drawn.interval("A") == pytest.approx((-0.3, -0.3)) and drawn.runs_drawn
+    assert drawn.log_a["A"].std() > 0.01
+    share, interval = drawn.crossover("A", "B")
+    assert share == 0 and interval == pytest.approx((MEETS, MEETS))
+
+
+def test_bootstrap_covers_the_planted_slope_and_crossover():
+    rng, hits = np.random.default_rng(7), []
+    for _ in range(150):
+        runs = table(rng, 0.02)
+        drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=400)
+        (low, high), (share, (left, right)) = drawn.slope_difference("A", "B"), drawn.crossover("A", "B")
+        assert share < 0.05
+        hits.append((low < -0.1 < high, left < MEETS < right))
+    assert (np.mean(hits, axis=0) > 0.90).all() and (np.mean(hits, axis=0) < 0.99).all(), np.mean(hits, axis=0)
+
+
+def test_bootstrap_counts_draws_without_a_crossing():
+    rng = np.random.default_rng(8)
+    runs = table(rng, 0.02, alphas={"A": -0.3, "B": -0.3})
+    runs.loc[runs["experiment"] == "B", "val_loss"] += 1.5
+    share, _ = bootstrap(runs, by_sample(runs, rng, 0.3)).crossover("A", "B")
+    assert 0.2 < share < 1
+
+
+def test_bootstrap_of_single_runs_draws_samples_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    plant(tmp_path, {"A": (-0.3, 800), "B": (-0.36, 830)})
+    runs, _, val_by_sample = read_grid("planted")
+    drawn = bootstrap(runs, val_by_sample)
+    assert not drawn.runs_drawn and drawn.interval("A")[0] < -0.3 < drawn.interval("A")[1]
+    with pytest.raises(ValueError, match="different validation tokens"):
+        bootstrap(runs, val_by_sample.iloc[1:])
+    with pytest.raises(ValueError, match="runs of a single size"):
+        bootstrap(runs[runs["train_tokens"] == SIZES[0]], val_by_sample)

@@ -1,0 +1,155 @@
+"""Effects against planted ones, and curves against tables made by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from ctxlm.analysis.explain import (
+    between_epochs,
+    factorial_effects,
+    generalisation,
+    overfitting_effects,
+    paired_effect,
+    recency,
+)
+
+
+def grid(loss, labels=("A", "B"), sizes=(10_000, 20_000, 40_000), seeds=(1, 2, 3), rates=(0.002,)) -> pd.DataFrame:
+    """Runs whose `val_loss` is `loss(label, size, seed, rate)`."""
+    rows = [
+        {"run": f"{label}-{size}-{seed}-{rate}", "experiment": label, "train_tokens": size, "seed": seed}
+        | {"data_seed": 0, "phase2_learning_rate": rate, "val_loss": loss(label, size, seed, rate)}
+        | {"best_epoch": 3, "epochs_run": 5, "phase2_patience": 2, "token_block_params_trained": 200_000}
+        for label, size, seed, rate in itertools.product(labels, sizes, seeds, rates)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_paired_effect_is_students_paired_t():
+    rng = np.random.default_rng(0)
+    runs = grid(lambda label, size, *_: math.log(size) + 0.05 * (label == "B") + 0.01 * rng.standard_normal())
+    found = paired_effect(runs, "B", "A")
+    a, b = (group["val_loss"].to_numpy() for _, group in runs.groupby("experiment"))
+    expected = stats.ttest_rel(b, a).confidence_interval()
+    assert (found.n, found.residual_dof) == (9, 8) and found.estimate == pytest.approx((b - a).mean())
+    assert found.interval == pytest.approx((expected.low, expected.high))
+    few = runs[(runs["train_tokens"] == 10_000) & ((runs["seed"] == 1) | (runs["experiment"] == "A"))]
+    assert (paired_effect(few, "B", "A").n, paired_effect(few, "B", "A").interval) == (1, None)
+    with pytest.raises(ValueError, match="C and A have no runs of equal size"):
+        paired_effect(runs, "C", "A")
+
+
+def test_planted_overfitting_is_taken_apart():
+    rng = np.random.default_rng(1)
+    runs = grid(lambda *_: 6.0, rates=(0.002, 0.001, 0.0005))
+    rise = 0.6 - 0.1 * np.log2(runs["train_tokens"] / 10_000) + 0.2 * (runs["experiment"] == "B")
+    rise += 0.15 * np.log2(runs["phase2_learning_rate"] / 0.0005)
+    runs["overfit_rate"] = np.expm1(rise + 0.01 * rng.standard_normal(len(runs)))
+    found = {effect.name: effect for effect in overfitting_effects(runs)}
+    planted = {"a doubling of the training tokens": -0.1, "B against A": 0.2, "a halved learning rate": -0.15}
+    assert found.keys() == planted.keys()
+    for name, value in planted.items():
+        assert found[name].interval[0] < value < found[name].interval[1]
+        assert found[name].estimate == pytest.approx(value, abs=0.01)
+        assert (found[name].n, found[name].residual_dof) == (54, 50)
+    # runs that did not come to their early stop say nothing about it
+    cut = runs.assign(epochs_run=runs["best_epoch"].where(runs["seed"] == 1, runs["epochs_run"]))
+    assert overfitting_effects(cut)[0].n == 36
+    one = runs[runs["phase2_learning_rate"] == 0.002]
+    assert [effect.name for effect in overfitting_effects(one)] == list(planted)[:2]
+    with pytest.raises(ValueError, match="cannot tell"):
+        overfitting_effects(runs[runs["train_tokens"] == 10_000])
+
+
+def factorial(loss, sizes=(10_000, 20_000, 40_000)):
+    rows = [
+        {"num_layers": depth, "context_dim": width, "train_tokens": size, "val_loss": loss(depth, width, size)}
+        for depth, width, size, _ in itertools.product((3, 6), (128, 256), sizes, range(3))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_planted_depth_width_and_interaction_are_recovered():
+    rng = np.random.default_rng(2)
+
+    def loss(depth, width, size):
+        deep, wide, doublings = (depth == 6) - 0.5, (width == 256) - 0.5, math.log2(size / 20_000)
+        effects = -0.08 * deep + 0.05 * wide + 0.03 * deep * wide + 0.02 * deep * doublings - 0.01 * wide * doublings
+        return 6 - 0.2 * doublings + effects + 0.004 * rng.standard_normal()
+
+    found = factorial_effects(factorial(loss))
+    names = ["6 layers against 3", "context 256 against 128", "interaction"]
+    names += ["6 layers against 3, per doubling", "context 256 against 128, per doubling"]
+    assert [effect.name for effect in found] == names
+    for effect, value in zip(found, (-0.08, 0.05, 0.03, 0.02, -0.01), strict=True):
+        assert effect.estimate == pytest.approx(value, abs=0.006)
+        assert (effect.n, effect.residual_dof) == (36, 28)
+    covered = [e.interval[0] < v < e.interval[1] for e, v in zip(found, (-0.08, 0.05, 0.03, 0.02, -0.01), strict=True)]
+    assert sum(covered) >= 4
+    single = factorial_effects(factorial(loss, sizes=(20_000,)))
+    assert [effect.name for effect in single] == names[:3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda runs: runs[runs["num_layers"] == 3],
+        lambda runs: runs[(runs["num_layers"] == 3) | (runs["context_dim"] == 128)],
+        lambda runs: pd.concat([runs, runs.assign(num_layers=4)]),
+    ],
+)
+def test_depth_and_width_that_are_not_crossed_are_refused(change):
+    with pytest.raises(ValueError, match="not crossed"):
+        factorial_effects(change(factorial(lambda *_: 6.0)))
+
+
+def rows(run, phase, values):
+    return [
+        {"run": run, "experiment": run[0], "phase": phase, "step": step, "metric": metric, "value": value}
+        for (step, metric), value in values.items()
+    ]
+
+
+def test_generalisation_gap_is_that_of_the_same_epoch():
+    runs = grid(lambda *_: 6.0, labels=("A",), sizes=(10_000,), seeds=(1, 2))
+    with_gap, without = runs["run"]
+    val = {(epoch, "val_loss"): 6 + 0.1 * abs(epoch - 3) for epoch in range(1, 6)}
+    after = {(epoch, "train_loss_after"): 6 - 0.3 * epoch for epoch in range(1, 6)}
+    history = pd.DataFrame(rows(with_gap, "phase2", val | after) + rows(without, "phase2", val))
+    (found,) = generalisation(history, runs).to_dict("records")
+    assert (found["run"], found["params_per_token"]) == (with_gap, 20)
+    assert found["best_gap"] == pytest.approx(0.9) and found["last_gap"] == pytest.approx(6.2 - 4.5)
+    assert generalisation(pd.DataFrame(rows(without, "phase2", val)), runs).empty
+
+
+def test_recency_is_the_mean_extra_loss_with_its_interval():
+    table = {"A1": (0.5, 0.1), "A2": (0.7, 0.12), "B1": (0.9, 0.3)}
+    history = []
+    for run, (one, two) in table.items():
+        losses = {(0, "val_loss"): 6.0, (1, "val_loss"): 6 + one, (2, "val_loss"): 6 + two}
+        history += rows(run, "recent_tokens", losses)
+    found = recency(pd.DataFrame(history)).set_index(["experiment", "k"])
+    assert found.loc[("A", 1), "extra_loss"] == pytest.approx(0.6) and found.loc[("A", 1), "n"] == 2
+    expected = stats.ttest_1samp([0.5, 0.7], 0).confidence_interval()
+    assert found.loc[("A", 1), ["low", "high"]].tolist() == pytest.approx([expected.low, expected.high])
+    assert found.loc[("B", 2), "extra_loss"] == pytest.approx(0.3) and math.isnan(found.loc[("B", 2), "low"])
+    assert recency(pd.DataFrame(rows("A1", "phase2", {(1, "val_loss"): 6.0}))).empty
+
+
+def test_the_best_point_between_epochs():
+    runs = grid(lambda *_: 6.0, labels=("A",), sizes=(10_000,), seeds=(1, 2, 3))
+    first, second, third = runs["run"]
+    ends = {(1, "val_loss"): 6.5, (2, "val_loss"): 6.2, (1, "updates"): 20, (2, "updates"): 40}
+    between = {(10, "val_loss"): 7.0, (20, "val_loss"): 6.5, (30, "val_loss"): 6.1}
+    worse = {(10, "val_loss"): 7.0, (30, "val_loss"): 6.3}
+    history = rows(first, "phase2", ends) + rows(first, "phase2_updates", between)
+    history += rows(second, "phase2", ends) + rows(second, "phase2_updates", worse) + rows(third, "phase2", ends)
+    found = between_epochs(pd.DataFrame(history), runs).set_index("run")
+    assert list(found.index) == [first, second]
+    assert found.loc[first, ["best_update", "epochs"]].tolist() == [30, 1.5]
+    assert found.loc[first, "gain"] == pytest.approx(0.1)
+    assert found.loc[second, ["best_update", "epochs", "gain"]].tolist() == [40, 2, 0]
