@@ -1,8 +1,9 @@
 """A planted grid: run folders as a real grid leaves them, whose laws, differences and curves are known exactly."""
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ def plant(
     sizes: Sequence[int] | Mapping[str, Sequence[int]] = SIZES,
     grid: str = "planted",
     seeds: Sequence[int] = (42,),
+    data_seeds: Sequence[int] = (0,),
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
     samples: int = 20,
     spread: float = 0.005,
     corpus: str = "chitchat",
+    chance: Callable[[str, int, int, int], float] = lambda *_: 0.0,
     **metrics,
 ) -> Path:
     """Write metrics.json, history.csv and val_by_sample.csv of every run; returns the grid's folder.
@@ -30,6 +33,7 @@ def plant(
     Args:
         laws: label → (alpha, PPL at 20,000 tokens); the runs' validation losses lie on them exactly.
         sizes: training tokens of all labels, or of each.
+        chance: nats added to the loss of a run, by label, size, seed and data_seed.
         spread: standard deviation, between samples, of what one run adds to a sample's mean loss.
         metrics: columns of metrics.json to override in every run.
     """
@@ -38,19 +42,19 @@ def plant(
     common = 0.3 * rng.standard_normal(samples)  # some conversations are harder, for every run
     for label, (alpha, ppl) in laws.items():
         for size in sizes[label] if isinstance(sizes, Mapping) else sizes:
-            for seed in seeds:
-                loss = math.log(ppl) + alpha * math.log(size / 20_000)
+            for seed, window in itertools.product(seeds, data_seeds):
+                loss = math.log(ppl) + alpha * math.log(size / 20_000) + chance(label, size, seed, window)
                 by_sample = common + spread * rng.standard_normal(samples)
                 by_sample += loss - np.average(by_sample, weights=tokens)
                 table = pd.DataFrame(
                     {"sample": range(7, 7 + samples), "loss_sum": by_sample * tokens, "tokens": tokens}
                 )
-                folder = root / grid / f"{label}_train_tokens-{size}_seed-{seed}"
+                name = f"{label}_train_tokens-{size}_seed-{seed}" + (f"_data_seed-{window}" if window else "")
+                folder = root / grid / name
                 folder.mkdir(parents=True, exist_ok=True)
                 table.to_csv(folder / "val_by_sample.csv", index=False)
-                run = (
-                    _metrics(label, *shapes[label], size, seed, loss, int(tokens.sum())) | {"corpus": corpus} | metrics
-                )
+                run = _metrics(label, *shapes[label], size, seed, loss, int(tokens.sum()))
+                run |= {"corpus": corpus, "data_seed": window} | metrics
                 history = _history(run, loss)
                 history.to_csv(folder / "history.csv", index=False)
                 (folder / "metrics.json").write_text(json.dumps(run))
@@ -71,6 +75,10 @@ def _metrics(label: str, layers: int, width: int, size: int, seed: int, loss: fl
         "phase1_convergence_threshold": 0.03,
         "phase2_learning_rate": 0.002,
         "phase2_batch_size": 512,
+        "phase2_patience": 2,
+        "token_block_params_trained": 3000 * width,
+        "horizon_init": 36 / layers + size / 2e4,
+        "horizon": 30 / layers + size / 2e4,
         "seed": seed,
         "data_seed": 0,
         "val_tokens": val_tokens,
@@ -116,5 +124,15 @@ def _history(run: dict, loss: float) -> pd.DataFrame:
         for part, value in (("train", train), ("val", val)):
             rows += [("phase2", epoch, f"{part}_loss", value), ("phase2", epoch, f"{part}_ppl", math.exp(value))]
             rows += [("phase2", epoch, f"{part}_accuracy", 0.15)]
-        rows += [("phase2", epoch, "seconds", 2.0)]
+        rows += [("phase2", epoch, "seconds", 2.0), ("phase2", epoch, "train_loss_after", train - 0.4)]
+        rows += [("phase2", epoch, "train_ppl_after", math.exp(train - 0.4))]
+    for name in ("horizon_init", "horizon"):
+        phase = name.replace("horizon", "forgetting")
+        rows += [(phase, k, "share_left", 0.01 ** (k / run[name])) for k in range(21)]
+    for k in (0, 1, 2, 4, 8):
+        extra = math.exp(-k * run["num_layers"] / 6) if k else 0
+        rows += [
+            ("recent_tokens", k, "val_loss", loss + extra),
+            ("recent_tokens", k, "val_ppl", math.exp(loss + extra)),
+        ]
     return pd.DataFrame(rows, columns=["phase", "step", "metric", "value"])

@@ -7,15 +7,24 @@ of equal size. The bootstrap does not: it draws runs within configuration and si
 once.
 """
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
 
-from ctxlm.analysis.scaling import CONFIDENCE, MOST_TOKENS, expanded_level, robust_interval
+from ctxlm.analysis.scaling import (
+    CONFIDENCE,
+    MOST_TOKENS,
+    expanded_level,
+    extrapolate,
+    fit_saturating,
+    robust_interval,
+)
 
 MOST_LOG = math.log(MOST_TOKENS)
 
@@ -184,3 +193,34 @@ def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000
         log_a[label] = y.mean(1) - alpha[label] * np.concatenate(x).mean()
     spare = len(runs) - len(cells)
     return Bootstrap(alpha, log_a, runs_drawn=spare > 0, dof=spare or max(samples - 1, 1))
+
+
+def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
+    """What analysis.json holds about forms and errors, beside `scaling.summarise`: each entry with a `reason` or None.
+
+    `forms`: by configuration, the saturating form and what both forms foretell of held-out sizes; `pooled`: by pair of
+    configurations, the pooled model and the bootstrap's intervals and share of draws without a crossover.
+    """
+    if runs.empty:
+        return {"forms": {}, "pooled": []}
+    forms, pairs = {}, []
+    for label, group in runs.groupby("experiment"):
+        form: dict[str, Any] = {"reason": None, "saturating": None, "extrapolated": []}
+        try:
+            form["extrapolated"] = extrapolate(group["train_tokens"], group["val_ppl"])
+            form["saturating"] = asdict(fit_saturating(group["train_tokens"], group["val_ppl"]))
+        except ValueError as error:
+            form["reason"] = str(error)
+        forms[label] = form
+    for a, b in itertools.combinations(forms, 2):
+        both = runs[runs["experiment"].isin([a, b])]
+        try:
+            found = asdict(pooled(both, a, b))
+            drawn = bootstrap(both, val_by_sample[val_by_sample["run"].isin(both["run"])])
+            share, interval = drawn.crossover(a, b)
+            found |= {"bootstrap_slope": drawn.slope_difference(a, b), "bootstrap_runs": drawn.runs_drawn}
+            found |= {"bootstrap_crossover": interval, "bootstrap_without": share}
+        except ValueError as error:
+            found = {"a": a, "b": b, "reason": str(error), "residual_dof": None}
+        pairs.append(found)
+    return {"forms": forms, "pooled": pairs}

@@ -23,7 +23,7 @@ def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     """
     if runs.empty:
         return [nothing(summary["grid"])]
-    paragraphs = [*_answers(runs, summary), _laws(summary)]
+    paragraphs = [*answers(runs, summary), _laws(summary)]
     paragraphs += [_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]]
     paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
     return [paragraph.replace(" %", "\u00a0%") for paragraph in paragraphs]  # no line begins with a per cent sign
@@ -40,6 +40,11 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         f"{_span(runs['val_tokens'] - 1, '{:,}'.format)} tokens of {samples} validation samples. "
         f"Source: {sources(runs)}.{one_code(runs)}"
     )
+
+
+def origin(grid: str, runs: pd.DataFrame) -> str:
+    """Which grid a section is made from, of how many runs and where they lie."""
+    return nothing(grid) if runs.empty else f"Grid {grid}: {len(runs)} runs. Source: {sources(runs)}.{one_code(runs)}"
 
 
 def sources(runs: pd.DataFrame) -> str:
@@ -78,7 +83,7 @@ def gaps(summary: dict[str, Any], published: pd.DataFrame) -> str:
         if all(key in ppl.index for key in keys):
             theirs = ppl[keys[0]] / ppl[keys[1]] - 1
             agree &= (theirs < 0) == (d["log_ppl"] < 0)
-            said.append(f"{_percent(theirs)} published, {_difference(d)} ours at {d['train_tokens']:,} tokens")
+            said.append(f"{percent(theirs)} published, {_difference(d)} ours at {d['train_tokens']:,} tokens")
     if not said:
         return ""
     a, b = summary["paired_differences"][0]["a"], summary["paired_differences"][0]["b"]
@@ -105,7 +110,7 @@ def winner(difference: dict[str, Any]) -> str | None:
     return difference["a"] if high < 0 else difference["b"] if low > 0 else None
 
 
-def _answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
+def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
     names, lead = describe(runs), LEAD
     if len(names) == 1:
         yield f"{LEAD}Only {names[runs['experiment'].iloc[0]]} has been run: there is nothing to compare it with."
@@ -156,8 +161,8 @@ def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
 
 
 def _difference(d: dict[str, Any]) -> str:
-    interval = "no interval" if d["interval"] is None else " to ".join(_percent(math.expm1(x)) for x in d["interval"])
-    return f"{_percent(math.expm1(d['log_ppl']))} ({interval})"
+    interval = "no interval" if d["interval"] is None else " to ".join(percent(math.expm1(x)) for x in d["interval"])
+    return f"{percent(math.expm1(d['log_ppl']))} ({interval})"
 
 
 def _laws(summary: dict[str, Any]) -> str:
@@ -168,10 +173,8 @@ def _laws(summary: dict[str, Any]) -> str:
             continue
         interval = "no interval"
         if law["alpha_interval"]:
-            interval = "95 % interval " + " to ".join(_signed(x) for x in law["alpha_interval"])
-        fitted.append(
-            f"{label}: α = {_signed(law['alpha'])} (n = {law['n']}, {law['residual_dof']} d.o.f., {interval})"
-        )
+            interval = "95 % interval " + " to ".join(signed(x) for x in law["alpha_interval"])
+        fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['residual_dof']} d.o.f., {interval})")
     exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
     caution = " A line through two points fits them whatever their errors." if exact else ""
     return f"**Scaling.** Fitted as PPL = A · tokens^α. {'; '.join(fitted)}.{caution}"
@@ -188,7 +191,7 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any]) -> str:
     if pair["extrapolated"]:
         where = f"extrapolated from {low:,} to {high:,}" if low <= high else "extrapolated, for no size of both is near"
     text = (
-        f"**Crossover.** The laws of {a} and {b} meet at about {_tokens(pair['tokens'])} tokens, {where}: "
+        f"**Crossover.** The laws of {a} and {b} meet at about {tokens_text(pair['tokens'])} tokens, {where}: "
         f"by them, {below} is better below, {above} above."
     )
     intervals = [laws[label]["alpha_interval"] for label in (a, b)]
@@ -250,15 +253,15 @@ def _sizes(sizes: list[int]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]} tokens" if len(words) > 1 else f"{''.join(words)} tokens"
 
 
-def _percent(fraction: float) -> str:
-    return f"{_signed(100 * fraction, 1)} %"
+def percent(fraction: float) -> str:
+    return f"{signed(100 * fraction, 1)} %"
 
 
-def _signed(value: float, digits: int = 3) -> str:
+def signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _tokens(tokens: float) -> str:
+def tokens_text(tokens: float) -> str:
     return f"{float(f'{tokens:.3g}'):,.0f}"
 
 

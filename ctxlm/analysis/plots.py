@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval
 from ctxlm.memory import FORGOTTEN
 
@@ -213,6 +214,102 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
     figure.legend(ncols=4, **BELOW)
+    return figure
+
+
+def plot_components(components: pd.DataFrame) -> Figure:
+    """Standard deviation of PPL by source of chance, beside the configurations' own spread (`variance.components`)."""
+    names = {
+        "seed": "initialisation and noise",
+        "data_seed": "training text",
+        "residual": "both together, and the rest",
+        "validation": "validation samples (alike for all runs)",
+        "configuration": "configurations, from their mean",
+    }
+    rows = components.set_index("source").reindex(list(names))
+    figure, ((axes,),) = _figure(height=2.6)
+    colours = [COLOURS[0]] * 3 + [COLOURS[1], COLOURS[2]]
+    bars = axes.barh(list(names.values()), np.expm1(rows["sd"]), color=colours, edgecolor="white")
+    notes = [f"{math.expm1(sd):.1%} ({dof:.0f} d.o.f.)" for sd, dof in zip(rows["sd"], rows["dof"], strict=True)]
+    axes.bar_label(bars, notes, padding=4, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.2)
+    axes.set_xlabel("standard deviation of PPL")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    return figure
+
+
+def plot_effects(effects: Mapping[str, Sequence[Effect]], xlabel: str) -> Figure:
+    """Estimates with their 95 % intervals, a row each and a colour a group; at 0 there is no effect."""
+    rows = [(group, effect) for group, found in effects.items() for effect in found]
+    if not rows:
+        return _says("No finished run.")
+    figure, ((axes,),) = _figure(height=1.1 + 0.32 * len(rows))
+    groups = list(effects)
+    for y, (group, effect) in enumerate(rows):
+        k, centre = groups.index(group), math.expm1(effect.estimate)
+        low, high = (math.expm1(x) for x in effect.interval or (effect.estimate, effect.estimate))
+        look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": "none", "capsize": 3}
+        axes.errorbar(centre, y, xerr=[[centre - low], [high - centre]], **look)
+    axes.set_yticks(range(len(rows)), [effect.name for _, effect in rows])
+    axes.axvline(0, color="0.2", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{xlabel}, 95 % interval")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    return figure
+
+
+def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
+    """How soon contexts forget (mean over runs), and what is lost when they have read the last k tokens only."""
+    shares = history[history["metric"] == "share_left"]
+    if shares.empty or recency.empty:
+        return _says("No run that measured its memory.")
+    figure, ((left, right),) = _figure(1, 2, 3.8)
+    styles = _styles(recency["experiment"])
+    kinds = {"forgetting": ("after Phase 1", {}), "forgetting_init": ("before it", {"linestyle": ":", "mfc": "white"})}
+    for label, look in styles.items():
+        for phase, (_, own) in kinds.items():
+            here = shares[(shares["experiment"] == label) & (shares["phase"] == phase) & (shares["value"] > 0)]
+            mean = np.exp(np.log(here["value"]).groupby(here["step"]).mean())
+            left.plot(mean.index, 100 * mean, **look | {"markersize": 3.5} | own)
+        rows = recency[recency["experiment"] == label]
+        centre = 100 * np.expm1(rows["extra_loss"])
+        ends = [100 * np.expm1(rows[end].fillna(rows["extra_loss"])) for end in ("low", "high")]
+        right.errorbar(rows["k"], centre, [centre - ends[0], ends[1] - centre], capsize=3, **look)
+    left.axhline(100 * FORGOTTEN, **REFERENCE)
+    left.set(yscale="log", ylabel="of a disturbance left, per cent (log)", ylim=(1e-4, 200), xlim=(-1, 41))
+    left.set_xlabel("tokens read since")
+    right.set_xscale("log", base=2)
+    ticks = sorted(recency["k"].unique())
+    right.set_xticks(ticks, [str(k) for k in ticks])
+    right.axhline(0, color="0.2", linewidth=1)
+    right.set(xlabel="tokens the context was built from, k (log)", ylabel="PPL above the whole stream's, per cent")
+    keys = [
+        Line2D([], [], label=f"{label}, {what}", **look | own)
+        for label, look in styles.items()
+        for what, own in kinds.values()
+    ]
+    keys.append(Line2D([], [], label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE))
+    figure.legend(handles=keys, ncols=3, **BELOW)
+    return figure
+
+
+def plot_generalisation(gaps: pd.DataFrame) -> Figure:
+    """Validation minus training loss after the same epoch, against trained parameters a token, a point a run."""
+    if gaps.empty:
+        return _says("No run that measured its training loss after an epoch.")
+    figure, grid = _figure(1, 2, 3.4, sharey=True)
+    for axes, (name, what) in zip(grid.flat, (("best_gap", "best"), ("last_gap", "last")), strict=True):
+        for label, look in _styles(gaps["experiment"]).items():
+            rows, look = gaps[gaps["experiment"] == label], look | {"linestyle": "none", "markersize": 5, "alpha": 0.7}
+            axes.plot(rows["params_per_token"], rows[name], label=label, **look)
+        axes.set(xscale="log", xlabel="trained parameters a training token (log)", title=f"after the {what} epoch")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    grid.flat[0].set_ylabel("validation − training loss, nats")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), ncols=4, **BELOW)
     return figure
 
 

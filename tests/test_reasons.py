@@ -1,0 +1,227 @@
+"""Sentences about errors and reasons from planted grids: planted the other way round, they say the other thing."""
+
+import itertools
+import math
+import re
+import shutil
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from ctxlm.analysis import explain, plots, reasons, variance
+from ctxlm.analysis.crossing import errors
+from ctxlm.analysis.scaling import read_grid
+from ctxlm.analysis.tables import published_runs
+from tests.planted import SIZES, plant
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
+    yield tmp_path / "outputs"
+    plt.close("all")
+
+
+def noise(sd, seed=0):
+    """Independent errors of runs."""
+    rng = np.random.default_rng(seed)
+    return lambda *_: sd * rng.standard_normal()
+
+
+def planted(outputs, laws, **options):
+    shutil.rmtree(outputs / "planted", ignore_errors=True)
+    plant(outputs, laws, **options)
+    return read_grid("planted")
+
+
+def pair(outputs, laws, **options):
+    runs, _, val_by_sample = planted(outputs, laws, **options)
+    (found,) = errors(runs, val_by_sample)["pooled"]
+    return reasons.slopes(found)
+
+
+STEEP, FLAT = (-0.40, 830), (-0.30, 800)
+
+
+def many(sd=0.005, seed=0):
+    """Three runs of each size, with errors."""
+    return {"seeds": (1, 2, 3), "chance": noise(sd, seed)}
+
+
+@pytest.mark.parametrize(("laws", "steeper"), [({"A": FLAT, "B": STEEP}, "B"), ({"A": STEEP, "B": FLAT}, "A")])
+def test_the_steeper_law_gains_more(outputs, laws, steeper):
+    text = pair(outputs, laws, **many())
+    assert f": {steeper} gains more from more text." in text and "(n = 24, 20 d.o.f.; 95 % interval" in text
+    assert f"α of B minus α of A is {'−' if steeper == 'B' else '+'}0." in text and "t test, p < 0.001" in text
+    meets = 20_000 * (830 / 800) ** 10
+    found = float(re.search(r"They meet at ([\d,]+) tokens", text)[1].replace(",", ""))
+    assert found == pytest.approx(meets, rel=0.1)
+    assert "bootstrap over runs and validation samples" in text and "Fieller" in text and "0.0 % of its draws" in text
+
+
+def test_equal_slopes_cannot_be_told_apart(outputs):
+    text = pair(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, **many(0.03, seed=3))
+    assert "the slopes cannot be told apart" in text and "gains more" not in text
+    assert "anywhere" in text  # nothing bounds the crossover
+
+
+def test_without_degrees_of_freedom_nothing_is_tested(outputs):
+    text = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:2])
+    assert "(n = 4, 0 d.o.f., no interval): no test can be made" in text
+    text = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:1])
+    assert text.startswith("**Slopes of A and B.** Not compared: A has runs of 1 size")
+
+
+def test_single_runs_are_said_to_be_single(outputs):
+    text = pair(outputs, {"A": FLAT, "B": STEEP}, chance=noise(0.005))
+    assert "bootstrap over validation samples alone, one run a size," in text
+
+
+def bent(label, size, *_):
+    """What makes a law of exponent −0.3 level off."""
+    return 0.3 * math.log(size / 20_000) + 40 * (size**-0.4 - 20_000**-0.4)
+
+
+@pytest.mark.parametrize("bends", [False, True])
+def test_the_form_that_was_planted_is_preferred(outputs, bends):
+    sizes = (10_000, 20_000, 40_000, 80_000, 160_000, 320_000)
+    rough = noise(0.002)
+    chance = (lambda *run: bent(*run) + rough()) if bends else rough
+    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800)}, sizes=sizes, seeds=(1, 2), chance=chance)
+    text = reasons.forms(errors(runs, val_by_sample)["forms"])
+    assert f"A: AICc prefers {'the saturating form' if bends else 'the power law'} by" in text
+    assert re.search(r"power law [−+][\d.]+ % at 160,000; power law [−+][\d.]+ % at 320,000", text)
+    assert "n = 12, 9 d.o.f." in text
+    few, _, val_by_sample = planted(outputs, {"A": (-0.3, 800)}, sizes=sizes[:3], grid="planted")
+    few = few[few["train_tokens"] <= 40_000]
+    assert "only the power law (a law that saturates needs" in reasons.forms(errors(few, val_by_sample)["forms"])
+
+
+def effects_of(rng, sd_seed, sd_window):
+    """Crossed effects of seeds and windows, drawn once for each configuration and size."""
+    drawn = {}
+
+    def chance(label, size, seed, window):
+        for key, sd in (((label, size, "s", seed), sd_seed), ((label, size, "w", window), sd_window)):
+            drawn.setdefault(key, sd * rng.standard_normal())
+        return drawn[label, size, "s", seed] + drawn[label, size, "w", window] + 0.002 * rng.standard_normal()
+
+    return chance
+
+
+@pytest.mark.parametrize(("seed", "window", "what"), [(0.05, 0.01, "Initialisation"), (0.01, 0.05, "Training text")])
+def test_the_larger_source_of_chance_is_named(outputs, seed, window, what):
+    options = {"seeds": (1, 2, 3), "data_seeds": (0, 1, 2)}
+    chance = effects_of(np.random.default_rng(0), seed, window)
+    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, chance=chance, **options)
+    text = reasons.chance(runs, val_by_sample)
+    assert f"{what} matters more" in text and "(n = 72)" in text and "16 d.o.f., F test, p < 0.001" in text
+    assert "less than that" in text
+    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 1600)}, chance=chance, **options)
+    assert "more than that" in reasons.chance(runs, val_by_sample)
+    assert plots.plot_components(variance.components(runs, val_by_sample)).axes[0].get_xlabel()
+    one = runs[runs["seed"] == 1]
+    assert reasons.chance(one, val_by_sample).startswith("**Chance.** Not taken apart: seed and data_seed are not")
+
+
+def test_published_gaps_are_held_against_what_samples_resolve(outputs):
+    laws = {"A": (-0.3, 800), "B": (-0.3, 800)}
+    published = published_runs()
+    _, _, fine = planted(outputs, laws, samples=50, spread=0.005)
+    text = reasons.resolved(fine, published)
+    assert "−5.4 % at 86,925 tokens exceeds it" in text and "+1.7 % at 183,620 tokens exceeds it" in text
+    _, _, coarse = planted(outputs, laws, samples=50, spread=0.1)
+    text = reasons.resolved(coarse, published)
+    assert "at 86,925 tokens exceeds it" in text and "+1.7 % at 183,620 tokens does not exceed it" in text
+    assert reasons.resolved(fine[fine["experiment"] == "A"], published) == ""
+
+
+def test_overfitting_is_put_down_to_what_was_planted(outputs):
+    runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
+    model, gap = reasons.overfitting(runs, history)
+    assert "n = 16, 13 d.o.f." in model and "a doubling of the training tokens −" in model and "B against A +" in model
+    worst = runs.loc[(runs["experiment"] == "B") & (runs["train_tokens"] == SIZES[0]), "token_block_params_trained"]
+    assert f"to {worst.iloc[0] / SIZES[0]:,.0f} trained parameters a token, n = 8" in gap
+    reversed_rates = runs.assign(overfit_rate=0.5 - runs["overfit_rate"])
+    model, _ = reasons.overfitting(reversed_rates, history)
+    assert "a doubling of the training tokens +" in model and "B against A −" in model
+    assert "Not modelled" in reasons.overfitting(runs[runs["train_tokens"] == SIZES[0]], history)[0]
+    assert plots.plot_generalisation(explain.generalisation(history, runs)).axes[0].lines
+    assert plots.plot_effects({"": explain.overfitting_effects(runs)}, "change").axes[0].get_yticks().size == 2
+
+
+def test_who_remembers_longest_is_read_off_the_runs(outputs):
+    runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
+    horizon, recent = reasons.memory(runs, history)
+    assert "A 8.0 tokens before Phase 1 and 7.0 after it" in horizon and "n = 8" in horizon
+    assert "B 14.0 tokens before Phase 1 and 12.0 after it" in horizon and horizon.endswith("B remembers longest.")
+    cost = math.expm1(math.exp(-1))
+    assert f"A +{100 * cost:.1f} % for 1" in recent and "8 tokens are as good as all" in recent.split("B +")[0]
+    assert "are as good as all" not in recent.split("B +")[1]
+    swapped = runs.assign(horizon=40 - runs["horizon"])
+    assert reasons.memory(swapped, history)[0].endswith("A remembers longest.")
+    assert reasons.memory(runs.drop(columns="horizon"), history) == []
+    assert len(plots.plot_reach(history, explain.recency(history)).axes) == 2
+
+
+def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
+    shapes = dict.fromkeys(("A", "A-without-phase1", "A-zero"), (6, 128))
+    laws = {"A": (-0.3, 800), "A-without-phase1": (-0.3, 800), "A-zero": (-0.3, 1000)}
+    options = {"shapes": shapes, "seeds": (1, 2, 3), "chance": noise(0.01)}
+    runs, _, _ = planted(outputs, laws, **options)
+    phase1, zero = reasons.ablations(runs)
+    assert "**Phase 1 left out**" in phase1 and "no effect can be told" in phase1 and "B" not in phase1
+    assert "**Contexts of zeros**" in zero and "(n = 12, 11 d.o.f., Student's paired interval)" in zero
+    assert "the context helps" in zero
+    runs, _, _ = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
+    assert "Phase 1 harms" in reasons.ablations(runs)[0]
+    effects = {"A": [explain.paired_effect(runs, "A-zero", "A")], "B": [explain.paired_effect(runs, "A", "A-zero")]}
+    (axes,) = plots.plot_effects(effects, "change").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A-zero", "A"]
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_depth_and_width_are_told_apart(outputs, sign):
+    shapes = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
+    laws = {
+        label: (-0.3, 800 * math.exp(sign * (0.1 * (depth == 6) - 0.05 * (width == 256))))
+        for label, (depth, width) in shapes.items()
+    }
+    runs, _, _ = planted(outputs, laws, shapes=shapes, seeds=(1, 2, 3), chance=noise(0.005))
+    ppl, rates, horizon = reasons.depth_and_width(runs)
+    up, down = ("+", "−") if sign > 0 else ("−", "+")
+    assert f"6 layers against 3 {up}" in ppl and f"context 256 against 128 {down}" in ppl
+    assert "n = 48, 39 d.o.f." in ppl and "over-fitting" in rates and "6 layers against 3 −" in horizon
+    (text,) = reasons.depth_and_width(runs[runs["num_layers"] == 3])
+    assert "Not taken apart" in text
+
+
+def test_every_number_follows_the_data(outputs):
+    number = re.compile(r"[−+]?\d[\d,.]*\d|\d")
+
+    def said(laws, **options):
+        runs, history, val_by_sample = planted(outputs, laws, **options)
+        found = errors(runs, val_by_sample)
+        texts = [*map(reasons.slopes, found["pooled"]), *reasons.memory(runs, history)[:1]]
+        texts += reasons.overfitting(runs, history)
+        return texts
+
+    first = said({"A": FLAT, "B": STEEP}, **many())
+    second = said(
+        {"A": (-0.21, 700), "B": (-0.35, 741)},
+        sizes=(21_000, 29_000, 46_000),
+        seeds=(1, 2),
+        shapes={"A": (5, 96), "B": (2, 160)},
+        chance=noise(0.006, seed=1),
+    )
+    assert len(first) == len(second)
+    for before, after in zip(first, second, strict=True):
+        fixed = r"95 %|HC3|Phase 1|p < 0.001|1% is|0.0 % of"
+        before, after = (number.findall(re.sub(fixed, "", text)) for text in (before, after))
+        assert len(before) == len(after) > 0
+        assert not [pair for pair in zip(before, after, strict=True) if pair[0] == pair[1]]
