@@ -120,7 +120,7 @@ def _history(run: dict, loss: float) -> pd.DataFrame:
     rise = math.log(1 + run["overfit_rate"]) / 2
     for epoch in range(1, run["epochs_run"] + 1):
         val = loss + (rise * (epoch - 3) if epoch > 3 else 0.15 * (3 - epoch) ** 2)
-        train = loss + 1.2 - 0.75 * epoch
+        train = loss + 1.2 - 0.75 * epoch - 2 * run["overfit_rate"]
         for part, value in (("train", train), ("val", val)):
             rows += [("phase2", epoch, f"{part}_loss", value), ("phase2", epoch, f"{part}_ppl", math.exp(value))]
             rows += [("phase2", epoch, f"{part}_accuracy", 0.15)]

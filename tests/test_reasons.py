@@ -216,7 +216,7 @@ def test_every_number_follows_the_data(outputs):
         {"A": (-0.21, 700), "B": (-0.35, 741)},
         sizes=(21_000, 29_000, 46_000),
         seeds=(1, 2),
-        shapes={"A": (5, 96), "B": (2, 160)},
+        shapes={"A": (5, 104), "B": (2, 160)},
         chance=noise(0.006, seed=1),
     )
     assert len(first) == len(second)
