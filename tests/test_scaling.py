@@ -193,6 +193,27 @@ def test_seeds_are_averaged_before_pairing():
     assert averaged.samples == 2
 
 
+def test_interval_over_runs_and_samples_covers_the_truth(monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 499)
+    rng = np.random.default_rng(21)
+    for between_runs in (0.0, 0.01, 0.05):  # samples matter more, as much, less
+        covered, alone = 0, 0
+        for _ in range(200):
+            tokens, hard = rng.integers(300, 1500, 20), 0.3 * rng.standard_normal(20)
+            a, b = (
+                [hard + 0.01 * rng.standard_normal(20) + between_runs * rng.standard_normal() for _ in range(3)]
+                for _ in "ab"
+            )
+            own = 0.03 * rng.standard_normal(20)  # what a sample does to A alone
+            sides = [pd.concat([by_sample(5 + x + add, tokens) for x in side]) for side, add in ((a, own), (b, 0))]
+            low, high = paired_difference(*sides).interval
+            covered += low < 0 < high
+            low, high = paired_difference(*(side.groupby("sample", as_index=False).mean() for side in sides)).interval
+            alone += low < 0 < high
+        assert 0.90 < covered / 200 <= 0.99
+    assert alone / 200 < 0.75  # seeds that differ are not covered when runs are averaged first
+
+
 def test_one_sample_gives_no_interval_and_equal_runs_a_zero_one():
     one = by_sample([5.0], np.array([100]))
     assert ppl_interval(one) is None

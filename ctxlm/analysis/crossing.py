@@ -20,9 +20,11 @@ from scipy import stats
 from ctxlm.analysis.scaling import (
     CONFIDENCE,
     MOST_TOKENS,
-    expanded_level,
+    draw_runs,
+    draw_samples,
     extrapolate,
     fit_saturating,
+    percentile_interval,
     robust_interval,
 )
 
@@ -128,11 +130,11 @@ class Bootstrap:
 
     def interval(self, label: str) -> tuple[float, float]:
         """95 % interval of a configuration's exponent, as all here from percentiles, expanded for few runs."""
-        return self._percentiles(self.alpha[label])
+        return percentile_interval(self.alpha[label], self.dof)
 
     def slope_difference(self, a: str, b: str) -> tuple[float, float]:
         """95 % interval of α of b minus α of a."""
-        return self._percentiles(self.alpha[b] - self.alpha[a])
+        return percentile_interval(self.alpha[b] - self.alpha[a], self.dof)
 
     def crossover(self, a: str, b: str) -> tuple[float, tuple[float, float] | None]:
         """Share of draws whose laws meet nowhere between one token and 10¹⁵, and the 95 % interval over the others."""
@@ -140,20 +142,14 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             log_tokens = (self.log_a[b] - self.log_a[a]) / slope
         meets = np.isfinite(log_tokens) & (log_tokens >= 0) & (log_tokens <= MOST_LOG)
-        interval = tuple(math.exp(x) for x in self._percentiles(log_tokens[meets])) if meets.any() else None
+        interval = tuple(math.exp(x) for x in percentile_interval(log_tokens[meets], self.dof)) if meets.any() else None
         return 1 - float(meets.mean()), interval
-
-    def _percentiles(self, values: np.ndarray) -> tuple[float, float]:
-        tail = (1 - expanded_level(self.dof)) / 2
-        low, high = np.quantile(values, [tail, 1 - tail])
-        return float(low), float(high)
 
 
 def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000, seed: int = 0) -> Bootstrap:
     """Draw runs within configuration and size, crossed with validation samples, and fit every law anew.
 
-    One draw of samples serves all runs, as they were judged on the same ones. A cell of m runs, drawn again, varies by
-    (m − 1) / m of what it should: its deviations are widened to make up for it.
+    One draw of samples serves all runs, as they were judged on the same ones.
 
     Args:
         runs: columns run, experiment, train_tokens, val_loss.
@@ -170,29 +166,19 @@ def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000
     if few.min() < 2:
         raise ValueError(f"{few.idxmin()} has runs of a single size: a slope needs two")
     rng = np.random.default_rng(seed)
-    samples = sums.shape[1]
-    drawn = rng.multinomial(samples, np.full(samples, 1 / samples), size=draws)  # how often each sample is taken
-    losses = (drawn @ sums.to_numpy().T) / (drawn @ counts.iloc[0].to_numpy())[:, None]  # [draws, runs]
+    losses = draw_samples(sums.to_numpy(float), counts.iloc[0].to_numpy(float), draws, rng)
     alpha, log_a = {}, {}
     cells = runs.reset_index(drop=True).groupby(["experiment", "train_tokens"]).indices
     for label in few.index:
-        x, y = [], []
-        for (experiment, tokens), members in cells.items():
-            if experiment != label:
-                continue
-            own, m = losses[:, members], len(members)
-            mean = own.mean(1, keepdims=True)
-            if m > 1:
-                picked = np.take_along_axis(own, rng.integers(0, m, size=(draws, m)), axis=1)
-                mean = mean + math.sqrt(m / (m - 1)) * (picked.mean(1, keepdims=True) - mean)
-            x.append(np.full(m, math.log(tokens)))
-            y.append(np.repeat(mean, m, axis=1))  # a cell weighs as many runs as it has
-        centred = np.concatenate(x) - np.concatenate(x).mean()
-        y = np.concatenate(y, axis=1)
-        alpha[label] = y @ centred / (centred @ centred)
-        log_a[label] = y.mean(1) - alpha[label] * np.concatenate(x).mean()
+        own = {tokens: members for (experiment, tokens), members in cells.items() if experiment == label}
+        weights = np.array([len(members) for members in own.values()])  # a cell weighs as many runs as it has
+        x = np.log(list(own))
+        y = np.column_stack([draw_runs(losses[:, members], rng) for members in own.values()])
+        centred = x - np.average(x, weights=weights)
+        alpha[label] = y @ (weights * centred) / (weights @ centred**2)
+        log_a[label] = np.average(y, axis=1, weights=weights) - alpha[label] * np.average(x, weights=weights)
     spare = len(runs) - len(cells)
-    return Bootstrap(alpha, log_a, runs_drawn=spare > 0, dof=spare or max(samples - 1, 1))
+    return Bootstrap(alpha, log_a, runs_drawn=spare > 0, dof=spare or max(sums.shape[1] - 1, 1))
 
 
 def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:

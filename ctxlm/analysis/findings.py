@@ -121,11 +121,21 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         lead = ""
     if summary["paired_differences"]:
         samples = _span(d["samples"] for d in summary["paired_differences"])
-        seeds = _span(runs.groupby(["experiment", "train_tokens"])["seed"].nunique())
+        several = [d["runs"] > 1 for d in summary["paired_differences"]]
+        each = f"{_span(runs.groupby(['experiment', 'train_tokens']).size())} for each configuration and size"
+        limits = f"They do not cover the seed ({each})."
+        if all(several):
+            text = (
+                "and other windows of training text"
+                if runs["data_seed"].nunique() > 1
+                else "but no other training text"
+            )
+            limits = f"They cover other seeds, {text} (runs: {each})."
+        elif any(several):
+            limits = f"They cover other seeds only where both have several runs ({each})."
         yield (
             f"These intervals cover the choice of the {samples} validation samples, on which both configurations were "
-            f"judged token by token. They do not cover the seed ({seeds} for each configuration and size)."
-            + _unfinished(runs)
+            f"judged token by token. {limits}{_unfinished(runs)}"
         )
 
 

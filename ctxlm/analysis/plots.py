@@ -234,7 +234,7 @@ def plot_components(components: pd.DataFrame) -> Figure:
     axes.bar_label(bars, notes, padding=4, fontsize=8.5)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
     axes.set_xlabel("standard deviation of PPL")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     return figure
@@ -254,7 +254,7 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], xlabel: str) -> Figure
         axes.errorbar(centre, y, xerr=[[centre - low], [high - centre]], **look)
     axes.set_yticks(range(len(rows)), [effect.name for _, effect in rows])
     axes.axvline(0, color="0.2", linewidth=1)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"{xlabel}, 95 % interval")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     return figure
@@ -278,7 +278,8 @@ def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
         ends = [100 * np.expm1(rows[end].fillna(rows["extra_loss"])) for end in ("low", "high")]
         right.errorbar(rows["k"], centre, [centre - ends[0], ends[1] - centre], capsize=3, **look)
     left.axhline(100 * FORGOTTEN, **REFERENCE)
-    left.set(yscale="log", ylabel="of a disturbance left, per cent (log)", ylim=(1e-4, 200), xlim=(-1, 41))
+    left.set(yscale="log", ylabel="of a disturbance left, per cent (log)", ylim=(1e-4, 200))
+    left.set_xlim(-1, min(shares["step"].max(), 40) + 1)
     left.set_xlabel("tokens read since")
     right.set_xscale("log", base=2)
     ticks = sorted(recency["k"].unique())

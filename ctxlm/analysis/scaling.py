@@ -64,6 +64,8 @@ class PairedDifference:
     interval: tuple[float, float] | None
     samples: int
     tokens: int
+    runs: int
+    """Runs of A and of B, the fewer of the two; from two up, the interval covers them too."""
 
 
 def fit_power_law(
@@ -227,22 +229,80 @@ def crossover(law_a: PowerLaw, law_b: PowerLaw) -> Crossover:
 
 
 def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame) -> PairedDifference:
-    """log PPL of A minus B over the same validation tokens, with a 95 % bootstrap interval over the samples.
+    """log PPL of A minus B over the same validation tokens, with a 95 % bootstrap interval.
 
-    A sample's weight is its number of tokens. Where a frame holds several runs (seeds), the losses of a sample
-    are averaged over them first: the interval covers the choice of validation samples, not the seeds.
+    A sample's weight is its number of tokens. Where both have several runs, these are drawn crossed with the samples,
+    and the interval covers both; otherwise runs are averaged, and it covers the choice of validation samples alone.
 
     Args:
-        val_by_sample_a, val_by_sample_b: columns sample, loss_sum (nats), tokens.
+        val_by_sample_a, val_by_sample_b: columns sample, loss_sum (nats), tokens; a row a sample and run.
 
     Raises:
         ValueError: the two were not judged on the same tokens.
     """
-    a, b = (table.groupby("sample")[["loss_sum", "tokens"]].mean() for table in (val_by_sample_a, val_by_sample_b))
-    if not a["tokens"].equals(b["tokens"]):
+    (a, tokens), (b, others) = (_by_run(table) for table in (val_by_sample_a, val_by_sample_b))
+    if not tokens.equals(others):
         raise ValueError("the two runs were judged on different validation tokens: compare runs of one grid")
-    difference, interval = _weighted_mean(a["loss_sum"] - b["loss_sum"], a["tokens"])
-    return PairedDifference(difference, interval, len(a), int(a["tokens"].sum()))
+    runs, weights = min(len(a), len(b)), tokens.to_numpy(float)
+    difference, interval = _weighted_mean(pd.Series(a.mean(0) - b.mean(0)), tokens.reset_index(drop=True))
+    if runs > 1 and len(tokens) > 1:
+        losses = [side.sum(1) / weights.sum() for side in (a, b)]
+        between_runs = sum(np.var(side, ddof=1) / len(side) for side in losses)
+        between_samples = ratio_error(a.mean(0) - b.mean(0), weights) ** 2
+        rng = np.random.default_rng(0)
+        drawn = draw_samples(np.concatenate([a, b]), weights, DRAWS, rng)
+        gaps = draw_runs(drawn[:, : len(a)], rng) - draw_runs(drawn[:, len(a) :], rng)
+        dof = _satterthwaite((between_runs, len(a) + len(b) - 2), (between_samples, len(tokens) - 1))
+        interval = percentile_interval(gaps, dof)
+    return PairedDifference(difference, interval, len(tokens), int(weights.sum()), runs)
+
+
+def _by_run(val_by_sample: pd.DataFrame) -> tuple[np.ndarray, pd.Series]:
+    """Loss sums [runs, samples], and the tokens of each sample."""
+    table = val_by_sample.assign(run=val_by_sample.groupby("sample").cumcount())
+    sums = table.pivot(index="run", columns="sample", values="loss_sum")
+    return sums.to_numpy(float), table.groupby("sample")["tokens"].first()
+
+
+def draw_samples(sums: np.ndarray, tokens: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Mean losses [draws, runs] when the samples of `sums` [runs, samples] are drawn again, the same for all runs."""
+    taken = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=draws)  # how often each one
+    return (taken @ sums.T) / (taken @ tokens)[:, None]
+
+
+def draw_runs(losses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean [draws] of runs drawn again from `losses` [draws, runs].
+
+    Drawn runs vary by (m − 1) / m of what m runs do: their deviations are widened to make up for it.
+    """
+    m, mean = losses.shape[1], losses.mean(1)
+    if m == 1:
+        return mean
+    drawn = np.take_along_axis(losses, rng.integers(0, m, size=losses.shape), axis=1)
+    return mean + math.sqrt(m / (m - 1)) * (drawn.mean(1) - mean)
+
+
+def percentile_interval(values: np.ndarray, dof: float) -> tuple[float, float]:
+    """95 % interval from bootstrap draws: percentiles, expanded for a spread of `dof` degrees of freedom."""
+    tail = (1 - expanded_level(dof)) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _satterthwaite(*parts: tuple[float, int]) -> float:
+    """Degrees of freedom of a sum of variances, from (variance, degrees of freedom) of each (Satterthwaite, 1946)."""
+    total = sum(variance for variance, _ in parts)
+    spread = sum(variance**2 / dof for variance, dof in parts)
+    return total**2 / spread if spread > 0 else min(dof for _, dof in parts)
+
+
+def ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
+    """Standard error of Σ sums / Σ tokens over the choice of samples (Cochran, 1977); nan for a single one."""
+    n = len(sums)
+    if n < 2:
+        return math.nan
+    residuals = sums - sums.sum() / tokens.sum() * tokens
+    return math.sqrt(n / (n - 1) * np.square(residuals).sum()) / tokens.sum()
 
 
 def ppl_interval(val_by_sample: pd.DataFrame) -> tuple[float, float] | None:
@@ -271,7 +331,7 @@ def _weighted_mean(sums: pd.Series, tokens: pd.Series) -> tuple[float, tuple[flo
     return value, (float(interval.low), float(interval.high))
 
 
-def expanded_level(dof: int) -> float:
+def expanded_level(dof: float) -> float:
     """The level of percentiles that stands for 95 % where a spread has `dof` degrees of freedom (Hesterberg, 2015)."""
     return 1 - 2 * stats.norm.cdf(-math.sqrt((dof + 1) / dof) * stats.t.ppf((1 + CONFIDENCE) / 2, dof))
 
@@ -302,7 +362,8 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
     laws, configurations, crossovers, differences, unpaired = {}, {}, [], [], []
     for label, group in runs.groupby("experiment") if len(runs) else ():
         try:
-            laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"])
+            clusters = group["seed"].astype(str) + " " + group["data_seed"].astype(str)
+            laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"], clusters)
             configurations[label] = asdict(laws[label]) | {"reason": None}
         except ValueError as error:
             fields = dict.fromkeys(PowerLaw.__dataclass_fields__) | {"n": len(group)}

@@ -13,7 +13,7 @@ import statsmodels.formula.api as smf
 from scipy import stats
 from statsmodels.stats.anova import anova_lm
 
-from ctxlm.analysis.scaling import CONFIDENCE
+from ctxlm.analysis.scaling import CONFIDENCE, ratio_error
 
 SOURCES = {"seed": "initialisation and noise (seed)", "data_seed": "training text (data_seed)"}
 
@@ -56,15 +56,7 @@ def components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
 
 def sampling_error(val_by_sample: pd.DataFrame) -> float:
     """Standard error of one run's mean loss over the choice of validation samples (ratio estimator; Cochran, 1977)."""
-    return _ratio_error(val_by_sample["loss_sum"].to_numpy(), val_by_sample["tokens"].to_numpy())
-
-
-def _ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
-    n = len(sums)
-    if n < 2:
-        return math.nan
-    residuals = sums - sums.sum() / tokens.sum() * tokens
-    return math.sqrt(n / (n - 1) * np.square(residuals).sum()) / tokens.sum()
+    return ratio_error(val_by_sample["loss_sum"].to_numpy(), val_by_sample["tokens"].to_numpy())
 
 
 def resolution(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame, samples: int = 50) -> float:
@@ -74,5 +66,5 @@ def resolution(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame, sam
     samples are taken as typical.
     """
     a, b = (table.groupby("sample")[["loss_sum", "tokens"]].mean() for table in (val_by_sample_a, val_by_sample_b))
-    error = _ratio_error((a["loss_sum"] - b["loss_sum"]).to_numpy(), a["tokens"].to_numpy())
+    error = ratio_error((a["loss_sum"] - b["loss_sum"]).to_numpy(), a["tokens"].to_numpy())
     return error * math.sqrt(len(a) / samples) * stats.t.ppf((1 + CONFIDENCE) / 2, samples - 1)
