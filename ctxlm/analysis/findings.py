@@ -14,19 +14,22 @@ def nothing(grid: str) -> str:
     return f"No finished run of grid {grid}: run `make report GRID={grid}`."
 
 
-def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
+def findings(runs: pd.DataFrame, summary: dict[str, Any], caution: str = "") -> list[str]:
     """Paragraphs about the runs, the answer to "deep and narrow, or shallow and wide?" first.
 
     Args:
         runs: one row a run, as `scaling.read_grid` gives them.
         summary: `scaling.summarise` of the same runs.
+        caution: said after the answer, before anything else.
     """
     if runs.empty:
         return [nothing(summary["grid"])]
-    paragraphs = [*answers(runs, summary), _laws(summary)]
+    paragraphs = [*answers(runs, summary), caution, _laws(summary)]
     paragraphs += [_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]]
     paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
-    return [paragraph.replace(" %", "\u00a0%") for paragraph in paragraphs]  # no line begins with a per cent sign
+    return [
+        paragraph.replace(" %", "\u00a0%") for paragraph in paragraphs if paragraph
+    ]  # no line begins with a per cent sign
 
 
 def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -184,6 +187,8 @@ def _laws(summary: dict[str, Any]) -> str:
         interval = "no interval"
         if law["alpha_interval"]:
             interval = "95 % interval " + " to ".join(signed(x) for x in law["alpha_interval"])
+        if law["alpha_interval_robust"]:
+            interval += ", robust " + " to ".join(signed(x) for x in law["alpha_interval_robust"])
         fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['residual_dof']} d.o.f., {interval})")
     exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
     caution = " A line through two points fits them whatever their errors." if exact else ""

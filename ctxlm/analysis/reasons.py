@@ -109,6 +109,18 @@ def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     )
 
 
+def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+    """What a reader of single runs must know of chance: nothing where it has not been measured."""
+    try:
+        sd = variance.components(runs, val_by_sample).set_index("source")["sd"]
+    except (KeyError, ValueError):
+        return ""
+    return (
+        f"How much is chance: at the quick scale, another seed moves a run's PPL by {_size(sd['seed'])} and other "
+        f"training text by {_size(sd['data_seed'])} (standard deviations, {len(runs)} runs; see “Chance” below)."
+    )
+
+
 def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A", b: str = "B") -> str:
     """What differences the study's number of validation samples can resolve, and which published gaps exceed that."""
     of_a, of_b = (val_by_sample[val_by_sample["experiment"] == label] for label in (a, b))
