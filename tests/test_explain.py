@@ -16,12 +16,14 @@ from ctxlm.analysis.explain import (
     paired_effect,
     recency,
 )
+from ctxlm.analysis.tables import recency_table
 
 
 def grid(loss, labels=("A", "B"), sizes=(10_000, 20_000, 40_000), seeds=(1, 2, 3), rates=(0.002,)) -> pd.DataFrame:
     """Runs whose `val_loss` is `loss(label, size, seed, rate)`."""
     rows = [
-        {"run": f"{label}-{size}-{seed}-{rate}", "experiment": label, "train_tokens": size, "seed": seed}
+        {"run": f"{label}-{size}-{seed}-{rate}", "experiment": f"{label}, rate {rate}", "configuration": label}
+        | {"train_tokens": size, "seed": seed}
         | {"data_seed": 0, "phase2_learning_rate": rate, "val_loss": loss(label, size, seed, rate)}
         | {"best_epoch": 3, "epochs_run": 5, "phase2_patience": 2, "token_block_params_trained": 200_000}
         for label, size, seed, rate in itertools.product(labels, sizes, seeds, rates)
@@ -32,6 +34,7 @@ def grid(loss, labels=("A", "B"), sizes=(10_000, 20_000, 40_000), seeds=(1, 2, 3
 def test_paired_effect_is_students_paired_t():
     rng = np.random.default_rng(0)
     runs = grid(lambda label, size, *_: math.log(size) + 0.05 * (label == "B") + 0.01 * rng.standard_normal())
+    runs["experiment"] = runs["configuration"]
     found = paired_effect(runs, "B", "A")
     a, b = (group["val_loss"].to_numpy() for _, group in runs.groupby("experiment"))
     expected = stats.ttest_rel(b, a).confidence_interval()
@@ -138,6 +141,13 @@ def test_recency_is_the_mean_extra_loss_with_its_interval():
     assert found.loc[("A", 1), ["low", "high"]].tolist() == pytest.approx([expected.low, expected.high])
     assert found.loc[("B", 2), "extra_loss"] == pytest.approx(0.3) and math.isnan(found.loc[("B", 2), "low"])
     assert recency(pd.DataFrame(rows("A1", "phase2", {(1, "val_loss"): 6.0}))).empty
+    sizes = pd.DataFrame(history).assign(train_tokens=lambda h: h["run"].map({"A1": 1000, "A2": 2000, "B1": 2000}))
+    by_size = recency(sizes, ["experiment", "train_tokens"])
+    assert by_size.set_index(["experiment", "train_tokens", "k"])["extra_loss"]["A", 2000, 1] == pytest.approx(0.7)
+    shown = recency_table(by_size)
+    assert list(shown) == ["Last k tokens", "A, 1,000 tokens", "A, 2,000 tokens", "B, 2,000 tokens"]
+    assert shown["A, 2,000 tokens"].tolist() == [f"{100 * math.expm1(x):.1f}" for x in (0.7, 0.12)]
+    assert recency_table(found.reset_index().iloc[:0]).empty
 
 
 def test_the_best_point_between_epochs():

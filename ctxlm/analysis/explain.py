@@ -5,6 +5,7 @@ runs, or of least squares with HC3 errors (MacKinnon & White, 1985).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +56,8 @@ def overfitting_effects(runs: pd.DataFrame) -> list[Effect]:
     """
     done = runs[runs["epochs_run"] - runs["best_epoch"] >= runs["phase2_patience"]]
     columns = {"a doubling of the training tokens": np.log2(done["train_tokens"])}
-    first, *others = sorted(done["experiment"].unique()) or [""]
-    columns |= {f"{label} against {first}": (done["experiment"] == label).astype(float) for label in others}
+    first, *others = sorted(done["configuration"].unique()) or [""]
+    columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     if done["phase2_learning_rate"].nunique() > 1:
         columns["a halved learning rate"] = -np.log2(done["phase2_learning_rate"])
     return _effects(columns, np.log1p(done["overfit_rate"]))
@@ -122,21 +123,21 @@ def generalisation(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return known[["run", "experiment", "train_tokens", "seed"]].assign(**at, params_per_token=per_token)
 
 
-def recency(history: pd.DataFrame) -> pd.DataFrame:
-    """What is lost when contexts have read the last k tokens only.
+def recency(history: pd.DataFrame, by: Sequence[str] = ("experiment",)) -> pd.DataFrame:
+    """What is lost when contexts have read the last k tokens only, by configuration or also by `train_tokens`.
 
-    Columns experiment, k, extra_loss (nats: the mean over runs of the loss at k minus that with the whole stream read),
+    Columns `by`, k, extra_loss (nats: the mean over runs of the loss at k minus that with the whole stream read),
     low, high (Student's interval), n.
     """
     rows = history[(history["phase"] == "recent_tokens") & (history["metric"] == "val_loss")]
     if rows.empty:
-        return pd.DataFrame(columns=["experiment", "k", "extra_loss", "low", "high", "n"])
-    table = rows.pivot_table(index=["experiment", "run"], columns="step", values="value")
-    extra = table.drop(columns=0).sub(table[0], axis=0).groupby("experiment")
-    mean, n = extra.mean().stack(), extra.count().stack()
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, (n - 1).clip(lower=1)) * extra.std().stack(future_stack=True) / np.sqrt(n)
-    found = pd.DataFrame({"extra_loss": mean, "low": mean - half, "high": mean + half, "n": n})
-    return found.rename_axis(["experiment", "k"]).reset_index()
+        return pd.DataFrame(columns=[*by, "k", "extra_loss", "low", "high", "n"])
+    losses = rows.set_index(["run", "step"])["value"]
+    rows = rows[rows["step"] > 0].rename(columns={"step": "k"})
+    rows = rows.assign(extra=rows["value"].to_numpy() - losses[[(run, 0) for run in rows["run"]]].to_numpy())
+    found = rows.groupby([*by, "k"])["extra"].agg(extra_loss="mean", sd="std", n="count").reset_index()
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, (found["n"] - 1).clip(lower=1)) * found["sd"] / np.sqrt(found["n"])
+    return found.assign(low=found["extra_loss"] - half, high=found["extra_loss"] + half).drop(columns="sd")
 
 
 def between_epochs(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

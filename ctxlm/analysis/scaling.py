@@ -340,7 +340,8 @@ def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataF
     """Runs, histories and validation losses of a grid, with one label in `experiment` for each configuration.
 
     Only runs called `names` are read, if given: one that the grid file no longer asks for may be of other parameters.
-    Where runs of one label differ in more than size and seed, what differs is added to the label.
+    Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
+    keeps the label as it was.
     """
     tables = load_runs(grid), load_history(grid), load_val_by_sample(grid)
     if tables[0].empty:
@@ -350,6 +351,7 @@ def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataF
     runs, history, val_by_sample = tables
     if runs.empty:
         return runs, history, val_by_sample
+    runs["configuration"] = runs["experiment"]
     for name in (name for name in Experiment.model_fields if name in runs and name not in REPLICATES):
         if runs.groupby("experiment")[name].nunique(dropna=False).max() > 1:
             runs["experiment"] = runs["experiment"] + f", {name} " + runs[name].astype(str)

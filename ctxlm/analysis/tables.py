@@ -1,8 +1,10 @@
 """The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
@@ -55,6 +57,25 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     left = {column: [{"selector": "th.col_heading", "props": "text-align: left"}] for column in prose}
     styler = table.style.hide(axis="index").set_properties(subset=list(prose), **wrapped)
     return styler.set_table_styles(left)
+
+
+def recency_table(recency: pd.DataFrame) -> pd.DataFrame:
+    """By how much PPL is worse, per cent with its 95 % interval, when contexts have read the last k tokens only.
+
+    Args:
+        recency: `explain.recency` by experiment and train_tokens.
+    """
+    if recency.empty:
+        return recency
+    low, centre, high = (100 * np.expm1(recency[name]) for name in ("low", "extra_loss", "high"))
+    cells = [
+        f"{b:.1f}" if math.isnan(a) else f"{b:.1f} ({a:.1f} to {c:.1f})"
+        for a, b, c in zip(low, centre, high, strict=True)
+    ]
+    label = recency["experiment"] + ", " + recency["train_tokens"].map("{:,}".format) + " tokens"
+    table = recency.assign(cell=[cell.replace("-", "−") for cell in cells], run=label)
+    table = table.pivot(index="k", columns="run", values="cell")[list(dict.fromkeys(label))]
+    return table.rename_axis(columns=None).reset_index().rename(columns={"k": "Last k tokens"})
 
 
 def published_runs() -> pd.DataFrame:
