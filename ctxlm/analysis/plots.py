@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from scipy import stats
 
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.scaling import PowerLaw, ppl_interval
+from ctxlm.analysis.scaling import CONFIDENCE, PowerLaw, ppl_interval
 from ctxlm.memory import FORGOTTEN
 
 sns.set_theme(
@@ -188,8 +189,9 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
     }
     for axes, size in zip(grid.flat, sizes, strict=False):
         here = curves[curves["train_tokens"] == size]
+        fade = {"alpha": max(0.25, min(1, 3 / here.groupby("experiment")["run"].nunique().max()))}
         for (label, _, metric), curve in here.groupby(["experiment", "run", "metric"]):
-            axes.plot(curve["step"], curve["value"], markersize=4.5, **styles[label] | kinds[metric][1])
+            axes.plot(curve["step"], curve["value"], markersize=4.5, **styles[label] | kinds[metric][1] | fade)
         axes.set_title(f"{size:,} training tokens")
         _steps_axis(axes, "epoch")
     for axes in grid.flat[len(sizes) :]:
@@ -202,14 +204,23 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
 
 
 def plot_overfitting(runs: pd.DataFrame) -> Figure:
-    """By how much the last epoch's validation PPL exceeds the best one's, against training tokens; seeds averaged."""
+    """By how much the last epoch's validation PPL exceeds the best one's, against training tokens.
+
+    Several runs of a size are averaged, with Student's 95 % interval.
+    """
     if runs.empty:
         return _says("No finished run.")
     figure, ((axes,),) = _figure(height=3.4)
-    rates = runs.groupby(["experiment", "train_tokens"])["overfit_rate"].mean()
-    for label, look in _styles(runs["experiment"]).items():
-        axes.plot(rates[label].index, rates[label], label=label, **look)
-    axes.set_ylim(np.array([-0.04, 1.1]) * max(rates.max(), 0.01))
+    rates = runs.groupby(["experiment", "train_tokens"])["overfit_rate"].agg(["mean", "std", "count"])
+    rates["half"] = (
+        stats.t.ppf((1 + CONFIDENCE) / 2, (rates["count"] - 1).clip(lower=1)) * rates["std"] / np.sqrt(rates["count"])
+    )
+    for position, (label, look) in enumerate(_styles(runs["experiment"]).items()):
+        own, dodge = rates.loc[label], _dodge(position, runs["experiment"].nunique())
+        n = " to ".join(map(str, sorted({own["count"].min(), own["count"].max()})))
+        bars = own["half"].fillna(0) if own["count"].max() > 1 else None
+        axes.errorbar(own.index * dodge, own["mean"], bars, capsize=3, label=f"{label} (n = {n} a size)", **look)
+    axes.set_ylim(min(axes.get_ylim()[0], 0), max(axes.get_ylim()[1], 0.01))
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
