@@ -20,13 +20,15 @@ from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, generator, look
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
+INNER_KEPT = 2 * 2**30
+"""Memory, on a CPU mostly of such a file, that the inner layers' contexts of a stream may take."""
 
 
 @dataclass(frozen=True)
 class Contexts:
     """The contexts of a stream, and how they were certified.
 
-    Only the last layer's are held; `layers` computes the others of a batch again.
+    The last layer's are held; the others of a batch are kept where they fit a budget, and computed again otherwise.
     """
 
     tokens: Tensor
@@ -40,6 +42,8 @@ class Contexts:
     """Largest difference at a joint between a chunk as run and as continued from its predecessor (0: sequential)."""
     warmup: int
     """Tokens after a chunk's start until both agreed to the tolerance (0: sequential)."""
+    inner: Tensor | None = None
+    """The other layers' contexts, [L - 1, T, C], in the type of the products that read them; or None."""
     zeroed: bool = False
     """Show zeros in every layer instead of the contexts (an ablation)."""
 
@@ -48,6 +52,8 @@ class Contexts:
         """Every layer's contexts at positions start .. stop - 1: L tensors [B, C]."""
         if self.zeroed:
             return [torch.zeros_like(self.values[start:stop])] * len(block)
+        if self.inner is not None:
+            return [*self.inner[:, start:stop], self.values[start:stop]]
         before = self.values[max(start - 1, 0) : stop - 1]
         if start == 0:
             before = torch.cat([torch.zeros_like(self.values[:1]), before])
@@ -70,7 +76,12 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
 
 @torch.no_grad()
 def chunked(
-    model: ContextLM, tokens: Tensor, tolerance: float = 1e-5, chunk_length: int | None = None, progress: bool = False
+    model: ContextLM,
+    tokens: Tensor,
+    tolerance: float = 1e-5,
+    chunk_length: int | None = None,
+    progress: bool = False,
+    keep: torch.dtype | None = None,
 ) -> Contexts:
     """The same contexts from chunks run side by side, certified at every joint.
 
@@ -87,6 +98,7 @@ def chunked(
         tolerance: largest absolute difference of a context entry at the joints.
         chunk_length: tokens a chunk; the default suits the device and the usual warm-up.
         progress: show a bar.
+        keep: keep the inner layers' contexts too, in this type, if that takes no more than `INNER_KEPT`.
     """
     total, block, device = len(tokens), model.context_block, tokens.device
     # Enough chunks to fill the products' rows, few enough that the joints' runs stay a small share.
@@ -99,10 +111,17 @@ def chunked(
     tables = distinct.tables(block)
     starts = torch.arange(count, device=device) * length
     values = _matrix(count * length, block.context_dim, device).view(count, length, -1)
+    inner, inner_rows = None, (len(block) - 1) * count * length
+    if keep is not None and 0 < inner_rows * block.context_dim * keep.itemsize <= INNER_KEPT:
+        inner = _matrix(inner_rows, block.context_dim, device, keep).view(len(block) - 1, count, length, -1)
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
-        return block(context, look_up(tables, distinct.places(positions)))[-1]
+        *before, context = block(context, look_up(tables, distinct.places(positions)))
+        if inner is not None:
+            for layer, output in zip(inner, before, strict=True):
+                layer[first:, offset] = output
+        return context
 
     context = torch.zeros(count, block.context_dim, device=device)
     for offset in trange(length, desc=f"contexts, {count} chunks", disable=not progress):
@@ -118,7 +137,8 @@ def chunked(
         else:
             warmup, residual = 0, 0.0
         if warmup and offset + 1 >= 2 * warmup:
-            return Contexts(tokens, values.flatten(0, 1)[:total], distinct, tables, residual, warmup)
+            kept = None if inner is None else inner.flatten(1, 2)[:, :total]
+            return Contexts(tokens, values.flatten(0, 1)[:total], distinct, tables, residual, warmup, kept)
     if 4 * length >= total:
         warnings.warn(
             f"the ContextBlock does not forget within {length} tokens (residual {difference:.1e}): "
@@ -126,7 +146,7 @@ def chunked(
             stacklevel=2,
         )
         return sequential(model, tokens, progress)
-    return chunked(model, tokens, tolerance, 4 * length, progress)
+    return chunked(model, tokens, tolerance, 4 * length, progress, keep)
 
 
 def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Contexts:
@@ -143,15 +163,15 @@ def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Con
     return contexts
 
 
-def _matrix(rows: int, columns: int, device: torch.device) -> Tensor:
-    """An uninitialised float32 matrix; a large one on a CPU is a file that vanishes with its last user.
+def _matrix(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised matrix; a large one on a CPU is a file that vanishes with its last user.
 
     Raises:
         ConfigError: the disk has no room for it.
     """
-    size = rows * columns * 4
+    size = rows * columns * dtype.itemsize
     if device.type != "cpu" or size <= IN_MEMORY:
-        return torch.empty(rows, columns, device=device)
+        return torch.empty(rows, columns, device=device, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=cache_dir(), prefix=".contexts-") as file:
         try:  # a full disk is found here: in a mapping without its blocks it would kill the process later
             getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))(file.fileno(), 0, size)
@@ -160,4 +180,4 @@ def _matrix(rows: int, columns: int, device: torch.device) -> Tensor:
                 f"the contexts of {rows:,} tokens need {size / 2**30:.1f} GiB in {cache_dir()} ({error.strerror}): "
                 "make room there, or name another folder in the environment variable CTXLM_CACHE"
             ) from None
-        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
+        return torch.from_file(file.name, shared=True, size=rows * columns, dtype=dtype).view(rows, columns)

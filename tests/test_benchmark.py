@@ -45,6 +45,8 @@ def test_the_floor_counts_the_products_that_torch_does(shape, monkeypatch):
             F.linear(model.token_block(inputs, contexts()), model.embedding)
 
     found = flops_per_token(Experiment.from_mapping(shape))
+    kept = flops_per_token(Experiment.from_mapping(shape), kept=True)
+    assert all(found[name] - kept[name] == counted(contexts) for name in ("phase2_epoch", "evaluation"))
     assert found == {
         "recurrence": counted(contexts),
         "phase1_step": counted(phase1_step),

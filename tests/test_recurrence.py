@@ -68,10 +68,38 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
 
 
 def test_a_longer_chunk_is_tried_before_the_fall_back():
-    model, tokens = tiny(), stream(2000)
-    with torch.no_grad():  # strong inputs drown what was there before
-        for linear in model.context_block.from_other:
-            linear.weight *= 5
+    model, tokens = forgetful(), stream(2000)
     found = chunked(model, tokens, chunk_length=2)
     assert found.warmup > 2 and found.residual <= 1e-5
     torch.testing.assert_close(found.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
+
+
+def forgetful(**parameters):
+    """A tiny model that forgets within some tens of tokens: strong inputs drown what was there before."""
+    model = tiny(**parameters)
+    with torch.no_grad():
+        for linear in model.context_block.from_other:
+            linear.weight *= 5
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_layers_are_those_computed_again(dtype):
+    model, tokens = forgetful(), stream(950)
+    block = model.context_block
+    plain, kept = chunked(model, tokens, chunk_length=100), chunked(model, tokens, chunk_length=100, keep=dtype)
+    assert plain.inner is None and kept.inner.shape == (2, 950, 12) and kept.inner.dtype == dtype
+    assert torch.equal(plain.values, kept.values) and kept.warmup > 0
+    for start, stop in ((0, 1), (0, 950), (99, 102), (900, 950)):
+        again, found = plain.layers(block, start, stop), kept.layers(block, start, stop)
+        for expected, layer in zip(again, found, strict=True):
+            assert (layer.float() - expected).abs().max() <= (0.02 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_inner_layers_beyond_the_budget_are_computed_again(monkeypatch):
+    model, tokens = forgetful(), stream(950)
+    monkeypatch.setattr("ctxlm.recurrence.INNER_KEPT", 2 * 1000 * 12 * 4 - 1)
+    assert chunked(model, tokens, chunk_length=100, keep=torch.float32).inner is None
+    assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is not None
+    one_layer = forgetful(num_layers=1)
+    assert chunked(one_layer, tokens, chunk_length=100, keep=torch.float32).inner is None  # there is nothing to keep

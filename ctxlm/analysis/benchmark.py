@@ -36,7 +36,7 @@ EVALUATED = 20_000
 """Tokens that the evaluation is timed on, at most."""
 
 
-def flops_per_token(experiment: Experiment, distinct: float = 1.0) -> dict[str, float]:
+def flops_per_token(experiment: Experiment, distinct: float = 1.0, kept: bool = False) -> dict[str, float]:
     """Floating-point operations a token in the matrix products of each stage, from their shapes alone.
 
     A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
@@ -46,6 +46,7 @@ def flops_per_token(experiment: Experiment, distinct: float = 1.0) -> dict[str, 
         experiment: supplies L, C, d and n.
         distinct: distinct tokens per token. 1 counts the algorithm as it is defined; below 1, what is left when each
             distinct token is projected once.
+        kept: leave out the contexts in Phase 2 and evaluation, which read those that the recurrence kept.
     """
     layers, c, d, n = (
         experiment.num_layers,
@@ -57,13 +58,14 @@ def flops_per_token(experiment: Experiment, distinct: float = 1.0) -> dict[str, 
     token_block = 2 * d * (c + n * d) + (layers - 1) * 2 * d * (c + d)
     head = 2 * d * VOCABULARY
     contexts = context_part + token_part
+    again = 0 if kept else contexts
     return {
         "recurrence": contexts,
         # forward, weight gradients, and what passes back through all layers but the first
         "phase1_step": 2 * contexts + context_part * (layers - 1) / layers,
         # contexts again; the block's forward pass, weight gradients and what passes back; the head there and back
-        "phase2_epoch": contexts + 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
-        "evaluation": contexts + token_block + head,
+        "phase2_epoch": again + 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
+        "evaluation": again + token_block + head,
     }
 
 
@@ -111,7 +113,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         model = ContextLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
         few = chunked(model, tokens[:2])
         with stage("recurrence"):
-            contexts = chunked(model, tokens)
+            contexts = chunked(model, tokens, keep=dtype)
         steps = Experiment.from_mapping(experiment.model_dump(), {"phase1_max_iterations": 3, "phase2_epochs": 1})
         with stage("phase1"):
             phase1 = train_context_block(model, tokens, contexts.values, steps, dtype)
@@ -120,10 +122,10 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         last = {(row["phase"], row["metric"]): row["value"] for row in phase1.history + phase2.history}
         seconds["phase1_step"] = last["phase1", "seconds"]
         seconds["phase2_epoch"] = last["phase2", "seconds"]
-        part = chunked(model, tokens[: EVALUATED + 1])
+        part = chunked(model, tokens[: EVALUATED + 1], keep=dtype)
         with stage("evaluation"):
             evaluate(Predictor(model, dtype), part)
-    distinct = len(contexts.distinct.rows) / len(tokens)
+    left = flops_per_token(experiment, len(contexts.distinct.rows) / len(tokens), kept=contexts.inner is not None)
     rows = []
     for name, plain in flops_per_token(experiment).items():
         kind = torch.float32 if name == "recurrence" else dtype
@@ -139,7 +141,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
                 "tokens_per_second": count / seconds[name],
                 "mflop_per_token": plain / 1e6,
                 "share_of_floor": plain * floor / seconds[name],
-                "share_of_own_products": flops_per_token(experiment, distinct)[name] * floor / seconds[name],
+                "share_of_own_products": left[name] * floor / seconds[name],
             }
         )
     return {
