@@ -46,7 +46,9 @@ class Experiment(BaseModel):
     train_capacity_samples: Count | None = Field(None, description="samples kept for training; null: the corpus's own")
     data_seed: Seed = Field(0, description="0: the first samples; otherwise the training window starts elsewhere")
     # The model
-    design: Literal["constant"] = Field("constant", description="width of the layers: constant")
+    design: Literal["constant", "arithmetic"] = Field(
+        "constant", description="width of the layers: constant, or falling in an arithmetic progression"
+    )
     num_layers: Count = Field(6, description="layers of each block, L")
     context_dim: Count = Field(768, description="width of the context, C")
     embed_dim: Count = Field(768, description="width of a token embedding, d")

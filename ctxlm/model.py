@@ -1,10 +1,11 @@
-"""The two-phase context language model (the `constant` design) and the machine it runs on.
+"""The two-phase context language model (the designs `constant` and `arithmetic`) and the machine it runs on.
 
 Shapes: V vocabulary, d embed_dim, C context_dim, L num_layers, n num_input_tokens, B rows (any tokens, in any order),
 K distinct tokens of a stream.
 """
 
 import hashlib
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -36,67 +37,125 @@ def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -
     return (rows * (index >= 0).unsqueeze(-1)).flatten(-2)
 
 
-class _Layers(nn.Module):
-    """Layers `LayerNorm(residual + ReLU(Linear(concat(context, other))))`, initialised alike."""
+class _Last(nn.Module):
+    """The last `width` entries: the residual where no Linear is called for."""
 
-    def __init__(self, context_dim: int, other_dims: list[int], out_dim: int, init: torch.Generator):
+    def __init__(self, width: int):
         super().__init__()
-        self.context_dim, self.out_dim = context_dim, out_dim
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., -self.width :]
+
+
+class _Layers(nn.Module):
+    """Layers `LayerNorm(residual + ReLU(Linear(concat(context, other))))`, initialised alike.
+
+    Where the design is `arithmetic` and the width changes, the residual goes through a Linear of its own.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator):
+        """`shapes`: for each layer the widths of context, other (0: none), output and residual (0: no Linear)."""
+        super().__init__()
         # Linear(concat(context, other)) is held as two: autograd then skips the gradient of the part that needs none
         # (the tokens in Phase 1, the contexts in Phase 2), and the tokens' part can be had from a table.
-        self.from_context = nn.ModuleList(nn.Linear(context_dim, out_dim, bias=False) for _ in other_dims)
-        self.from_other = nn.ModuleList(nn.Linear(width, out_dim) for width in other_dims)
-        self.norms = nn.ModuleList(nn.LayerNorm(out_dim) for _ in other_dims)
-        for left, right in zip(self.from_context, self.from_other, strict=True):
-            weight = torch.empty(out_dim, context_dim + right.in_features).normal_(std=0.1, generator=init)
+        self.from_context = nn.ModuleList(nn.Linear(c, out, bias=not other) for c, other, out, _ in shapes)
+        self.from_other = nn.ModuleList(nn.Linear(other, out) for _, other, out, _ in shapes if other)
+        self.residuals = nn.ModuleList(nn.Linear(r, out) if r else _Last(out) for _, _, out, r in shapes)
+        self.norms = nn.ModuleList(nn.LayerNorm(out) for _, _, out, _ in shapes)
+        self.context_dim = shapes[0][0]
+        self.widths = [out for _, _, out, _ in shapes]
+        for index, (context, other, out, residual) in enumerate(shapes):
+            left = self.from_context[index]
+            weight = torch.empty(out, context + other).normal_(std=0.1, generator=init)
+            right = self.from_other[index] if other else left
             nn.init.normal_(right.bias, std=0.01, generator=init)
             with torch.no_grad():
-                left.weight.copy_(weight[:, :context_dim])
-                right.weight.copy_(weight[:, context_dim:])
+                left.weight.copy_(weight[:, :context])
+                if other:
+                    right.weight.copy_(weight[:, context:])
+            if residual:
+                nn.init.normal_(self.residuals[index].weight, std=0.1, generator=init)
+                nn.init.normal_(self.residuals[index].bias, std=0.01, generator=init)
 
     def __len__(self) -> int:
         return len(self.norms)
 
-    def layer(self, index: int, context: Tensor, share: Tensor, residual: Tensor) -> Tensor:
-        """The layer's output, [B, out_dim], given the share of its other input in the Linear, `from_other[index]`."""
-        return self.norms[index](residual + F.relu(self.from_context[index](context) + share))
+    def layer(self, index: int, context: Tensor, share: Tensor | None, before: Tensor) -> Tensor:
+        """The layer's output, [B, out].
+
+        Args:
+            context: [B, C].
+            share: of its other input in the Linear, `from_other[index]`; None where it has none.
+            before: what the residual is taken from.
+        """
+        read = self.from_context[index](context)
+        if share is not None:
+            read = read + share
+        return self.norms[index](self.residuals[index](before) + F.relu(read))
+
+
+def _falling(first: int, last: int, layers: int) -> list[int]:
+    """Widths that fall from `first` to `last` in an arithmetic progression, `layers` + 1 of them."""
+    return [first - (first - last) * i // layers for i in range(layers + 1)]
 
 
 class ContextBlock(_Layers):
-    """Folds the tokens u_t into the context: c_t = ContextBlock(c_{t-1}, u_t)."""
+    """Folds the tokens u_t into the context: c_t = ContextBlock(c_{t-1}, u_t).
 
-    def __init__(self, num_layers: int, context_dim: int, input_dim: int, init: torch.Generator):
-        super().__init__(context_dim, [input_dim] * num_layers, context_dim, init)
+    `constant`: every layer has the context's width and reads u_t. `arithmetic`: widths fall from C + n·d to C; the
+    first layer alone reads u_t.
+    """
+
+    def __init__(self, design: str, num_layers: int, context_dim: int, input_dim: int, init: torch.Generator):
+        shapes = [(context_dim, input_dim, context_dim, 0)] * num_layers
+        if design == "arithmetic":
+            widths = _falling(context_dim + input_dim, context_dim, num_layers)
+            shapes = [(context_dim, input_dim, widths[1], context_dim if widths[1] != context_dim else 0)]
+            shapes += [(a, 0, b, a if a != b else 0) for a, b in itertools.pairwise(widths[1:])]
+        super().__init__(shapes, init)
 
     def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
-        """Every layer's output, L tensors [B, C] (the last is c_t).
+        """Every layer's output, L tensors [B, width] (the last is c_t).
 
         Args:
             context: c_{t-1}, [B, C].
-            shares: of u_t in every layer's Linear, L tensors [B, C], from `shares` or `look_up`.
+            shares: of u_t in the Linear of every layer that reads it, tensors [B, width], from `shares` or `look_up`.
         """
         outputs = []
-        for index, share in enumerate(shares):
-            context = self.layer(index, context, share, residual=context)
+        for index in range(len(self)):
+            share = shares[index] if index < len(shares) else None
+            context = self.layer(index, context, share, before=context)
             outputs.append(context)
         return outputs
 
     def shares(self, inputs: Tensor) -> list[Tensor]:
-        """The share of u_t, [B, n·d], in every layer's Linear: L tensors [B, C]."""
+        """The share of u_t, [B, n·d], in the Linear of every layer that reads it: tensors [B, width]."""
         return [linear(inputs) for linear in self.from_other]
 
 
 class TokenBlock(_Layers):
-    """Predicts from the contexts: layer l reads context layer l; h starts as the input tokens u_t."""
+    """Predicts from the contexts: layer l reads context layer l; h starts as the input tokens u_t.
 
-    def __init__(self, num_layers: int, context_dim: int, embed_dim: int, input_dim: int, init: torch.Generator):
-        super().__init__(context_dim, [input_dim] + [embed_dim] * (num_layers - 1), embed_dim, init)
+    `constant`: h has the embedding's width from the first layer on. `arithmetic`: its width falls from n·d to d.
+    """
+
+    def __init__(self, design: str, context_widths: list[int], embed_dim: int, input_dim: int, init: torch.Generator):
+        layers = len(context_widths)
+        widths = [input_dim] + [embed_dim] * layers
+        if design == "arithmetic":
+            widths = _falling(input_dim, embed_dim, layers)
+        shapes = [
+            (context, a, b, a if design == "arithmetic" and a != b else 0)
+            for context, (a, b) in zip(context_widths, itertools.pairwise(widths), strict=True)
+        ]
+        super().__init__(shapes, init)
 
     def forward(self, inputs: Tensor, contexts: list[Tensor]) -> Tensor:
-        """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, C]."""
+        """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, width]."""
         h = inputs
         for index, context in enumerate(contexts):
-            h = self.layer(index, context, self.from_other[index](h), residual=h[..., -self.out_dim :])
+            h = self.layer(index, context, self.from_other[index](h), before=h)
         return h
 
 
@@ -117,9 +176,9 @@ class DistinctTokens:
         self.n = n
 
     def tables(self, block: ContextBlock) -> list[Tensor]:
-        """The share of every distinct token, at each of the n places of u_t, in every layer: L tensors [n·(K+1), C].
+        """The share of every distinct token, at each of the n places of u_t, in every layer that reads it.
 
-        The last place, which is never before the stream, carries the bias.
+        Tensors [n·(K+1), width]. The last place, which is never before the stream, carries the bias.
         """
         tables = []
         for linear in block.from_other:
@@ -136,7 +195,7 @@ class DistinctTokens:
 
 
 def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
-    """The share of u_t in every layer, L tensors [B, C], from `DistinctTokens`' tables and places [B, n]."""
+    """The share of u_t in every layer that reads it, [B, width], from `DistinctTokens`' tables and places [B, n]."""
     return [F.embedding_bag(places, table, mode="sum") for table in tables]
 
 
@@ -156,11 +215,12 @@ class ContextLM(nn.Module):
         self.embedding = nn.Parameter(embedding, requires_grad=False)
         # Once Phase 2 trains the embedding: a copy of Phase 1's, which contexts keep reading.
         self.register_buffer("context_embedding", None)
+        self.design = e.design
         self.context_block = ContextBlock(
-            e.num_layers, e.context_dim, input_dim, generator(e.seed, "init", "context_block")
+            e.design, e.num_layers, e.context_dim, input_dim, generator(e.seed, "init", "context_block")
         )
         self.token_block = TokenBlock(
-            e.num_layers, e.context_dim, e.embed_dim, input_dim, generator(e.seed, "init", "token_block")
+            e.design, self.context_block.widths, e.embed_dim, input_dim, generator(e.seed, "init", "token_block")
         )
         self.head = None
         if not e.use_weight_tying:
@@ -193,15 +253,20 @@ class ContextLM(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the blocks, with the study's count of the TokenBlock beside the true one.
 
-        The study counts every TokenBlock layer as if it read all n tokens; only the first one does.
+        In the `constant` design the study counts every TokenBlock layer as if it read all n tokens, as the first does.
         """
-        token_block = self.token_block
-        out, width = token_block.out_dim, token_block.context_dim + token_block.from_other[0].in_features
-        per_layer = out * width + 3 * out  # weight; bias, norm weight, norm bias
+        context, trained = (
+            sum(p.numel() for p in block.parameters()) for block in (self.context_block, self.token_block)
+        )
+        published = trained
+        if self.design == "constant":
+            first, width = self.token_block.from_other[0], self.token_block.widths[0]
+            per_layer = width * (self.token_block.context_dim + first.in_features) + 3 * width  # bias, norm's affine
+            published = per_layer * len(self.token_block)
         return {
-            "context_block_params": sum(p.numel() for p in self.context_block.parameters()),
-            "token_block_params_published": per_layer * len(token_block),
-            "token_block_params_trained": sum(p.numel() for p in token_block.parameters()),
+            "context_block_params": context,
+            "token_block_params_published": published,
+            "token_block_params_trained": trained,
         }
 
 

@@ -42,8 +42,8 @@ class Contexts:
     """Largest difference at a joint between a chunk as run and as continued from its predecessor (0: sequential)."""
     warmup: int
     """Tokens after a chunk's start until both agreed to the tolerance (0: sequential)."""
-    inner: Tensor | None = None
-    """The other layers' contexts, [L - 1, T, C], in the type of the products that read them; or None."""
+    inner: list[Tensor] | None = None
+    """The other layers' contexts, L - 1 tensors [T, width], in the type of the products that read them; or None."""
     zeroed: bool = False
     """Show zeros in every layer instead of the contexts (an ablation)."""
 
@@ -51,9 +51,9 @@ class Contexts:
     def layers(self, block: ContextBlock, start: int, stop: int) -> list[Tensor]:
         """Every layer's contexts at positions start .. stop - 1: L tensors [B, C]."""
         if self.zeroed:
-            return [torch.zeros_like(self.values[start:stop])] * len(block)
+            return [self.values.new_zeros(stop - start, width) for width in block.widths]
         if self.inner is not None:
-            return [*self.inner[:, start:stop], self.values[start:stop]]
+            return [layer[start:stop] for layer in (*self.inner, self.values)]
         before = self.values[max(start - 1, 0) : stop - 1]
         if start == 0:
             before = torch.cat([torch.zeros_like(self.values[:1]), before])
@@ -111,9 +111,10 @@ def chunked(
     tables = distinct.tables(block)
     starts = torch.arange(count, device=device) * length
     values = _matrix(count * length, block.context_dim, device).view(count, length, -1)
-    inner, inner_rows = None, (len(block) - 1) * count * length
-    if keep is not None and 0 < inner_rows * block.context_dim * keep.itemsize <= INNER_KEPT:
-        inner = _matrix(inner_rows, block.context_dim, device, keep).view(len(block) - 1, count, length, -1)
+    inner, size = None, count * length * sum(block.widths[:-1])
+    if keep is not None and 0 < size * keep.itemsize <= INNER_KEPT:
+        parts = _matrix(1, size, device, keep)[0].split([count * length * width for width in block.widths[:-1]])
+        inner = [part.view(count, length, -1) for part in parts]
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
@@ -137,7 +138,7 @@ def chunked(
         else:
             warmup, residual = 0, 0.0
         if warmup and offset + 1 >= 2 * warmup:
-            kept = None if inner is None else inner.flatten(1, 2)[:, :total]
+            kept = None if inner is None else [layer.flatten(0, 1)[:total] for layer in inner]
             return Contexts(tokens, values.flatten(0, 1)[:total], distinct, tables, residual, warmup, kept)
     if 4 * length >= total:
         warnings.warn(

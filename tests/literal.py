@@ -14,8 +14,10 @@ import torch.nn.functional as F
 class Weights:
     """Copies of every weight.
 
-    A layer is a dict of `weight` [out, in], `bias` [out], `norm_weight` [out] and `norm_bias` [out]; a context layer
-    maps C + n·d to C, the first token layer C + n·d to d and the others C + d to d. `embedding` is [V, d]. `head` is
+    A layer is a dict of `weight` [out, in], `bias` [out], `norm_weight` [out] and `norm_bias` [out], and, where its
+    residual has a Linear, `residual_weight` [out, in] and `residual_bias` [out]. In the `constant` design a context
+    layer maps C + n·d to C, the first token layer C + n·d to d and the others C + d to d; in the `arithmetic` design
+    the first context layer alone reads the tokens. `embedding` is [V, d]. `head` is
     a dict of `weight` [V, d] and `bias` [V], or None when it is tied to the embedding. `input_norm`, a pair
     (weight [d], bias [d]), is the study's own affine after the embedding's LayerNorm; None leaves it out.
     """
@@ -36,12 +38,18 @@ def copied(model):
     """Copies of a `ContextLM`'s weights."""
 
     def layers(block):
-        parts = zip(block.from_context, block.from_other, block.norms, strict=True)
-        return [
-            {"weight": torch.cat([left.weight, right.weight], dim=1), "bias": right.bias}
-            | {"norm_weight": norm.weight, "norm_bias": norm.bias}
-            for left, right, norm in parts
-        ]
+        found = []
+        for index, (left, residual, norm) in enumerate(
+            zip(block.from_context, block.residuals, block.norms, strict=True)
+        ):
+            right = block.from_other[index] if index < len(block.from_other) else None
+            weight = left.weight if right is None else torch.cat([left.weight, right.weight], dim=1)
+            layer = {"weight": weight, "bias": (left if right is None else right).bias}
+            layer |= {"norm_weight": norm.weight, "norm_bias": norm.bias}
+            if hasattr(residual, "weight"):
+                layer |= {"residual_weight": residual.weight, "residual_bias": residual.bias}
+            found.append(layer)
+        return found
 
     head = None if model.head is None else {"weight": model.head.weight, "bias": model.head.bias}
     return Weights(layers(model.context_block), layers(model.token_block), model.embedding, head)
@@ -76,7 +84,11 @@ def token_inputs(embedding, tokens, n, input_norm=None):
 
 
 def _layer(layer, residual, read):
-    """LayerNorm(residual + ReLU(Linear(read)))."""
+    """LayerNorm(residual + ReLU(Linear(read))); the residual keeps its last entries, or goes through its Linear."""
+    if "residual_weight" in layer:
+        residual = layer["residual_weight"] @ residual + layer["residual_bias"]
+    else:
+        residual = residual[-len(layer["bias"]) :]
     out = residual + torch.relu(layer["weight"] @ read + layer["bias"])
     return F.layer_norm(out, out.shape, layer["norm_weight"], layer["norm_bias"], eps=1e-5)
 
@@ -85,17 +97,17 @@ def context_step(weights, c, u):
     """ContextBlock on one token: c [C], u [n·d] → every layer's output, L times [C]; the last is the new context."""
     outputs = []
     for layer in weights.context_layers:
-        c = _layer(layer, c, torch.cat([c, u]))
+        reads_tokens = layer["weight"].shape[1] == len(c) + len(u)
+        c = _layer(layer, c, torch.cat([c, u]) if reads_tokens else c)
         outputs.append(c)
     return outputs
 
 
 def token_step(weights, contexts, u):
     """TokenBlock on one token: layer l reads `contexts[l]` [C]; u [n·d] gives h [d]."""
-    d = weights.embedding.shape[1]
     h = u
     for layer, c in zip(weights.token_layers, contexts, strict=True):
-        h = _layer(layer, h[-d:], torch.cat([c, h]))
+        h = _layer(layer, h, torch.cat([c, h]))
     return h
 
 
@@ -108,20 +120,20 @@ def logits_of(weights, h):
 
 def zero_context(weights):
     """The context before the stream, [C]."""
-    return torch.zeros_like(weights.context_layers[0]["bias"])
+    return torch.zeros_like(weights.context_layers[-1]["bias"])
 
 
 @torch.no_grad()
 def run_contexts(weights, tokens, n, embedding=None):
-    """c_t = ContextBlock(c_{t-1}, u_t) along the stream: every layer's output at every token, [T, L, C]."""
+    """c_t = ContextBlock(c_{t-1}, u_t) along the stream: every layer's output at every token, T lists of L."""
     embedding = weights.embedding if embedding is None else embedding
     c = zero_context(weights)
     contexts = []
     for t in range(len(tokens)):
         outputs = context_step(weights, c, token_input(embedding, tokens, t, n, weights.input_norm))
-        contexts.append(torch.stack(outputs))
+        contexts.append(outputs)
         c = outputs[-1]
-    return torch.stack(contexts)
+    return contexts
 
 
 def phase1(weights, tokens, n, settings, noise):
@@ -138,7 +150,7 @@ def phase1(weights, tokens, n, settings, noise):
     optimiser = torch.optim.Adam(parameters, lr=settings["phase1_learning_rate"])
     starts = range(0, len(tokens), rows)
 
-    previous = run_contexts(weights, tokens, n)[:, -1]
+    previous = torch.stack([outputs[-1] for outputs in run_contexts(weights, tokens, n)])
     records = [{"iteration": 1, "fixed_point_loss": None, "diversity_loss": None, "loss": None}]
     records[0] |= {"converged_tokens": 0, "converged_ratio": 0.0}
     for iteration in range(2, settings["phase1_max_iterations"] + 1):

@@ -26,6 +26,28 @@ def test_parameter_counts_are_the_published_ones(layers, width, context, publish
     }
 
 
+@pytest.mark.parametrize(
+    ("layers", "width", "context", "token"), [(6, 768, 27_296_768, 26_240_512), (3, 1536, 28_598_272, 14_692_352)]
+)
+def test_parameter_counts_of_the_arithmetic_design_are_the_published_ones(layers, width, context, token):
+    settings = Experiment.from_mapping({"num_layers": layers, "context_dim": width, "design": "arithmetic"})
+    model = ContextLM(settings, torch.zeros(10, 768))
+    assert tuple(model.parameter_counts().values()) == (context, token, token)
+    assert model.context_block.widths[-1] == width and model.token_block.widths[-1] == 768
+    if layers == 6:
+        assert model.context_block.widths == [2048, 1792, 1536, 1280, 1024, 768]
+        assert model.token_block.widths == [1408, 1280, 1152, 1024, 896, 768]
+
+
+def test_a_residual_has_a_linear_only_where_the_width_changes():
+    model = tiny(design="arithmetic", num_layers=3, num_input_tokens=1)  # h has the embedding's width throughout
+    assert all(hasattr(residual, "weight") for residual in model.context_block.residuals)
+    assert not any(hasattr(residual, "weight") for residual in model.token_block.residuals)
+    model = tiny(design="arithmetic", num_layers=20, context_dim=12, embed_dim=4, num_input_tokens=2)
+    kept = [not hasattr(residual, "weight") for residual in model.context_block.residuals]
+    assert sum(kept) == 11 and model.context_block.widths[-1] == 12  # up from the context once, then 8 steps down
+
+
 @pytest.mark.parametrize(("layers", "width", "d", "n"), [(1, 5, 7, 1), (2, 9, 4, 3), (4, 6, 6, 2)])
 def test_parameter_counts_of_other_shapes_are_the_twins(layers, width, d, n):
     model = tiny(num_layers=layers, context_dim=width, embed_dim=d, num_input_tokens=n)

@@ -16,6 +16,8 @@ SHAPES = [
     {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2},
     {"num_layers": 1, "context_dim": 20, "num_input_tokens": 1},
     {"num_layers": 2, "context_dim": 8, "num_input_tokens": 3},
+    {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2, "design": "arithmetic"},
+    {"num_layers": 2, "context_dim": 9, "num_input_tokens": 1, "design": "arithmetic"},
 ]
 
 
@@ -23,7 +25,10 @@ SHAPES = [
 def test_contexts_are_the_twins(shape):
     model, tokens = tiny(**shape), stream(50)
     twin = literal.run_contexts(literal.copied(model), tokens.tolist(), shape["num_input_tokens"])
-    torch.testing.assert_close(sequential(model, tokens).values, twin[:, -1], atol=1e-5, rtol=0)
+    found = sequential(model, tokens)
+    torch.testing.assert_close(found.values, torch.stack([outputs[-1] for outputs in twin]), atol=5e-5, rtol=0)
+    for layer, expected in zip(found.layers(model.context_block, 7, 8), twin[7], strict=True):
+        torch.testing.assert_close(layer[0], expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
