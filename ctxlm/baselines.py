@@ -1,0 +1,92 @@
+"""What a user would otherwise pick. Interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999), strong on small text.
+
+    p_k(w | h) = max(a(hw) − D(a(hw)), 0) / Σ_v a(hv) + γ(h) · p_{k-1}(w | h')
+
+h' is h without its oldest token, p_0 is uniform over the vocabulary. a counts occurrences at the highest order and,
+below it, the distinct tokens that come before; D takes three values an order (for counts of 1, 2, and 3 or more),
+estimated from how many n-grams occur once to four times; γ hands on what D took.
+"""
+
+import numpy as np
+
+
+class KneserNey:
+    """N-gram probabilities of a stream of tokens, computed for whole streams at once."""
+
+    def __init__(self, tokens: np.ndarray, order: int, vocabulary: int):
+        """Count `tokens`, int [T], all below `vocabulary`; `order` is n (1: unigrams).
+
+        Raises:
+            ValueError: no tokens, or an order below 1.
+        """
+        if order < 1 or len(tokens) == 0:
+            raise ValueError(
+                f"order = {order}, {len(tokens)} tokens: Kneser-Ney needs an order of 1 and a token, or more"
+            )
+        self.order, self.vocabulary = order, vocabulary
+        self.keys: list[np.ndarray] = []
+        """For each length k, the sorted keys of the k-grams seen: id of the first k - 1 tokens · V + last token."""
+        tokens = tokens.astype(np.int64)
+        ids, rows = np.zeros(len(tokens), np.int64), []  # the empty context has id 0
+        for length in range(1, min(order, len(tokens)) + 1):
+            # The (k-1)-gram that ends before each position, and the token there; positions before k - 1 have none.
+            keys = ids[: len(tokens) - length + 1] * vocabulary + tokens[length - 1 :]
+            seen, first, ids, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+            self.keys.append(seen)
+            rows.append((first, ids, counts))
+        self.levels = []
+        for k, (_, ids, counts) in enumerate(rows):
+            if k + 1 < len(rows):  # distinct longer n-grams, by the k-gram they end in (one position further on)
+                counts = np.bincount(ids[rows[k + 1][0] + 1], minlength=len(counts))
+            self.levels.append(_Level(self.keys[k] // vocabulary, counts))
+
+    def probabilities(self, tokens: np.ndarray) -> np.ndarray:
+        """p(token_t | the tokens before it in `tokens`), float64 [T], t = 0 without a context."""
+        tokens = tokens.astype(np.int64)
+        p = np.full(len(tokens), 1 / self.vocabulary)
+        ids, known = np.zeros(len(tokens), np.int64), np.ones(len(tokens), bool)
+        for k, level in enumerate(self.levels):
+            at = slice(k, None)  # tokens with k tokens before them
+            contexts, known = ids[: len(tokens) - k], known[: len(tokens) - k]
+            grams, found = _find(self.keys[k], contexts * self.vocabulary + tokens[at])
+            found &= known
+            p[at] = level.interpolate(p[at], np.where(known, contexts, -1), np.where(found, grams, -1))
+            ids, known = grams, found
+        return p
+
+
+class _Level:
+    """Counts of one order: discounted shares of the n-grams, and what their contexts hand on."""
+
+    def __init__(self, contexts: np.ndarray, counts: np.ndarray):
+        size = contexts.max() + 1
+        discounts = _discounts(counts)
+        total = np.bincount(contexts, counts, size)
+        taken = discounts[np.minimum(counts, 3)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.share = np.maximum(counts - taken, 0) / total[contexts]
+            self.handed_on = np.bincount(contexts, np.minimum(taken, counts), size) / total
+
+    def interpolate(self, lower: np.ndarray, contexts: np.ndarray, grams: np.ndarray) -> np.ndarray:
+        """p of this order from that of the one below; contexts and n-grams never seen are -1."""
+        known = (contexts >= 0) & (contexts < len(self.handed_on))
+        handed_on = self.handed_on[np.where(known, contexts, 0)]
+        known &= np.isfinite(handed_on)  # a context that only ended the text was never continued
+        share = np.where(grams >= 0, self.share[np.maximum(grams, 0)], 0.0)
+        return np.where(known, share + handed_on * lower, lower)
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """D for counts of 0, 1, 2 and 3 or more; 0.5, 1 and 1.5 where too few n-grams occur once to four times to tell."""
+    n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
+    if min(n1, n2, n3, n4) == 0:
+        return np.array([0, 0.5, 1, 1.5])
+    y = n1 / (n1 + 2 * n2)
+    found = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    return np.clip(found, 0, [0, 1, 2, 3])
+
+
+def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of `wanted` is in the sorted `keys`, and whether it is there."""
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return at, keys[at] == wanted

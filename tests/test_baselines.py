@@ -1,0 +1,110 @@
+"""Kneser-Ney against a literal one made of dictionaries, and against what probabilities must be."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxlm.baselines import KneserNey
+
+
+class Literal:
+    """Chen & Goodman (1999), equations for interpolated modified Kneser-Ney, one n-gram at a time."""
+
+    def __init__(self, tokens, order, vocabulary):
+        self.vocabulary = vocabulary
+        grams = {k: Counter(tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1)) for k in range(1, order + 1)}
+        self.order = max(k for k in grams if grams[k])
+        self.counts = {}
+        for k in range(1, self.order + 1):
+            if k == self.order:
+                self.counts[k] = dict(grams[k])
+            else:
+                before = defaultdict(set)
+                for longer in grams[k + 1]:
+                    before[longer[1:]].add(longer[0])
+                self.counts[k] = {gram: len(before[gram]) for gram in grams[k]}
+
+    def discount(self, k, count):
+        n = [sum(c == i for c in self.counts[k].values()) for i in range(5)]
+        if count == 0:
+            return 0
+        if min(n[1:]) == 0:
+            return {1: 0.5, 2: 1}.get(count, 1.5)
+        y, i = n[1] / (n[1] + 2 * n[2]), min(count, 3)
+        return min(max(i - (i + 1) * y * n[i + 1] / n[i], 0), i)
+
+    def p(self, word, history, k=None):
+        k = min(self.order, len(history) + 1) if k is None else k
+        if k == 0:
+            return 1 / self.vocabulary
+        context = tuple(history[len(history) - k + 1 :])
+        following = {gram[-1]: c for gram, c in self.counts[k].items() if gram[:-1] == context}
+        total = sum(following.values())
+        lower = self.p(word, history, k - 1)
+        if total == 0:
+            return lower
+        count = following.get(word, 0)
+        gamma = sum(min(self.discount(k, c), c) for c in following.values()) / total
+        return max(count - self.discount(k, count), 0) / total + gamma * lower
+
+
+def text(length, vocabulary, seed):
+    """Tokens with something to learn: each one likes some followers, frequent ones most."""
+    rng = np.random.default_rng(seed)
+    tokens = [0]
+    for _ in range(length - 1):
+        follows = (tokens[-1] * 3 + int(rng.geometric(0.4))) % vocabulary
+        tokens.append(follows if rng.random() < 0.7 else int(rng.integers(vocabulary)))
+    return np.array(tokens)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 150),
+    order=st.integers(1, 5),
+    vocabulary=st.integers(2, 12),
+    seed=st.integers(0, 1000),
+)
+def test_probabilities_are_the_literal_ones(length, order, vocabulary, seed):
+    train, read = text(length, vocabulary, seed), text(40, vocabulary, seed + 1)
+    literal = Literal(train.tolist(), order, vocabulary)
+    expected = [literal.p(word, read[:t].tolist()) for t, word in enumerate(read.tolist())]
+    assert KneserNey(train, order, vocabulary).probabilities(read) == pytest.approx(np.array(expected), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 300),
+    order=st.integers(1, 5),
+    vocabulary=st.integers(2, 30),
+    seed=st.integers(0, 1000),
+    history=st.lists(st.integers(0, 29), max_size=6),
+)
+def test_probabilities_of_all_followers_sum_to_one(length, order, vocabulary, seed, history):
+    model = KneserNey(text(length, vocabulary, seed), order, vocabulary)
+    before = np.array(history, int) % vocabulary
+    last = [model.probabilities(np.append(before, word))[-1] for word in range(vocabulary)]
+    assert sum(last) == pytest.approx(1, abs=1e-9) and min(last) > 0
+
+
+def test_text_is_learnt_and_longer_contexts_help():
+    train, held_out = text(20_000, 40, 0), text(3_000, 40, 1)
+    losses = [-np.log(KneserNey(train, order, 40).probabilities(held_out)).mean() for order in (1, 2, 3)]
+    assert losses[1] < losses[0] - 0.3 and losses[2] < losses[1] + 0.15  # the text looks back one token
+    assert losses[0] < np.log(40) + 0.01
+
+
+def test_discounts_of_a_known_text():
+    # 4 pairs once, 2 twice, 1 three times, 1 four times: y = 4 / (4 + 2·2) = 1/2
+    from ctxlm.baselines import _discounts
+
+    assert _discounts(np.array([1, 1, 1, 1, 2, 2, 3, 4])) == pytest.approx([0, 0.5, 2 - 3 * 0.5 / 2, 3 - 4 * 0.5])
+
+
+@pytest.mark.parametrize(("tokens", "order"), [([], 3), ([1, 2], 0)])
+def test_nothing_to_count_is_refused(tokens, order):
+    with pytest.raises(ValueError, match="needs an order of 1 and a token, or more"):
+        KneserNey(np.array(tokens), order, 5)
