@@ -1,4 +1,4 @@
-"""What a user would otherwise pick. Interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999), strong on small text.
+"""What a user would otherwise pick: interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999).
 
     p_k(w | h) = max(a(hw) − D(a(hw)), 0) / Σ_v a(hv) + γ(h) · p_{k-1}(w | h')
 
