@@ -8,11 +8,12 @@ import shutil
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from ctxlm.analysis import explain, plots, reasons, variance
 from ctxlm.analysis.crossing import errors
-from ctxlm.analysis.scaling import read_grid
+from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.analysis.tables import published_runs
 from tests.planted import SIZES, plant
 
@@ -199,6 +200,32 @@ def test_depth_and_width_are_told_apart(outputs, sign):
     assert "n = 48, 39 d.o.f." in ppl and "over-fitting" in rates and "6 layers against 3 −" in horizon
     (text,) = reasons.depth_and_width(runs[runs["num_layers"] == 3])
     assert "Not taken apart" in text
+
+
+@pytest.mark.parametrize("first", ["A", "B"])
+def test_in_short_follows_whoever_wins(outputs, first):
+    second = "B" if first == "A" else "A"
+    chance = effects_of(np.random.default_rng(0), 0.01, 0.01)
+    options = {"seeds": (1, 2, 3), "data_seeds": (0, 1, 2), "chance": chance}
+    variance_grid = planted(outputs, {first: (-0.40, 800), second: (-0.30, 900)}, **options)
+    runs, _, val_by_sample = variance_grid
+    shapes = dict.fromkeys(("A", "A-without-phase1", "A-zero"), (6, 128))
+    laws = {"A": (-0.3, 800), "A-without-phase1": (-0.3, 900), "A-zero": (-0.3, 1600)}
+    grids = {"variance": variance_grid, "overfitting": variance_grid}
+    grids["ablations"] = planted(outputs, laws, shapes=shapes, seeds=(1, 2))
+    summary = summarise("planted", runs, val_by_sample)
+    lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
+    assert len(lines) == 5
+    won = [4, 0] if first == "A" else [0, 4]
+    assert lines[0].startswith(
+        f"- A is better than B at {won[0]} of 4 sizes, B than A at {won[1]}; PPL of A against B:"
+    )
+    assert "another seed moves a run's PPL by" in lines[1]
+    assert lines[2].startswith(f"- {first} gains more from more text than the other (p < 0.001, 72 runs)")
+    assert "a doubling of the training tokens changes that ratio by −" in lines[3]
+    assert "without Phase 1 PPL is +12.5 % (A); without contexts PPL is +100.0 % (A)" in lines[4]
+    empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
+    assert reasons.in_short(summarise("planted", *empty["variance"][::2]), [], empty) == ""
 
 
 def test_every_number_follows_the_data(outputs):

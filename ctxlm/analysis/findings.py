@@ -14,17 +14,16 @@ def nothing(grid: str) -> str:
     return f"No finished run of grid {grid}: run `make report GRID={grid}`."
 
 
-def findings(runs: pd.DataFrame, summary: dict[str, Any], caution: str = "") -> list[str]:
+def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     """Paragraphs about the runs, the answer to "deep and narrow, or shallow and wide?" first.
 
     Args:
         runs: one row a run, as `scaling.read_grid` gives them.
         summary: `scaling.summarise` of the same runs.
-        caution: said after the answer, before anything else.
     """
     if runs.empty:
         return [nothing(summary["grid"])]
-    paragraphs = [*answers(runs, summary), caution, _laws(summary)]
+    paragraphs = [*answers(runs, summary), _laws(summary)]
     paragraphs += [_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]]
     paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
     return [

@@ -5,14 +5,15 @@ interval and the test that was used.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import explain, variance
-from ctxlm.analysis.findings import percent, signed, tokens_text
+from ctxlm.analysis.findings import percent, signed, tokens_text, winner
 from ctxlm.memory import FORGOTTEN
 
 SAMPLES = 50
@@ -107,6 +108,80 @@ def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         f"{'more' if sd['configuration'] > single else 'less'} than that. The choice of validation samples moves all "
         f"runs alike, by {_size(sd['validation'])}."
     )
+
+
+def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Any]) -> str:
+    """The answer in five lines, those that can be given.
+
+    Args:
+        summary: `scaling.summarise` of the grid that is reported.
+        pooled: of `crossing.errors`, from the runs that say most about slopes.
+        grids: name → what `scaling.read_grid` gave, of the grids that explain.
+    """
+    lines = [_verdicts(summary["paired_differences"])]
+    runs, _, val_by_sample = grids["variance"]
+    lines += [caution(runs, val_by_sample)]
+    lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
+    tried, _, _ = grids["overfitting"]
+    try:
+        effects = {effect.name: effect for effect in explain.overfitting_effects(tried)}
+        rates = tried.groupby("configuration")["overfit_rate"].mean()
+        climbs = " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
+        lines.append(
+            f"Phase 2 over-fits: by its last epoch PPL is {climbs} above its best; "
+            + " and ".join(
+                f"{name} changes that ratio by {_effect(effects[name])}" for name in HALVINGS if name in effects
+            )
+        )
+    except (KeyError, ValueError):
+        pass
+    if "horizon" in runs:
+        spans = runs.groupby("experiment")["horizon"].mean()
+        reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
+        parts = [f"Contexts reach back {reach}, until {FORGOTTEN:.0%} of a disturbance is left"]
+        for suffix, what in (("without-phase1", "without Phase 1"), ("zero", "without contexts")):
+            found = _ablated(grids["ablations"][0], suffix)
+            if found:
+                parts.append(
+                    f"{what} PPL is " + " and ".join(f"{percent(math.expm1(e.estimate))} ({e.name})" for e in found)
+                )
+        lines.append("; ".join(parts))
+    return "\n".join(f"- {line.rstrip('.')}." for line in lines if line)
+
+
+HALVINGS = ("a halved learning rate", "a doubling of the training tokens")
+
+
+def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
+    """Who wins how often, for a single pair."""
+    if len({(d["a"], d["b"]) for d in differences}) != 1:
+        return ""
+    a, b = differences[0]["a"], differences[0]["b"]
+    won = [winner(d) for d in differences]
+    low, high = min(d["log_ppl"] for d in differences), max(d["log_ppl"] for d in differences)
+    return (
+        f"{a} is better than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}; PPL of {a} "
+        f"against {b}: {percent(math.expm1(low))} to {percent(math.expm1(high))}"
+    )
+
+
+def _slopes_in_short(found: dict[str, Any]) -> str:
+    interval = found.get("slope_interval")
+    if interval is None:
+        return ""
+    a, b = found["a"], found["b"]
+    if interval[0] <= 0 <= interval[1]:
+        return (
+            f"The laws of {a} and {b} do not differ in slope as far as {found['n']} runs can tell "
+            f"(p {_p(found['p_value'])}): no crossover can be claimed"
+        )
+    steeper = b if found["slope_difference"] < 0 else a
+    where = (
+        ""
+        if found["crossover_tokens"] is None
+        else f"; the laws meet at {tokens_text(found['crossover_tokens'])} tokens"
+    )
+    return f"{steeper} gains more from more text than the other (p {_p(found['p_value'])}, {found['n']} runs){where}"
 
 
 def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -213,7 +288,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
     return said
 
 
-def ablations(runs: pd.DataFrame, bases: Sequence[str] = ("A", "B")) -> list[str]:
+def ablations(runs: pd.DataFrame) -> list[str]:
     """What Phase 1 and the contexts contribute, from runs with and without them in pairs."""
     kinds = {
         "without-phase1": ("Phase 1 left out", "Phase 1"),
@@ -222,17 +297,19 @@ def ablations(runs: pd.DataFrame, bases: Sequence[str] = ("A", "B")) -> list[str
     }
     said = []
     for suffix, (what, thing) in kinds.items():
-        parts, effects = [], []
-        for base in bases:
-            try:
-                effects.append(explain.paired_effect(runs, f"{base}-{suffix}", base))
-            except ValueError:
-                continue
-            parts.append(f"{base} {_effect(effects[-1])}: {_verdict(effects[-1], thing)}")
-        if parts:
+        effects = _ablated(runs, suffix)
+        if effects:
+            parts = [f"{effect.name} {_effect(effect)}: {_verdict(effect, thing)}" for effect in effects]
             n = f"n = {effects[0].n}, {effects[0].residual_dof} d.o.f., Student's paired interval"
             said.append(f"**{what}**, in pairs of equal size and seed ({n}), changes PPL of {'; '.join(parts)}.")
     return said
+
+
+def _ablated(runs: pd.DataFrame, suffix: str) -> list[explain.Effect]:
+    """The effect of one ablation, labelled `<configuration>-<suffix>`, on every configuration that has it."""
+    labels = set(runs["experiment"]) if len(runs) else set()
+    bases = sorted(label for label in labels if f"{label}-{suffix}" in labels)
+    return [replace(explain.paired_effect(runs, f"{base}-{suffix}", base), name=base) for base in bases]
 
 
 def _verdict(effect: explain.Effect, thing: str) -> str:
