@@ -194,6 +194,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _steps(path: Path, names: str, values: list[Any]) -> list[dict[str, Any]]:
+    """What one line of a grid's sweep sets, step by step."""
+    parameters = [name.strip() for name in str(names).split(",")]
+    if len(parameters) == 1:
+        return [{parameters[0]: value} for value in values]
+    if not all(isinstance(value, list) and len(value) == len(parameters) for value in values):
+        raise ConfigError(f"{path}: 'sweep' of '{names}' needs lists of {len(parameters)} values each, as [42, 0]")
+    return [dict(zip(parameters, value, strict=True)) for value in values]
+
+
 class Grid(BaseModel):
     """Several experiments crossed with swept values. `runs` maps each run's name to its experiment."""
 
@@ -209,7 +219,8 @@ def load_grid(name: str) -> Grid:
     """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
 
     The file holds `title`, `description`, `common` (values that differ from `params/base.yaml`), `experiments`
-    (label → a parameter file or values) and `sweep` (parameter → list).
+    (label → a parameter file or values) and `sweep` (parameter → list, or several parameters, as "seed, data_seed" →
+    list of lists, that change together).
     A run is called after its label and every swept value, so a longer list adds runs and renames none.
 
     Raises:
@@ -241,8 +252,8 @@ def load_grid(name: str) -> Grid:
         values = read_yaml(own) if isinstance(own, str) else (own or {})
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: experiment {label!r} must be a parameter file or values, but is {values!r}")
-        for combination in itertools.product(*sweep.values()):
-            swept = dict(zip(sweep, combination, strict=True))
+        for combination in itertools.product(*(_steps(path, names, values) for names, values in sweep.items())):
+            swept = {name: value for step in combination for name, value in step.items()}
             run = "_".join([str(label), *(f"{key}-{value}" for key, value in swept.items())])
             try:
                 runs[run] = Experiment.from_mapping(base, common, values, {"experiment": str(label)}, swept)

@@ -297,6 +297,26 @@ def test_a_grid_of_ones_own_cannot_take_the_folder_of_ours(tmp_path):
     assert load_grid("params/grids/study.yaml").runs == load_grid("study").runs
 
 
+def test_parameters_swept_together_change_together(tmp_path):
+    grid = load_grid(
+        grid_file(
+            tmp_path,
+            experiments={"A": {}},
+            sweep={"train_tokens": [100, 200], "seed, data_seed": [[1, 0], [2, 5]]},
+        )
+    )
+    assert {(run.train_tokens, run.seed, run.data_seed) for run in grid.runs.values()} == {
+        (100, 1, 0),
+        (100, 2, 5),
+        (200, 1, 0),
+        (200, 2, 5),
+    }
+    assert "A_train_tokens-100_seed-2_data_seed-5" in grid.runs
+    for wrong in ([1, 2], [[1, 0], [2]]):
+        complaint = refusal(load_grid, grid_file(tmp_path, experiments={"A": {}}, sweep={"seed, data_seed": wrong}))
+        assert "'sweep' of 'seed, data_seed' needs lists of 2 values each" in complaint
+
+
 def test_a_grid_without_a_sweep_has_one_run_for_each_experiment(tmp_path):
     grid = load_grid(grid_file(tmp_path, experiments={"A": {}, "B": {"num_layers": 3}}))
     assert {name: run.num_layers for name, run in grid.runs.items()} == {"A": 6, "B": 3}
