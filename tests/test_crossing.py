@@ -22,8 +22,22 @@ def table(rng, noise, sizes=SIZES, replicates=3, alphas=ALPHAS, meets=MEETS) -> 
         for size in sizes:
             for k in range(replicates):
                 loss = math.log(500) + alpha * math.log(size / meets) + noise * rng.standard_normal()
-                rows.append((f"{label}-{size}-{k}", label, size, k, loss))
-    return pd.DataFrame(rows, columns=["run", "experiment", "train_tokens", "seed", "val_loss"])
+                rows.append((f"{label}-{size}-{k}", label, size, 0, loss))
+    return pd.DataFrame(rows, columns=["run", "experiment", "train_tokens", "replicate", "val_loss"])
+
+
+def lasting(rng, shared=0.0, seed=0.03, tilt=0.01, noise=0.005, replicates=5, sizes=SIZES) -> pd.DataFrame:
+    """The two laws of `table` in replicates: the text (`shared`) shifts both, seeds shift and tilt each, at all sizes."""
+    rows = []
+    for r in range(replicates):
+        text = shared * rng.standard_normal()
+        for label, alpha in ALPHAS.items():
+            shift, slope = seed * rng.standard_normal(), tilt * rng.standard_normal()
+            for size in sizes:
+                x = math.log(size / MEETS)
+                loss = math.log(500) + text + shift + (alpha + slope) * x + noise * rng.standard_normal()
+                rows.append((f"{label}-{size}-{r}", label, size, r, loss))
+    return pd.DataFrame(rows, columns=["run", "experiment", "train_tokens", "replicate", "val_loss"])
 
 
 def test_pooled_model_is_the_formula_and_its_crossover_that_of_two_fits():
@@ -36,7 +50,7 @@ def test_pooled_model_is_the_formula_and_its_crossover_that_of_two_fits():
     assert found.p_value == pytest.approx(expected.pvalues[name])
     robust = expected.get_robustcov_results("HC3", use_t=True).conf_int()[list(expected.params.index).index(name)]
     assert found.slope_interval_robust == pytest.approx(tuple(robust))
-    assert (found.n, found.residual_dof) == (24, 20)
+    assert (found.n, found.replicates, found.dof) == (24, 1, 20)
     laws = [fit_power_law(g["train_tokens"], np.exp(g["val_loss"])) for _, g in runs.groupby("experiment")]
     assert found.crossover_tokens == pytest.approx(crossover(*laws).tokens)
     swapped = pooled(runs, "B", "A")
@@ -49,7 +63,7 @@ def test_fieller_ends_are_where_the_gap_stops_being_significant():
     runs = table(np.random.default_rng(1), 0.02)
     found = pooled(runs, "A", "B")
     assert found.fieller == "bounded"
-    t = stats.t.ppf(0.975, found.residual_dof)
+    t = stats.t.ppf(0.975, found.dof)
     for end in found.fieller_interval:  # at a token count taken as the origin, the gap is a coefficient of the model
         there = runs.assign(x=np.log(runs["train_tokens"] / end))
         fit = smf.ols("val_loss ~ C(experiment) * x", there).fit()
@@ -77,14 +91,71 @@ def test_parallel_laws_leave_the_crossover_open():
     found = pooled(runs, "A", "B")
     assert found.fieller in ("outside", "unbounded") and found.slope_interval[0] < 0 < found.slope_interval[1]
     exact = pooled(table(np.random.default_rng(3), 0.0, alphas={"A": -0.3, "B": -0.3}), "A", "B")
-    assert exact.crossover_tokens is None and exact.reason == "the slopes hardly differ"
+    assert exact.crossover_tokens is None and exact.reason == "the laws are parallel"
+
+
+@pytest.mark.parametrize(("alpha", "kind"), [(-0.315, "outside"), (-0.3, "unbounded")])
+def test_fieller_says_where_the_crossover_may_be(alpha, kind):
+    runs = table(np.random.default_rng(31), 0.02, alphas={"A": -0.3, "B": alpha})
+    if kind == "outside":  # the levels differ for sure, the slopes do not
+        runs.loc[runs["experiment"] == "B", "val_loss"] += 0.1
+    found = pooled(runs, "A", "B")
+    assert found.fieller == kind and found.delta_interval is None
+    assert found.slope_interval[0] < 0 < found.slope_interval[1]
+    t = stats.t.ppf(0.975, found.dof)
+
+    def statistic(tokens):
+        there = runs.assign(x=np.log(runs["train_tokens"] / tokens))
+        return abs(smf.ols("val_loss ~ C(experiment) * x", there).fit().tvalues["C(experiment)[T.B]"])
+
+    if kind == "unbounded":
+        assert found.fieller_interval is None
+        assert all(statistic(tokens) < t for tokens in (1e2, 1e4, 36_000, 1e6, 1e9))
+    else:
+        low, high = found.fieller_interval
+        inside = math.sqrt(low * high) if low and high else 36_000
+        assert statistic(inside) > t
+        assert all(statistic(end) == pytest.approx(t, rel=1e-6) for end in (low, high) if end)
+
+
+def test_replicates_cover_effects_that_last_across_sizes():
+    rng, hits = np.random.default_rng(32), []
+    for _ in range(150):
+        runs = lasting(rng, shared=0.2)
+        found = pooled(runs, "A", "B")
+        assert (found.replicates, found.dof, found.slope_interval_robust) == (5, 4, None)
+        low, high = found.slope_interval
+        if found.fieller == "bounded":
+            fieller = (found.fieller_interval[0] or 0) < MEETS < (found.fieller_interval[1] or math.inf)
+        else:  # anywhere, or outside a gap
+            gap = found.fieller_interval
+            fieller = gap is None or not (gap[0] or 0) < MEETS < (gap[1] or math.inf)
+        drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=300)
+        left, right = drawn.slope_difference("A", "B")
+        assert (drawn.replicates, drawn.dof) == (5, 4)
+        hits.append((low < -0.1 < high, fieller, left < -0.1 < right))
+    assert (np.mean(hits, axis=0) > 0.90).all(), np.mean(hits, axis=0)
+
+
+def test_text_that_both_read_does_not_blur_the_crossover():
+    runs = lasting(np.random.default_rng(33), shared=0.5, seed=0.005, tilt=0.003)
+    low, high = pooled(runs, "A", "B").fieller_interval
+    assert 30_000 < low < MEETS < high < 43_000
+
+
+def test_laws_far_apart_are_said_to_be_so():
+    runs = table(np.random.default_rng(34), 0.005)
+    runs.loc[runs["experiment"] == "B", "val_loss"] += 3
+    found = pooled(runs, "A", "B")
+    assert found.crossover_tokens is None and found.reason.startswith("the laws would meet at 10^1")
+    assert found.p_value < 0.001 and found.fieller == "bounded"
 
 
 def test_no_degree_of_freedom_no_interval():
     found = pooled(table(np.random.default_rng(4), 0.02, sizes=SIZES[:2], replicates=1), "A", "B")
-    assert found.residual_dof == 0 and found.crossover_tokens > 0
+    assert found.dof == 0 and found.crossover_tokens > 0
     none = (found.slope_interval, found.slope_interval_robust, found.p_value, found.delta_interval)
-    assert (*none, found.fieller_interval) == (None,) * 5 and found.fieller == "unbounded"
+    assert (*none, found.fieller, found.fieller_interval) == (None,) * 6
 
 
 @pytest.mark.parametrize(
@@ -117,27 +188,16 @@ def test_bootstrap_of_exact_runs_moves_levels_but_neither_slopes_nor_crossover()
     rng = np.random.default_rng(6)
     runs = table(rng, 0.0)
     drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=200)
-    assert drawn.interval("A") == pytest.approx((-0.3, -0.3)) and drawn.runs_drawn
+    assert drawn.alpha["A"] == pytest.approx(np.full(200, -0.3)) and drawn.replicates == 1
     assert drawn.log_a["A"].std() > 0.01
     share, interval = drawn.crossover("A", "B")
     assert share == 0 and interval == pytest.approx((MEETS, MEETS))
 
 
-def test_bootstrap_covers_the_planted_slope_and_crossover():
-    rng, hits = np.random.default_rng(7), []
-    for _ in range(150):
-        runs = table(rng, 0.02)
-        drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=400)
-        (low, high), (share, (left, right)) = drawn.slope_difference("A", "B"), drawn.crossover("A", "B")
-        assert share < 0.05
-        hits.append((low < -0.1 < high, left < MEETS < right))
-    assert (np.mean(hits, axis=0) > 0.90).all() and (np.mean(hits, axis=0) < 0.99).all(), np.mean(hits, axis=0)
-
-
 def test_bootstrap_counts_draws_without_a_crossing():
     rng = np.random.default_rng(8)
-    runs = table(rng, 0.02, alphas={"A": -0.3, "B": -0.3})
-    runs.loc[runs["experiment"] == "B", "val_loss"] += 1.5
+    runs = lasting(rng, tilt=0.03)
+    runs.loc[runs["experiment"] == "B", "val_loss"] += 1 + 0.1 * np.log(runs["train_tokens"] / MEETS)
     share, _ = bootstrap(runs, by_sample(runs, rng, 0.3)).crossover("A", "B")
     assert 0.2 < share < 1
 
@@ -147,7 +207,8 @@ def test_bootstrap_of_single_runs_draws_samples_only(tmp_path, monkeypatch):
     plant(tmp_path, {"A": (-0.3, 800), "B": (-0.36, 830)})
     runs, _, val_by_sample = read_grid("planted")
     drawn = bootstrap(runs, val_by_sample)
-    assert not drawn.runs_drawn and drawn.interval("A")[0] < -0.3 < drawn.interval("A")[1]
+    low, high = drawn.slope_difference("A", "B")
+    assert drawn.replicates == 1 and low < -0.06 < high
     with pytest.raises(ValueError, match="different validation tokens"):
         bootstrap(runs, val_by_sample.iloc[1:])
     with pytest.raises(ValueError, match="runs of a single size"):

@@ -30,9 +30,9 @@ def law(alpha: float, log_a: float, sizes=SIZES):
     return fit_power_law(sizes, [math.exp(log_a + alpha * math.log(size)) for size in sizes])
 
 
-def by_sample(losses, tokens) -> pd.DataFrame:
+def by_sample(losses, tokens, replicate=0) -> pd.DataFrame:
     table = pd.DataFrame({"sample": range(len(losses)), "loss_sum": np.asarray(losses) * tokens})
-    return table.assign(tokens=tokens)
+    return table.assign(tokens=tokens, replicate=replicate)
 
 
 @settings(max_examples=30, deadline=None)
@@ -187,31 +187,72 @@ def test_pairing_removes_what_samples_share():
 
 def test_seeds_are_averaged_before_pairing():
     tokens = np.array([200, 400])
-    first, second = by_sample([5.0, 6.0], tokens), by_sample([5.2, 6.4], tokens)
+    first, second = by_sample([5.0, 6.0], tokens), by_sample([5.2, 6.4], tokens, replicate=1)
     averaged = paired_difference(pd.concat([first, second]), first)
+    assert averaged.replicates == 1
     assert averaged.log_ppl == pytest.approx((0.1 * 200 + 0.2 * 400) / 600)
     assert averaged.samples == 2
 
 
-def test_interval_over_runs_and_samples_covers_the_truth(monkeypatch):
+@pytest.mark.parametrize("between", [0.0, 0.01, 0.05])
+def test_interval_over_replicates_and_samples_covers_the_truth(between, monkeypatch):
     monkeypatch.setattr(scaling, "DRAWS", 499)
     rng = np.random.default_rng(21)
-    for between_runs in (0.0, 0.01, 0.05):  # samples matter more, as much, less
-        covered, alone = 0, 0
-        for _ in range(200):
-            tokens, hard = rng.integers(300, 1500, 20), 0.3 * rng.standard_normal(20)
-            a, b = (
-                [hard + 0.01 * rng.standard_normal(20) + between_runs * rng.standard_normal() for _ in range(3)]
-                for _ in "ab"
-            )
-            own = 0.03 * rng.standard_normal(20)  # what a sample does to A alone
-            sides = [pd.concat([by_sample(5 + x + add, tokens) for x in side]) for side, add in ((a, own), (b, 0))]
-            low, high = paired_difference(*sides).interval
-            covered += low < 0 < high
-            low, high = paired_difference(*(side.groupby("sample", as_index=False).mean() for side in sides)).interval
-            alone += low < 0 < high
-        assert 0.90 < covered / 200 <= 0.99
-    assert alone / 200 < 0.75  # seeds that differ are not covered when runs are averaged first
+    covered, alone = 0, 0
+    for _ in range(200):
+        tokens, hard = rng.integers(300, 1500, 20), 0.3 * rng.standard_normal(20)
+        own = 0.03 * rng.standard_normal(20)  # what a sample does to A alone
+        sides = []
+        for add in (own, 0):
+            runs = [hard + add + 0.01 * rng.standard_normal(20) + between * rng.standard_normal() for _ in range(5)]
+            sides.append(pd.concat([by_sample(5 + run, tokens, replicate=r) for r, run in enumerate(runs)]))
+        low, high = paired_difference(*sides).interval
+        covered += low < 0 < high
+        low, high = paired_difference(*(side.assign(replicate=0) for side in sides)).interval
+        alone += low < 0 < high
+    assert 0.90 < covered / 200 <= 1.0
+    if between == 0.05:  # replicates that differ are not covered when their runs are averaged first
+        assert covered / 200 < 0.99 and alone / 200 < 0.75
+
+
+def test_text_that_both_read_does_not_widen_their_difference():
+    rng = np.random.default_rng(22)
+    tokens = rng.integers(300, 1500, 20)
+    shared = 0.2 * rng.standard_normal(5)
+    sides = [
+        pd.concat(
+            [by_sample(5 + gap + text + 0.01 * rng.standard_normal(20), tokens, r) for r, text in enumerate(shared)]
+        )
+        for gap in (0, 0.05)
+    ]
+    low, high = paired_difference(*sides).interval
+    assert -0.07 < low < high < -0.03
+
+
+def lasting(rng, sizes=SIZES, replicates=5, alpha=-0.3, sd=0.05, noise=0.005):
+    """Runs whose seed shifts and tilts the law at every size: rows train_tokens, ppl, replicate."""
+    rows = []
+    for r in range(replicates):
+        shift, tilt = sd * rng.standard_normal(), 0.3 * sd * rng.standard_normal()
+        for size in sizes:
+            x = math.log(size / 36_000)
+            loss = 6 + shift + (alpha + tilt) * x + noise * rng.standard_normal()
+            rows.append((size, math.exp(loss), r))
+    return pd.DataFrame(rows, columns=["train_tokens", "ppl", "replicate"])
+
+
+def test_interval_of_the_slope_covers_effects_that_last_across_sizes():
+    rng, covered, naive = np.random.default_rng(23), 0, 0
+    for _ in range(300):
+        runs = lasting(rng)
+        found = fit_power_law(runs["train_tokens"], runs["ppl"], runs["replicate"])
+        assert found.interval_dof == 4
+        covered += found.alpha_interval[0] < -0.3 < found.alpha_interval[1]
+        low, high = fit_power_law(runs["train_tokens"], runs["ppl"]).alpha_interval
+        naive += low < -0.3 < high
+    assert 0.92 < covered / 300 < 0.98
+    uneven = runs[(runs["replicate"] > 0) | (runs["train_tokens"] < 60_000)]
+    assert fit_power_law(uneven["train_tokens"], uneven["ppl"], uneven["replicate"]).interval_dof == len(uneven) - 2
 
 
 def test_one_sample_gives_no_interval_and_equal_runs_a_zero_one():
@@ -294,7 +335,7 @@ def test_runs_that_differ_in_more_than_size_and_seed_are_configurations_of_their
     assert laws["A, phase2_learning_rate 0.002"]["n"] == 8
 
 
-def test_robust_interval_is_hc3_or_from_ten_clusters_up_clustered():
+def test_robust_interval_is_hc3_or_from_ten_replicates_up_clustered():
     rng = np.random.default_rng(5)
     sizes = np.repeat(SIZES, 10)
     ppl = np.exp(9 - 0.3 * np.log(sizes) + 0.05 * rng.standard_normal(40))
@@ -304,7 +345,7 @@ def test_robust_interval_is_hc3_or_from_ten_clusters_up_clustered():
     nine, ten = np.arange(40) % 9, np.arange(40) % 10
     assert fit_power_law(sizes, ppl, nine).alpha_interval_robust == pytest.approx(tuple(hc3))
     clustered = fit.get_robustcov_results("cluster", groups=ten, use_t=True).conf_int()[1]
-    found = fit_power_law(sizes, ppl, [f"seed {k}" for k in ten])
+    found = fit_power_law(sizes, ppl, ten)
     assert found.alpha_interval_robust == pytest.approx(tuple(clustered))
     assert fit_power_law([1000, 2000], [300, 250]).alpha_interval_robust is None
     # a run that alone determines where the line goes has no residual, and HC3 nothing to work with

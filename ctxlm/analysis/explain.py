@@ -1,7 +1,7 @@
 """Why: models of over-fitting, of depth and width, of what contexts are worth and how far back they reach.
 
-All effects are on losses in nats (log PPL), so that 0.01 is about 1 % of PPL. Intervals are 95 %: Student's over paired
-runs, or of least squares with HC3 errors (MacKinnon & White, 1985).
+All effects are on losses in nats (log PPL), so that 0.01 is about 1 % of PPL. Intervals are 95 % and Student's over
+replicates (`replicates`); where there is a single replicate, least squares have HC3 errors (MacKinnon & White, 1985).
 """
 
 import math
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
-from scipy import stats
 
-from ctxlm.analysis.scaling import CONFIDENCE, robust_interval
+from ctxlm.analysis.replicates import student
+from ctxlm.analysis.scaling import robust_interval
 
 PAIR = ["train_tokens", "seed", "data_seed"]
 """What two runs share that are compared in a pair."""
@@ -21,13 +21,14 @@ PAIR = ["train_tokens", "seed", "data_seed"]
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimate with its interval (None where no error can be estimated), n and residual degrees of freedom."""
+    """An estimate with its interval (None where no error can be estimated) from `n` runs in `replicates`."""
 
     name: str
     estimate: float
     interval: tuple[float, float] | None
     n: int
-    residual_dof: int
+    replicates: int
+    dof: int
 
 
 def paired_effect(runs: pd.DataFrame, label: str, against: str, column: str = "val_loss") -> Effect:
@@ -36,31 +37,38 @@ def paired_effect(runs: pd.DataFrame, label: str, against: str, column: str = "v
     Raises:
         ValueError: there is no such pair.
     """
-    a, b = (runs[runs["experiment"] == name].set_index(PAIR)[column] for name in (label, against))
+    a, b = (runs[runs["experiment"] == name].set_index([*PAIR, "replicate"])[column] for name in (label, against))
     differences = (a - b).dropna()
     if differences.empty:
         raise ValueError(f"{label} and {against} have no runs of equal size, seed and training window")
-    n, mean = len(differences), float(differences.mean())
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / math.sqrt(n) if n > 1 else None
-    return Effect(label, mean, None if half is None else (mean - half, mean + half), n, n - 1)
+    values = differences.groupby("replicate").mean().to_numpy()
+    return Effect(label, float(values.mean()), student(values), len(differences), len(values), len(values) - 1)
+
+
+def stopped(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that went on to their early stop: the others were still getting better, and show no over-fitting yet."""
+    return runs[runs["epochs_run"] - runs["best_epoch"] >= runs["phase2_patience"]]
 
 
 def overfitting_effects(runs: pd.DataFrame) -> list[Effect]:
     """What log(last PPL / best PPL) depends on: a doubling of the tokens, the configuration, a halved learning rate.
 
     Least squares on log2 tokens, configurations (against the first one) and, where it varies, −log2 of Phase 2's
-    learning rate. Only runs that went on to their early stop count: the others were still getting better.
+    learning rate, of the runs that `stopped`.
 
     Raises:
-        ValueError: fewer than two sizes, or no residual degree of freedom.
+        ValueError: the runs cannot tell the effects apart.
     """
-    done = runs[runs["epochs_run"] - runs["best_epoch"] >= runs["phase2_patience"]]
+    done = stopped(runs)
     columns = {"a doubling of the training tokens": np.log2(done["train_tokens"])}
     first, *others = sorted(done["configuration"].unique()) or [""]
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     if done["phase2_learning_rate"].nunique() > 1:
-        columns["a halved learning rate"] = -np.log2(done["phase2_learning_rate"])
-    return _effects(columns, np.log1p(done["overfit_rate"]))
+        columns[HALVED] = -np.log2(done["phase2_learning_rate"])
+    return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
+
+
+HALVED = "a halved learning rate"
 
 
 def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effect]:
@@ -87,27 +95,40 @@ def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effe
     kept = len(columns)
     sizes = sorted(runs["train_tokens"].unique())
     columns |= {f"size {size}": (runs["train_tokens"] == size).astype(float) for size in sizes[1:]}
-    return _effects(columns, runs[column])[:kept]
+    return _effects(columns, runs[column], runs["replicate"])[:kept]
 
 
-def _effects(columns: dict[str, pd.Series], y: pd.Series) -> list[Effect]:
-    """Least-squares coefficients of `y` on `columns` and a constant, which is left out."""
+def _effects(columns: dict[str, pd.Series], y: pd.Series, replicate: pd.Series) -> list[Effect]:
+    """Least-squares coefficients of `y` on `columns` and a constant, which is left out.
+
+    Where every replicate can tell the columns apart by itself, its coefficients are one value each, and the interval is
+    over replicates. Otherwise runs are taken as independent.
+    """
     x = np.column_stack([np.ones(len(y)), *columns.values()]).astype(float)
-    if np.linalg.matrix_rank(x) < x.shape[1]:
+    values, members = y.to_numpy(float), replicate.to_numpy()
+    if not len(y) or np.linalg.matrix_rank(x) < x.shape[1]:
         raise ValueError(f"{len(y)} runs cannot tell {', '.join(columns)} apart: run more of them")
-    fit = sm.OLS(y.to_numpy(float), x).fit()
+    parts = [members == index for index in np.unique(members)]
+    names = {name: k for k, name in enumerate(columns, start=1)}
+    if len(parts) > 1 and all(np.linalg.matrix_rank(x[part]) == x.shape[1] for part in parts):
+        own = np.array([np.linalg.lstsq(x[part], values[part])[0] for part in parts])
+        m = len(parts)
+        return [
+            Effect(name, float(own[:, k].mean()), student(own[:, k]), len(y), m, m - 1) for name, k in names.items()
+        ]
+    fit = sm.OLS(values, x).fit()
     dof = int(fit.df_resid)
     return [
-        Effect(name, float(fit.params[k]), robust_interval(fit, k) if dof > 0 else None, len(y), dof)
-        for k, name in enumerate(columns, start=1)
+        Effect(name, float(fit.params[k]), robust_interval(fit, k) if dof > 0 else None, len(y), 1, dof)
+        for name, k in names.items()
     ]
 
 
 def generalisation(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The gap of every run: validation loss minus training loss after the same epoch, the best one and the last.
 
-    Columns run, experiment, train_tokens, seed, best_gap, last_gap, params_per_token. Runs that did not measure the
-    training loss after an epoch are left out.
+    Columns run, experiment, configuration, train_tokens, best_gap, last_gap, params_per_token. Runs that did not
+    measure the training loss after an epoch are left out.
     """
     losses = history[(history["phase"] == "phase2") & history["metric"].isin(["train_loss_after", "val_loss"])]
     table = losses.pivot_table(index=["run", "step"], columns="metric", values="value")
@@ -120,14 +141,14 @@ def generalisation(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         for name, step in (("best_gap", "best_epoch"), ("last_gap", "epochs_run"))
     }
     per_token = known["token_block_params_trained"] / known["train_tokens"]
-    return known[["run", "experiment", "train_tokens", "seed"]].assign(**at, params_per_token=per_token)
+    return known[["run", "experiment", "configuration", "train_tokens"]].assign(**at, params_per_token=per_token)
 
 
 def recency(history: pd.DataFrame, by: Sequence[str] = ("experiment",)) -> pd.DataFrame:
     """What is lost when contexts have read the last k tokens only, by configuration or also by `train_tokens`.
 
-    Columns `by`, k, extra_loss (nats: the mean over runs of the loss at k minus that with the whole stream read),
-    low, high (Student's interval), n.
+    Columns `by`, k, extra_loss (nats: the loss at k minus that with the whole stream read, mean over replicates), low,
+    high (Student's interval), n (replicates).
     """
     rows = history[(history["phase"] == "recent_tokens") & (history["metric"] == "val_loss")]
     if rows.empty:
@@ -135,16 +156,18 @@ def recency(history: pd.DataFrame, by: Sequence[str] = ("experiment",)) -> pd.Da
     losses = rows.set_index(["run", "step"])["value"]
     rows = rows[rows["step"] > 0].rename(columns={"step": "k"})
     rows = rows.assign(extra=rows["value"].to_numpy() - losses[[(run, 0) for run in rows["run"]]].to_numpy())
-    found = rows.groupby([*by, "k"])["extra"].agg(extra_loss="mean", sd="std", n="count").reset_index()
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, (found["n"] - 1).clip(lower=1)) * found["sd"] / np.sqrt(found["n"])
-    return found.assign(low=found["extra_loss"] - half, high=found["extra_loss"] + half).drop(columns="sd")
+    extra = rows.groupby([*by, "k", "replicate"])["extra"].mean().groupby([*by, "k"])
+    found = extra.agg(extra_loss="mean", n="count").reset_index()
+    ends = [student(values.to_numpy()) or (math.nan, math.nan) for _, values in extra]
+    return found.assign(low=[low for low, _ in ends], high=[high for _, high in ends])
 
 
 def between_epochs(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Where the best point lies when validation looks between epochs.
 
-    Columns run, best_update, epochs (updates by an epoch's), gain (nats by which it beats the best epoch's end), and
-    the run's configuration. Runs without `val_every_steps` are left out.
+    Columns run, best_update, epochs (updates by an epoch's), gain (nats by which it beats the best epoch's end:
+    never negative, and partly luck, for it is the least of several looks at one text), and the run's configuration.
+    Runs without `val_every_steps` are left out.
     """
     rows = []
     for run, part in history.groupby("run"):
@@ -157,4 +180,4 @@ def between_epochs(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
             update = int(ends.loc[ends["val_loss"].idxmin(), "updates"])
         rows.append((run, update, update / ends["updates"].iloc[0], float(ends["val_loss"].min() - best)))
     found = pd.DataFrame(rows, columns=["run", "best_update", "epochs", "gain"])
-    return found.merge(runs[["run", "experiment", "train_tokens", "phase2_learning_rate"]], on="run")
+    return found.merge(runs[["run", "configuration", "train_tokens", "phase2_learning_rate"]], on="run")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+VARIED = {"seed": "seeds", "data_seed": "training texts"}
 LEAD = "**Deep and narrow, or shallow and wide?** "
 
 
@@ -123,18 +124,14 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         lead = ""
     if summary["paired_differences"]:
         samples = _span(d["samples"] for d in summary["paired_differences"])
-        several = [d["runs"] > 1 for d in summary["paired_differences"]]
+        counts = [d["replicates"] for d in summary["paired_differences"]]
+        varied = [what for name, what in VARIED.items() if runs[name].nunique() > 1]
         each = f"{_span(runs.groupby(['experiment', 'train_tokens']).size())} for each configuration and size"
-        limits = f"They do not cover the seed ({each})."
-        if all(several):
-            text = (
-                "and other windows of training text"
-                if runs["data_seed"].nunique() > 1
-                else "but no other training text"
-            )
-            limits = f"They cover other seeds, {text} (runs: {each})."
-        elif any(several):
-            limits = f"They cover other seeds only where both have several runs ({each})."
+        limits = f"They do not cover the seed (runs: {each})."
+        if min(counts) > 1:
+            limits = f"They cover other {' and '.join(varied)} too (runs: {each}, in {_span(counts)} replicates)."
+        elif max(counts) > 1:
+            limits = f"They cover other {' and '.join(varied)} only where both have several replicates (runs: {each})."
         yield (
             f"These intervals cover the choice of the {samples} validation samples, on which both configurations were "
             f"judged token by token. {limits}{_unfinished(runs)}"
@@ -208,12 +205,9 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any]) -> str:
         f"**Crossover.** The laws of {a} and {b} meet at about {tokens_text(pair['tokens'])} tokens, {where}: "
         f"by them, {below} is better below, {above} above."
     )
-    intervals = [laws[label]["alpha_interval"] for label in (a, b)]
-    if None in intervals:
+    if None in [laws[label]["alpha_interval"] for label in (a, b)]:
         return text + " A law without residual degrees of freedom gives the crossover no error: take it as a lead."
-    if max(i[0] for i in intervals) <= min(i[1] for i in intervals):
-        return text + " The intervals of the two exponents overlap: take the crossover as a lead, not as a finding."
-    return text
+    return text + " How well it is known is said under “How sure are the laws?”."
 
 
 def _overfitting(runs: pd.DataFrame) -> str:

@@ -18,10 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
-from scipy import stats
 
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.scaling import CONFIDENCE, PowerLaw, ppl_interval
+from ctxlm.analysis.replicates import student
+from ctxlm.analysis.scaling import PowerLaw, ppl_interval
+from ctxlm.analysis.variance import components
 from ctxlm.memory import FORGOTTEN
 
 sns.set_theme(
@@ -206,20 +207,19 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
 def plot_overfitting(runs: pd.DataFrame) -> Figure:
     """By how much the last epoch's validation PPL exceeds the best one's, against training tokens.
 
-    Several runs of a size are averaged, with Student's 95 % interval.
+    Replicates are averaged, with Student's 95 % interval.
     """
     if runs.empty:
         return _says("No finished run.")
     figure, ((axes,),) = _figure(height=3.4)
-    rates = runs.groupby(["experiment", "train_tokens"])["overfit_rate"].agg(["mean", "std", "count"])
-    rates["half"] = (
-        stats.t.ppf((1 + CONFIDENCE) / 2, (rates["count"] - 1).clip(lower=1)) * rates["std"] / np.sqrt(rates["count"])
-    )
     for position, (label, look) in enumerate(_styles(runs["experiment"]).items()):
-        own, dodge = rates.loc[label], _dodge(position, runs["experiment"].nunique())
-        n = " to ".join(map(str, sorted({own["count"].min(), own["count"].max()})))
-        bars = own["half"].fillna(0) if own["count"].max() > 1 else None
-        axes.errorbar(own.index * dodge, own["mean"], bars, capsize=3, label=f"{label} (n = {n} a size)", **look)
+        here, dodge = runs[runs["experiment"] == label], _dodge(position, runs["experiment"].nunique())
+        own = here.groupby(["train_tokens", "replicate"])["overfit_rate"].mean().groupby("train_tokens")
+        mean = own.mean()
+        ends = np.transpose([student(rates.to_numpy()) or (rates.mean(),) * 2 for _, rates in own])
+        n = " to ".join(map(str, sorted({own.size().min(), own.size().max()})))
+        bars = abs(ends - mean.to_numpy()) if own.size().max() > 1 else None
+        axes.errorbar(mean.index * dodge, mean, bars, capsize=3, label=f"{label} (replicates: {n})", **look)
     axes.set_ylim(min(axes.get_ylim()[0], 0), max(axes.get_ylim()[1], 0.01))
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -228,25 +228,25 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_components(components: pd.DataFrame) -> Figure:
-    """Standard deviation of PPL by source of chance, beside the configurations' own spread (`variance.components`)."""
+def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
+    """Standard deviation of PPL by source of chance (`variance.components`), with an interval where there is one."""
     names = {
         "seed": "initialisation and noise",
         "data_seed": "training text",
-        "residual": "both together, and the rest",
+        "run": "both: a run against its kind",
         "validation": "validation samples (alike for all runs)",
-        "configuration": "configurations, from their mean",
     }
-    rows = components.set_index("source").reindex(list(names))
-    figure, ((axes,),) = _figure(height=2.6)
-    colours = [COLOURS[0]] * 3 + [COLOURS[1], COLOURS[2]]
-    bars = axes.barh(list(names.values()), np.expm1(rows["sd"]), color=colours, edgecolor="white")
-    notes = [f"{math.expm1(sd):.1%} ({dof:.0f} d.o.f.)" for sd, dof in zip(rows["sd"], rows["dof"], strict=True)]
-    axes.bar_label(bars, notes, padding=4, fontsize=8.5)
+    try:
+        rows = np.expm1(components(runs, val_by_sample).set_index("source").reindex(list(names))[["sd", "low", "high"]])
+    except ValueError as error:
+        return _says(f"Chance cannot be taken apart: {error}.")
+    figure, ((axes,),) = _figure(height=2.4)
+    ends = [(rows["sd"] - rows["low"]).fillna(0), (rows["high"] - rows["sd"]).fillna(0)]
+    colours = [COLOURS[0]] * 3 + [COLOURS[1]]
+    axes.barh(list(names.values()), rows["sd"], xerr=ends, color=colours, edgecolor="white", capsize=3)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.3)
-    axes.set_xlabel("standard deviation of PPL")
+    axes.set_xlabel("standard deviation of PPL (the line is a 95 % interval)")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     return figure
 

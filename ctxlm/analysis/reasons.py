@@ -5,7 +5,7 @@ interval and the test that was used.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,100 +14,19 @@ import pandas as pd
 
 from ctxlm.analysis import explain, variance
 from ctxlm.analysis.findings import percent, signed, tokens_text, winner
+from ctxlm.analysis.replicates import student
 from ctxlm.memory import FORGOTTEN
 
 SAMPLES = 50
 """Validation samples of the study."""
 WORTH = 0.01
-"""Nats: a loss that is closer than this (1 % of PPL) to another is called as good."""
-
-
-def slopes(found: dict[str, Any]) -> str:
-    """Do two laws differ in slope, and where do they meet? From one entry of `crossing.errors`' `pooled`."""
-    a, b = found["a"], found["b"]
-    lead = f"**Slopes of {a} and {b}.**"
-    if found["residual_dof"] is None:
-        return f"{lead} Not compared: {found['reason']}."
-    difference, n, dof = signed(found["slope_difference"]), found["n"], found["residual_dof"]
-    if found["slope_interval"] is None:
-        return (
-            f"{lead} α of {b} minus α of {a} is {difference} (n = {n}, {dof} d.o.f., no interval): no test can be made."
-        )
-    low, high = found["slope_interval"]
-    steeper = b if found["slope_difference"] < 0 else a
-    verdict = "the slopes cannot be told apart" if low <= 0 <= high else f"{steeper} gains more from more text"
-    robust = found["slope_interval_robust"]
-    drawn = "runs and validation samples" if found["bootstrap_runs"] else "validation samples alone, one run a size,"
-    return (
-        f"{lead} Pooled least squares with interaction: α of {b} minus α of {a} is {difference} (n = {n}, {dof} "
-        f"d.o.f.; 95 % interval {_range((low, high))}{f'; with HC3 errors {_range(robust)}' if robust else ''}; "
-        f"bootstrap over {drawn} {_range(found['bootstrap_slope'])}; t test, p {_p(found['p_value'])}): {verdict}. "
-        f"{_meeting(found)}"
-    )
-
-
-def _meeting(found: dict[str, Any]) -> str:
-    if found["crossover_tokens"] is None:
-        return f"No crossover: {found['reason']}."
-    ends = found["fieller_interval"]
-    intervals = {
-        "bounded": lambda: f"Fieller {_tokens(ends)}",
-        "outside": lambda: f"Fieller: anywhere but between {_tokens(ends, ' and ')}",
-        "unbounded": lambda: "Fieller: anywhere, the data do not bound it",
-    }[found["fieller"]]()
-    if found["delta_interval"]:
-        intervals += f"; delta method {_tokens(found['delta_interval'])}"
-    if found["bootstrap_crossover"]:
-        intervals += f"; bootstrap {_tokens(found['bootstrap_crossover'])}"
-    return (
-        f"They meet at {tokens_text(found['crossover_tokens'])} tokens (95 %: {intervals}; "
-        f"{100 * found['bootstrap_without']:.1f} % of its draws have no crossover)."
-    )
-
-
-def forms(found: dict[str, dict[str, Any]]) -> str:
-    """Is a power law enough, and does it foretell larger sizes? From `crossing.errors`' `forms`."""
-    said = [_form(label, form) for label, form in found.items()]
-    return f"**Form.** The power law against loss = E + B · tokens^−β. {'. '.join(said)}." if said else ""
-
-
-def _form(label: str, form: dict[str, Any]) -> str:
-    bent = form["saturating"]
-    if bent is None:
-        return f"{label}: only the power law ({form['reason']})"
-    errors = "; ".join(f"{row['form']} {percent(row['error'])} at {row['tokens']:,}" for row in form["extrapolated"])
-    held = f"; fitted without the largest sizes, PPL foretold there is off by: {errors} tokens" if errors else ""
-    if bent["aicc"] is None or bent["aicc_power_law"] is None:
-        return f"{label}: too few runs to compare by AICc{held}"
-    gain = bent["aicc_power_law"] - bent["aicc"]
-    shape = f"floor {bent['floor']:.2f} nats, β = {bent['beta']:.2f}" if bent["bends"] else "it finds no floor"
-    return (
-        f"{label}: AICc prefers {'the saturating form' if gain > 0 else 'the power law'} by {abs(gain):.1f} "
-        f"({shape}; n = {bent['n']}, {bent['residual_dof']} d.o.f.){held}"
-    )
-
-
-def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
-    """What the spread between runs of one configuration and size comes from."""
-    try:
-        found = variance.components(runs, val_by_sample).set_index("source")
-    except ValueError as error:
-        return f"**Chance.** Not taken apart: {error}."
-    sd, dof = found["sd"], found["dof"]
-
-    def tested(source: str) -> str:
-        return f"{_size(sd[source])} ({dof[source]} d.o.f., F test, p {_p(found.loc[source, 'p_value'])})"
-
-    single = math.sqrt(sum(sd[source] ** 2 for source in ("seed", "data_seed", "residual")))
-    return (
-        f"**Chance.** Standard deviations of PPL by two-way analysis of variance within configuration and size "
-        f"(n = {len(runs)}): initialisation {tested('seed')}, training text {tested('data_seed')}, both together and "
-        f"the rest {_size(sd['residual'])} ({dof['residual']} d.o.f.). "
-        f"{'Initialisation' if sd['seed'] > sd['data_seed'] else 'Training text'} matters more. Together they move a "
-        f"run by {_size(single)}; the configurations of a size lie {_size(sd['configuration'])} from their mean, "
-        f"{'more' if sd['configuration'] > single else 'less'} than that. The choice of validation samples moves all "
-        f"runs alike, by {_size(sd['validation'])}."
-    )
+"""Nats: a loss that is surely closer than this (1 % of PPL) to another is called as good."""
+ABLATIONS = {
+    "without-phase1": ("Phase 1 left out", "Phase 1"),
+    "zero": ("Contexts of zeros", "the context"),
+    "random": ("Contexts of shuffled tokens", "what was read before"),
+}
+"""Suffix of the label → what was done, and what is missing then."""
 
 
 def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Any]) -> str:
@@ -118,50 +37,21 @@ def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: M
         pooled: of `crossing.errors`, from the runs that say most about slopes.
         grids: name → what `scaling.read_grid` gave, of the grids that explain.
     """
-    lines = [_verdicts(summary["paired_differences"])]
-    runs, _, val_by_sample = grids["variance"]
-    lines += [caution(runs, val_by_sample)]
+    many, _, many_val = grids["variance"]
+    lines = [_verdicts(summary["paired_differences"]), caution(many, many_val)]
     lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
-    tried, _, _ = grids["overfitting"]
-    try:
-        effects = {effect.name: effect for effect in explain.overfitting_effects(tried)}
-        rates = tried.groupby("configuration")["overfit_rate"].mean()
-        climbs = " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
-        lines.append(
-            f"Phase 2 over-fits: by its last epoch PPL is {climbs} above its best; "
-            + " and ".join(
-                f"{name} changes that ratio by {_effect(effects[name])}" for name in HALVINGS if name in effects
-            )
-        )
-    except (KeyError, ValueError):
-        pass
-    if "horizon" in runs:
-        spans = runs.groupby("experiment")["horizon"].mean()
-        reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
-        parts = [f"Contexts reach back {reach}, until {FORGOTTEN:.0%} of a disturbance is left"]
-        for suffix, what in (("without-phase1", "without Phase 1"), ("zero", "without contexts")):
-            found = _ablated(grids["ablations"][0], suffix)
-            if found:
-                parts.append(
-                    f"{what} PPL is " + " and ".join(f"{percent(math.expm1(e.estimate))} ({e.name})" for e in found)
-                )
-        lines.append("; ".join(parts))
+    lines += [_overfitting_in_short(grids["overfitting"][0]), _contexts_in_short(many, grids["ablations"][0])]
     return "\n".join(f"- {line.rstrip('.')}." for line in lines if line)
 
 
-HALVINGS = ("a halved learning rate", "a doubling of the training tokens")
-
-
 def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
-    """Who wins how often, for a single pair."""
     if len({(d["a"], d["b"]) for d in differences}) != 1:
         return ""
     a, b = differences[0]["a"], differences[0]["b"]
-    won = [winner(d) for d in differences]
-    low, high = min(d["log_ppl"] for d in differences), max(d["log_ppl"] for d in differences)
+    won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
     return (
         f"{a} is better than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}; PPL of {a} "
-        f"against {b}: {percent(math.expm1(low))} to {percent(math.expm1(high))}"
+        f"against {b}, from the smallest size to the largest: {', '.join(gaps)}"
     )
 
 
@@ -170,34 +60,153 @@ def _slopes_in_short(found: dict[str, Any]) -> str:
     if interval is None:
         return ""
     a, b = found["a"], found["b"]
+    tested = f"p {_p(found['p_value'])}, {found['n']} runs in {_count(found['replicates'], 'replicate')}"
     if interval[0] <= 0 <= interval[1]:
-        return (
-            f"The laws of {a} and {b} do not differ in slope as far as {found['n']} runs can tell "
-            f"(p {_p(found['p_value'])}): no crossover can be claimed"
-        )
-    steeper = b if found["slope_difference"] < 0 else a
-    where = (
-        ""
-        if found["crossover_tokens"] is None
-        else f"; the laws meet at {tokens_text(found['crossover_tokens'])} tokens"
+        return f"The laws of {a} and {b} cannot be told apart in slope ({tested}): no crossover can be claimed"
+    steeper, other = (b, a) if found["slope_difference"] < 0 else (a, b)
+    where = ""
+    if found["crossover_tokens"] is not None:
+        where = f"; the laws meet at {tokens_text(found['crossover_tokens'])} tokens"
+    return f"{steeper} gains more from more text than {other} ({tested}){where}"
+
+
+def _overfitting_in_short(runs: pd.DataFrame) -> str:
+    if runs.empty or explain.stopped(runs).empty:
+        return ""
+    rates = explain.stopped(runs).groupby("configuration")["overfit_rate"].mean()
+    line = "Phase 2 over-fits: when it stops, PPL is above its best by " + " and ".join(
+        f"{percent(rate)} ({label})" for label, rate in rates.items()
     )
-    return f"{steeper} gains more from more text than the other (p {_p(found['p_value'])}, {found['n']} runs){where}"
+    try:
+        effects = {effect.name: effect for effect in explain.overfitting_effects(runs)}
+    except ValueError:
+        return line
+    return "; ".join(
+        [line, *(f"{n} changes that ratio by {_effect(e)}" for n, e in effects.items() if n.startswith("a "))]
+    )
+
+
+def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
+    parts = []
+    if "horizon" in runs and runs["horizon"].notna().all():
+        spans = runs.groupby("experiment")["horizon"].mean()
+        reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
+        parts.append(f"contexts reach back {reach}, until {FORGOTTEN:.0%} of a disturbance is left")
+    for suffix, (what, _) in ABLATIONS.items():
+        found = _ablated(ablated, suffix)
+        if found:
+            parts.append(
+                f"{what.lower()}: " + " and ".join(f"{_effect(effect)} PPL ({effect.name})" for effect in found)
+            )
+    line = "; ".join(parts)
+    return line[:1].upper() + line[1:]
 
 
 def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     """What a reader of single runs must know of chance: nothing where it has not been measured."""
+    if runs.empty:
+        return ""
     try:
         sd = variance.components(runs, val_by_sample).set_index("source")["sd"]
-    except (KeyError, ValueError):
+    except ValueError:
         return ""
     return (
-        f"How much is chance: at the quick scale, another seed moves a run's PPL by {_size(sd['seed'])} and other "
-        f"training text by {_size(sd['data_seed'])} (standard deviations, {len(runs)} runs; see “Chance” below)."
+        f"Much is chance: with other seeds and training texts, PPL scatters about its mean by {_size(sd['run'])} "
+        f"(standard deviation, {len(runs)} runs at the quick scale), the difference of two single runs by "
+        f"{_size(math.sqrt(2) * sd['run'])}"
+    )
+
+
+def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+    """What the spread between runs of one configuration and size comes from."""
+    try:
+        found = variance.components(runs, val_by_sample).set_index("source")
+    except ValueError as error:
+        return f"**Chance.** Not taken apart: {error}."
+    sd, dof = found["sd"], found["dof"]
+    low, high = found.loc["seed", ["low", "high"]]
+    verdict = "which of the two is larger cannot be told"
+    if not low <= sd["data_seed"] <= high:
+        verdict = "training text matters more" if sd["data_seed"] > high else "initialisation matters more"
+    return (
+        f"**Chance.** Standard deviations of PPL, nested analysis of variance within configuration and size (n = "
+        f"{len(runs)} runs): initialisation {_size(sd['seed'])} ({dof['seed']} d.o.f., 95 % interval {_size(low)} to "
+        f"{_size(high)}, chi-square), training text {_size(sd['data_seed'])} ({dof['data_seed']} d.o.f.): {verdict}. "
+        f"Together a run scatters by {_size(sd['run'])}. Another choice of validation samples would move PPL by "
+        f"{_size(sd['validation'])} ({dof['validation']} d.o.f.), most of it alike for all runs."
+    )
+
+
+def slopes(found: dict[str, Any]) -> str:
+    """Do two laws differ in slope, and where do they meet? From one entry of `crossing.errors`' `pooled`."""
+    a, b = found["a"], found["b"]
+    lead = f"**Slopes of {a} and {b}.**"
+    if found["refused"]:
+        return f"{lead} Not compared: {found['refused']}."
+    difference, n, dof = signed(found["slope_difference"]), found["n"], found["dof"]
+    if found["slope_interval"] is None:
+        return (
+            f"{lead} α of {b} minus α of {a} is {difference} (n = {n}, no error can be estimated): no test can be made."
+        )
+    low, high = found["slope_interval"]
+    steeper = b if found["slope_difference"] < 0 else a
+    verdict = "the slopes cannot be told apart" if low <= 0 <= high else f"{steeper} gains more from more text"
+    robust = found["slope_interval_robust"]
+    basis = f"{_count(found['replicates'], 'replicate')}, {dof} d.o.f."
+    drawn = "replicates and validation samples"
+    if found["replicates"] == 1:
+        basis, drawn = f"taken as independent, {dof} d.o.f.", "validation samples alone"
+    return (
+        f"{lead} Least squares with interaction: α of {b} minus α of {a} is {difference} (n = {n} runs, {basis}; 95 % "
+        f"interval {_range((low, high))}{f', with HC3 errors {_range(robust)}' if robust else ''}; bootstrap over "
+        f"{drawn} {_range(found['bootstrap_slope'])}; t test, p {_p(found['p_value'])}): {verdict}. {_meeting(found)}"
+    )
+
+
+def _meeting(found: dict[str, Any]) -> str:
+    ends = found["fieller_interval"]
+    intervals = {
+        "bounded": lambda: f"Fieller {_tokens(ends)}",
+        "outside": lambda: f"Fieller: anywhere but between {_tokens(ends, ' and ')}",
+        "unbounded": lambda: "Fieller: anywhere, the data do not bound it",
+    }[found["fieller"]]()
+    if found["delta_interval"]:
+        intervals += f"; delta method {_tokens(found['delta_interval'])}"
+    share = 100 * found["bootstrap_without"]
+    if found["bootstrap_crossover"]:
+        intervals += f"; bootstrap {_tokens(found['bootstrap_crossover'])}"
+    intervals += f"; {share:.1f} % of its draws have none and are left out"
+    if found["crossover_tokens"] is None:
+        return f"A crossover is not located: {found['reason']} (95 %: {intervals})."
+    return f"They meet at {tokens_text(found['crossover_tokens'])} tokens (95 %: {intervals})."
+
+
+def forms(found: dict[str, dict[str, Any]]) -> str:
+    """Is a power law enough, and does it foretell larger sizes? From `crossing.errors`' `forms`."""
+    said = [_form(label, form) for label, form in found.items()]
+    return f"**Form.** The power law against loss = E + B · tokens^−β. {'. '.join(said)}." if said else ""
+
+
+def _form(label: str, form: dict[str, Any]) -> str:
+    errors = "; ".join(f"{row['form']} {percent(row['error'])} at {row['tokens']:,}" for row in form["extrapolated"])
+    held = f"; fitted without the largest sizes, PPL foretold there is off by: {errors} tokens" if errors else ""
+    bent = form["saturating"]
+    if bent is None:
+        return f"{label}: only the power law ({form['reason']}){held}"
+    if bent["aicc"] is None or bent["aicc_power_law"] is None:
+        return f"{label}: too few runs to compare by AICc{held}"
+    gain = bent["aicc_power_law"] - bent["aicc"]
+    shape = f"floor {bent['floor']:.2f} nats, β = {bent['beta']:.2f}" if bent["bends"] else "it finds no floor"
+    return (
+        f"{label}: AICc prefers {'the saturating form' if gain > 0 else 'the power law'} by {abs(gain):.1f} "
+        f"({shape}; n = {bent['n']}, {bent['residual_dof']} d.o.f.){held}"
     )
 
 
 def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A", b: str = "B") -> str:
     """What differences the study's number of validation samples can resolve, and which published gaps exceed that."""
+    if val_by_sample.empty:
+        return ""
     of_a, of_b = (val_by_sample[val_by_sample["experiment"] == label] for label in (a, b))
     limits = [
         variance.resolution(*(table[table["train_tokens"] == size] for table in (of_a, of_b)), samples=SAMPLES)
@@ -207,50 +216,65 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
         return ""
     length = val_by_sample.groupby("run")["tokens"].mean().iloc[0]
     theirs = (published["train_tokens"] / published["train_samples"]).mean()
+    limit = max(limits) * math.sqrt(max(length / theirs, 1))
     ppl = published.pivot(index="train_tokens", columns="experiment", values="val_ppl")
     gaps = {size: math.log(row[a] / row[b]) for size, row in ppl.iterrows()}
     said = [
-        f"{percent(math.expm1(gap))} at {size:,} tokens {'exceeds' if abs(gap) > max(limits) else 'does not exceed'} it"
+        f"{percent(math.expm1(gap))} at {size:,} tokens {'exceeds' if abs(gap) > limit else 'does not exceed'} that"
         for size, gap in gaps.items()
     ]
     return (
-        f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens tell {a} from {b} "
-        f"where PPL differs by {_size(min(limits))} to {_size(max(limits))} or more (95 % interval, Student's with "
-        f"{SAMPLES - 1} d.o.f.; seeds not counted). The study's samples have some {theirs:,.0f} tokens, which resolves "
-        f"less. Of its gaps, {' and '.join(said)}."
+        f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
+        f"{b} where the observed difference is {_size(min(limits))} to {_size(max(limits))} or more (95 % interval, "
+        f"Student's with {SAMPLES - 1} d.o.f., seeds not counted; their lengths differ so much that they weigh as "
+        f"{variance.effective_samples(val_by_sample):.0f} equal ones). The study's samples have some {theirs:,.0f} "
+        f"tokens; if errors fall with the square root of length, it takes {_size(limit)} there. Of its gaps, "
+        f"{' and '.join(said)}."
     )
 
 
 def overfitting(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
     """What over-fitting depends on, how wide the gap is, and where within the epochs the best point lies."""
+    said = []
     try:
         effects = explain.overfitting_effects(runs)
+        left_out = runs.drop(explain.stopped(runs).index)
+        out = ""
+        if len(left_out):
+            rates = " and ".join(
+                f"{n} at a rate of {rate:g}" for rate, n in left_out["phase2_learning_rate"].value_counts().items()
+            )
+            out = f" {len(left_out)} of {len(runs)} runs had not stopped at their last epoch and are left out: {rates}."
+        said.append(
+            f"**What over-fitting depends on.** Last PPL / best PPL, by least squares on its logarithm "
+            f"{_how(effects)}: {'; '.join(map(_named, effects))}.{out}"
+        )
     except ValueError as error:
-        return [f"**What over-fitting depends on.** Not modelled: {error}."]
-    said = [
-        f"**What over-fitting depends on.** Last PPL / best PPL, by least squares on its logarithm {_how(effects)}: "
-        f"{'; '.join(map(_named, effects))}."
-    ]
+        said.append(f"**What over-fitting depends on.** Not modelled: {error}.")
     gaps = explain.generalisation(history, runs)
-    if len(gaps) > 1:
+    if len(gaps) > 2:
         parts = [
             f"{label} {g['best_gap'].mean():.2f} nats after the best epoch and {g['last_gap'].mean():.2f} after the "
             f"last ({_between(g['params_per_token'])} trained parameters a token, n = {len(g)})"
-            for label, g in gaps.groupby("experiment")
+            for label, g in gaps.groupby("configuration")
         ]
         r = np.corrcoef(np.log(gaps["params_per_token"]), gaps["last_gap"])[0, 1]
         said.append(
             "**The gap**, validation loss minus the training loss measured after the same epoch: "
-            f"{'; '.join(parts)}. Over all runs it goes with the logarithm of parameters a token at r = {signed(r, 2)}."
+            f"{'; '.join(parts)}. With the logarithm of parameters a token the last gap correlates at r = "
+            f"{signed(r, 2)} ({len(gaps)} runs; a description, no test)."
         )
     between = explain.between_epochs(history, runs)
     if len(between):
         parts = [
             f"{label} at a rate of {rate:g} after {_between(g['epochs'], 1)} epochs, {_size(g['gain'].mean())} better "
             f"than the best epoch's end (n = {len(g)})"
-            for (label, rate), g in between.groupby(["experiment", "phase2_learning_rate"])
+            for (label, rate), g in between.groupby(["configuration", "phase2_learning_rate"])
         ]
-        said.append(f"**Within epochs.** Looked for between epochs too, the best point lies: {'; '.join(parts)}.")
+        said.append(
+            f"**Within epochs.** Looked for between epochs too, the best point lies: {'; '.join(parts)}. Part of that "
+            "gain is luck: it is the least of several looks at one text."
+        )
     return said
 
 
@@ -258,16 +282,27 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
     """How far back contexts reach, before and after Phase 1, and how many tokens are enough."""
     if "horizon" not in runs:
         return []
-    horizons = runs.groupby("experiment")[["horizon_init", "horizon"]].agg(["mean", "std", "count"])
-    parts = [
-        f"{label} {row['horizon_init', 'mean']:.1f} tokens before Phase 1 and {row['horizon', 'mean']:.1f} after it "
-        f"(sd {row['horizon', 'std']:.1f}, n = {row['horizon', 'count']:.0f})"
-        for label, row in horizons.iterrows()
-    ]
-    said = [
-        f"**Memory horizon.** Of a disturbance, {FORGOTTEN:.0%} is left after: {'; '.join(parts)}. "
-        f"{horizons['horizon', 'mean'].idxmax()} remembers longest."
-    ]
+    parts, means = [], {}
+    for label, group in runs.groupby("experiment"):
+        never = int(group["horizon"].isna().sum())
+        if never:
+            parts.append(f"{label} more than can be told in {never} of {len(group)} runs")
+            continue
+        own = group.groupby("replicate")[["horizon_init", "horizon"]].mean()
+        means[label] = own["horizon"]
+        interval = student(own["horizon"].to_numpy())
+        sure = f", 95 % interval {interval[0]:.1f} to {interval[1]:.1f}" if interval else ", no interval"
+        parts.append(
+            f"{label} {own['horizon_init'].mean():.1f} tokens before Phase 1 and {own['horizon'].mean():.1f} after it "
+            f"(n = {len(group)} runs in {_count(len(own), 'replicate')}{sure})"
+        )
+    text = f"**Memory horizon.** Of a disturbance, {FORGOTTEN:.0%} is left after: {'; '.join(parts)}."
+    if len(means) == 2 == runs["experiment"].nunique():
+        a, b = means
+        gap = (means[a] - means[b]).dropna().to_numpy()
+        interval = student(gap)
+        if interval and not interval[0] <= 0 <= interval[1]:
+            text += f" {a if gap.mean() > 0 else b} remembers longer (paired by replicate)."
     parts = []
     for label, rows in explain.recency(history).groupby("experiment"):
         rows = rows.set_index("k")
@@ -275,41 +310,66 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
             f"{percent(math.expm1(row.extra_loss))} for {k} ({_percents((row.low, row.high))})"
             for k, row in rows.loc[:8].iterrows()
         )
-        enough = rows.index[rows["extra_loss"] < WORTH]
+        good = (rows["low"] > -WORTH) & (rows["high"] < WORTH)
+        good = rows.index[good[::-1].cummin()[::-1]]  # and at every larger k
         parts.append(
-            f"{label} {', '.join(costs)} (n = {rows['n'].min():.0f})"
-            + (f"; {enough[0]} tokens are as good as all, to 1 %" if len(enough) else "")
+            f"{label} {', '.join(costs)} (n = {rows['n'].min():.0f} replicates)"
+            + (f"; {good[0]} tokens are as good as all, to 1 %" if len(good) else "")
         )
-    if parts:
-        said.append(
-            "**The last k tokens.** PPL when contexts have read only those, against the whole stream, mean over runs "
-            f"with Student's interval: {'. '.join(parts)}."
-        )
-    return said
+    if not parts:
+        return [text]
+    return [
+        text,
+        "**The last k tokens.** PPL when contexts have read only those, against the whole stream, mean over replicates "
+        f"with Student's interval: {'. '.join(parts)}.",
+    ]
 
 
 def ablations(runs: pd.DataFrame) -> list[str]:
     """What Phase 1 and the contexts contribute, from runs with and without them in pairs."""
-    kinds = {
-        "without-phase1": ("Phase 1 left out", "Phase 1"),
-        "zero": ("Contexts of zeros", "the context"),
-        "random": ("Contexts of shuffled tokens", "what was read before"),
-    }
     said = []
-    for suffix, (what, thing) in kinds.items():
+    for suffix, (what, thing) in ABLATIONS.items():
         effects = _ablated(runs, suffix)
         if effects:
-            parts = [f"{effect.name} {_effect(effect)}: {_verdict(effect, thing)}" for effect in effects]
-            n = f"n = {effects[0].n}, {effects[0].residual_dof} d.o.f., Student's paired interval"
-            said.append(f"**{what}**, in pairs of equal size and seed ({n}), changes PPL of {'; '.join(parts)}.")
+            parts = [
+                f"{e.name} {_effect(e)} (n = {e.n} pairs in {_count(e.replicates, 'replicate')}): {_verdict(e, thing)}"
+                for e in effects
+            ]
+            said.append(
+                f"**{what}**, in pairs of equal size, seed and text, with Student's interval, changes PPL of "
+                f"{'; '.join(parts)}."
+            )
     return said
+
+
+def ablation_effects(runs: pd.DataFrame) -> dict[str, list[explain.Effect]]:
+    """Configuration → the effects of its ablations, named after what was done."""
+    found: dict[str, list[explain.Effect]] = {}
+    for suffix, (what, _) in ABLATIONS.items():
+        for effect in _ablated(runs, suffix):
+            found.setdefault(effect.name, []).append(replace(effect, name=f"{effect.name}: {what.lower()}"))
+    return found
+
+
+def effects(
+    model: Callable[[pd.DataFrame], list[explain.Effect]], runs: pd.DataFrame
+) -> dict[str, list[explain.Effect]]:
+    """What a model finds in the runs, as one group for `plots.plot_effects`; none where it cannot be fitted."""
+    try:
+        return {"": model(runs)}
+    except ValueError:
+        return {}
 
 
 def _ablated(runs: pd.DataFrame, suffix: str) -> list[explain.Effect]:
     """The effect of one ablation, labelled `<configuration>-<suffix>`, on every configuration that has it."""
-    labels = set(runs["experiment"]) if len(runs) else set()
-    bases = sorted(label for label in labels if f"{label}-{suffix}" in labels)
-    return [replace(explain.paired_effect(runs, f"{base}-{suffix}", base), name=base) for base in bases]
+    labels, found = set(runs["experiment"]) if len(runs) else set(), []
+    for base in sorted(label for label in labels if f"{label}-{suffix}" in labels):
+        try:
+            found.append(replace(explain.paired_effect(runs, f"{base}-{suffix}", base), name=base))
+        except ValueError:  # runs of both, but no two that belong together yet
+            continue
+    return found
 
 
 def _verdict(effect: explain.Effect, thing: str) -> str:
@@ -334,7 +394,10 @@ def depth_and_width(runs: pd.DataFrame) -> list[str]:
 
 
 def _how(effects: Sequence[explain.Effect]) -> str:
-    return f"(HC3 errors, n = {effects[0].n}, {effects[0].residual_dof} d.o.f.)"
+    first = effects[0]
+    if first.replicates > 1:
+        return f"(n = {first.n} runs, Student's over {first.replicates} replicates, {first.dof} d.o.f.)"
+    return f"(n = {first.n} runs taken as independent, HC3 errors, {first.dof} d.o.f.)"
 
 
 def _named(effect: explain.Effect) -> str:
@@ -360,12 +423,21 @@ def _range(interval: Sequence[float]) -> str:
     return " to ".join(signed(x) for x in interval)
 
 
-def _tokens(interval: Sequence[float], between: str = " to ") -> str:
-    return between.join(tokens_text(x) for x in interval)
+def _tokens(interval: Sequence[float | None], between: str = " to ") -> str:
+    low, high = interval
+    return (
+        ("below 1" if low is None else tokens_text(low))
+        + between
+        + ("beyond 10^15" if high is None else tokens_text(high))
+    )
 
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _between(values: pd.Series, digits: int = 0) -> str:

@@ -13,11 +13,11 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import optimize, stats
 
+from ctxlm.analysis.replicates import CONFIDENCE, balanced, each, replicate_of, student
 from ctxlm.config import Experiment
 from ctxlm.files import atomic
 from ctxlm.results import load_history, load_runs, load_val_by_sample
 
-CONFIDENCE = 0.95
 DRAWS = 9999
 FEWEST_CLUSTERS = 10
 """Cluster-robust errors of fewer clusters are too small."""
@@ -35,8 +35,10 @@ class PowerLaw:
     residual_dof: int
     alpha: float
     alpha_interval: tuple[float, float] | None
+    interval_dof: int
+    """Of `alpha_interval`: replicates − 1, or where there is a single one, as `residual_dof`."""
     alpha_interval_robust: tuple[float, float] | None
-    """With errors robust to unequal spread: HC3, or by `clusters` where there are ten of them or more."""
+    """With errors robust to unequal spread: HC3, or by replicates where there are ten of them or more."""
     log_a: float
     r2: float | None
     tokens_min: int
@@ -64,22 +66,21 @@ class PairedDifference:
     interval: tuple[float, float] | None
     samples: int
     tokens: int
-    runs: int
-    """Runs of A and of B, the fewer of the two; from two up, the interval covers them too."""
+    replicates: int
+    """Replicates that both have; from two up, the interval covers other seeds and texts too."""
 
 
-def fit_power_law(
-    tokens: Sequence[float], ppl: Sequence[float], clusters: Sequence[Hashable] | None = None
-) -> PowerLaw:
+def fit_power_law(tokens: Sequence[float], ppl: Sequence[float], replicates: Sequence[int] | None = None) -> PowerLaw:
     """Least squares of log PPL on log tokens (the form of Kaplan et al., 2020), one point a run.
 
-    The interval is Student's, with n − 2 degrees of freedom; with none left there is no interval and no R²,
-    for a line through two points fits them whatever their errors. Beside it stands one with HC3 errors (MacKinnon &
-    White, 1985), or, from ten clusters up, with cluster-robust ones (fewer would make them too small).
+    With replicates that have the same sizes, the interval is Student's over their slopes. Otherwise it takes the runs
+    as independent, with n − 2 degrees of freedom; with none left there is no interval and no R², for a line through two
+    points fits them whatever their errors. Beside it stands one with HC3 errors (MacKinnon & White, 1985), or, from
+    ten replicates up, with errors clustered by them (fewer clusters would make them too small).
 
     Args:
         tokens, ppl: of every run.
-        clusters: runs of equal value may share an error, as those of one seed do.
+        replicates: of every run, as `replicate_of` gives them.
 
     Raises:
         ValueError: a value is not a positive finite number, or there are fewer than two distinct sizes.
@@ -98,10 +99,15 @@ def fit_power_law(
     log_a, alpha = (float(value) for value in fit.params)
     dof = int(fit.df_resid)
     low, high = fit.conf_int(1 - CONFIDENCE)[1] if dof > 0 else (None, None)
-    robust = robust_interval(fit, 1, clusters) if dof > 0 else None
+    robust = robust_interval(fit, 1, replicates) if dof > 0 else None
     r2 = float(fit.rsquared) if dof > 0 and np.ptp(values) > 0 else None  # undefined where all PPL are equal
-    interval = None if dof == 0 else (float(low), float(high))
-    return PowerLaw(len(sizes), dof, alpha, interval, robust, log_a, r2, int(sizes.min()), int(sizes.max()))
+    interval, interval_dof = None if dof == 0 else (float(low), float(high)), dof
+    runs = pd.DataFrame({"x": np.log(sizes), "y": np.log(values), "replicate": 0 if replicates is None else replicates})
+    if balanced(runs, "x"):
+        slopes = each(runs, lambda part: np.polyfit(part["x"], part["y"], 1)[0])
+        interval, interval_dof = student(slopes), len(slopes) - 1
+    ends = int(sizes.min()), int(sizes.max())
+    return PowerLaw(len(sizes), dof, alpha, interval, interval_dof, robust, log_a, r2, *ends)
 
 
 def robust_interval(
@@ -192,12 +198,12 @@ def _aicc(squares: float, n: int, coefficients: int) -> float | None:
 def extrapolate(tokens: Sequence[float], ppl: Sequence[float]) -> list[dict[str, Any]]:
     """What each form, fitted without the largest sizes, foretells of them.
 
-    One size is held out, two where there are at least five. Rows: form, tokens, predicted, measured (geometric mean of
+    One size is held out, two where there are at least six. Rows: form, tokens, predicted, measured (geometric mean of
     the size's PPL), error (predicted / measured − 1). A form that cannot be fitted to the rest has no rows.
     """
     table = pd.DataFrame({"tokens": tokens, "ppl": ppl})
     sizes = sorted(table["tokens"].unique())
-    held = sizes[-2:] if len(sizes) >= 5 else sizes[-1:]
+    held = sizes[-2:] if len(sizes) >= 6 else sizes[-1:]
     rest, rows = table[~table["tokens"].isin(held)], []
     for form, fit in (("power law", fit_power_law), ("saturating", fit_saturating)):
         try:
@@ -219,49 +225,50 @@ def crossover(law_a: PowerLaw, law_b: PowerLaw) -> Crossover:
         return Crossover(None, None, "the two laws are parallel")
     log_tokens = (law_b.log_a - law_a.log_a) / slope
     if not 0 <= log_tokens <= math.log(MOST_TOKENS):
-        where = f"10^{log_tokens / math.log(10):.0f} tokens"
-        return Crossover(
-            None, None, f"the two slopes hardly differ: the laws would meet at {where}, which means nothing"
-        )
+        return Crossover(None, None, beyond(log_tokens))
     tokens = math.exp(log_tokens)
     inside = max(law_a.tokens_min, law_b.tokens_min) <= tokens <= min(law_a.tokens_max, law_b.tokens_max)
     return Crossover(tokens, not inside, None)
 
 
+def beyond(log_tokens: float) -> str:
+    """The reason against a crossover at so many tokens."""
+    return f"the laws would meet at 10^{log_tokens / math.log(10):.0f} tokens, which no text has"
+
+
 def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame) -> PairedDifference:
     """log PPL of A minus B over the same validation tokens, with a 95 % bootstrap interval.
 
-    A sample's weight is its number of tokens. Where both have several runs, these are drawn crossed with the samples,
-    and the interval covers both; otherwise runs are averaged, and it covers the choice of validation samples alone.
+    A sample's weight is its number of tokens. Runs are averaged within replicates; where both have two replicates or
+    more, these are drawn, as pairs, crossed with the samples, and the interval covers both. Otherwise it covers the
+    choice of validation samples alone.
 
     Args:
-        val_by_sample_a, val_by_sample_b: columns sample, loss_sum (nats), tokens; a row a sample and run.
+        val_by_sample_a, val_by_sample_b: columns sample, loss_sum (nats), tokens, replicate; a row a sample and run.
 
     Raises:
         ValueError: the two were not judged on the same tokens.
     """
-    (a, tokens), (b, others) = (_by_run(table) for table in (val_by_sample_a, val_by_sample_b))
+    (a, tokens), (b, others) = (_by_replicate(table) for table in (val_by_sample_a, val_by_sample_b))
     if not tokens.equals(others):
         raise ValueError("the two runs were judged on different validation tokens: compare runs of one grid")
-    runs, weights = min(len(a), len(b)), tokens.to_numpy(float)
-    difference, interval = _weighted_mean(pd.Series(a.mean(0) - b.mean(0)), tokens.reset_index(drop=True))
-    if runs > 1 and len(tokens) > 1:
-        losses = [side.sum(1) / weights.sum() for side in (a, b)]
-        between_runs = sum(np.var(side, ddof=1) / len(side) for side in losses)
-        between_samples = ratio_error(a.mean(0) - b.mean(0), weights) ** 2
+    weights, pairs = tokens.to_numpy(float), (a - b).dropna().to_numpy()
+    difference, interval = _weighted_mean(pd.Series((a.mean() - b.mean()).to_numpy()), tokens.reset_index(drop=True))
+    replicates = max(len(pairs), 1)
+    if replicates > 1 and len(tokens) > 1:
+        between = np.var(pairs.sum(1) / weights.sum(), ddof=1) / replicates
+        within = ratio_error(pairs.mean(0), weights) ** 2
         rng = np.random.default_rng(0)
-        drawn = draw_samples(np.concatenate([a, b]), weights, DRAWS, rng)
-        gaps = draw_runs(drawn[:, : len(a)], rng) - draw_runs(drawn[:, len(a) :], rng)
-        dof = _satterthwaite((between_runs, len(a) + len(b) - 2), (between_samples, len(tokens) - 1))
+        gaps = draw_replicates(draw_samples(pairs, weights, DRAWS, rng), rng)
+        dof = _satterthwaite((between, replicates - 1), (within, len(tokens) - 1))
         interval = percentile_interval(gaps, dof)
-    return PairedDifference(difference, interval, len(tokens), int(weights.sum()), runs)
+    return PairedDifference(difference, interval, len(tokens), int(weights.sum()), replicates)
 
 
-def _by_run(val_by_sample: pd.DataFrame) -> tuple[np.ndarray, pd.Series]:
-    """Loss sums [runs, samples], and the tokens of each sample."""
-    table = val_by_sample.assign(run=val_by_sample.groupby("sample").cumcount())
-    sums = table.pivot(index="run", columns="sample", values="loss_sum")
-    return sums.to_numpy(float), table.groupby("sample")["tokens"].first()
+def _by_replicate(val_by_sample: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """Mean loss sums, replicates by samples, and the tokens of each sample."""
+    sums = val_by_sample.pivot_table(index="replicate", columns="sample", values="loss_sum")
+    return sums, val_by_sample.groupby("sample")["tokens"].first()
 
 
 def draw_samples(sums: np.ndarray, tokens: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -270,16 +277,17 @@ def draw_samples(sums: np.ndarray, tokens: np.ndarray, draws: int, rng: np.rando
     return (taken @ sums.T) / (taken @ tokens)[:, None]
 
 
-def draw_runs(losses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The mean [draws] of runs drawn again from `losses` [draws, runs].
+def draw_replicates(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean [draws, ...] of replicates drawn again from `values` [draws, replicates, ...].
 
-    Drawn runs vary by (m − 1) / m of what m runs do: their deviations are widened to make up for it.
+    Drawn replicates vary by (m − 1) / m of what m replicates do: their deviations are widened to make up for it.
     """
-    m, mean = losses.shape[1], losses.mean(1)
+    m, mean = values.shape[1], values.mean(1)
     if m == 1:
         return mean
-    drawn = np.take_along_axis(losses, rng.integers(0, m, size=losses.shape), axis=1)
-    return mean + math.sqrt(m / (m - 1)) * (drawn.mean(1) - mean)
+    picked = rng.integers(0, m, size=values.shape[:2]).reshape(*values.shape[:2], *[1] * (values.ndim - 2))
+    drawn = np.take_along_axis(values, picked, axis=1).mean(1)
+    return mean + math.sqrt(m / (m - 1)) * (drawn - mean)
 
 
 def percentile_interval(values: np.ndarray, dof: float) -> tuple[float, float]:
@@ -341,7 +349,7 @@ def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataF
 
     Only runs called `names` are read, if given: one that the grid file no longer asks for may be of other parameters.
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
-    keeps the label as it was.
+    keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
     tables = load_runs(grid), load_history(grid), load_val_by_sample(grid)
     if tables[0].empty:
@@ -355,8 +363,9 @@ def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataF
     for name in (name for name in Experiment.model_fields if name in runs and name not in REPLICATES):
         if runs.groupby("experiment")[name].nunique(dropna=False).max() > 1:
             runs["experiment"] = runs["experiment"] + f", {name} " + runs[name].astype(str)
-    label = runs.set_index("run")["experiment"]
-    return runs, *(table.assign(experiment=table["run"].map(label)) for table in (history, val_by_sample))
+    runs["replicate"] = replicate_of(runs)
+    own = runs.set_index("run")[["experiment", "replicate"]]
+    return runs, *(table.assign(**{c: table["run"].map(own[c]) for c in own}) for table in (history, val_by_sample))
 
 
 def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
@@ -364,8 +373,7 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
     laws, configurations, crossovers, differences, unpaired = {}, {}, [], [], []
     for label, group in runs.groupby("experiment") if len(runs) else ():
         try:
-            clusters = group["seed"].astype(str) + " " + group["data_seed"].astype(str)
-            laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"], clusters)
+            laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"], group["replicate"])
             configurations[label] = asdict(laws[label]) | {"reason": None}
         except ValueError as error:
             fields = dict.fromkeys(PowerLaw.__dataclass_fields__) | {"n": len(group)}

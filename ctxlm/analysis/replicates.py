@@ -1,0 +1,61 @@
+"""Which runs are independent of which, and what follows from it for every interval.
+
+Runs that share a seed share initial weights; runs that share a training window share text, and a shorter stream is the
+beginning of a longer one. Such runs are not independent, whatever their size. A *replicate* is a set of runs that
+shares neither with any other set: every estimate is computed in each replicate by itself, and the replicates' values
+are averaged, with Student's interval over them (the summary-measures approach; Frison & Pocock, 1992). Nothing need
+then be assumed of the errors inside a replicate.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from scipy import sparse, stats
+
+CONFIDENCE = 0.95
+
+
+def replicate_of(runs: pd.DataFrame) -> pd.Series:
+    """The replicate of every run, numbered from 0, by its columns seed and data_seed.
+
+    With one window of training text, seeds are replicates (on that text); with one seed, windows are (from those
+    weights).
+    Where both vary, replicates are the sets of seeds and windows that occur together: seeds crossed with windows are a
+    single one, from which nothing can be concluded beyond them.
+    """
+    seeds, windows = (pd.factorize(runs[name])[0] for name in ("seed", "data_seed"))
+    if windows.max(initial=0) == 0:
+        return pd.Series(seeds, runs.index)
+    if seeds.max(initial=0) == 0:
+        return pd.Series(windows, runs.index)
+    size = seeds.max() + 1
+    links = sparse.coo_matrix((np.ones(len(runs)), (seeds, size + windows)), shape=[size + windows.max() + 1] * 2)
+    _, found = sparse.csgraph.connected_components(links, directed=False)
+    return pd.Series(pd.factorize(found[seeds])[0], runs.index)
+
+
+def balanced(runs: pd.DataFrame, *columns: str) -> bool:
+    """Whether there are two replicates or more, each with the same number of runs of every value of `columns`."""
+    counts = runs.groupby(["replicate", *columns]).size().unstack("replicate")
+    return counts.shape[1] > 1 and not counts.isna().any(axis=None) and bool((counts.nunique(axis=1) == 1).all())
+
+
+def each(runs: pd.DataFrame, estimate: Callable[[pd.DataFrame], np.ndarray]) -> np.ndarray:
+    """`estimate` of every replicate's runs, [replicates, ...]."""
+    return np.array([estimate(part) for _, part in runs.groupby("replicate")])
+
+
+def student(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of the mean of independent values; None for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    half = critical(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def critical(dof: float) -> float:
+    """Student's t that 95 % intervals reach out to."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, dof))
