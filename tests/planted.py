@@ -1,6 +1,5 @@
 """A planted grid: run folders as a real grid leaves them, whose laws, differences and curves are known exactly."""
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +13,19 @@ SHAPES = {"A": (6, 128), "B": (3, 256), "C": (4, 192)}
 SIZES = (20_000, 30_000, 45_000, 67_500)
 
 
+def noise(sd: float, seed: int = 0) -> Callable[..., float]:
+    """Independent errors of runs, for `chance`."""
+    rng = np.random.default_rng(seed)
+    return lambda *_: sd * rng.standard_normal()
+
+
 def plant(
     root: Path,
     laws: Mapping[str, tuple[float, float]],
     sizes: Sequence[int] | Mapping[str, Sequence[int]] = SIZES,
     grid: str = "planted",
     seeds: Sequence[int] = (42,),
-    data_seeds: Sequence[int] = (0,),
+    pairs: Sequence[tuple[int, int]] | None = None,
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
     samples: int = 20,
     spread: float = 0.005,
@@ -33,6 +38,7 @@ def plant(
     Args:
         laws: label → (alpha, PPL at 20,000 tokens); the runs' validation losses lie on them exactly.
         sizes: training tokens of all labels, or of each.
+        pairs: (seed, data_seed) of the runs of a size, instead of `seeds` on one text.
         chance: nats added to the loss of a run, by label, size, seed and data_seed.
         spread: standard deviation, between samples, of what one run adds to a sample's mean loss.
         metrics: columns of metrics.json to override in every run.
@@ -42,7 +48,7 @@ def plant(
     common = 0.3 * rng.standard_normal(samples)  # some conversations are harder, for every run
     for label, (alpha, ppl) in laws.items():
         for size in sizes[label] if isinstance(sizes, Mapping) else sizes:
-            for seed, window in itertools.product(seeds, data_seeds):
+            for seed, window in pairs or [(seed, 0) for seed in seeds]:
                 loss = math.log(ppl) + alpha * math.log(size / 20_000) + chance(label, size, seed, window)
                 by_sample = common + spread * rng.standard_normal(samples)
                 by_sample += loss - np.average(by_sample, weights=tokens)

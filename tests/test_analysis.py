@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 
 import matplotlib
@@ -16,7 +17,7 @@ from ctxlm.analysis import plots, tables
 from ctxlm.analysis.findings import findings, gaps, material, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
-from tests.planted import SIZES, plant
+from tests.planted import SIZES, noise, plant
 
 matplotlib.use("Agg")
 
@@ -89,12 +90,12 @@ def test_two_sizes_give_exponents_without_intervals_and_an_extrapolated_crossove
     assert "extrapolated from 20,000 to 30,000" in texts[3] and "take it as a lead" in texts[3]
 
 
-def test_overlapping_exponents_make_the_crossover_a_lead(outputs):
+def test_a_crossover_with_errors_refers_to_them(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.35, 820)})
     runs, _, val_by_sample = read_grid("planted")
     runs["val_ppl"] *= np.tile([1.04, 0.97, 0.98, 1.03], 2)
     summary = summarise("planted", runs, val_by_sample)
-    assert "overlap: take the crossover as a lead" in findings(runs, summary)[3]
+    assert "How well it is known is said under" in findings(runs, summary)[3]
 
 
 def test_incomplete_grids_are_described(outputs):
@@ -115,7 +116,7 @@ def test_slow_or_still_improving_runs_are_counted(outputs):
 
 
 def test_every_number_in_the_sentences_comes_from_the_data(outputs):
-    first = said(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)})
+    first = said(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)}, seeds=(1, 2, 3))
     for folder in (outputs / "planted").iterdir():
         for file in folder.iterdir():
             file.unlink()
@@ -356,6 +357,41 @@ def test_notebook_shows_the_committed_study(outputs, tmp_path, monkeypatch):
     assert any(text.startswith("## The study at full size: committed results") for text in texts)
     run_notebook("study", tmp_path)
     assert math.isclose(json.loads((tmp_path / "analysis.json").read_text())["configurations"]["A"]["alpha"], -0.3)
+
+
+NESTED = [(42 + k, k // 2) for k in range(4)]
+SIDE = {  # the grids that explain: shapes of their configurations, and which runs there are
+    "variance": ({"A": (6, 128), "B": (3, 256)}, (10_000, 14_000), NESTED),
+    "overfitting": ({"A": (6, 128), "B": (3, 256)}, (14_000, 28_000), NESTED[::2]),
+    "ablations": ({"A": (6, 128), "A-zero": (6, 128), "A-without-phase1": (6, 128)}, (20_000,), NESTED[::2]),
+    "factorial": ({f"L{d}-C{w}": (d, w) for d in (3, 6) for w in (128, 256)}, (14_000, 28_000), NESTED[::2]),
+}
+
+
+@pytest.mark.parametrize("missing", ["nothing", "one run", "all but one", "a configuration"])
+def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs, tmp_path, monkeypatch):
+    plan(tmp_path, "AB", (20_000, 30_000), (42,))
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
+    for grid, (shapes, sizes, pairs) in SIDE.items():
+        laws = {label: (-0.3, 800 + 20 * k) for k, label in enumerate(shapes)}
+        options = {"pairs": pairs, "shapes": shapes, "chance": noise(0.01)}
+        folder = plant(outputs, laws, sizes, grid, **options)
+        found = sorted(folder.iterdir())
+        gone = {"nothing": [], "one run": found[:1], "all but one": found[1:]}
+        last = sorted(shapes)[-1]
+        for run in gone.get(missing, [run for run in found if run.name.startswith(f"{last}_")]):
+            shutil.rmtree(run)
+    monkeypatch.setattr("ctxlm.analysis.scaling.read_grid", lambda grid, names=None: read_grid(grid))
+    shown: list[str] = []
+    monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", str(thing))))
+    run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+    text = "\n".join(part for part in shown if isinstance(part, str))
+    for heading in ("Chance: other seeds", "How far back", "What Phase 1", "Why Phase 2", "Depth or width"):
+        assert f"## {heading}" in text
+    if missing == "nothing":
+        assert "Not " not in text and text.count("nan") == 0
+        assert text.splitlines()[0].startswith("- A is better than B at 2 of 2 sizes")
+        assert sum(line.startswith("- ") for line in text.splitlines()) == 5
 
 
 def test_notebook_is_stripped_and_short():

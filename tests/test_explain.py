@@ -24,21 +24,27 @@ def grid(loss, labels=("A", "B"), sizes=(10_000, 20_000, 40_000), seeds=(1, 2, 3
     rows = [
         {"run": f"{label}-{size}-{seed}-{rate}", "experiment": f"{label}, rate {rate}", "configuration": label}
         | {"train_tokens": size, "seed": seed}
-        | {"data_seed": 0, "phase2_learning_rate": rate, "val_loss": loss(label, size, seed, rate)}
+        | {
+            "data_seed": 0,
+            "replicate": seeds.index(seed),
+            "phase2_learning_rate": rate,
+            "val_loss": loss(label, size, seed, rate),
+        }
         | {"best_epoch": 3, "epochs_run": 5, "phase2_patience": 2, "token_block_params_trained": 200_000}
         for label, size, seed, rate in itertools.product(labels, sizes, seeds, rates)
     ]
     return pd.DataFrame(rows)
 
 
-def test_paired_effect_is_students_paired_t():
+def test_paired_effect_is_students_over_replicates():
     rng = np.random.default_rng(0)
-    runs = grid(lambda label, size, *_: math.log(size) + 0.05 * (label == "B") + 0.01 * rng.standard_normal())
+    lasting = dict(zip((1, 2, 3), 0.03 * rng.standard_normal(3), strict=True))  # a seed's effect on B, at all sizes
+    runs = grid(lambda label, size, seed, _: math.log(size) + (0.05 + lasting[seed]) * (label == "B"))
     runs["experiment"] = runs["configuration"]
     found = paired_effect(runs, "B", "A")
-    a, b = (group["val_loss"].to_numpy() for _, group in runs.groupby("experiment"))
-    expected = stats.ttest_rel(b, a).confidence_interval()
-    assert (found.n, found.residual_dof) == (9, 8) and found.estimate == pytest.approx((b - a).mean())
+    own = np.array([0.05 + effect for effect in lasting.values()])
+    expected = stats.ttest_1samp(own, 0).confidence_interval()
+    assert (found.n, found.replicates, found.dof) == (9, 3, 2) and found.estimate == pytest.approx(own.mean())
     assert found.interval == pytest.approx((expected.low, expected.high))
     few = runs[(runs["train_tokens"] == 10_000) & ((runs["seed"] == 1) | (runs["experiment"] == "A"))]
     assert (paired_effect(few, "B", "A").n, paired_effect(few, "B", "A").interval) == (1, None)
@@ -58,20 +64,24 @@ def test_planted_overfitting_is_taken_apart():
     for name, value in planted.items():
         assert found[name].interval[0] < value < found[name].interval[1]
         assert found[name].estimate == pytest.approx(value, abs=0.01)
-        assert (found[name].n, found[name].residual_dof) == (54, 50)
+        assert (found[name].n, found[name].replicates, found[name].dof) == (54, 3, 2)
     # runs that did not come to their early stop say nothing about it
     cut = runs.assign(epochs_run=runs["best_epoch"].where(runs["seed"] == 1, runs["epochs_run"]))
     assert overfitting_effects(cut)[0].n == 36
     one = runs[runs["phase2_learning_rate"] == 0.002]
     assert [effect.name for effect in overfitting_effects(one)] == list(planted)[:2]
-    with pytest.raises(ValueError, match="cannot tell"):
-        overfitting_effects(runs[runs["train_tokens"] == 10_000])
+    alone = overfitting_effects(one[one["seed"] == 1])
+    assert (alone[0].replicates, alone[0].dof) == (1, 3) and alone[0].interval is not None
+    for few in (runs[runs["train_tokens"] == 10_000], runs.iloc[:0]):
+        with pytest.raises(ValueError, match="cannot tell"):
+            overfitting_effects(few)
 
 
 def factorial(loss, sizes=(10_000, 20_000, 40_000)):
     rows = [
-        {"num_layers": depth, "context_dim": width, "train_tokens": size, "val_loss": loss(depth, width, size)}
-        for depth, width, size, _ in itertools.product((3, 6), (128, 256), sizes, range(3))
+        {"num_layers": depth, "context_dim": width, "train_tokens": size, "replicate": replicate}
+        | {"val_loss": loss(depth, width, size)}
+        for depth, width, size, replicate in itertools.product((3, 6), (128, 256), sizes, range(5))
     ]
     return pd.DataFrame(rows)
 
@@ -90,7 +100,7 @@ def test_planted_depth_width_and_interaction_are_recovered():
     assert [effect.name for effect in found] == names
     for effect, value in zip(found, (-0.08, 0.05, 0.03, 0.02, -0.01), strict=True):
         assert effect.estimate == pytest.approx(value, abs=0.006)
-        assert (effect.n, effect.residual_dof) == (36, 28)
+        assert (effect.n, effect.replicates, effect.dof) == (60, 5, 4)
     covered = [e.interval[0] < v < e.interval[1] for e, v in zip(found, (-0.08, 0.05, 0.03, 0.02, -0.01), strict=True)]
     assert sum(covered) >= 4
     single = factorial_effects(factorial(loss, sizes=(20_000,)))
@@ -110,9 +120,36 @@ def test_depth_and_width_that_are_not_crossed_are_refused(change):
         factorial_effects(change(factorial(lambda *_: 6.0)))
 
 
+def test_effects_of_depth_cover_seeds_that_last_across_sizes():
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(150):
+        seeds = {
+            (depth, width, r): 0.05 * rng.standard_normal()
+            for depth in (3, 6)
+            for width in (128, 256)
+            for r in range(5)
+        }
+        runs = factorial(lambda *_: 6.0)
+        runs["val_loss"] = [
+            6 - 0.08 * (row.num_layers == 6) + seeds[row.num_layers, row.context_dim, row.replicate]
+            for row in runs.itertuples()
+        ]
+        low, high = factorial_effects(runs)[0].interval
+        covered += low < -0.08 < high
+    assert 0.90 < covered / 150 < 0.99
+
+
 def rows(run, phase, values):
     return [
-        {"run": run, "experiment": run[0], "phase": phase, "step": step, "metric": metric, "value": value}
+        {
+            "run": run,
+            "experiment": run[0],
+            "replicate": int(run[1]) if run[1].isdigit() else 0,
+            "phase": phase,
+            "step": step,
+            "metric": metric,
+            "value": value,
+        }
         for (step, metric), value in values.items()
     ]
 
@@ -159,7 +196,7 @@ def test_the_best_point_between_epochs():
     history = rows(first, "phase2", ends) + rows(first, "phase2_updates", between)
     history += rows(second, "phase2", ends) + rows(second, "phase2_updates", worse) + rows(third, "phase2", ends)
     found = between_epochs(pd.DataFrame(history), runs).set_index("run")
-    assert list(found.index) == [first, second]
+    assert list(found.index) == [first, second] and set(found["configuration"]) == {"A"}
     assert found.loc[first, ["best_update", "epochs"]].tolist() == [30, 1.5]
     assert found.loc[first, "gain"] == pytest.approx(0.1)
     assert found.loc[second, ["best_update", "epochs", "gain"]].tolist() == [40, 2, 0]

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlm.analysis import explain, plots, reasons, variance
+from ctxlm.analysis import explain, plots, reasons
 from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.analysis.tables import published_runs
-from tests.planted import SIZES, plant
+from tests.planted import SIZES, noise, plant
 
 matplotlib.use("Agg")
 
@@ -26,12 +26,6 @@ def outputs(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
     yield tmp_path / "outputs"
     plt.close("all")
-
-
-def noise(sd, seed=0):
-    """Independent errors of runs."""
-    rng = np.random.default_rng(seed)
-    return lambda *_: sd * rng.standard_normal()
 
 
 def planted(outputs, laws, **options):
@@ -49,20 +43,27 @@ def pair(outputs, laws, **options):
 STEEP, FLAT = (-0.40, 830), (-0.30, 800)
 
 
+NESTED = [(42 + k, k // 2) for k in range(10)]
+"""Five windows of training text, each with two seeds of its own."""
+
+
 def many(sd=0.005, seed=0):
-    """Three runs of each size, with errors."""
-    return {"seeds": (1, 2, 3), "chance": noise(sd, seed)}
+    """Five replicates of every size, with errors of runs."""
+    return {"pairs": [(42 + k, k) for k in range(5)], "chance": noise(sd, seed)}
 
 
 @pytest.mark.parametrize(("laws", "steeper"), [({"A": FLAT, "B": STEEP}, "B"), ({"A": STEEP, "B": FLAT}, "A")])
 def test_the_steeper_law_gains_more(outputs, laws, steeper):
     text = pair(outputs, laws, **many())
-    assert f": {steeper} gains more from more text." in text and "(n = 24, 20 d.o.f.; 95 % interval" in text
-    assert f"α of B minus α of A is {'−' if steeper == 'B' else '+'}0." in text and "t test, p < 0.001" in text
+    assert (
+        f": {steeper} gains more from more text." in text
+        and "(n = 40 runs, 5 replicates, 4 d.o.f.; 95 % interval" in text
+    )
+    assert f"α of B minus α of A is {'−' if steeper == 'B' else '+'}0." in text and "t test, p " in text
     meets = 20_000 * (830 / 800) ** 10
     found = float(re.search(r"They meet at ([\d,]+) tokens", text)[1].replace(",", ""))
     assert found == pytest.approx(meets, rel=0.1)
-    assert "bootstrap over runs and validation samples" in text and "Fieller" in text and "0.0 % of its draws" in text
+    assert "bootstrap over replicates and validation samples" in text and "(95 %: Fieller" in text
 
 
 def test_equal_slopes_cannot_be_told_apart(outputs):
@@ -73,14 +74,14 @@ def test_equal_slopes_cannot_be_told_apart(outputs):
 
 def test_without_degrees_of_freedom_nothing_is_tested(outputs):
     text = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:2])
-    assert "(n = 4, 0 d.o.f., no interval): no test can be made" in text
+    assert "(n = 4, no error can be estimated): no test can be made" in text
     text = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:1])
     assert text.startswith("**Slopes of A and B.** Not compared: A has runs of 1 size")
 
 
 def test_single_runs_are_said_to_be_single(outputs):
     text = pair(outputs, {"A": FLAT, "B": STEEP}, chance=noise(0.005))
-    assert "bootstrap over validation samples alone, one run a size," in text
+    assert "taken as independent, 4 d.o.f.;" in text and "bootstrap over validation samples alone" in text
 
 
 def bent(label, size, *_):
@@ -104,30 +105,36 @@ def test_the_form_that_was_planted_is_preferred(outputs, bends):
 
 
 def effects_of(rng, sd_seed, sd_window):
-    """Crossed effects of seeds and windows, drawn once for each configuration and size."""
+    """Effects that last across sizes: of a seed on a configuration, and of a window on both."""
     drawn = {}
 
     def chance(label, size, seed, window):
-        for key, sd in (((label, size, "s", seed), sd_seed), ((label, size, "w", window), sd_window)):
+        for key, sd in (((label, "s", seed), sd_seed), (("w", window), sd_window)):
             drawn.setdefault(key, sd * rng.standard_normal())
-        return drawn[label, size, "s", seed] + drawn[label, size, "w", window] + 0.002 * rng.standard_normal()
+        return drawn[label, "s", seed] + drawn["w", window] + 0.002 * rng.standard_normal()
 
     return chance
 
 
-@pytest.mark.parametrize(("seed", "window", "what"), [(0.05, 0.01, "Initialisation"), (0.01, 0.05, "Training text")])
-def test_the_larger_source_of_chance_is_named(outputs, seed, window, what):
-    options = {"seeds": (1, 2, 3), "data_seeds": (0, 1, 2)}
-    chance = effects_of(np.random.default_rng(0), seed, window)
-    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, chance=chance, **options)
+@pytest.mark.parametrize(
+    ("seed", "window", "what"),
+    [
+        (0.05, 0.0, "initialisation matters more"),
+        (0.01, 0.08, "training text matters more"),
+        (0.03, 0.03, "which of the two is larger cannot be told"),
+    ],
+)
+def test_the_larger_source_of_chance_is_named_where_it_can_be(outputs, seed, window, what):
+    chance = effects_of(np.random.default_rng(5), seed, window)
+    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, chance=chance, pairs=NESTED)
     text = reasons.chance(runs, val_by_sample)
-    assert f"{what} matters more" in text and "(n = 72)" in text and "16 d.o.f., F test, p < 0.001" in text
-    assert "less than that" in text
-    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 1600)}, chance=chance, **options)
-    assert "more than that" in reasons.chance(runs, val_by_sample)
-    assert plots.plot_components(variance.components(runs, val_by_sample)).axes[0].get_xlabel()
-    one = runs[runs["seed"] == 1]
-    assert reasons.chance(one, val_by_sample).startswith("**Chance.** Not taken apart: seed and data_seed are not")
+    assert what in text and "(n = 80 runs)" in text and "(10 d.o.f., 95 % interval" in text
+    assert plots.plot_components(runs, val_by_sample).axes[0].get_xlabel()
+    assert "PPL scatters about its mean by" in reasons.caution(runs, val_by_sample)
+    one = runs[runs["seed"] % 2 == 0]
+    assert reasons.chance(one, val_by_sample).startswith("**Chance.** Not taken apart: it takes two training windows")
+    assert reasons.caution(one, val_by_sample) == reasons.caution(runs.iloc[:0], val_by_sample) == ""
+    assert "cannot be taken apart" in plots.plot_components(one, val_by_sample).axes[0].texts[0].get_text()
 
 
 def test_published_gaps_are_held_against_what_samples_resolve(outputs):
@@ -135,17 +142,24 @@ def test_published_gaps_are_held_against_what_samples_resolve(outputs):
     published = published_runs()
     _, _, fine = planted(outputs, laws, samples=50, spread=0.005)
     text = reasons.resolved(fine, published)
-    assert "−5.4 % at 86,925 tokens exceeds it" in text and "+1.7 % at 183,620 tokens exceeds it" in text
+    assert "−5.4 % at 86,925 tokens exceeds that" in text and "+1.7 % at 183,620 tokens exceeds that" in text
+    theirs = (published["train_tokens"] / published["train_samples"]).mean()
+    assert f"The study's samples have some {theirs:,.0f} tokens" in text
     _, _, coarse = planted(outputs, laws, samples=50, spread=0.1)
     text = reasons.resolved(coarse, published)
-    assert "at 86,925 tokens exceeds it" in text and "+1.7 % at 183,620 tokens does not exceed it" in text
+    assert "+1.7 % at 183,620 tokens does not exceed that" in text
+    assert reasons.resolved(coarse.iloc[:0], published) == ""
     assert reasons.resolved(fine[fine["experiment"] == "A"], published) == ""
 
 
 def test_overfitting_is_put_down_to_what_was_planted(outputs):
     runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     model, gap = reasons.overfitting(runs, history)
-    assert "n = 16, 13 d.o.f." in model and "a doubling of the training tokens −" in model and "B against A +" in model
+    assert (
+        "(n = 16 runs, Student's over 2 replicates, 1 d.o.f.)" in model
+        and "a doubling of the training tokens −" in model
+        and "B against A +" in model
+    )
     worst = runs.loc[(runs["experiment"] == "B") & (runs["train_tokens"] == SIZES[0]), "token_block_params_trained"]
     assert f"to {worst.iloc[0] / SIZES[0]:,.0f} trained parameters a token, n = 8" in gap
     reversed_rates = runs.assign(overfit_rate=0.5 - runs["overfit_rate"])
@@ -156,16 +170,45 @@ def test_overfitting_is_put_down_to_what_was_planted(outputs):
     assert plots.plot_effects({"": explain.overfitting_effects(runs)}, "change").axes[0].get_yticks().size == 2
 
 
+def test_runs_that_did_not_stop_are_counted_and_left_out(outputs):
+    runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
+    runs.loc[runs["train_tokens"] == SIZES[1], "best_epoch"] = 5
+    text = reasons.overfitting(runs, history)[0]
+    assert "4 of 16 runs had not stopped at their last epoch and are left out: 4 at a rate of 0.002." in text
+    assert "Not modelled: 0 runs cannot tell" in reasons.overfitting(runs.assign(best_epoch=5), history)[0]
+    assert reasons.effects(explain.overfitting_effects, runs.assign(best_epoch=5)) == {}
+
+
+def test_between_epochs_the_gain_is_said_to_be_partly_luck(outputs):
+    runs, history, _ = planted(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:1])
+    row = history[history["metric"] == "val_loss"].iloc[0].to_dict()
+    updates = [{**row, "phase": "phase2_updates", "step": step, "value": 5.0} for step in (10, 20)]
+    ends = [
+        {**row, "phase": "phase2", "metric": "updates", "step": epoch, "value": 40 * epoch} for epoch in range(1, 6)
+    ]
+    history = pd.concat([history, pd.DataFrame(updates + ends)])
+    text = reasons.overfitting(runs, history)[-1]
+    assert "A at a rate of 0.002 after 0.2 epochs" in text.replace("0.25", "0.2") and "gain is luck" in text
+
+
 def test_who_remembers_longest_is_read_off_the_runs(outputs):
     runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     horizon, recent = reasons.memory(runs, history)
     assert "A 8.0 tokens before Phase 1 and 7.0 after it" in horizon and "n = 8" in horizon
-    assert "B 14.0 tokens before Phase 1 and 12.0 after it" in horizon and horizon.endswith("B remembers longest.")
+    assert "B 14.0 tokens before Phase 1 and 12.0 after it" in horizon and horizon.endswith(
+        "B remembers longer (paired by replicate)."
+    )
     cost = math.expm1(math.exp(-1))
     assert f"A +{100 * cost:.1f} % for 1" in recent and "8 tokens are as good as all" in recent.split("B +")[0]
     assert "are as good as all" not in recent.split("B +")[1]
     swapped = runs.assign(horizon=40 - runs["horizon"])
-    assert reasons.memory(swapped, history)[0].endswith("A remembers longest.")
+    assert reasons.memory(swapped, history)[0].endswith("A remembers longer (paired by replicate).")
+    unknown = runs.assign(horizon=runs["horizon"].where((runs["experiment"] == "A") | (runs["seed"] == 1)))
+    text = reasons.memory(unknown, history)[0]
+    assert "B more than can be told in 4 of 8 runs" in text and "remembers longer" not in text
+    assert "remembers longer" not in reasons.memory(runs[runs["seed"] == 1], history)[0]  # nothing to judge it by
+    equal = reasons.memory(runs.assign(horizon=5 + runs["seed"] * (runs["experiment"] == "A")), history)[0]
+    assert "remembers longer" not in equal
     assert reasons.memory(runs.drop(columns="horizon"), history) == []
     assert len(plots.plot_reach(history, explain.recency(history)).axes) == 2
 
@@ -177,13 +220,14 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     runs, _, _ = planted(outputs, laws, **options)
     phase1, zero = reasons.ablations(runs)
     assert "**Phase 1 left out**" in phase1 and "no effect can be told" in phase1 and "B" not in phase1
-    assert "**Contexts of zeros**" in zero and "(n = 12, 11 d.o.f., Student's paired interval)" in zero
+    assert "**Contexts of zeros**" in zero and "(n = 12 pairs in 3 replicates)" in zero
     assert "the context helps" in zero
     runs, _, _ = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
     assert "Phase 1 harms" in reasons.ablations(runs)[0]
-    effects = {"A": [explain.paired_effect(runs, "A-zero", "A")], "B": [explain.paired_effect(runs, "A", "A-zero")]}
-    (axes,) = plots.plot_effects(effects, "change").axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["A-zero", "A"]
+    (axes,) = plots.plot_effects(reasons.ablation_effects(runs), "change").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A: phase 1 left out", "A: contexts of zeros"]
+    apart = runs[(runs["experiment"] == "A") == (runs["seed"] == 1)]  # of each, but no two that belong together
+    assert reasons.ablations(apart) == [] and reasons.ablation_effects(apart) == {}
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -197,7 +241,11 @@ def test_depth_and_width_are_told_apart(outputs, sign):
     ppl, rates, horizon = reasons.depth_and_width(runs)
     up, down = ("+", "−") if sign > 0 else ("−", "+")
     assert f"6 layers against 3 {up}" in ppl and f"context 256 against 128 {down}" in ppl
-    assert "n = 48, 39 d.o.f." in ppl and "over-fitting" in rates and "6 layers against 3 −" in horizon
+    assert (
+        "(n = 48 runs, Student's over 3 replicates, 2 d.o.f.)" in ppl
+        and "over-fitting" in rates
+        and "6 layers against 3 −" in horizon
+    )
     (text,) = reasons.depth_and_width(runs[runs["num_layers"] == 3])
     assert "Not taken apart" in text
 
@@ -205,8 +253,7 @@ def test_depth_and_width_are_told_apart(outputs, sign):
 @pytest.mark.parametrize("first", ["A", "B"])
 def test_in_short_follows_whoever_wins(outputs, first):
     second = "B" if first == "A" else "A"
-    chance = effects_of(np.random.default_rng(0), 0.01, 0.01)
-    options = {"seeds": (1, 2, 3), "data_seeds": (0, 1, 2), "chance": chance}
+    options = {"pairs": NESTED, "chance": effects_of(np.random.default_rng(0), 0.01, 0.01)}
     variance_grid = planted(outputs, {first: (-0.40, 800), second: (-0.30, 900)}, **options)
     runs, _, val_by_sample = variance_grid
     shapes = dict.fromkeys(("A", "A-without-phase1", "A-zero"), (6, 128))
@@ -218,12 +265,14 @@ def test_in_short_follows_whoever_wins(outputs, first):
     assert len(lines) == 5
     won = [4, 0] if first == "A" else [0, 4]
     assert lines[0].startswith(
-        f"- A is better than B at {won[0]} of 4 sizes, B than A at {won[1]}; PPL of A against B:"
+        f"- A is better than B at {won[0]} of 4 sizes, B than A at {won[1]}; PPL of A against B, from"
     )
-    assert "another seed moves a run's PPL by" in lines[1]
-    assert lines[2].startswith(f"- {first} gains more from more text than the other (p < 0.001, 72 runs)")
+    assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
+    assert lines[2].startswith(
+        f"- {first} gains more from more text than {second} (p < 0.001, 80 runs in 5 replicates)"
+    )
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]
-    assert "without Phase 1 PPL is +12.5 % (A); without contexts PPL is +100.0 % (A)" in lines[4]
+    assert "phase 1 left out: +12.5 % (" in lines[4] and "contexts of zeros: +100.0 % (" in lines[4]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
     assert reasons.in_short(summarise("planted", *empty["variance"][::2]), [], empty) == ""
 
@@ -242,7 +291,7 @@ def test_every_number_follows_the_data(outputs):
     second = said(
         {"A": (-0.21, 700), "B": (-0.35, 741)},
         sizes=(21_000, 29_000, 46_000),
-        seeds=(1, 2),
+        pairs=[(1, 0), (2, 1), (3, 2)],
         shapes={"A": (5, 104), "B": (2, 160)},
         chance=noise(0.006, seed=1),
     )

@@ -88,12 +88,12 @@ def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effe
     width = (runs["context_dim"] == widths[1]) - 0.5
     doublings = np.log2(runs["train_tokens"])
     doublings = doublings - doublings.mean()
+    sizes = sorted(runs["train_tokens"].unique())
     deep, wide = f"{depths[1]} layers against {depths[0]}", f"context {widths[1]} against {widths[0]}"
     columns = {deep: depth, wide: width, "interaction": depth * width}
-    if doublings.abs().max() > 0:
+    if len(sizes) > 1:
         columns |= {f"{deep}, per doubling": depth * doublings, f"{wide}, per doubling": width * doublings}
     kept = len(columns)
-    sizes = sorted(runs["train_tokens"].unique())
     columns |= {f"size {size}": (runs["train_tokens"] == size).astype(float) for size in sizes[1:]}
     return _effects(columns, runs[column], runs["replicate"])[:kept]
 
