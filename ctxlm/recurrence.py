@@ -111,10 +111,7 @@ def chunked(
     tables = distinct.tables(block)
     starts = torch.arange(count, device=device) * length
     values = _matrix(count * length, block.context_dim, device).view(count, length, -1)
-    inner, size = None, count * length * sum(block.widths[:-1])
-    if keep is not None and 0 < size * keep.itemsize <= INNER_KEPT:
-        parts = _matrix(1, size, device, keep)[0].split([count * length * width for width in block.widths[:-1]])
-        inner = [part.view(count, length, -1) for part in parts]
+    inner = _inner_layers(block.widths[:-1], count, length, device, keep)
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
@@ -162,6 +159,20 @@ def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Con
         order = torch.randperm(len(contexts.tokens), generator=generator(experiment.seed, "context_ablation"))
         return replace(chunked(model, contexts.tokens[order.to(contexts.tokens.device)]), tokens=contexts.tokens)
     return contexts
+
+
+def _inner_layers(
+    widths: list[int], count: int, length: int, device: torch.device, dtype: torch.dtype | None
+) -> list[Tensor] | None:
+    """Room for the inner layers' contexts, tensors [count, length, width]; None where they are not to be kept."""
+    size = count * length * sum(widths)
+    if dtype is None or not 0 < size * dtype.itemsize <= INNER_KEPT:
+        return None
+    try:
+        flat = _matrix(1, size, device, dtype)[0]
+    except ConfigError:  # the disk has no room: they are computed again instead
+        return None
+    return [part.view(count, length, -1) for part in flat.split([count * length * width for width in widths])]
 
 
 def _matrix(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

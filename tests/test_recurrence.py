@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import Experiment
+import ctxlm.recurrence
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.model import ContextLM
@@ -102,5 +103,13 @@ def test_inner_layers_beyond_the_budget_are_computed_again(monkeypatch):
     monkeypatch.setattr("ctxlm.recurrence.INNER_KEPT", 2 * 1000 * 12 * 4 - 1)
     assert chunked(model, tokens, chunk_length=100, keep=torch.float32).inner is None
     assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is not None
+
+    def full(*arguments):
+        raise ConfigError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        own = ctxlm.recurrence._matrix
+        patch.setattr("ctxlm.recurrence._matrix", lambda *a: full() if torch.bfloat16 in a else own(*a))
+        assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is None
     one_layer = forgetful(num_layers=1)
     assert chunked(one_layer, tokens, chunk_length=100, keep=torch.float32).inner is None  # there is nothing to keep
