@@ -24,9 +24,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(rows, device=device)
         correct = torch.empty(rows, dtype=torch.bool, device=device)
         needs_gradient = backward and any(ctx.needs_input_grad[:3])
-        grad_h = torch.empty(rows, h.shape[1], device=device) if ctx.needs_input_grad[0] else None
-        grad_weight = None if frozen else torch.zeros_like(weight)
-        grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        grad_h = torch.empty(rows, h.shape[1], device=device) if needs_gradient and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if needs_gradient and not frozen else None
+        grad_bias = torch.zeros_like(bias) if needs_gradient and bias is not None and bias.requires_grad else None
         size = max(1, LOGIT_BYTES // (weight.shape[0] * products.element_size()))
         for start in range(0, rows, size):
             stop = min(start + size, rows)

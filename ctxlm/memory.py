@@ -34,11 +34,11 @@ def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts:
     total = len(contexts.tokens)
     steps = min(steps, total // 2)
     positions = _spaced(0, total - steps, starts, contexts.tokens.device)
-    true = contexts.values[positions]
+    true, tables = contexts.values[positions], contexts.distinct.tables(block)
     false = true.roll(len(true) // 2, 0)
     differences = [(true - false).square().mean()]
     for step in range(1, steps + 1):
-        shares = look_up(contexts.tables, contexts.distinct.places(positions + step))
+        shares = look_up(tables, contexts.distinct.places(positions + step))
         true, false = block(true, shares)[-1], block(false, shares)[-1]
         differences.append((true - false).square().mean())
     left = torch.stack(differences).sqrt()
@@ -67,19 +67,19 @@ def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024)
     at = _spaced(max(lengths), len(tokens) - 1, positions, tokens.device)
     offsets = torch.arange(1 - distinct.n, 1, device=tokens.device)
     nothing = torch.arange(distinct.n, device=tokens.device) * len(distinct.rows)  # as before the stream's start
-    rows = []
+    tables, rows = distinct.tables(block), []
 
     def record(k: int, layers: list[Tensor]) -> None:
         loss = predict.at(tokens, at, layers)[1].double().mean().item()
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
 
-    record(0, block(contexts.values[at - 1], look_up(contexts.tables, distinct.places(at))))
+    record(0, block(contexts.values[at - 1], look_up(tables, distinct.places(at))))
     for k in lengths:
         layers = [torch.zeros(len(at), block.context_dim, device=tokens.device)]
         for back in range(k - 1, -1, -1):
             places = torch.where(offsets - back > -k, distinct.places(at - back), nothing)
-            layers = block(layers[-1], look_up(contexts.tables, places))
+            layers = block(layers[-1], look_up(tables, places))
         record(k, layers)
     return rows
 

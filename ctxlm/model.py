@@ -92,7 +92,8 @@ class _Layers(nn.Module):
         read = self.from_context[index](context)
         if share is not None:
             read = read + share
-        return self.norms[index](self.residuals[index](before) + F.relu(read))
+        # float32, though a residual's Linear gives the type of the products: only products are rounded
+        return self.norms[index](self.residuals[index](before).float() + F.relu(read))
 
 
 def _falling(first: int, last: int, layers: int) -> list[int]:

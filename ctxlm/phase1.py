@@ -66,8 +66,8 @@ def shape_contexts(
     """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
 
     Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
-    occur, the parameters of the ContextBlock and of Phase 1, the seed, the type of the products, the kind of device,
-    torch's version and the source.
+    occur, the parameters of the ContextBlock and of Phase 1, the weights it starts from, the seed, the type of the
+    products, the kind of device, torch's version and the source.
 
     Raises:
         NonFiniteLoss: the loss is no longer finite; nothing is kept.
@@ -79,6 +79,7 @@ def shape_contexts(
         f"{dtype} {tokens.device.type} {torch.__version__}",
         source_hash(*(f"ctxlm/{name}.py" for name in ("metrics", "model", "phase1", "recurrence"))),
         tokens.cpu().numpy().tobytes(),
+        *(weight.cpu().numpy().tobytes() for weight in block.state_dict().values()),
         model.distinct_tokens(tokens).rows.cpu().numpy().tobytes(),
     )
     cached = True

@@ -66,7 +66,7 @@ class Predictor:
         return self.at(stream.tokens, torch.arange(start, stop, device=stream.tokens.device), layers)
 
     def at(self, tokens: Tensor, positions: Tensor, layers: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, C]."""
+        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, width]."""
         with self._autocast(tokens):
             h = self.model.token_block(self.model.inputs(tokens, positions), layers)
         return linear_cross_entropy(
@@ -110,7 +110,8 @@ def train_token_block(
     """
     e, device, targets = experiment, train.tokens.device, len(train.tokens) - 1
     if not e.phase2_freeze_embedding:
-        model.context_embedding = model.embedding.detach().clone()
+        if model.context_embedding is None:  # training may go on: contexts keep reading Phase 1's
+            model.context_embedding = model.embedding.detach().clone()
         model.embedding.requires_grad_(True)
     trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
     if model.head is not None:

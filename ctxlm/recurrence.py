@@ -36,12 +36,12 @@ class Contexts:
     values: Tensor
     """The last layer's context after every token, float32 [T, C]."""
     distinct: DistinctTokens
-    tables: list[Tensor]
-    """What the distinct tokens add to each layer of the ContextBlock as it was."""
     residual: float
     """Largest difference at a joint between a chunk as run and as continued from its predecessor (0: sequential)."""
     warmup: int
     """Tokens after a chunk's start until both agreed to the tolerance (0: sequential)."""
+    tables: list[Tensor] | None = None
+    """What the distinct tokens add to each layer of the ContextBlock as it was, where `inner` is not kept."""
     inner: list[Tensor] | None = None
     """The other layers' contexts, L - 1 tensors [T, width], in the type of the products that read them; or None."""
     zeroed: bool = False
@@ -49,7 +49,7 @@ class Contexts:
 
     @torch.no_grad()
     def layers(self, block: ContextBlock, start: int, stop: int) -> list[Tensor]:
-        """Every layer's contexts at positions start .. stop - 1: L tensors [B, C]."""
+        """Every layer's contexts at positions start .. stop - 1: L tensors [B, width]."""
         if self.zeroed:
             return [self.values.new_zeros(stop - start, width) for width in block.widths]
         if self.inner is not None:
@@ -71,7 +71,7 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
         context = block(context, block.shares(inputs))[-1]
         values[t] = context[0]
-    return Contexts(tokens, values, distinct, distinct.tables(block), residual=0.0, warmup=0)
+    return Contexts(tokens, values, distinct, residual=0.0, warmup=0, tables=distinct.tables(block))
 
 
 @torch.no_grad()
@@ -100,12 +100,30 @@ def chunked(
         progress: show a bar.
         keep: keep the inner layers' contexts too, in this type, if that takes no more than `INNER_KEPT`.
     """
-    total, block, device = len(tokens), model.context_block, tokens.device
+    total, device = len(tokens), tokens.device
     # Enough chunks to fill the products' rows, few enough that the joints' runs stay a small share.
     shortest, rows = (256, 1024) if device.type == "cpu" else (128, 8192)
     length = chunk_length or max(shortest, -(-total // rows))
-    if total <= length:
-        return sequential(model, tokens, progress)
+    residual = 0.0
+    while length < total:
+        found, residual = _chunks(model, tokens, tolerance, length, progress, keep)
+        if found is not None:
+            return found
+        length *= 4
+    if residual:
+        warnings.warn(
+            f"the ContextBlock does not forget within {length // 4} tokens (residual {residual:.1e}): "
+            "its contexts are computed token by token",
+            stacklevel=2,
+        )
+    return sequential(model, tokens, progress)
+
+
+def _chunks(
+    model: ContextLM, tokens: Tensor, tolerance: float, length: int, progress: bool, keep: torch.dtype | None
+) -> tuple[Contexts | None, float]:
+    """`chunked` with chunks of this length: the contexts, or None, and the residual."""
+    total, block, device = len(tokens), model.context_block, tokens.device
     count = -(-total // length)
     distinct = model.distinct_tokens(tokens)
     tables = distinct.tables(block)
@@ -135,18 +153,14 @@ def chunked(
         else:
             warmup, residual = 0, 0.0
         if warmup and offset + 1 >= 2 * warmup:
-            kept = None if inner is None else [layer.flatten(0, 1)[:total] for layer in inner]
-            return Contexts(tokens, values.flatten(0, 1)[:total], distinct, tables, residual, warmup, kept)
-    if 4 * length >= total:
-        warnings.warn(
-            f"the ContextBlock does not forget within {length} tokens (residual {difference:.1e}): "
-            "its contexts are computed token by token",
-            stacklevel=2,
-        )
-        return sequential(model, tokens, progress)
-    return chunked(model, tokens, tolerance, 4 * length, progress, keep)
+            found = Contexts(tokens, values.flatten(0, 1)[:total], distinct, residual, warmup)
+            if inner is None:
+                return replace(found, tables=tables), residual
+            return replace(found, inner=[layer.flatten(0, 1)[:total] for layer in inner]), residual
+    return None, difference
 
 
+@torch.no_grad()
 def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Contexts:
     """What the TokenBlock is to read instead of `contexts`, by the experiment's `context_ablation`.
 
@@ -166,7 +180,7 @@ def _inner_layers(
 ) -> list[Tensor] | None:
     """Room for the inner layers' contexts, tensors [count, length, width]; None where they are not to be kept."""
     size = count * length * sum(widths)
-    if dtype is None or not 0 < size * dtype.itemsize <= INNER_KEPT:
+    if dtype is None or size * dtype.itemsize > INNER_KEPT:
         return None
     try:
         flat = _matrix(1, size, device, dtype)[0]

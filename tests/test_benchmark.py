@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctxlm.analysis import benchmark
 from ctxlm.analysis.benchmark import flops_per_token, summarise
-from ctxlm.config import Experiment
+from ctxlm.config import ConfigError, Experiment
 from tests.conftest import tiny
 
 SHAPES = [
@@ -95,3 +95,12 @@ def test_headlines_are_the_worse_configurations_at_the_studys_size():
     assert summary["time_growth_exponents"] == pytest.approx({"A": 1, "B": 1.1})
     assert summary["time_growth_exponent"] == pytest.approx(1.1)
     assert summary["peak_rss_gib"] == {"20000": 3.0, "1000000": 4.0} and summary["peak_gflops_bfloat16"] == 33
+
+
+@pytest.mark.parametrize(
+    "other", [{"design": "arithmetic"}, {"use_weight_tying": False}, {"phase2_freeze_embedding": False}]
+)
+def test_what_the_floor_does_not_count_is_refused(other):
+    (name,) = other
+    with pytest.raises(ConfigError, match=f"{name} = .*: the benchmark counts the products of"):
+        benchmark.measure_apart(Experiment.from_mapping(other))

@@ -100,3 +100,14 @@ def test_a_frozen_weight_gets_no_gradient_and_evaluation_no_graph():
 def test_equal_logits_predict_the_first_token():
     _, _, correct = linear_cross_entropy(torch.zeros(3, 4), torch.randn(9, 4), torch.tensor([0, 1, 8]))
     assert correct.tolist() == [True, False, False]
+
+
+def test_evaluation_makes_no_room_for_gradients():
+    h, weight, bias, targets = problem(6, 5, 30)
+    context = type("Context", (), {"needs_input_grad": (True,) * 7, "mark_non_differentiable": lambda *_: None})()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, "zeros_like", lambda *_: pytest.fail("a gradient is made room for"))
+        ctxlm.loss._LinearCrossEntropy.forward(
+            context, h, weight.requires_grad_(), bias.requires_grad_(), targets, torch.float32, None, False
+        )
+    assert context.gradients == (None, None, None)

@@ -8,7 +8,7 @@ import torch
 from ctxlm.config import Experiment
 from ctxlm.phase1 import NonFiniteLoss, shape_contexts, train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
-from ctxlm.recurrence import sequential
+from ctxlm.recurrence import chunked, sequential
 from tests.conftest import stream, tiny
 
 SHAPE = {"num_layers": 2, "context_dim": 12, "embed_dim": 8}
@@ -43,6 +43,58 @@ def test_the_best_epochs_weights_and_losses_are_kept():
     summary = phase2.summary()
     assert summary["last_val_ppl"] == pytest.approx(math.exp(losses[-1]))
     assert summary["overfit_rate"] == pytest.approx(math.exp(losses[-1] - min(losses)) - 1)
+
+
+def test_evaluation_reads_every_target_whatever_the_batch():
+    _, model, _, val = prepared(val=83)
+    predict = Predictor(model, torch.float32)
+    whole, accuracy = evaluate(predict, val)
+    parts, again = evaluate(predict, val, batch_size=7)
+    assert len(whole) == len(parts) == 82 and again == accuracy
+    torch.testing.assert_close(parts, whole)
+
+
+def test_phase2_learns_from_kept_layers_as_from_recomputed_ones():
+    def losses(keep):
+        settings, model, _, val = prepared()
+        with torch.no_grad():  # strong inputs: the block forgets within a chunk
+            for linear in model.context_block.from_other:
+                linear.weight *= 5
+        train = chunked(model, stream(400), chunk_length=80, keep=keep)
+        assert (train.inner is None) == (keep is None)
+        return values(train_token_block(model, train, sequential(model, val.tokens), settings), "val_loss")
+
+    assert losses(torch.float32) == pytest.approx(losses(None), rel=1e-4)
+
+
+def test_training_on_keeps_the_embedding_that_contexts_read():
+    settings, model, train, val = prepared(phase2_freeze_embedding=False)
+    before = model.embedding.detach().clone()
+    for _ in range(2):
+        train_token_block(model, train, val, settings)
+    assert torch.equal(model.context_embedding, before)
+
+
+@pytest.mark.parametrize("design", ["constant", "arithmetic"])
+def test_phase1_in_bfloat16_rounds_products_only(design):
+    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4, "design": design})
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(**SHAPE, design=design)
+        contexts = sequential(model, stream(200)).values
+        start = {name: p.clone() for name, p in model.context_block.state_dict().items()}
+        phase1 = train_context_block(model, stream(200), contexts, settings, dtype)
+        moved = {name: p - start[name] for name, p in model.context_block.state_dict().items()}
+        losses = [row["value"] for row in phase1.history if row["metric"] in ("fixed_point_loss", "diversity_loss")]
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            inputs = model.context_inputs(stream(200), torch.arange(9))
+            layers = model.context_block(contexts[:9], model.context_block.shares(inputs))
+        assert all(layer.dtype == torch.float32 for layer in layers)
+        found[dtype] = losses, moved
+    (exact, exact_moves), (rounded, rounded_moves) = found.values()
+    assert rounded == pytest.approx(exact, rel=0.05, abs=2e-3)
+    exact, rounded = (torch.cat([m.flatten() for m in moves.values()]) for moves in (exact_moves, rounded_moves))
+    assert (exact - rounded).norm() < 0.4 * exact.norm()  # Adam takes full steps on gradients of either sign
 
 
 def test_validating_between_epochs_changes_nothing_else():
@@ -188,6 +240,16 @@ def test_a_damaged_phase1_is_computed_again(empty_cache):
     assert not second.cached and second.phase1.iterations == first.phase1.iterations
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
     assert shaped()[1].cached
+
+
+def test_a_block_that_was_already_shaped_is_another_phase1(empty_cache):
+    model, _ = shaped()
+    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4, "phase1_learning_rate": 0.01})
+    assert not shape_contexts(model, stream(200), settings).cached  # goes on from trained weights
+    fresh, found = shaped(phase1_learning_rate=0.01)
+    assert not found.cached and not torch.equal(
+        fresh.context_block.from_context[0].weight, model.context_block.from_context[0].weight
+    )
 
 
 def test_a_phase1_that_failed_is_not_kept(empty_cache, monkeypatch):

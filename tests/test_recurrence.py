@@ -112,4 +112,44 @@ def test_inner_layers_beyond_the_budget_are_computed_again(monkeypatch):
         patch.setattr("ctxlm.recurrence._matrix", lambda *a: full() if torch.bfloat16 in a else own(*a))
         assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is None
     one_layer = forgetful(num_layers=1)
-    assert chunked(one_layer, tokens, chunk_length=100, keep=torch.float32).inner is None  # there is nothing to keep
+    kept = chunked(one_layer, tokens, chunk_length=100, keep=torch.float32)
+    assert kept.inner == [] and len(kept.layers(one_layer.context_block, 0, 9)) == 1  # the last layer is all there is
+
+
+@pytest.mark.parametrize("keep", [None, torch.bfloat16])
+def test_large_contexts_live_in_a_file_without_a_name(keep, monkeypatch, tmp_path):
+    model, tokens = forgetful(), stream(950)
+    expected = chunked(model, tokens, chunk_length=100, keep=keep)
+    monkeypatch.setattr("ctxlm.recurrence.IN_MEMORY", 0)
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path))
+    found = chunked(model, tokens, chunk_length=100, keep=keep)
+    assert not list(tmp_path.iterdir())
+    for mapped, plain in zip(
+        (found.values, *(found.inner or [])), (expected.values, *(expected.inner or [])), strict=True
+    ):
+        assert torch.equal(mapped, plain)
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ctxlm.recurrence.IN_MEMORY", 0)
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"the contexts of 1,000 tokens need .* \(No space left on device\)"):
+        chunked(forgetful(), stream(950), chunk_length=100)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_kept_layers_of_falling_widths(n):
+    model, tokens = forgetful(design="arithmetic", num_input_tokens=n), stream(950)
+    kept = chunked(model, tokens, chunk_length=100, keep=torch.float32)
+    again = chunked(model, tokens, chunk_length=100)
+    assert [layer.shape[1] for layer in kept.inner] == model.context_block.widths[:-1]
+    for start, stop in ((0, 3), (98, 203)):
+        layers = zip(
+            kept.layers(model.context_block, start, stop), again.layers(model.context_block, start, stop), strict=True
+        )
+        assert all((one - other).abs().max() < 1e-4 for one, other in layers)

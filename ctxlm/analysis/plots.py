@@ -518,13 +518,13 @@ def plot_shares(table: pd.DataFrame) -> Figure:
         y = np.arange(len(STAGES)) + (position - (len(labels) - 1) / 2) * thick
         axes.barh(y, rows["share_of_floor"], 0.9 * thick, color=styles[label]["color"], alpha=0.75, label=label)
         axes.plot(rows["share_of_own_products"], y, "|", color="0.1", markersize=13, markeredgewidth=2)
-    axes.plot([], [], "|", color="0.1", markersize=13, markeredgewidth=2, label="of the products it is left with")
+    axes.plot([], [], "|", color="0.1", markersize=13, markeredgewidth=2, label="of the products that are left to do")
     axes.axvline(1, **REFERENCE)
     axes.set_yticks(range(len(STAGES)), [f"{STAGES[s]} ({table['dtype'].xs(s, level=1).iloc[0]})" for s in STAGES])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("share of the floor (100 %: as fast as the matrix products alone)")
+    axes.set_xlabel("share of the floor (100 %: as fast as the products of the algorithm as defined)")
     figure.legend(ncols=len(labels) + 1, **BELOW)
     return figure
 
