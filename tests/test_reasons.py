@@ -66,9 +66,20 @@ def test_the_steeper_law_gains_more(outputs, laws, steeper):
     assert "bootstrap over replicates and validation samples" in text and "(95 %: Fieller" in text
 
 
+def test_a_slope_that_hangs_on_the_validation_text_is_no_finding(outputs):
+    runs, _, val_by_sample = planted(outputs, {"A": FLAT, "B": STEEP}, **many())
+    tilted = val_by_sample["experiment"].eq("B") & val_by_sample["sample"].eq(val_by_sample["sample"].max())
+    sums = val_by_sample.groupby("run")["tokens"].transform("sum")
+    x = np.log(val_by_sample["train_tokens"] / 30_000)  # all of B's gain lies in a single sample
+    val_by_sample["loss_sum"] += 0.1 * x * val_by_sample["experiment"].eq("B") * val_by_sample["tokens"]
+    val_by_sample.loc[tilted, "loss_sum"] -= 0.1 * (x * sums)[tilted]
+    (found,) = errors(runs, val_by_sample)["pooled"]
+    assert "B gains more on this validation text, but on another it may not" in reasons.slopes(found)
+
+
 def test_equal_slopes_cannot_be_told_apart(outputs):
     text = pair(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, **many(0.03, seed=3))
-    assert "the slopes cannot be told apart" in text and "gains more" not in text
+    assert "the slopes of A and B cannot be told apart" in text and "gains more" not in text
     assert "anywhere" in text  # nothing bounds the crossover
 
 
@@ -268,9 +279,7 @@ def test_in_short_follows_whoever_wins(outputs, first):
         f"- A is better than B at {won[0]} of 4 sizes, B than A at {won[1]}; PPL of A against B, from"
     )
     assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
-    assert lines[2].startswith(
-        f"- {first} gains more from more text than {second} (p < 0.001, 80 runs in 5 replicates)"
-    )
+    assert lines[2].startswith(f"- {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)")
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]
     assert "phase 1 left out: +12.5 % (" in lines[4] and "contexts of zeros: +100.0 % (" in lines[4]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}

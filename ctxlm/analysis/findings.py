@@ -185,7 +185,7 @@ def _laws(summary: dict[str, Any]) -> str:
             interval = "95 % interval " + " to ".join(signed(x) for x in law["alpha_interval"])
         if law["alpha_interval_robust"]:
             interval += ", robust " + " to ".join(signed(x) for x in law["alpha_interval_robust"])
-        fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['residual_dof']} d.o.f., {interval})")
+        fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['interval_dof']} d.o.f., {interval})")
     exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
     caution = " A line through two points fits them whatever their errors." if exact else ""
     return f"**Scaling.** Fitted as PPL = A · tokens^α. {'; '.join(fitted)}.{caution}"

@@ -115,7 +115,7 @@ def plot_scaling(
         ends = np.transpose([i or (p, p) for i, p in zip(intervals, ppl, strict=True)])
         name = f"{label}: {group['num_layers'].iloc[0]} layers, context {group['context_dim'].iloc[0]}"
         if not law["reason"]:
-            name += f" · α = {law['alpha']:.3f} (n = {law['n']}, {law['residual_dof']} d.o.f.)".replace("-", "−")
+            name += f" · α = {law['alpha']:.3f} (n = {law['n']}, {law['interval_dof']} d.o.f.)".replace("-", "−")
             curve = PowerLaw(**{key: value for key, value in law.items() if key != "reason"})
             bounds = (low, curve.tokens_min, curve.tokens_max, high)
             for start, end, line in zip(bounds, bounds[1:], ("--", "-", "--"), strict=False):

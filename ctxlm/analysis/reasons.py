@@ -41,7 +41,7 @@ def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: M
     lines = [_verdicts(summary["paired_differences"]), caution(many, many_val)]
     lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
     lines += [_overfitting_in_short(grids["overfitting"][0]), _contexts_in_short(many, grids["ablations"][0])]
-    return "\n".join(f"- {line.rstrip('.')}." for line in lines if line)
+    return "\n".join(f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line)
 
 
 def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
@@ -61,13 +61,23 @@ def _slopes_in_short(found: dict[str, Any]) -> str:
         return ""
     a, b = found["a"], found["b"]
     tested = f"p {_p(found['p_value'])}, {found['n']} runs in {_count(found['replicates'], 'replicate')}"
-    if interval[0] <= 0 <= interval[1]:
-        return f"The laws of {a} and {b} cannot be told apart in slope ({tested}): no crossover can be claimed"
-    steeper, other = (b, a) if found["slope_difference"] < 0 else (a, b)
+    verdict = _slope_verdict(found)
+    if not verdict.endswith("from more text"):
+        return f"{verdict} ({tested}): no crossover can be claimed"
     where = ""
     if found["crossover_tokens"] is not None:
-        where = f"; the laws meet at {tokens_text(found['crossover_tokens'])} tokens"
-    return f"{steeper} gains more from more text than {other} ({tested}){where}"
+        where = f"; the laws of {a} and {b} meet at {tokens_text(found['crossover_tokens'])} tokens"
+    return f"{verdict} ({tested}){where}"
+
+
+def _slope_verdict(found: dict[str, Any]) -> str:
+    steeper = found["b"] if found["slope_difference"] < 0 else found["a"]
+    here, anywhere = (not low <= 0 <= high for low, high in (found["slope_interval"], found["bootstrap_slope"]))
+    if here and anywhere:
+        return f"{steeper} gains more from more text"
+    if here:
+        return f"{steeper} gains more on this validation text, but on another it may not"
+    return f"the slopes of {found['a']} and {found['b']} cannot be told apart"
 
 
 def _overfitting_in_short(runs: pd.DataFrame) -> str:
@@ -98,8 +108,7 @@ def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
             parts.append(
                 f"{what.lower()}: " + " and ".join(f"{_effect(effect)} PPL ({effect.name})" for effect in found)
             )
-    line = "; ".join(parts)
-    return line[:1].upper() + line[1:]
+    return "; ".join(parts)
 
 
 def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -149,8 +158,7 @@ def slopes(found: dict[str, Any]) -> str:
             f"{lead} α of {b} minus α of {a} is {difference} (n = {n}, no error can be estimated): no test can be made."
         )
     low, high = found["slope_interval"]
-    steeper = b if found["slope_difference"] < 0 else a
-    verdict = "the slopes cannot be told apart" if low <= 0 <= high else f"{steeper} gains more from more text"
+    verdict = _slope_verdict(found)
     robust = found["slope_interval_robust"]
     basis = f"{_count(found['replicates'], 'replicate')}, {dof} d.o.f."
     drawn = "replicates and validation samples"

@@ -106,6 +106,7 @@ def fit_power_law(tokens: Sequence[float], ppl: Sequence[float], replicates: Seq
     if balanced(runs, "x"):
         slopes = each(runs, lambda part: np.polyfit(part["x"], part["y"], 1)[0])
         interval, interval_dof = student(slopes), len(slopes) - 1
+        robust = robust if len(slopes) >= FEWEST_CLUSTERS else None  # HC3 would take the runs as independent
     ends = int(sizes.min()), int(sizes.max())
     return PowerLaw(len(sizes), dof, alpha, interval, interval_dof, robust, log_a, r2, *ends)
 

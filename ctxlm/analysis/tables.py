@@ -134,7 +134,7 @@ def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
             f"α of {label}",
             f"{law['alpha']:.3f}",
             f"{published[label]:.3f}",
-            f"n = {law['n']}, {law['residual_dof']} d.o.f.",
+            f"n = {law['n']}, {law['interval_dof']} d.o.f.",
         )
         for label, law in laws.items()
     ]
