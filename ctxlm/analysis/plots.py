@@ -121,7 +121,11 @@ def plot_scaling(
             for start, end, line in zip(bounds, bounds[1:], ("--", "-", "--"), strict=False):
                 x = np.geomspace(start, end, 20)
                 axes.plot(x, curve.ppl(x), color=look["color"], linestyle=line, linewidth=1.3)
-        axes.errorbar(group["train_tokens"] * dodge, ppl, abs(ends - ppl), capsize=3, elinewidth=1, label=name, **look)
+        if group["train_tokens"].duplicated().any():  # the scatter of the runs is what counts; bars would hide it
+            axes.plot(group["train_tokens"] * dodge, ppl, alpha=0.6, label=name, **look | {"markersize": 4.5})
+        else:
+            bars = {"yerr": abs(ends - ppl), "capsize": 3, "elinewidth": 1}
+            axes.errorbar(group["train_tokens"] * dodge, ppl, label=name, **bars, **look)
         if published is not None:
             there = published[published["experiment"] == label]
             axes.plot(
@@ -142,7 +146,9 @@ def plot_scaling(
     axes.set_xlim(low, high)
     _tokens_axis(axes, sizes)
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
-    _log_axis(axes, f"validation PPL (log), 95 % interval over {samples} samples")
+    several = runs.duplicated(["experiment", "train_tokens"]).any()
+    what = "a point a run" if several else f"95 % interval over {samples} samples"
+    _log_axis(axes, f"validation PPL (log), {what}")
     figure.legend(handles=keys, ncols=2, **BELOW)
     return figure
 
@@ -170,7 +176,8 @@ def plot_paired_differences(summary: Mapping[str, Any]) -> Figure:
         for y, label in ((0, differences["a"][0]), (1, differences["b"][0])):
             axes.text(1.01, y, f"{label} is\nbetter", transform=axes.transAxes, va=("bottom", "top")[y])
     samples, tokens = differences["samples"].max(), differences["tokens"].max()
-    axes.set_title(f"{samples} validation samples, {tokens:,} tokens; 95 % intervals over samples", loc="left")
+    over = "samples" if differences["replicates"].max() == 1 else "samples and replicates"
+    axes.set_title(f"{samples} validation samples, {tokens:,} tokens; 95 % intervals over {over}", loc="left")
     figure.legend(ncols=4, **BELOW)
     return figure
 
