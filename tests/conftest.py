@@ -5,11 +5,15 @@ import os
 # Before torch is imported: tests run side by side with others and their products are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from ctxlm.config import Experiment
 from ctxlm.model import ContextLM
+
+matplotlib.use("Agg")
 
 
 def tiny(vocabulary: int = 60, **parameters) -> ContextLM:
@@ -32,6 +36,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """Where runs are written and read, with no committed results beside them."""
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
+    yield tmp_path / "outputs"
+    plt.close("all")
 
 
 def pytest_collection_modifyitems(items):

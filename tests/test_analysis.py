@@ -6,30 +6,18 @@ import re
 import shutil
 from itertools import pairwise
 
-import matplotlib
-import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 from ctxlm.analysis import plots, tables
-from ctxlm.analysis.findings import findings, gaps, material, what_differs
+from ctxlm.analysis.findings import findings, gaps, material, prose, signed, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
 from tests.planted import SIZES, noise, plant
 
-matplotlib.use("Agg")
-
 STUDY = {"sizes": (86_925, 183_620), "shapes": {"A": (6, 768), "B": (3, 1536)}, "samples": 50}
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
-    yield tmp_path / "outputs"
-    plt.close("all")
 
 
 def plan(folder, labels, sizes, seeds):
@@ -96,6 +84,11 @@ def test_a_crossover_with_errors_refers_to_them(outputs):
     runs["val_ppl"] *= np.tile([1.04, 0.97, 0.98, 1.03], 2)
     summary = summarise("planted", runs, val_by_sample)
     assert "How well it is known is said under" in findings(runs, summary)[3]
+
+
+def test_numbers_and_per_cent_signs_are_set_as_in_print():
+    assert [signed(x, 1) for x in (-0.04, 0.04, -0.06, 1.0)] == ["0.0", "0.0", "−0.1", "+1.0"]
+    assert prose(["at 5 % of", "A to B"]).data == "at 5\u00a0% of\n\nA to B"
 
 
 def test_incomplete_grids_are_described(outputs):
@@ -188,10 +181,11 @@ def test_ours_beside_the_published_are_matched_by_shape_and_size(outputs):
     runs, _, _, summary = read()
     table = tables.beside_published(runs).set_index("Ours / published")
     ours = 846 * (86_925 / 20_000) ** -0.3
-    assert table.loc["Validation PPL", "A, 86,925 tokens"] == f"{ours:.1f} / 554.6 ({ours / 554.58 - 1:+.0%})"
+    expected = f"{ours:.1f} / 554.6 ({ours / 554.58 - 1:+.0%})".replace("-", "−")
+    assert table.loc["Validation PPL", "A, 86,925 tokens"] == expected
     assert table.shape == (9, 4)
     laws = tables.laws_beside_published(summary).set_index("Law")
-    assert list(laws.loc["α of A", ["Ours", "Published"]]) == ["-0.300", "-0.287"]
+    assert list(laws.loc["α of A", ["Ours", "Published"]]) == ["−0.300", "−0.287"]
     assert laws.loc["crossover, tokens", "Published"] == "141,000"
     plant(outputs, {"A": (-0.3, 800)}, grid="small")
     assert tables.beside_published(read("small")[0]).empty

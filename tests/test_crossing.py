@@ -204,9 +204,8 @@ def test_bootstrap_counts_draws_without_a_crossing():
     assert 0.2 < share < 1
 
 
-def test_bootstrap_of_single_runs_draws_samples_only(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    plant(tmp_path, {"A": (-0.3, 800), "B": (-0.36, 830)})
+def test_bootstrap_of_single_runs_draws_samples_only(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.36, 830)})
     runs, _, val_by_sample = read_grid("planted")
     drawn = bootstrap(runs, val_by_sample)
     low, high = drawn.slope_difference("A", "B")

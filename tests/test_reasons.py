@@ -5,8 +5,6 @@ import math
 import re
 import shutil
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,16 +14,6 @@ from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.analysis.tables import published_runs
 from tests.planted import SIZES, noise, plant
-
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
-    yield tmp_path / "outputs"
-    plt.close("all")
 
 
 def planted(outputs, laws, **options):
@@ -187,7 +175,7 @@ def test_runs_that_did_not_stop_are_counted_and_left_out(outputs):
     text = reasons.overfitting(runs, history)[0]
     assert "4 of 16 runs had not stopped at their last epoch and are left out: 4 at a rate of 0.002." in text
     assert "Not modelled: 0 runs cannot tell" in reasons.overfitting(runs.assign(best_epoch=5), history)[0]
-    assert reasons.effects(explain.overfitting_effects, runs.assign(best_epoch=5)) == {}
+    assert reasons.as_group(explain.overfitting_effects, runs.assign(best_epoch=5)) == {}
 
 
 def test_between_epochs_the_gain_is_said_to_be_partly_luck(outputs):

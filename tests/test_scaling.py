@@ -215,6 +215,15 @@ def test_interval_over_replicates_and_samples_covers_the_truth(between, monkeypa
         assert covered / 200 < 0.99 and alone / 200 < 0.75
 
 
+def test_a_difference_is_that_of_the_replicates_both_have():
+    tokens = np.array([200, 400])
+    a = pd.concat([by_sample([5.0, 5.0], tokens, r) for r in range(3)])
+    b = pd.concat([by_sample([5.1, 5.1], tokens, r) for r in range(2)] + [by_sample([9.0, 9.0], tokens, 7)])
+    found = paired_difference(a, b)
+    assert (found.replicates, found.log_ppl) == (2, pytest.approx(-0.1))
+    assert found.interval == pytest.approx((-0.1, -0.1))
+
+
 def test_text_that_both_read_does_not_widen_their_difference():
     rng = np.random.default_rng(22)
     tokens = rng.integers(300, 1500, 20)
@@ -268,13 +277,6 @@ def test_other_tokens_cannot_be_paired():
         paired_difference(by_sample([5.0], np.array([100])), by_sample([5.0], np.array([101])))
     with pytest.raises(ValueError, match="different validation tokens"):
         paired_difference(by_sample([5.0, 5.0], np.array([100, 100])), by_sample([5.0], np.array([100])))
-
-
-@pytest.fixture
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
-    return tmp_path
 
 
 def test_summary_of_a_planted_grid(outputs):

@@ -64,11 +64,8 @@ def overfitting_effects(runs: pd.DataFrame) -> list[Effect]:
     first, *others = sorted(done["configuration"].unique()) or [""]
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     if done["phase2_learning_rate"].nunique() > 1:
-        columns[HALVED] = -np.log2(done["phase2_learning_rate"])
+        columns["a halved learning rate"] = -np.log2(done["phase2_learning_rate"])
     return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
-
-
-HALVED = "a halved learning rate"
 
 
 def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effect]:

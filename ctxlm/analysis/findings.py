@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 
 VARIED = {"seed": "seeds", "data_seed": "training texts"}
 LEAD = "**Deep and narrow, or shallow and wide?** "
@@ -27,9 +28,12 @@ def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     paragraphs = [*answers(runs, summary), _laws(summary)]
     paragraphs += [_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]]
     paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
-    return [
-        paragraph.replace(" %", "\u00a0%") for paragraph in paragraphs if paragraph
-    ]  # no line begins with a per cent sign
+    return paragraphs
+
+
+def prose(paragraphs: Iterable[str]) -> Markdown:
+    """Paragraphs for a notebook; empty ones are left out, and no line begins with a per cent sign."""
+    return Markdown("\n\n".join(paragraphs).replace(" %", "\u00a0%"))
 
 
 def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -266,7 +270,9 @@ def percent(fraction: float) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """With its sign, unless it rounds to 0."""
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
 
 
 def tokens_text(tokens: float) -> str:

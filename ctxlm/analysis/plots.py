@@ -248,7 +248,7 @@ def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
     except ValueError as error:
         return _says(f"Chance cannot be taken apart: {error}.")
     figure, ((axes,),) = _figure(height=2.4)
-    ends = [(rows["sd"] - rows["low"]).fillna(0), (rows["high"] - rows["sd"]).fillna(0)]
+    ends = [rows["sd"] - rows["low"], rows["high"] - rows["sd"]]  # nan, and no line, where there is no interval
     colours = [COLOURS[0]] * 3 + [COLOURS[1]]
     axes.barh(list(names.values()), rows["sd"], xerr=ends, color=colours, edgecolor="white", capsize=3)
     axes.invert_yaxis()

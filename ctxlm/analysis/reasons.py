@@ -359,7 +359,7 @@ def ablation_effects(runs: pd.DataFrame) -> dict[str, list[explain.Effect]]:
     return found
 
 
-def effects(
+def as_group(
     model: Callable[[pd.DataFrame], list[explain.Effect]], runs: pd.DataFrame
 ) -> dict[str, list[explain.Effect]]:
     """What a model finds in the runs, as one group for `plots.plot_effects`; none where it cannot be fitted."""

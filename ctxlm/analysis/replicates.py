@@ -20,10 +20,9 @@ CONFIDENCE = 0.95
 def replicate_of(runs: pd.DataFrame) -> pd.Series:
     """The replicate of every run, numbered from 0, by its columns seed and data_seed.
 
-    With one window of training text, seeds are replicates (on that text); with one seed, windows are (from those
-    weights).
-    Where both vary, replicates are the sets of seeds and windows that occur together: seeds crossed with windows are a
-    single one, from which nothing can be concluded beyond them.
+    With one window of training text, seeds are replicates, and with one seed, windows are. Where both vary, replicates
+    are the sets of seeds and windows that occur together: seeds crossed with windows are a single one, from which
+    nothing can be concluded beyond them.
     """
     seeds, windows = (pd.factorize(runs[name])[0] for name in ("seed", "data_seed"))
     if windows.max(initial=0) == 0:

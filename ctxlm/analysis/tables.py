@@ -67,7 +67,7 @@ def recency_table(recency: pd.DataFrame) -> pd.DataFrame:
     """
     if recency.empty:
         return recency
-    low, centre, high = (100 * np.expm1(recency[name]) for name in ("low", "extra_loss", "high"))
+    low, centre, high = ((100 * np.expm1(recency[name])).round(1) + 0.0 for name in ("low", "extra_loss", "high"))
     cells = [
         f"{b:.1f}" if math.isnan(a) else f"{b:.1f} ({a:.1f} to {c:.1f})"
         for a, b, c in zip(low, centre, high, strict=True)
@@ -118,7 +118,8 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
         cells = []
         for name, factor, text in quantities.values():
             mine, theirs = (factor * pair[f"{name}_{side}"] for side in ("ours", "published"))
-            cells.append(f"{text.format(mine)} / {text.format(theirs)} ({mine / theirs - 1:+.0%})")
+            cell = f"{text.format(mine)} / {text.format(theirs)} ({mine / theirs - 1:+.0%})"
+            cells.append(cell.replace("-", "−"))
         columns[f"{pair['experiment']}, {pair['train_tokens']:,} tokens"] = cells
     return pd.DataFrame({"Ours / published": list(quantities)} | columns) if columns else pd.DataFrame()
 
@@ -132,8 +133,8 @@ def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
     rows = [
         (
             f"α of {label}",
-            f"{law['alpha']:.3f}",
-            f"{published[label]:.3f}",
+            f"{law['alpha']:.3f}".replace("-", "−"),
+            f"{published[label]:.3f}".replace("-", "−"),
             f"n = {law['n']}, {law['interval_dof']} d.o.f.",
         )
         for label, law in laws.items()
