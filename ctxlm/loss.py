@@ -7,8 +7,8 @@ which is all the gradient needs; reductions run in float32 over a few rows at a 
 import torch
 from torch import Tensor
 
-LOGIT_BYTES = 64 * 2**20
-"""Memory for the logits of one block of rows."""
+LOGIT_BYTES = 128 * 2**20
+"""Memory for the logits of one block of rows: a batch of 512 in float32, so that the head is read once."""
 ROWS_IN_CACHE = 16
 """Rows reduced at a time on a CPU: 16 x 50,257 float32 stay in the cache."""
 
@@ -66,11 +66,14 @@ def _scratch(name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtyp
 
 
 def _reduce(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, softmax: bool) -> None:
-    """Fill `losses` and `correct` from `logits` [R, V]; with `softmax`, overwrite `logits` by it."""
+    """Fill `losses` and `correct` from `logits` [R, V], which are lost; with `softmax`, they hold it afterwards."""
+    rounded = logits.dtype != torch.float32
     step = ROWS_IN_CACHE if logits.device.type == "cpu" else logits.shape[0]
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
-        block = _scratch("block", *logits[rows].shape, logits, torch.float32).copy_(logits[rows])
+        block = logits[rows]
+        if rounded:
+            block = _scratch("block", *block.shape, logits, torch.float32).copy_(block)
         target = block.gather(1, targets[rows, None])
         largest = block.amax(1, keepdim=True)
         # Equal logits are common in bfloat16: the first of the largest is the prediction, as argmax has it. On a
@@ -84,7 +87,7 @@ def _reduce(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, so
         # One fused pass; log-sum-exp follows from the largest probability, which never underflows (it is at least 1/V).
         torch.softmax(block, 1, out=block)
         losses[rows] = (largest - block.amax(1, keepdim=True).log() - target)[:, 0]
-        if softmax:
+        if rounded and softmax:
             logits[rows] = block
 
 

@@ -4,8 +4,11 @@ Shapes: V vocabulary, d embed_dim, C context_dim, L num_layers, n num_input_toke
 K distinct tokens of a stream.
 """
 
+import functools
 import hashlib
 import itertools
+import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -287,12 +290,30 @@ def resolve_device(experiment: Experiment) -> torch.device:
 
 
 def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
-    """The type of both phases' matrix products; `auto` is bfloat16 where the hardware multiplies it natively."""
+    """The type of both phases' matrix products; `auto` is bfloat16 where that is clearly faster than float32."""
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        faster = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # emulated bfloat16 is slower than float32; these probes are private and absent from some versions
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32
+        faster = native and _bfloat16_gain() > 1.2
+    return torch.bfloat16 if faster else torch.float32
+
+
+@functools.cache
+def _bfloat16_gain() -> float:
+    """How many times as fast this CPU multiplies in bfloat16 as in float32; 0.1 s, once a process.
+
+    Having the instructions is not enough: without AMX a recent Xeon takes twice as long with them as in float32
+    (LOG.md, 2026-11-25). Taking turns, and counting the best, keeps another process's load out of the ratio.
+    """
+    pairs = [(torch.ones(512, 768, dtype=t), torch.ones(768, 4096, dtype=t)) for t in (torch.float32, torch.bfloat16)]
+    seconds = [math.inf, math.inf]
+    for _ in range(5):
+        for index, (left, right) in enumerate(pairs):
+            began = time.perf_counter()
+            left @ right
+            seconds[index] = min(seconds[index], time.perf_counter() - began)
+    return seconds[0] / seconds[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.model import ContextLM, generator, resolve_device, resolve_dtype, token_inputs
+from ctxlm.model import ContextLM, _bfloat16_gain, generator, resolve_device, resolve_dtype, token_inputs
 from tests import literal
 from tests.conftest import stream, tiny
 
@@ -112,11 +112,19 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(monkeypatch):
         resolve_device(Experiment.from_mapping({"device": "cuda"}))
 
 
-def test_bfloat16_is_chosen_only_where_the_cpu_multiplies_it(monkeypatch):
+def test_bfloat16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.setattr("ctxlm.model._bfloat16_gain", lambda: 4.0)
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.bfloat16
     assert resolve_dtype(Experiment.from_mapping({"dtype": "float32"}), cpu) == torch.float32
+    monkeypatch.setattr("ctxlm.model._bfloat16_gain", lambda: 0.5)  # a Xeon without AMX has it, slowly
+    assert resolve_dtype(Experiment(), cpu) == torch.float32
+    assert resolve_dtype(Experiment.from_mapping({"dtype": "bfloat16"}), cpu) == torch.bfloat16
+
+
+def test_the_gain_of_bfloat16_is_a_ratio():
+    assert 0 < _bfloat16_gain() < 1000
