@@ -71,6 +71,27 @@ class Experiment(BaseModel):
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
     phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
+    # Phase 2: what the study does not have; all of it is off by default
+    output_bias: Literal["none", "unigram"] = Field(
+        "none", description="a trained bias of the output that starts at the training tokens' log frequencies (unigram)"
+    )
+    logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
+    phase2_shuffle: bool = Field(False, description="updates read the tokens in random order, not in the stream's")
+    phase2_warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
+    phase2_final_rate: float = Field(
+        1.0, gt=0, le=1, description="the learning rate after phase2_epochs as a share of its peak (half a cosine)"
+    )
+    phase2_weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
+    phase2_dropout: float = Field(0.0, ge=0, lt=1, description="share of context and input entries dropped in training")
+    phase2_label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all tokens")
+    phase2_weight_average: float = Field(
+        0.0, ge=0, lt=1, description="decay an update of the average of the weights that is judged and kept; 0: none"
+    )
+    held_out_tokens: int = Field(
+        0,
+        ge=0,
+        description="for tuning: so many last training tokens are left out, and stand in for validation",
+    )
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
         "none",
         description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens",

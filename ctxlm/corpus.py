@@ -156,6 +156,7 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
 
     Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
     `data_seed` > 0 it starts at a random sample of the capacity instead and goes on at its first when it runs out.
+    With `held_out_tokens`, so many of its last tokens are cut off and take the place of validation.
 
     Raises:
         ConfigError: more training than the capacity, or too few samples for validation and test; with `ppmi` all
@@ -174,9 +175,19 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         length = experiment.train_tokens
     window = np.arange(corpus.starts[start], corpus.starts[start] + length) % len(region)
     first_test = capacity + experiment.val_samples
+    val = corpus.stream(capacity, first_test)
+    if experiment.held_out_tokens:
+        kept = length - experiment.held_out_tokens
+        if kept < 2:
+            raise ConfigError(
+                f"held_out_tokens = {experiment.held_out_tokens} leaves fewer than two of {length:,} training tokens: "
+                "lower it"
+            )
+        window, held_out = window[:kept], window[kept:]
+        val = Stream(region.tokens[held_out], region.samples[held_out])
     return Split(
         train=Stream(region.tokens[window], region.samples[window]),
-        val=corpus.stream(capacity, first_test),
+        val=val,
         test=corpus.stream(first_test, first_test + experiment.test_samples),
     )
 

@@ -231,6 +231,10 @@ class ContextLM(nn.Module):
             self.head = nn.Linear(e.embed_dim, embedding.shape[0])
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+        # Phase 2 starts it at the training tokens' log frequencies; an untied head has a bias of its own.
+        own_bias = e.output_bias != "none" and self.head is None
+        self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if own_bias else None
+        self.logit_scale = e.logit_scale
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""

@@ -1,18 +1,22 @@
 """Phase 2: freeze the contexts and train the TokenBlock to predict the next token."""
 
-import copy
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ctxlm.config import Experiment
 from ctxlm.loss import linear_cross_entropy
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
-from ctxlm.model import ContextLM
+from ctxlm.model import ContextLM, generator
 from ctxlm.phase1 import NonFiniteLoss
 from ctxlm.recurrence import Contexts
 
@@ -52,26 +56,57 @@ class Predictor:
         frozen = not weight.requires_grad
         self.weight = weight.detach().to(dtype) if frozen else weight
         self.transposed = self.weight.T.contiguous() if frozen and weight.device.type == "cpu" else None
-        self.bias = None if model.head is None else model.head.bias
+        self._kept_mean: Tensor | None = None
+        self.bias = model.output_bias if model.head is None else model.head.bias
 
-    def __call__(self, stream: Contexts, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of predicting tokens[start+1 .. stop] (mean, per token, correct), as `linear_cross_entropy`.
+    def __call__(self, stream: Contexts, at: slice | Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of predicting the tokens after the positions `at` (mean, per token, correct), as `linear_cross_entropy`.
 
         Args:
             stream: T tokens and their contexts.
-            start: first position read; stop: one past the last one, at most T - 1.
+            at: a slice without a step, or int64 [B], of 0 .. T - 2.
+            training: as of `at`.
         """
         with self._autocast(stream.tokens):
-            layers = stream.layers(self.model.context_block, start, stop)
-        return self.at(stream.tokens, torch.arange(start, stop, device=stream.tokens.device), layers)
+            layers = stream.layers(self.model.context_block, at)
+        positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at
+        return self.at(stream.tokens, positions, layers, **training)
 
-    def at(self, tokens: Tensor, positions: Tensor, layers: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, width]."""
+    def at(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        layers: list[Tensor],
+        drop: Callable[[Tensor], Tensor] = lambda x: x,
+        smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, width].
+
+        Args:
+            tokens, positions, layers: what is read.
+            drop: applied to the contexts and the input tokens.
+            smoothing: share of the target that is spread over the vocabulary (Szegedy et al., 2016), in the mean alone.
+        """
         with self._autocast(tokens):
-            h = self.model.token_block(self.model.inputs(tokens, positions), layers)
-        return linear_cross_entropy(
-            h.float(), self.weight, tokens[positions + 1], self.bias, self.dtype, self.transposed
-        )
+            h = self.model.token_block(drop(self.model.inputs(tokens, positions)), [drop(c) for c in layers])
+        h, targets = h.float() * self.model.logit_scale, tokens[positions + 1]
+        mean, losses, correct = linear_cross_entropy(h, self.weight, targets, self.bias, self.dtype, self.transposed)
+        if (
+            smoothing
+        ):  # the mean of -log p over the vocabulary exceeds the target's by how far its logit is above average
+            above = (h * (self.weight[targets].float() - self._mean_row())).sum(1)
+            if self.bias is not None:
+                above = above + self.bias[targets] - self.bias.mean()
+            mean = mean + smoothing * above.mean()
+        return mean, losses, correct
+
+    def _mean_row(self) -> Tensor:
+        """The mean over the vocabulary of the head's rows, [d]."""
+        if self.weight.requires_grad:
+            return self.weight.mean(0)
+        if self._kept_mean is None:
+            self._kept_mean = self.weight.float().mean(0)
+        return self._kept_mean
 
     def _autocast(self, tokens: Tensor) -> torch.autocast:
         return torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -81,7 +116,8 @@ class Predictor:
 def evaluate(predict: Predictor, stream: Contexts, batch_size: int = 2048) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
     targets = len(stream.tokens) - 1
-    parts = [predict(stream, start, min(start + batch_size, targets))[1:] for start in range(0, targets, batch_size)]
+    batches = (slice(start, min(start + batch_size, targets)) for start in range(0, targets, batch_size))
+    parts = [predict(stream, batch)[1:] for batch in batches]
     losses, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     return losses, correct.double().mean().item()
 
@@ -93,39 +129,38 @@ def train_token_block(
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
 ) -> Phase2:
-    """Train `model.token_block` (and the untied head, and the embedding unless frozen) in place.
+    """Train `model.token_block` (and the untied head, the output's bias, the embedding unless frozen) in place.
 
-    Batches are consecutive tokens in stream order; N tokens give N - 1 targets, the short last batch included. The
-    epoch's train loss is the mean of the losses before each update. Training stops after `phase2_patience` epochs
-    without a better validation loss; the best epoch's weights are kept.
+    Batches are consecutive tokens in stream order, or with `phase2_shuffle` random ones, every token once an epoch; N
+    tokens give N - 1 targets, the short last batch included. The epoch's train loss is the mean of the losses before
+    each update. Training stops after `phase2_patience` epochs without a better validation loss; the best epoch's
+    weights are kept.
 
     Args:
         model: on the device of the streams.
         train, val: the streams with their contexts.
-        experiment: supplies the `phase2_*` parameters and `val_every_steps`.
+        experiment: supplies the `phase2_*` parameters, `output_bias`, `val_every_steps` and `seed`.
         dtype: of the matrix products.
 
     Raises:
         NonFiniteLoss: the loss, or its exponential, is no longer finite.
     """
     e, device, targets = experiment, train.tokens.device, len(train.tokens) - 1
-    if not e.phase2_freeze_embedding:
-        if model.context_embedding is None:  # training may go on: contexts keep reading Phase 1's
-            model.context_embedding = model.embedding.detach().clone()
-        model.embedding.requires_grad_(True)
-    trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
-    if model.head is not None:
-        trained |= {f"head.{name}": p for name, p in model.head.named_parameters()}
-    if model.embedding.requires_grad:
-        trained["embedding"] = model.embedding
+    trained = _trained(model, train.tokens, e)
     predict = Predictor(model, dtype)
-    optimiser = torch.optim.Adam(trained.values(), lr=e.phase2_learning_rate, fused=True)
     starts = range(0, targets, e.phase2_batch_size)
+    optimiser, schedule = _optimiser(trained, e, len(starts))
+    average = _Average(trained, e.phase2_weight_average)
     check_every = 1 if device.type == "cpu" else len(starts)  # reading a loss off a GPU makes the host wait for it
     history: list[dict] = []
 
     def record(phase: str, step: int, values: dict[str, float]) -> None:
         history.extend({"phase": phase, "step": step, "metric": k, "value": v} for k, v in values.items())
+
+    def judge(stream: Contexts) -> tuple[Tensor, float, float]:
+        with average.in_place():
+            losses, accuracy = evaluate(predict, stream)
+        return losses, accuracy, losses.double().mean().item()
 
     best_loss, best, best_weights = math.inf, None, None
     epoch = update = 0
@@ -133,23 +168,30 @@ def train_token_block(
         began = time.perf_counter()
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         correct_sum = torch.zeros((), dtype=torch.int64, device=device)
+        order = None
+        if e.phase2_shuffle:
+            order = torch.randperm(targets, generator=generator(e.seed, "phase2_order", epoch)).to(device)
+        drop = _dropout(e.phase2_dropout, generator(e.seed, "phase2_dropout", epoch))
         with tqdm(starts, desc=f"Phase 2, epoch {epoch}", unit="update", leave=False) as bar:
             for start in bar:
                 stop = min(start + e.phase2_batch_size, targets)
+                at = slice(start, stop) if order is None else order[start:stop]
                 optimiser.zero_grad()
-                loss, losses, correct = predict(train, start, stop)
+                loss, losses, correct = predict(train, at, drop=drop, smoothing=e.phase2_label_smoothing)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), e.phase2_gradient_clip)
                 optimiser.step()
+                schedule.step()
+                update += 1
+                average.update(update)
                 loss_sum += losses.sum()
                 correct_sum += correct.sum()
-                update += 1
                 if update % check_every == 0 or stop == targets:
                     _finite(loss_sum.item() / stop, e, epoch, update)
                 if e.val_every_steps and update % e.val_every_steps == 0:
-                    record("phase2_updates", update, {"val_loss": evaluate(predict, val)[0].double().mean().item()})
-        val_losses, val_accuracy = evaluate(predict, val)
-        val_loss, train_loss = val_losses.double().mean().item(), loss_sum.item() / targets
+                    record("phase2_updates", update, {"val_loss": judge(val)[2]})
+        val_losses, val_accuracy, val_loss = judge(val)
+        train_loss = loss_sum.item() / targets
         _finite(val_loss, e, epoch, update)
         record(
             "phase2",
@@ -166,20 +208,110 @@ def train_token_block(
             },
         )
         if e.train_loss_after_epoch:
-            after = evaluate(predict, train)[0].double().mean().item()
+            after = judge(train)[2]
             record("phase2", epoch, {"train_loss_after": after, "train_ppl_after": perplexity(after)})
         tqdm.write(
             f"epoch {epoch}: train PPL {perplexity(train_loss):,.1f}, validation PPL {perplexity(val_loss):,.1f}"
         )
         if val_loss < best_loss:
             best_loss, best = val_loss, (epoch, val_losses, val_accuracy)
-            best_weights = {name: copy.deepcopy(p.detach()) for name, p in trained.items()}
+            best_weights = average.copies()
         elif epoch - best[0] >= e.phase2_patience:
             break
     with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(best_weights[name])
+        for p, kept in zip(trained.values(), best_weights, strict=True):
+            p.copy_(kept)
     return Phase2(best[0], epoch, best[1], best[2], val_loss, history)
+
+
+def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tensor]:
+    """What Phase 2 trains, by name; the output's bias is started."""
+    if not e.phase2_freeze_embedding:
+        if model.context_embedding is None:  # training may go on: contexts keep reading Phase 1's
+            model.context_embedding = model.embedding.detach().clone()
+        model.embedding.requires_grad_(True)
+    trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
+    if model.head is not None:
+        trained |= {f"head.{name}": p for name, p in model.head.named_parameters()}
+    if model.output_bias is not None:
+        trained["output_bias"] = model.output_bias
+    if model.embedding.requires_grad:
+        trained["embedding"] = model.embedding
+    if e.output_bias == "unigram":
+        counts = torch.bincount(tokens, minlength=len(model.embedding)) + 1.0  # one more, so that none is impossible
+        bias = model.output_bias if model.head is None else model.head.bias
+        with torch.no_grad():
+            bias.copy_((counts / counts.sum()).log())
+    return trained
+
+
+def _optimiser(trained: dict[str, Tensor], e: Experiment, updates: int) -> tuple[Optimizer, LambdaLR]:
+    """Adam, or AdamW where weights decay (Loshchilov & Hutter, 2019), and the schedule of its learning rate.
+
+    The rate rises linearly over the warm-up, and falls by half a cosine to `phase2_final_rate` of its peak by the last
+    of `phase2_epochs` epochs of so many `updates`. Biases and norms do not decay.
+    """
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": e.phase2_weight_decay},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if e.phase2_weight_decay else torch.optim.Adam
+    optimiser = kind(groups, lr=e.phase2_learning_rate, fused=True)
+    rise, total = e.phase2_warmup_updates, e.phase2_epochs * updates
+
+    def share(update: int) -> float:
+        gone = min(max(update - rise, 0) / max(total - rise, 1), 1)
+        fall = e.phase2_final_rate + (1 - e.phase2_final_rate) * (1 + math.cos(math.pi * gone)) / 2
+        return min(1.0, (update + 1) / (rise + 1)) * fall
+
+    return optimiser, LambdaLR(optimiser, share)
+
+
+def _dropout(share: float, draws: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Sets a share of entries to zero and scales up the others (Srivastava et al., 2014); none: leaves all alone."""
+
+    def drop(x: Tensor) -> Tensor:
+        kept = torch.empty(x.shape).bernoulli_(1 - share, generator=draws).to(x.device)
+        return x * kept / (1 - share)
+
+    return drop if share else lambda x: x
+
+
+class _Average:
+    """An exponential moving average of weights (Polyak & Juditsky, 1992), or with decay 0 the weights themselves."""
+
+    def __init__(self, trained: dict[str, Tensor], decay: float):
+        self.weights, self.decay = list(trained.values()), decay
+        self.means = self.weights
+        if decay:
+            self.means = self.copies()
+
+    @torch.no_grad()
+    def update(self, update: int) -> None:
+        """After update number `update`; the first ones count for more, so that the start is soon forgotten."""
+        if self.decay:
+            decay = min(self.decay, (1 + update) / (10 + update))
+            torch._foreach_lerp_(self.means, self.weights, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averages stand in the weights' place while the block runs."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def copies(self) -> list[Tensor]:
+        """The averages as they are now."""
+        return [mean.detach().clone() for mean in self.means]
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        if self.decay:
+            own = [p.clone() for p in self.weights]
+            torch._foreach_copy_(self.weights, self.means)
+            torch._foreach_copy_(self.means, own)
 
 
 def _finite(loss: float, e: Experiment, epoch: int, update: int) -> None:

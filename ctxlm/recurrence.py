@@ -48,17 +48,15 @@ class Contexts:
     """Show zeros in every layer instead of the contexts (an ablation)."""
 
     @torch.no_grad()
-    def layers(self, block: ContextBlock, start: int, stop: int) -> list[Tensor]:
-        """Every layer's contexts at positions start .. stop - 1: L tensors [B, width]."""
+    def layers(self, block: ContextBlock, at: slice | Tensor) -> list[Tensor]:
+        """Every layer's contexts at the positions `at`, a slice without a step or int64 [B]: L tensors [B, width]."""
         if self.zeroed:
-            return [self.values.new_zeros(stop - start, width) for width in block.widths]
+            return [self.values.new_zeros(len(self.values[at]), width) for width in block.widths]
         if self.inner is not None:
-            return [layer[start:stop] for layer in (*self.inner, self.values)]
-        before = self.values[max(start - 1, 0) : stop - 1]
-        if start == 0:
-            before = torch.cat([torch.zeros_like(self.values[:1]), before])
-        places = self.distinct.places(torch.arange(start, stop, device=self.tokens.device))
-        return block(before, look_up(self.tables, places))
+            return [layer[at] for layer in (*self.inner, self.values)]
+        positions = torch.arange(at.start, at.stop, device=self.tokens.device) if isinstance(at, slice) else at
+        before = self.values[(positions - 1).clamp(min=0)] * (positions > 0).unsqueeze(1)  # zero before the stream
+        return block(before, look_up(self.tables, self.distinct.places(positions)))
 
 
 @torch.no_grad()

@@ -51,11 +51,11 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n):
         losses = []
         for t in positions:
             own = sequential(model, tokens[t - k + 1 : t + 1])
-            layers = own.layers(model.context_block, k - 1, k)
+            layers = own.layers(model.context_block, slice(k - 1, k))
             losses.append(predict.at(tokens, torch.tensor([t]), layers)[0].item())
         assert found[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert found[k, "val_ppl"] == pytest.approx(math.exp(found[k, "val_loss"]))
-    whole = [predict(contexts, t, t + 1)[0].item() for t in positions]
+    whole = [predict(contexts, slice(t, t + 1))[0].item() for t in positions]
     assert found[0, "val_loss"] == pytest.approx(sum(whole) / 4, rel=1e-5)
 
 
@@ -83,13 +83,13 @@ def test_without_an_ablation_the_contexts_are_the_real_ones():
 def test_zeroed_contexts_leave_a_model_of_its_input_tokens():
     model, tokens = tiny(), stream(50)
     zeroed = ablated(model, sequential(model, tokens), experiment("zero"))
-    layers = zeroed.layers(model.context_block, 10, 20)
+    layers = zeroed.layers(model.context_block, slice(10, 20))
     assert len(layers) == 3 and all(layer.shape == (10, 12) and not layer.any() for layer in layers)
     # Equal input tokens, whatever stood before them, then give equal predictions.
     again = torch.cat([stream(7, seed=5), tokens])
     other = ablated(model, sequential(model, again), experiment("zero"))
     predict = Predictor(model, torch.float32)
-    torch.testing.assert_close(predict(other, 17, 27)[1], predict(zeroed, 10, 20)[1])
+    torch.testing.assert_close(predict(other, slice(17, 27))[1], predict(zeroed, slice(10, 20))[1])
 
 
 def test_contexts_of_shuffled_tokens_go_with_the_real_tokens():

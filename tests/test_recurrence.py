@@ -93,7 +93,7 @@ def test_kept_layers_are_those_computed_again(dtype):
     assert [(layer.shape, layer.dtype) for layer in kept.inner] == [((950, 12), dtype)] * 2
     assert torch.equal(plain.values, kept.values) and kept.warmup > 0
     for start, stop in ((0, 1), (0, 950), (99, 102), (900, 950)):
-        again, found = plain.layers(block, start, stop), kept.layers(block, start, stop)
+        again, found = plain.layers(block, slice(start, stop)), kept.layers(block, slice(start, stop))
         for expected, layer in zip(again, found, strict=True):
             assert (layer.float() - expected).abs().max() <= (0.02 if dtype == torch.bfloat16 else 1e-4)
 
@@ -113,7 +113,9 @@ def test_inner_layers_beyond_the_budget_are_computed_again(monkeypatch):
         assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is None
     one_layer = forgetful(num_layers=1)
     kept = chunked(one_layer, tokens, chunk_length=100, keep=torch.float32)
-    assert kept.inner == [] and len(kept.layers(one_layer.context_block, 0, 9)) == 1  # the last layer is all there is
+    assert (
+        kept.inner == [] and len(kept.layers(one_layer.context_block, slice(0, 9))) == 1
+    )  # the last layer is all there is
 
 
 @pytest.mark.parametrize("keep", [None, torch.bfloat16])
@@ -150,6 +152,8 @@ def test_kept_layers_of_falling_widths(n):
     assert [layer.shape[1] for layer in kept.inner] == model.context_block.widths[:-1]
     for start, stop in ((0, 3), (98, 203)):
         layers = zip(
-            kept.layers(model.context_block, start, stop), again.layers(model.context_block, start, stop), strict=True
+            kept.layers(model.context_block, slice(start, stop)),
+            again.layers(model.context_block, slice(start, stop)),
+            strict=True,
         )
         assert all((one - other).abs().max() < 1e-4 for one, other in layers)

@@ -1,0 +1,146 @@
+"""What Phase 2 has beyond the study, each against plain PyTorch: whole logits, its own loss, Adam and no shortcuts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.corpus import Corpus, split
+from ctxlm.model import ContextLM, generator
+from ctxlm.phase2 import Predictor, evaluate, train_token_block
+from ctxlm.recurrence import sequential
+from tests.conftest import stream
+
+SHAPE = {"num_layers": 2, "context_dim": 12, "embed_dim": 8, "phase2_batch_size": 32}
+VOCABULARY = 40
+EVERYTHING = {
+    "output_bias": "unigram",
+    "logit_scale": 0.5,
+    "phase2_shuffle": True,
+    "phase2_warmup_updates": 4,
+    "phase2_final_rate": 0.1,
+    "phase2_weight_decay": 0.1,
+    "phase2_dropout": 0.2,
+    "phase2_label_smoothing": 0.1,
+    "phase2_weight_average": 0.9,
+}
+
+
+def prepared(**parameters):
+    settings = Experiment.from_mapping(SHAPE, {"phase2_epochs": 3, "phase2_patience": 3}, parameters)
+    embedding = torch.randn(VOCABULARY, 8, generator=torch.Generator().manual_seed(3))
+    model = ContextLM(settings, embedding)
+    train, val = (sequential(model, stream(length, VOCABULARY, seed)) for length, seed in ((200, 0), (80, 1)))
+    return settings, model, train, val
+
+
+def by_hand(settings, model, train, val):
+    """Validation losses after every epoch, [epochs], and the weights judged last, from a plain loop."""
+    e, tokens, targets = settings, train.tokens, len(train.tokens) - 1
+    weights = [p for p in model.token_block.parameters()]
+    head = model.embedding if model.head is None else model.head.weight
+    bias = torch.zeros(VOCABULARY)
+    if e.output_bias == "unigram":
+        counts = torch.tensor([1.0 + (tokens == v).sum() for v in range(VOCABULARY)])
+        bias = torch.log(counts / counts.sum())
+    learns = e.output_bias == "unigram" or model.head is not None
+    if learns:
+        bias.requires_grad_(True)
+        weights.append(bias)
+    if model.head is not None:
+        weights.append(head)
+    kinds = [{"params": [w], "weight_decay": e.phase2_weight_decay if w.ndim > 1 else 0.0} for w in weights]
+    optimiser = torch.optim.AdamW(kinds, lr=1.0)  # without decay AdamW is Adam
+    means = [w.detach().clone() for w in weights]
+    updates = math.ceil(targets / e.phase2_batch_size)
+    losses, update = [], 0
+
+    def logits(of, positions, drop):
+        u = model.inputs(of.tokens, positions)
+        h = model.token_block(drop(u), [drop(c) for c in of.layers(model.context_block, positions)])
+        return e.logit_scale * h @ head.T + bias
+
+    for epoch in range(1, e.phase2_epochs + 1):
+        order = torch.arange(targets)
+        if e.phase2_shuffle:
+            order = torch.randperm(targets, generator=generator(e.seed, "phase2_order", epoch))
+        draws = generator(e.seed, "phase2_dropout", epoch)
+
+        def drop(x, draws=draws):
+            kept = torch.empty(x.shape).bernoulli_(1 - e.phase2_dropout, generator=draws) if e.phase2_dropout else 1
+            return x * kept / (1 - e.phase2_dropout)
+
+        for at in order.split(e.phase2_batch_size):
+            rise, total = e.phase2_warmup_updates, updates * e.phase2_epochs
+            rate = e.phase2_learning_rate * min(1, (update + 1) / (rise + 1))
+            cosine = (1 + math.cos(math.pi * max(update - rise, 0) / (total - rise))) / 2
+            rate *= e.phase2_final_rate + (1 - e.phase2_final_rate) * cosine
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.zero_grad()
+            F.cross_entropy(
+                logits(train, at, drop), tokens[at + 1], label_smoothing=e.phase2_label_smoothing
+            ).backward()
+            torch.nn.utils.clip_grad_norm_(weights, e.phase2_gradient_clip)
+            optimiser.step()
+            update += 1
+            decay = min(e.phase2_weight_average, (1 + update) / (10 + update))
+            means = [decay * mean + (1 - decay) * w.detach() for mean, w in zip(means, weights, strict=True)]
+        own = [w.detach().clone() for w in weights]
+        with torch.no_grad():
+            for w, mean in zip(weights, means, strict=True):
+                w.copy_(mean)
+            judged = logits(val, torch.arange(len(val.tokens) - 1), lambda x: x)
+            losses.append(F.cross_entropy(judged, val.tokens[1:]).item())
+            for w, kept in zip(weights, own, strict=True):
+                w.copy_(kept)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, *({name: value} for name, value in EVERYTHING.items()), EVERYTHING, EVERYTHING | {"use_weight_tying": False}],
+    ids=lambda changed: "+".join(changed) if len(changed) < 2 else f"{len(changed)} together",
+)
+def test_phase2_is_the_plain_loops(changed):
+    parameters = {"phase2_learning_rate": 0.01} | changed
+    found = train_token_block(*(lambda s, m, t, v: (m, t, v, s))(*prepared(**parameters)))
+    losses = [row["value"] for row in found.history if (row["phase"], row["metric"]) == ("phase2", "val_loss")]
+    assert losses == pytest.approx(by_hand(*prepared(**parameters)), rel=2e-4)
+
+
+def test_averaged_weights_are_those_that_are_kept():
+    settings, model, train, val = prepared(**EVERYTHING)
+    found = train_token_block(model, train, val, settings)
+    losses, _ = evaluate(Predictor(model, torch.float32), val)
+    torch.testing.assert_close(losses, found.val_losses)
+
+
+def test_the_outputs_bias_is_trained_and_written():
+    settings, model, train, val = prepared(output_bias="unigram")
+    train_token_block(model, train, val, settings)
+    assert "output_bias" in model.weights() and model.weights()["output_bias"].std() > 0
+    assert "output_bias" not in prepared()[1].weights()
+
+
+def test_dropout_and_order_come_from_the_seed_alone():
+    def losses(seed):
+        settings, model, train, val = prepared(phase2_dropout=0.5, phase2_shuffle=True)
+        torch.manual_seed(seed)
+        return train_token_block(model, train, val, settings).val_losses
+
+    assert torch.equal(losses(1), losses(2))
+
+
+def test_held_out_tokens_are_the_last_of_training_and_stand_in_for_validation():
+    starts = torch.arange(0, 2001, 10).numpy()
+    corpus = Corpus("own.txt", torch.arange(2000).int().numpy() % 50_257, starts)
+    data = {"embedding": "random", "train_tokens": 300, "val_samples": 5, "test_samples": 5}
+    whole = split(Experiment.from_mapping(data), corpus)
+    cut = split(Experiment.from_mapping(data, {"held_out_tokens": 100}), corpus)
+    assert cut.train.tokens.tolist() + cut.val.tokens.tolist() == whole.train.tokens.tolist()
+    assert len(cut.val) == 100 and cut.test.tokens.tolist() == whole.test.tokens.tolist()
+    with pytest.raises(ConfigError, match="held_out_tokens = 299 leaves fewer than two of 300 training tokens: lower"):
+        split(Experiment.from_mapping(data, {"held_out_tokens": 299}), corpus)
