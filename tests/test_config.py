@@ -58,6 +58,9 @@ def refusal(call, *arguments, **keywords) -> str:
         ("phase1_context_noise", -0.1, "greater than or equal to 0"),
         ("phase1_context_noise", float("nan"), "it should be a finite number"),
         ("dist_reg_weight", 1.5, "less than or equal to 1"),
+        ("phase2_dropout", 1.0, "less than 1"),
+        ("phase2_final_rate", 0.0, "greater than 0"),
+        ("output_bias", "bigram", "'none' or 'unigram'"),
         ("dist_reg_weight", float("nan"), "less than or equal to 1"),
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**32, "less than"),
@@ -121,7 +124,7 @@ def valid(name: str) -> st.SearchStrategy:
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, float):
-        return st.floats(0, 1, exclude_min=True)
+        return st.floats(0, 1, exclude_min=True, exclude_max=True)
     if type(None) in typing.get_args(kind):
         return st.none() | st.integers(1, 10**7)
     return st.integers(1, 10**7)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError, Experiment, read_yaml
 from ctxlm.model import ContextLM, _bfloat16_gain, generator, resolve_device, resolve_dtype, token_inputs
 from tests import literal
 from tests.conftest import stream, tiny
@@ -128,3 +128,13 @@ def test_bfloat16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch)
 
 def test_the_gain_of_bfloat16_is_a_ratio():
     assert 0 < _bfloat16_gain() < 1000
+
+
+def test_the_small_arithmetic_design_is_as_large_as_b():
+    def trained(file):
+        experiment = Experiment.from_mapping(read_yaml(f"params/{file}.yaml"))
+        counts = ContextLM(experiment, torch.zeros(10, experiment.embed_dim)).parameter_counts()
+        return counts["context_block_params"] + counts["token_block_params_trained"]
+
+    assert trained("B-arithmetic-small") == 20_077_434 == pytest.approx(trained("B"), rel=2e-4)
+    assert trained("A-arithmetic") == 27_296_768 + 26_240_512
