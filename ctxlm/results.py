@@ -168,10 +168,12 @@ def run_folders(grid: str) -> dict[str, tuple[Path, str]]:
 def load_runs(grid: str) -> pd.DataFrame:
     """One row a finished run: the content of metrics.json, the run's name and its source.
 
+    A parameter that is younger than a run has its default there, which is how the run was made.
+
     Raises:
         ConfigError: a metrics.json is not readable.
     """
-    rows = []
+    rows, younger = [], {name: field.default for name, field in Experiment.model_fields.items()}
     for run, (folder, source) in run_folders(grid).items():
         try:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -179,7 +181,7 @@ def load_runs(grid: str) -> pd.DataFrame:
                 raise ValueError("it holds no run")
         except ValueError as error:
             raise ConfigError(f"{folder.name}/metrics.json of grid {grid} is damaged ({error}): delete it") from None
-        rows.append({"run": run, "source": source, "phase1_cached": False} | metrics)  # older results do not say
+        rows.append({"run": run, "source": source, "phase1_cached": False} | younger | metrics)
     if not rows:
         return pd.DataFrame()
     return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ctxlm.analysis import scaling
+from ctxlm.analysis import findings, scaling
 from ctxlm.analysis.scaling import (
     crossover,
     extrapolate,
@@ -406,3 +406,20 @@ def test_extrapolation_to_held_out_sizes():
     four = pd.DataFrame(extrapolate(sizes[:4], bent[:4]))
     assert list(four["form"]) == ["power law"] and list(four["tokens"]) == [80_000]  # three sizes: nothing to bend
     assert extrapolate([10_000, 20_000], [300, 250]) == []
+
+
+def test_runs_of_one_configuration_stay_together_across_machines_and_versions(outputs):
+    older, newer = {"dtype": "bfloat16", "val_every_steps": 5}, {"dtype": "float32", "output_bias": "none"}
+    laws = {"A": (-0.3, 500.0)}
+    plant(outputs, laws, sizes=(20_000, 30_000), **older)
+    folder = plant(outputs, laws, sizes=(45_000,), **newer)
+    runs, history, _ = read_grid("planted")
+    assert set(runs["experiment"]) == set(history["experiment"]) == {"A"}
+    assert runs["output_bias"].tolist() == ["none"] * 3  # younger than two of the runs, and off when they were made
+    assert "bfloat16 in 2 and in float32 in 1 of them" in findings.one_kind(runs)
+    # a grid that sweeps the type has the same run in both
+    (folder / "A_train_tokens-45000_seed-42").rename(folder / "A_train_tokens-45000_dtype-float32_seed-42")
+    plant(outputs, laws, sizes=(45_000,), **newer | {"dtype": "bfloat16"})
+    runs, _, _ = read_grid("planted")
+    assert set(runs["experiment"]) == {"A, dtype bfloat16", "A, dtype float32"}
+    assert findings.one_kind(runs) == ""

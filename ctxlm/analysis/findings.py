@@ -45,13 +45,13 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     return (
         f"**Runs.** {len(runs)}, on {read}: {_span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
         f"{_span(runs['val_tokens'] - 1, '{:,}'.format)} tokens of {samples} validation samples. "
-        f"Source: {sources(runs)}.{one_code(runs)}"
+        f"Source: {sources(runs)}.{one_kind(runs)}"
     )
 
 
 def origin(grid: str, runs: pd.DataFrame) -> str:
     """Which grid a section is made from, of how many runs and where they lie."""
-    return nothing(grid) if runs.empty else f"Grid {grid}: {len(runs)} runs. Source: {sources(runs)}.{one_code(runs)}"
+    return nothing(grid) if runs.empty else f"Grid {grid}: {len(runs)} runs. Source: {sources(runs)}.{one_kind(runs)}"
 
 
 def sources(runs: pd.DataFrame) -> str:
@@ -60,13 +60,18 @@ def sources(runs: pd.DataFrame) -> str:
     return " and ".join(names[source] for source in sorted(runs["source"].unique()))
 
 
-def one_code(runs: pd.DataFrame) -> str:
-    """A warning where the runs were made by different versions of the code; otherwise nothing."""
-    versions = runs["code_hash"].nunique()
-    if versions < 2:
-        return ""
-    commits = ", ".join(sorted({str(commit)[:12] for commit in runs["git_commit"]}))
-    return f" **Caution**: {versions} versions of the code made them (commits {commits}); they may not be comparable."
+def one_kind(runs: pd.DataFrame) -> str:
+    """A warning where runs were made by different versions of the code, or multiply in different types."""
+    said, versions = "", runs["code_hash"].nunique()
+    if versions > 1:
+        commits = ", ".join(sorted({str(commit)[:12] for commit in runs["git_commit"]}))
+        said = (
+            f" **Caution**: {versions} versions of the code made them (commits {commits}); they may not be comparable."
+        )
+    if runs.groupby("experiment")["dtype"].nunique().max() > 1:
+        types = " and in ".join(f"{kind} in {n}" for kind, n in runs["dtype"].value_counts().items())
+        said += f" **Caution**: matrix products are in {types} of them, which moves single runs by half a per cent."
+    return said
 
 
 def what_differs(runs: pd.DataFrame) -> str:

@@ -23,8 +23,10 @@ FEWEST_CLUSTERS = 10
 """Cluster-robust errors of fewer clusters are too small."""
 MOST_TOKENS = 1e15
 """A crossover beyond this many tokens (or below one) is an artefact of two slopes that hardly differ."""
-REPLICATES = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "device"}
-"""Parameters that may differ between the runs of one configuration."""
+CELL = ["train_tokens", "seed", "data_seed"]
+MEASURED = {"train_loss_after_epoch", "val_every_steps"}
+REPLICATES = {"experiment", "train_samples", "device", *CELL, *MEASURED}
+"""Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,9 @@ def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataF
         return runs, history, val_by_sample
     runs["configuration"] = runs["experiment"]
     for name in (name for name in Experiment.model_fields if name in runs and name not in REPLICATES):
-        if runs.groupby("experiment")[name].nunique(dropna=False).max() > 1:
+        # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
+        kind = ["experiment", *(CELL if name == "dtype" else [])]
+        if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
             runs["experiment"] = runs["experiment"] + f", {name} " + runs[name].astype(str)
     runs["replicate"] = replicate_of(runs)
     own = runs.set_index("run")[["experiment", "replicate"]]
