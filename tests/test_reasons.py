@@ -224,7 +224,14 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     runs, _, _ = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
     assert "Phase 1 harms" in reasons.ablations(runs)[0]
     (axes,) = plots.plot_effects(reasons.ablation_effects(runs), "change").axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["A: phase 1 left out", "A: contexts of zeros"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A: Phase 1 left out", "A: contexts of zeros"]
+    rates = {"A": 0.5, "A-without-phase1": 0.5, "A-zero": 0.2}
+    kept = runs.assign(overfit_rate=runs["experiment"].map(rates))
+    phase1, zero = reasons.ablations(kept)
+    assert "It changes over-fitting (last PPL / best PPL) of A 0.0 %" in phase1
+    assert "of A −20.0 % (−20.0 % to −20.0 %)." in zero
+    found = reasons.ablation_effects(kept, reasons.OVERFITTING)["A"]
+    assert [effect.estimate for effect in found] == pytest.approx([0, math.log(1.2 / 1.5)])
     apart = runs[(runs["experiment"] == "A") == (runs["seed"] == 1)]  # of each, but no two that belong together
     assert reasons.ablations(apart) == [] and reasons.ablation_effects(apart) == {}
 
@@ -269,7 +276,8 @@ def test_in_short_follows_whoever_wins(outputs, first):
     assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
     assert lines[2].startswith(f"- {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)")
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]
-    assert "phase 1 left out: +12.5 % (" in lines[4] and "contexts of zeros: +100.0 % (" in lines[4]
+    assert "leaving the contexts out changes that ratio by 0.0 % (0.0 % to 0.0 %) (A)" in lines[3]
+    assert "Phase 1 left out: +12.5 % (" in lines[4] and "contexts of zeros: +100.0 % (" in lines[4]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
     assert reasons.in_short(summarise("planted", *empty["variance"][::2]), [], empty) == ""
 

@@ -4,6 +4,7 @@ Effects are on log PPL and are given as per cent of PPL; every one comes with it
 interval and the test that was used.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,10 +24,12 @@ WORTH = 0.01
 """Nats: a loss that is surely closer than this (1 % of PPL) to another is called as good."""
 ABLATIONS = {
     "without-phase1": ("Phase 1 left out", "Phase 1"),
-    "zero": ("Contexts of zeros", "the context"),
-    "random": ("Contexts of shuffled tokens", "what was read before"),
+    "zero": ("contexts of zeros", "the context"),
+    "random": ("contexts of shuffled tokens", "what was read before"),
 }
 """Suffix of the label → what was done, and what is missing then."""
+OVERFITTING = "log last / best PPL"
+"""A response of ablations that is no column of the runs."""
 
 
 def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Any]) -> str:
@@ -40,7 +43,8 @@ def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: M
     many, _, many_val = grids["variance"]
     lines = [_verdicts(summary["paired_differences"]), caution(many, many_val)]
     lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
-    lines += [_overfitting_in_short(grids["overfitting"][0]), _contexts_in_short(many, grids["ablations"][0])]
+    ablated = grids["ablations"][0]
+    lines += [_overfitting_in_short(grids["overfitting"][0], ablated), _contexts_in_short(many, ablated)]
     return "\n".join(f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line)
 
 
@@ -80,20 +84,21 @@ def _slope_verdict(found: dict[str, Any]) -> str:
     return f"the slopes of {found['a']} and {found['b']} cannot be told apart"
 
 
-def _overfitting_in_short(runs: pd.DataFrame) -> str:
+def _overfitting_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
     if runs.empty or explain.stopped(runs).empty:
         return ""
     rates = explain.stopped(runs).groupby("configuration")["overfit_rate"].mean()
-    line = "Phase 2 over-fits: when it stops, PPL is above its best by " + " and ".join(
-        f"{percent(rate)} ({label})" for label, rate in rates.items()
-    )
-    try:
-        effects = {effect.name: effect for effect in explain.overfitting_effects(runs)}
-    except ValueError:
-        return line
-    return "; ".join(
-        [line, *(f"{n} changes that ratio by {_effect(e)}" for n, e in effects.items() if n.startswith("a "))]
-    )
+    said = [
+        "Phase 2 over-fits: when it stops, PPL is above its best by "
+        + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
+    ]
+    changes = []
+    with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
+        changes += [(e.name, _effect(e)) for e in explain.overfitting_effects(runs) if e.name.startswith("a ")]
+    zeros = [f"{_effect(effect)} ({effect.name})" for effect in _ablated(ablated, "zero", OVERFITTING)]
+    if zeros:
+        changes.append(("leaving the contexts out", " and ".join(zeros)))
+    return "; ".join(said + [f"{name} changes that ratio by {change}" for name, change in changes])
 
 
 def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
@@ -105,9 +110,7 @@ def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
     for suffix, (what, _) in ABLATIONS.items():
         found = _ablated(ablated, suffix)
         if found:
-            parts.append(
-                f"{what.lower()}: " + " and ".join(f"{_effect(effect)} PPL ({effect.name})" for effect in found)
-            )
+            parts.append(f"{what}: " + " and ".join(f"{_effect(effect)} PPL ({effect.name})" for effect in found))
     return "; ".join(parts)
 
 
@@ -343,19 +346,21 @@ def ablations(runs: pd.DataFrame) -> list[str]:
                 f"{e.name} {_effect(e)} (n = {e.n} pairs in {_count(e.replicates, 'replicate')}): {_verdict(e, thing)}"
                 for e in effects
             ]
+            rates = [f"{e.name} {_effect(e)}" for e in _ablated(runs, suffix, OVERFITTING)]
             said.append(
-                f"**{what}**, in pairs of equal size, seed and text, with Student's interval, changes PPL of "
-                f"{'; '.join(parts)}."
+                f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text, with Student's interval, "
+                f"changes PPL of {'; '.join(parts)}. It changes over-fitting (last PPL / best PPL) of "
+                f"{'; '.join(rates)}."
             )
     return said
 
 
-def ablation_effects(runs: pd.DataFrame) -> dict[str, list[explain.Effect]]:
-    """Configuration → the effects of its ablations, named after what was done."""
+def ablation_effects(runs: pd.DataFrame, column: str = "val_loss") -> dict[str, list[explain.Effect]]:
+    """Configuration → the effects of its ablations on `column`, named after what was done."""
     found: dict[str, list[explain.Effect]] = {}
     for suffix, (what, _) in ABLATIONS.items():
-        for effect in _ablated(runs, suffix):
-            found.setdefault(effect.name, []).append(replace(effect, name=f"{effect.name}: {what.lower()}"))
+        for effect in _ablated(runs, suffix, column):
+            found.setdefault(effect.name, []).append(replace(effect, name=f"{effect.name}: {what}"))
     return found
 
 
@@ -369,12 +374,17 @@ def as_group(
         return {}
 
 
-def _ablated(runs: pd.DataFrame, suffix: str) -> list[explain.Effect]:
-    """The effect of one ablation, labelled `<configuration>-<suffix>`, on every configuration that has it."""
+def _ablated(runs: pd.DataFrame, suffix: str, column: str = "val_loss") -> list[explain.Effect]:
+    """The effect of one ablation, labelled `<configuration>-<suffix>`, on every configuration that has it.
+
+    `column` is one of the runs' or `OVERFITTING`.
+    """
+    if column == OVERFITTING and len(runs):
+        runs = runs.assign(**{OVERFITTING: np.log1p(runs["overfit_rate"])})
     labels, found = set(runs["experiment"]) if len(runs) else set(), []
     for base in sorted(label for label in labels if f"{label}-{suffix}" in labels):
         try:
-            found.append(replace(explain.paired_effect(runs, f"{base}-{suffix}", base), name=base))
+            found.append(replace(explain.paired_effect(runs, f"{base}-{suffix}", base, column), name=base))
         except ValueError:  # runs of both, but no two that belong together yet
             continue
     return found
