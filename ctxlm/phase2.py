@@ -91,9 +91,8 @@ class Predictor:
             h = self.model.token_block(drop(self.model.inputs(tokens, positions)), [drop(c) for c in layers])
         h, targets = h.float() * self.model.logit_scale, tokens[positions + 1]
         mean, losses, correct = linear_cross_entropy(h, self.weight, targets, self.bias, self.dtype, self.transposed)
-        if (
-            smoothing
-        ):  # the mean of -log p over the vocabulary exceeds the target's by how far its logit is above average
+        if smoothing:
+            # Averaged over the vocabulary, -log p exceeds the target's by how far its logit lies above the average one.
             above = (h * (self.weight[targets].float() - self._mean_row())).sum(1)
             if self.bias is not None:
                 above = above + self.bias[targets] - self.bias.mean()
