@@ -384,7 +384,7 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         assert f"## {heading}" in text
     if missing == "nothing":
         assert "Not " not in text and text.count("nan") == 0
-        assert text.splitlines()[0].startswith("- A is better than B at 2 of 2 sizes")
+        assert text.splitlines()[0].startswith("- A is better than B at all 2 sizes")
         assert sum(line.startswith("- ") for line in text.splitlines()) == 5
 
 
@@ -392,3 +392,14 @@ def test_notebook_is_stripped_and_short():
     for cell in (cell for cell in CELLS if cell.cell_type == "code"):
         assert cell.outputs == [] and cell.execution_count is None and len(cell.source.splitlines()) <= 12
     assert len({cell.id for cell in CELLS}) == len(CELLS)
+
+
+def test_of_many_runs_the_table_holds_means(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 820)}, sizes=(20_000, 30_000), seeds=range(7), chance=noise(0.02))
+    runs, _, val_by_sample = read_grid("planted")
+    table = tables.results_table(runs, val_by_sample)
+    assert table["Runs"].tolist() == [7] * 4 and table["Label"].tolist() == ["A", "A", "B", "B"]
+    own = runs[(runs["experiment"] == "A") & (runs["train_tokens"] == 30_000)]["val_ppl"]
+    assert table["Mean PPL"][1] == f"{own.mean():.1f}"
+    assert table["PPL, range"][1] == f"{own.min():.0f}–{own.max():.0f}"
+    assert len(tables.results_table(runs[runs["seed"] < 6], val_by_sample)) == 24

@@ -232,8 +232,19 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     assert "of A −20.0 % (−20.0 % to −20.0 %)." in zero
     found = reasons.ablation_effects(kept, reasons.OVERFITTING)["A"]
     assert [effect.estimate for effect in found] == pytest.approx([0, math.log(1.2 / 1.5)])
+    assert "**Together**" not in "".join(reasons.ablations(runs))
     apart = runs[(runs["experiment"] == "A") == (runs["seed"] == 1)]  # of each, but no two that belong together
     assert reasons.ablations(apart) == [] and reasons.ablation_effects(apart) == {}
+
+
+def test_contexts_that_tell_something_may_still_cost_more(outputs):
+    shapes = dict.fromkeys(("A", "A-zero", "A-random"), (6, 128))
+    laws = {"A": (-0.3, 800), "A-zero": (-0.3, 700), "A-random": (-0.3, 1000)}
+    options = {"shapes": shapes, "seeds": (1, 2, 3), "chance": noise(0.01)}
+    zero, shuffled, together = reasons.ablations(planted(outputs, laws, **options)[0])
+    assert "the context harms" in zero and "what was read before helps" in shuffled
+    assert together.startswith("**Together**, for A: the contexts tell something")
+    assert len(reasons.ablations(planted(outputs, laws | {"A-zero": (-0.3, 900)}, **options)[0])) == 2
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -269,15 +280,15 @@ def test_in_short_follows_whoever_wins(outputs, first):
     summary = summarise("planted", runs, val_by_sample)
     lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
     assert len(lines) == 5
-    won = [4, 0] if first == "A" else [0, 4]
     assert lines[0].startswith(
-        f"- A is better than B at {won[0]} of 4 sizes, B than A at {won[1]}; PPL of A against B, from"
+        f"- {first}: it is better than {second} at every one of 4 sizes; PPL of A against B, from"
     )
     assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
     assert lines[2].startswith(f"- {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)")
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]
     assert "leaving the contexts out changes that ratio by 0.0 % (0.0 % to 0.0 %) (A)" in lines[3]
-    assert "Phase 1 left out: +12.5 % (" in lines[4] and "contexts of zeros: +100.0 % (" in lines[4]
+    assert "with Phase 1 left out, PPL changes by +12.5 % (" in lines[4] and "(A): Phase 1 helps" in lines[4]
+    assert "with contexts of zeros, PPL changes by +100.0 % (" in lines[4]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
     assert reasons.in_short(summarise("planted", *empty["variance"][::2]), [], empty) == ""
 
@@ -302,7 +313,7 @@ def test_every_number_follows_the_data(outputs):
     )
     assert len(first) == len(second)
     for before, after in zip(first, second, strict=True):
-        fixed = r"95 %|HC3|Phase 1|p < 0.001|1% is|0.0 % of"
+        fixed = r"95 %|HC3|Phase 1|p < 0.001|, 1 % is|0.0 % of"
         before, after = (number.findall(re.sub(fixed, "", text)) for text in (before, after))
         assert len(before) == len(after) > 0
         assert not [pair for pair in zip(before, after, strict=True) if pair[0] == pair[1]]

@@ -281,6 +281,9 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def tokens_text(tokens: float) -> str:
+    if tokens >= 1e9:
+        mantissa, exponent = f"{tokens:.1e}".split("e+")
+        return f"{mantissa} · 10^{int(exponent)}"
     return f"{float(f'{tokens:.3g}'):,.0f}"
 
 

@@ -53,10 +53,14 @@ def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
         return ""
     a, b = differences[0]["a"], differences[0]["b"]
     won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
-    return (
-        f"{a} is better than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}; PPL of {a} "
-        f"against {b}, from the smallest size to the largest: {', '.join(gaps)}"
-    )
+    sizes = _count(len(won), "size")
+    answer = f"{a} is better than {b} at {won.count(a)} of {sizes}, {b} than {a} at {won.count(b)}"
+    if not any(won):
+        answer = f"neither: {a} and {b} cannot be told apart at any of {sizes}"
+    elif len(set(won)) == 1:
+        other = b if won[0] == a else a
+        answer = f"{won[0]} is better than {other} at {f'all {sizes}' if len(won) > 1 else 'the only size'}"
+    return f"{answer}; PPL of {a} against {b}, from the smallest size to the largest: {', '.join(gaps)}"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
@@ -106,11 +110,13 @@ def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
     if "horizon" in runs and runs["horizon"].notna().all():
         spans = runs.groupby("experiment")["horizon"].mean()
         reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
-        parts.append(f"contexts reach back {reach}, until {FORGOTTEN:.0%} of a disturbance is left")
-    for suffix, (what, _) in ABLATIONS.items():
+        parts.append(f"contexts reach back {reach}, until {100 * FORGOTTEN:.0f} % of a disturbance is left")
+    for suffix, (what, thing) in ABLATIONS.items():
         found = _ablated(ablated, suffix)
         if found:
-            parts.append(f"{what}: " + " and ".join(f"{_effect(effect)} PPL ({effect.name})" for effect in found))
+            changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in found)
+            verdicts = " or ".join(dict.fromkeys(_verdict(effect, thing) for effect in found))
+            parts.append(f"with {what}, PPL changes by {changes}: {verdicts}")
     return "; ".join(parts)
 
 
@@ -307,7 +313,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
             f"{label} {own['horizon_init'].mean():.1f} tokens before Phase 1 and {own['horizon'].mean():.1f} after it "
             f"(n = {len(group)} runs in {_count(len(own), 'replicate')}{sure})"
         )
-    text = f"**Memory horizon.** Of a disturbance, {FORGOTTEN:.0%} is left after: {'; '.join(parts)}."
+    text = f"**Memory horizon.** Of a disturbance, {100 * FORGOTTEN:.0f} % is left after: {'; '.join(parts)}."
     if len(means) == 2 == runs["experiment"].nunique():
         a, b = means
         gap = (means[a] - means[b]).dropna().to_numpy()
@@ -352,6 +358,17 @@ def ablations(runs: pd.DataFrame) -> list[str]:
                 f"changes PPL of {'; '.join(parts)}. It changes over-fitting (last PPL / best PPL) of "
                 f"{'; '.join(rates)}."
             )
+    burdened = [
+        zero.name
+        for zero, shuffled in zip(_ablated(runs, "zero"), _ablated(runs, "random"), strict=False)
+        if zero.name == shuffled.name and _sure(zero) < 0 < _sure(shuffled)
+    ]
+    if burdened:
+        said.append(
+            f"**Together**, for {' and '.join(burdened)}: the contexts tell something of the text, for those of "
+            "shuffled tokens are worse; yet a TokenBlock that has no contexts to learn by heart, and reads its input "
+            "tokens alone, predicts better. At this size the contexts cost more than they tell."
+        )
     return said
 
 
@@ -390,10 +407,15 @@ def _ablated(runs: pd.DataFrame, suffix: str, column: str = "val_loss") -> list[
     return found
 
 
-def _verdict(effect: explain.Effect, thing: str) -> str:
+def _sure(effect: explain.Effect) -> int:
+    """The sign of an effect whose interval excludes 0; otherwise 0."""
     if effect.interval is None or effect.interval[0] <= 0 <= effect.interval[1]:
-        return "no effect can be told"
-    return f"{thing} helps" if effect.estimate > 0 else f"{thing} harms"
+        return 0
+    return 1 if effect.estimate > 0 else -1
+
+
+def _verdict(effect: explain.Effect, thing: str) -> str:
+    return {0: "no effect can be told", 1: f"{thing} helps", -1: f"{thing} harms"}[_sure(effect)]
 
 
 def depth_and_width(runs: pd.DataFrame) -> list[str]:

@@ -20,10 +20,19 @@ def read_published(name: str) -> pd.DataFrame:
     return pd.read_csv(resolve(REFERENCE) / f"{name}.csv")
 
 
+MOST_ROWS = 24
+"""Runs that are listed one by one; of more, a row holds those of a configuration and size."""
+
+
 def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
-    """One row a run; PPL with its 95 % interval over validation samples, shares in per cent, times in minutes."""
+    """One row a run; PPL with its 95 % interval over validation samples, shares in per cent, times in minutes.
+
+    Of more than `MOST_ROWS` runs, one row a configuration and size: means, and the range of PPL.
+    """
     if runs.empty:
         return runs
+    if len(runs) > MOST_ROWS:
+        return _means_table(runs)
     intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in runs["run"]]
     table = {
         "Label": runs["experiment"],
@@ -43,6 +52,33 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
         + runs["phase1_cached"].map({True: " (Phase 1 cached)", False: ""}),
         "Source": runs["source"],
     }
+    return pd.DataFrame(table)
+
+
+def _means_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a configuration and size: how many runs, their means, and the range of PPL."""
+    shares = {name: 100 * runs[name] for name in ("val_accuracy", "phase1_converged_ratio", "overfit_rate")}
+    cells = runs.assign(minutes=runs["total_seconds"] / 60, **shares).groupby(["experiment", "train_tokens"])
+    means, ppl = cells.mean(numeric_only=True), cells["val_ppl"]
+    columns = {
+        "Accuracy, %": ("val_accuracy", "{:.2f}"),
+        "Test PPL": ("test_ppl", "{:.1f}"),
+        "Training ER, %": ("train_er_pct", "{:.1f}"),
+        "Validation ER, %": ("val_er_pct", "{:.1f}"),
+        "Phase 1 iterations": ("phase1_iterations", "{:.1f}"),
+        "Converged, %": ("phase1_converged_ratio", "{:.1f}"),
+        "Best epoch": ("best_epoch", "{:.1f}"),
+        "Over-fitting, %": ("overfit_rate", "{:.0f}"),
+        "Minutes": ("minutes", "{:.1f}"),
+    }
+    table = {
+        "Label": means.index.get_level_values("experiment"),
+        "Training tokens": [f"{tokens:,}" for tokens in means.index.get_level_values("train_tokens")],
+        "Runs": ppl.size().to_numpy(),
+        "Mean PPL": [f"{value:.1f}" for value in ppl.mean()],
+        "PPL, range": [f"{low:.0f}–{high:.0f}" for low, high in zip(ppl.min(), ppl.max(), strict=True)],
+    }
+    table |= {title: [text.format(value) for value in means[name]] for title, (name, text) in columns.items()}
     return pd.DataFrame(table)
 
 
