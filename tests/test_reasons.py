@@ -280,9 +280,7 @@ def test_in_short_follows_whoever_wins(outputs, first):
     summary = summarise("planted", runs, val_by_sample)
     lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith(
-        f"- {first}: it is better than {second} at every one of 4 sizes; PPL of A against B, from"
-    )
+    assert lines[0].startswith(f"- {first} is better than {second} at all 4 sizes; PPL of A against B, from the")
     assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
     assert lines[2].startswith(f"- {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)")
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]
