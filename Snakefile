@@ -14,7 +14,7 @@ sys.path.insert(0, workflow.basedir)
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from ctxlm.config import ConfigError, load_grid
+from ctxlm.config import NOTEBOOKS, ConfigError, load_grid
 from ctxlm.files import source_hash
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS", "outputs")
@@ -147,14 +147,15 @@ rule experiment:
         values=lambda wildcards: papermill_yaml(
             GRID.runs[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
-        code=source_hash(*SOURCES, "notebooks/02_experiment.ipynb"),
+        notebook=lambda wildcards: NOTEBOOKS[GRID.runs[wildcards.run].model],
+        code=lambda wildcards: source_hash(*SOURCES, NOTEBOOKS[GRID.runs[wildcards.run].model]),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: GRID.runs[wildcards.run].train_tokens or GRID.runs[wildcards.run].train_samples
     message:
         "Run {wildcards.run}"
     shell:
-        TAKE_A_GPU + "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/02_experiment.ipynb {log.notebook:q}"
+        TAKE_A_GPU + "OMP_NUM_THREADS={threads} " + PAPERMILL + " {params.notebook:q} {log.notebook:q}"
         " -y {params.values:q} 2>&1 | tee {log.text:q} | while IFS= read -r line; do"
         ' case "$line" in iteration*|epoch*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
 

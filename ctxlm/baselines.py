@@ -8,6 +8,23 @@ estimated from how many n-grams occur once to four times; γ hands on what D too
 """
 
 import numpy as np
+from tqdm import tqdm
+
+from ctxlm.config import Experiment
+from ctxlm.corpus import VOCABULARY, Split, load_corpus
+
+
+def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":
+    """The n-gram of an experiment, counted on its training tokens.
+
+    With `ngram_second_half` it counts the corpus's second half too: text that the `ppmi` embedding, and with it every
+    model that reads through it, has seen.
+    """
+    tokens = streams.train.tokens
+    if experiment.ngram_second_half:
+        corpus = load_corpus(experiment.corpus)
+        tokens = np.concatenate([tokens, corpus.stream(corpus.half, corpus.num_samples).tokens])
+    return KneserNey(tokens, experiment.ngram_order, VOCABULARY)
 
 
 class KneserNey:
@@ -53,6 +70,41 @@ class KneserNey:
             p[at] = level.interpolate(p[at], np.where(known, contexts, -1), np.where(found, grams, -1))
             ids, known = grams, found
         return p
+
+    def distribution(self, history: np.ndarray) -> np.ndarray:
+        """p(w | history) of every token w, float64 [V]."""
+        p, context = np.full(self.vocabulary, 1 / self.vocabulary), 0
+        history = np.asarray(history, np.int64)
+        for k, level in enumerate(self.levels[: len(history) + 1]):
+            if k:  # the id of the last k tokens, from that of the last k - 1 but the last
+                context = self._id(history[len(history) - k :])
+            if context < 0 or context >= len(level.handed_on) or not np.isfinite(level.handed_on[context]):
+                break  # a longer context is not known either
+            first, last = np.searchsorted(self.keys[k], [context * self.vocabulary, (context + 1) * self.vocabulary])
+            p *= level.handed_on[context]
+            p[self.keys[k][first:last] % self.vocabulary] += level.share[first:last]
+        return p
+
+    def _id(self, gram: np.ndarray) -> int:
+        """The id of an n-gram among those of its length; -1 if it was never seen."""
+        found = 0
+        for k, token in enumerate(gram):
+            at, there = _find(self.keys[k], np.array([found * self.vocabulary + token]))
+            if not there[0]:
+                return -1
+            found = int(at[0])
+        return found
+
+    def judge(self, tokens: np.ndarray) -> tuple[np.ndarray, float]:
+        """Every target's loss, nats, float32 [T - 1], and the share of targets that were the most probable token."""
+        losses = -np.log(self.probabilities(tokens)[1:]).astype(np.float32)
+        hits, best, reach = 0, {}, self.order - 1
+        for t in tqdm(range(1, len(tokens)), desc=f"{self.order}-gram", unit="token", leave=False):
+            history = tuple(tokens[max(t - reach, 0) : t].tolist()) if reach else ()
+            if history not in best:
+                best[history] = int(self.distribution(np.array(history, np.int64)).argmax())
+            hits += best[history] == tokens[t]
+        return losses, hits / (len(tokens) - 1)
 
 
 class _Level:

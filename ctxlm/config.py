@@ -21,6 +21,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb", "kneser-ney": "notebooks/06_baseline.ipynb"}
+"""What runs each `model`."""
+
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
 
@@ -46,6 +49,13 @@ class Experiment(BaseModel):
     train_capacity_samples: Count | None = Field(None, description="samples kept for training; null: the corpus's own")
     data_seed: Seed = Field(0, description="0: the first samples; otherwise the training window starts elsewhere")
     # The model
+    model: Literal["context", "kneser-ney"] = Field(
+        "context", description="the two-phase context language model, or an n-gram to set beside it"
+    )
+    ngram_order: Count = Field(4, description="tokens that an n-gram of kneser-ney spans")
+    ngram_second_half: bool = Field(
+        False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
+    )
     design: Literal["constant", "arithmetic"] = Field(
         "constant", description="width of the layers: constant, or falling in an arithmetic progression"
     )
@@ -155,6 +165,16 @@ class Experiment(BaseModel):
             if not name.startswith("_") and name not in hidden and (name in cls.model_fields or type(value) in plain)
         }
         return cls.from_mapping(found)
+
+    def meant_for(self, notebook: str) -> "Experiment":
+        """Itself, once it is known that this notebook (its path in the repository) runs its model.
+
+        Raises:
+            ConfigError: another one does.
+        """
+        if NOTEBOOKS[self.model] != notebook:
+            raise ConfigError(f"model = {self.model!r} is run by {NOTEBOOKS[self.model]}, not by this notebook")
+        return self
 
     @property
     def params_hash(self) -> str:

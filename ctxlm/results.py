@@ -23,22 +23,19 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment
 from ctxlm.files import ROOT, atomic, resolve, source_hash
 
-SOURCES = (
-    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")),
-    "notebooks/02_experiment.ipynb",
-)
-"""What a run's numbers depend on; the analysis is left out on purpose."""
+SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
+"""What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
 
 SMALL_FILES = ("metrics.json", "history.csv", "val_by_sample.csv")
 """The files of a run that are committed when the run took long."""
 
 
-def code_hash() -> str:
-    """Digest of `SOURCES`."""
-    return source_hash(*SOURCES)
+def code_hash(model: str = "context") -> str:
+    """Digest of `SOURCES` and the notebook that runs `model`."""
+    return source_hash(*SOURCES, NOTEBOOKS[model])
 
 
 def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype)
     packages = ("torch", "numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
     return experiment.model_dump() | {
         "params_hash": experiment.params_hash,
-        "code_hash": code_hash(),
+        "code_hash": code_hash(experiment.model),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": str(device),

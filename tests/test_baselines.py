@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.baselines import KneserNey
+from ctxlm.baselines import KneserNey, kneser_ney
+from ctxlm.config import Experiment
+from ctxlm.corpus import split
 
 
 class Literal:
@@ -88,6 +90,41 @@ def test_probabilities_of_all_followers_sum_to_one(length, order, vocabulary, se
     before = np.array(history, int) % vocabulary
     last = [model.probabilities(np.append(before, word))[-1] for word in range(vocabulary)]
     assert sum(last) == pytest.approx(1, abs=1e-9) and min(last) > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 300),
+    order=st.integers(1, 5),
+    vocabulary=st.integers(2, 30),
+    seed=st.integers(0, 1000),
+    history=st.lists(st.integers(0, 29), max_size=6),
+)
+def test_a_distribution_holds_the_probabilities(length, order, vocabulary, seed, history):
+    model = KneserNey(text(length, vocabulary, seed), order, vocabulary)
+    before = np.array(history, int) % vocabulary
+    expected = [model.probabilities(np.append(before, word))[-1] for word in range(vocabulary)]
+    assert model.distribution(before) == pytest.approx(np.array(expected), abs=1e-12)
+
+
+def test_judging_gives_losses_and_the_share_of_first_guesses():
+    train, read = text(500, 12, 0), text(60, 12, 1)
+    for order in (1, 3):
+        model = KneserNey(train, order, 12)
+        losses, accuracy = model.judge(read)
+        assert losses == pytest.approx(-np.log(model.probabilities(read)[1:]), rel=1e-6)
+        guesses = [model.distribution(read[:t]).argmax() for t in range(1, 60)]
+        assert accuracy == np.mean(guesses == read[1:])
+
+
+def test_the_second_half_is_counted_when_asked():
+    data = {"train_tokens": 2000, "val_samples": 1, "test_samples": 1, "ngram_order": 2}
+    plain = Experiment.from_mapping(data)
+    streams = split(plain)
+    small = kneser_ney(plain, streams)
+    large = kneser_ney(Experiment.from_mapping(data, {"ngram_second_half": True}), streams)
+    assert len(large.keys[1]) > 50 * len(small.keys[1])
+    assert large.judge(streams.val.tokens[:300])[0].mean() < small.judge(streams.val.tokens[:300])[0].mean()
 
 
 def test_text_is_learnt_and_longer_contexts_help():

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import tomllib
+import typing
 from pathlib import Path
 
 import nbformat
@@ -11,7 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ctxlm.config import Experiment
+from ctxlm.config import NOTEBOOKS as RUN_BY
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import ROOT
 
 # Dependencies
@@ -118,8 +120,17 @@ def test_a_notebooks_parameters_are_literals(path):
 
 def test_the_experiment_notebook_has_every_parameter():
     values = parameter_cell(ROOT / "notebooks" / "02_experiment.ipynb")
-    assert set(Experiment.model_fields) <= set(values)
-    assert Experiment.from_namespace(values)
+    others = {"model", "ngram_order", "ngram_second_half"}  # of the baselines
+    assert set(Experiment.model_fields) - others <= set(values)
+    assert Experiment.from_namespace(values).model == "context"
+
+
+def test_every_model_has_its_notebook():
+    assert set(RUN_BY) == set(typing.get_args(Experiment.model_fields["model"].annotation))
+    for model, notebook in RUN_BY.items():
+        assert Experiment.from_namespace(parameter_cell(ROOT / notebook)).meant_for(notebook).model == model
+    with pytest.raises(ConfigError, match=r"is run by notebooks/06_baseline\.ipynb, not by this"):
+        Experiment.from_mapping({"model": "kneser-ney"}).meant_for("notebooks/02_experiment.ipynb")
 
 
 # Imports

@@ -7,12 +7,16 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
+from ctxlm.results import load_runs
+
 VARIED = {"seed": "seeds", "data_seed": "training texts"}
 LEAD = "**Deep and narrow, or shallow and wide?** "
 
 
 def nothing(grid: str) -> str:
-    """The sentence for a grid without a finished run."""
+    """The sentence for a grid without a finished run of the context model."""
+    if len(load_runs(grid)):
+        return f"Grid {grid} has no run of the context model: its runs are under “What a user would otherwise pick”."
     return f"No finished run of grid {grid}: run `make report GRID={grid}`."
 
 

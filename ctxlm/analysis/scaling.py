@@ -341,18 +341,22 @@ def expanded_level(dof: float) -> float:
     return 1 - 2 * stats.norm.cdf(-math.sqrt((dof + 1) / dof) * stats.t.ppf((1 + CONFIDENCE) / 2, dof))
 
 
-def read_grid(grid: str, names: Collection[str] | None = None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def read_grid(
+    grid: str, names: Collection[str] | None = None, models: Collection[str] = ("context",)
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Runs, histories and validation losses of a grid, with one label in `experiment` for each configuration.
 
-    Only runs called `names` are read, if given: one that the grid file no longer asks for may be of other parameters.
+    Only runs of these `models` are read, and only those called `names`, if given: one that the grid file no longer asks
+    for may be of other parameters.
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
     tables = load_runs(grid), load_history(grid), load_val_by_sample(grid)
     if tables[0].empty:
         return tables
-    if names is not None:
-        tables = tuple(table[table["run"].isin(names)].reset_index(drop=True) for table in tables)
+    asked = tables[0]["model"].isin(models) & (tables[0]["run"].isin(names) if names is not None else True)
+    kept = tables[0].loc[asked, "run"]
+    tables = tuple(table[table["run"].isin(kept)].reset_index(drop=True) for table in tables)
     runs, history, val_by_sample = tables
     if runs.empty:
         return runs, history, val_by_sample

@@ -1,0 +1,59 @@
+"""Models of every kind side by side: planted differences come back, and whoever wins is named."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from ctxlm.analysis import plots, ranking
+from ctxlm.analysis.findings import nothing
+from ctxlm.analysis.scaling import read_grid
+from tests.planted import plant
+
+SHAPES = {"A": (6, 128), "B": (3, 256), "KN-3": (1, 1), "KN-4": (1, 1)}
+
+
+def both(outputs, ngrams, spread=0.005):
+    """Runs and losses by sample of a planted grid of A and B, and of one of n-grams, together."""
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 820)}, sizes=(20_000, 40_000), shapes=SHAPES, spread=spread)
+    plant(outputs, ngrams, (20_000, 40_000), "ngrams", shapes=SHAPES, spread=spread, model="kneser-ney")
+    grids = read_grid("planted"), read_grid("ngrams", models=["kneser-ney"])
+    return tuple(pd.concat([grid[part] for grid in grids]) for part in (0, 2))
+
+
+@pytest.mark.parametrize(("ppl", "verdict"), [(600, "it is better than A"), (1000, "it is worse than A")])
+def test_planted_differences_come_back(outputs, ppl, verdict):
+    ranked = ranking.ranking(*both(outputs, {"KN-3": (-0.3, 1200), "KN-4": (-0.3, ppl)}))
+    rows = ranked.set_index(["train_tokens", "experiment"])
+    assert len(rows) == 8 and rows.loc[(20_000, "KN-4"), "difference"] == pytest.approx(math.log(ppl / 800))
+    low, high = rows.loc[(40_000, "B"), "interval"]
+    assert low < math.log(820 / 800) < high and rows.loc[(40_000, "A"), "difference"] == 0
+    assert ranked["ppl"].groupby(ranked["train_tokens"]).apply(lambda x: x.is_monotonic_increasing).all()
+    text = ranking.beside_others(ranked[ranked["experiment"] != "B"])
+    assert text.count(verdict) == 2 and f"KN-4, with a PPL of {ppl}.0" in text and "over 20 validation samples" in text
+    table = ranking.ranking_table(ranked)
+    assert len(table) == 8 and set(table.loc[table["Model"] == "A", "PPL against A"]) == {""}
+    effects = ranking.ranking_effects(ranked)
+    assert list(effects) == ["20,000 tokens", "40,000 tokens"] and len(effects["20,000 tokens"]) == 3
+    assert len(plots.plot_effects(effects, "PPL").axes[0].get_yticks()) == 6
+
+
+def test_what_cannot_be_told_is_said(outputs):
+    ranked = ranking.ranking(*both(outputs, {"KN-3": (-0.3, 900), "KN-4": (-0.3, 801)}, spread=0.1))
+    assert "which of the two is better cannot be told" in ranking.beside_others(ranked[ranked["experiment"] != "B"])
+
+
+def test_models_on_other_tokens_are_not_ranked(outputs):
+    runs, val_by_sample = both(outputs, {"KN-4": (-0.3, 700)})
+    moved = val_by_sample["tokens"].where(val_by_sample["experiment"] != "KN-4", val_by_sample["tokens"] + 1)
+    ranked = ranking.ranking(runs, val_by_sample.assign(tokens=moved))
+    assert set(ranked["experiment"]) == {"A", "B"}
+    alone = ranking.ranking(runs[runs["experiment"] == "A"], val_by_sample)
+    assert ranking.beside_others(alone) == "No other model was judged on the same tokens as A."
+    assert ranking.ranking_table(ranking.ranking(runs.iloc[:0], val_by_sample)).empty
+
+
+def test_other_models_stay_out_of_a_grids_own_sections(outputs):
+    both(outputs, {"KN-4": (-0.3, 700)})
+    assert read_grid("ngrams")[0].empty and "no run of the context model" in nothing("ngrams")
+    assert nothing("absent") == "No finished run of grid absent: run `make report GRID=absent`."
