@@ -2,7 +2,6 @@
 
 import math
 
-import pandas as pd
 import pytest
 
 from ctxlm.analysis import plots, ranking
@@ -14,16 +13,15 @@ SHAPES = {"A": (6, 128), "B": (3, 256), "KN-3": (1, 1), "KN-4": (1, 1)}
 
 
 def both(outputs, ngrams, spread=0.005):
-    """Runs and losses by sample of a planted grid of A and B, and of one of n-grams, together."""
+    """Runs and losses by sample of a planted grid of A and B, and of one of n-grams."""
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 820)}, sizes=(20_000, 40_000), shapes=SHAPES, spread=spread)
     plant(outputs, ngrams, (20_000, 40_000), "ngrams", shapes=SHAPES, spread=spread, model="kneser-ney")
-    grids = read_grid("planted"), read_grid("ngrams", models=["kneser-ney"])
-    return tuple(pd.concat([grid[part] for grid in grids]) for part in (0, 2))
+    return [read_grid("planted")[::2], read_grid("ngrams", models=["kneser-ney"])[::2]]
 
 
 @pytest.mark.parametrize(("ppl", "verdict"), [(600, "it is better than A"), (1000, "it is worse than A")])
 def test_planted_differences_come_back(outputs, ppl, verdict):
-    ranked = ranking.ranking(*both(outputs, {"KN-3": (-0.3, 1200), "KN-4": (-0.3, ppl)}))
+    ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 1200), "KN-4": (-0.3, ppl)}))
     rows = ranked.set_index(["train_tokens", "experiment"])
     assert len(rows) == 8 and rows.loc[(20_000, "KN-4"), "difference"] == pytest.approx(math.log(ppl / 800))
     low, high = rows.loc[(40_000, "B"), "interval"]
@@ -39,18 +37,17 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
 
 
 def test_what_cannot_be_told_is_said(outputs):
-    ranked = ranking.ranking(*both(outputs, {"KN-3": (-0.3, 900), "KN-4": (-0.3, 801)}, spread=0.1))
+    ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 900), "KN-4": (-0.3, 801)}, spread=0.1))
     assert "which of the two is better cannot be told" in ranking.beside_others(ranked[ranked["experiment"] != "B"])
 
 
 def test_models_on_other_tokens_are_not_ranked(outputs):
-    runs, val_by_sample = both(outputs, {"KN-4": (-0.3, 700)})
-    moved = val_by_sample["tokens"].where(val_by_sample["experiment"] != "KN-4", val_by_sample["tokens"] + 1)
-    ranked = ranking.ranking(runs, val_by_sample.assign(tokens=moved))
+    ours, (ngrams, losses) = both(outputs, {"KN-4": (-0.3, 700)})
+    ranked = ranking.ranking([ours, (ngrams, losses.assign(tokens=losses["tokens"] + 1))])
     assert set(ranked["experiment"]) == {"A", "B"}
-    alone = ranking.ranking(runs[runs["experiment"] == "A"], val_by_sample)
+    alone = ranking.ranking([(ours[0][ours[0]["experiment"] == "A"], ours[1])])
     assert ranking.beside_others(alone) == "No other model was judged on the same tokens as A."
-    assert ranking.ranking_table(ranking.ranking(runs.iloc[:0], val_by_sample)).empty
+    assert ranking.ranking_table(ranking.ranking([(ngrams.iloc[:0], losses)])).empty
 
 
 def test_other_models_stay_out_of_a_grids_own_sections(outputs):

@@ -1,6 +1,7 @@
 """Models of every kind on the same text, side by side: perplexity, and each against one of them in pairs."""
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -9,16 +10,17 @@ from ctxlm.analysis.findings import percent
 from ctxlm.analysis.scaling import paired_difference
 
 
-def ranking(runs: pd.DataFrame, val_by_sample: pd.DataFrame, against: str = "A") -> pd.DataFrame:
+def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
 
     Columns train_tokens, experiment, ppl, accuracy, minutes, n (runs), samples, difference, interval (None: it cannot
     be given). Sizes without a run of `against`, and runs judged on other tokens, are left out.
 
     Args:
-        runs: of one grid or several, as `scaling.read_grid` gives them.
-        val_by_sample: of the same runs.
+        grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
+        against: label of the model that all are set against.
     """
+    runs, val_by_sample = (pd.concat(tables) for tables in zip(*grids, strict=True))
     rows = []
     for size, here in runs.groupby("train_tokens"):
         tables = dict(iter(val_by_sample[val_by_sample["train_tokens"] == size].groupby("experiment")))
