@@ -405,8 +405,17 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
         "crossovers": crossovers,
         "paired_differences": differences,
         "unpaired": unpaired,
-        "runs": [] if runs.empty else runs[["run", "source"]].to_dict("records"),
+        "runs": _listed(grid, runs),
     }
+
+
+def _listed(grid: str, runs: pd.DataFrame) -> list[dict[str, str]]:
+    """Name and source of these runs, and of the grid's runs of other models, which have no law here."""
+    everything = load_runs(grid)
+    if everything.empty:
+        return []
+    taken = everything["run"].isin([] if runs.empty else runs["run"]) | (everything["model"] != "context")
+    return everything.loc[taken, ["run", "source"]].to_dict("records")
 
 
 def _of(val_by_sample: pd.DataFrame, label: str) -> Any:
