@@ -19,7 +19,7 @@ def both(outputs, ngrams, spread=0.005):
     return [read_grid("planted")[::2], read_grid("ngrams", models=["kneser-ney"])[::2]]
 
 
-@pytest.mark.parametrize(("ppl", "verdict"), [(600, "it is better than A"), (1000, "it is worse than A")])
+@pytest.mark.parametrize(("ppl", "verdict"), [(600, ": better than A"), (1000, ": worse than A")])
 def test_planted_differences_come_back(outputs, ppl, verdict):
     ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 1200), "KN-4": (-0.3, ppl)}))
     rows = ranked.set_index(["train_tokens", "experiment"])
@@ -28,7 +28,7 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     assert low < math.log(820 / 800) < high and rows.loc[(40_000, "A"), "difference"] == 0
     assert ranked["ppl"].groupby(ranked["train_tokens"]).apply(lambda x: x.is_monotonic_increasing).all()
     text = ranking.beside_others(ranked[ranked["experiment"] != "B"])
-    assert text.count(verdict) == 2 and f"KN-4, with a PPL of {ppl}.0" in text and "over 20 validation samples" in text
+    assert text.count(verdict) == 2 and f"KN-4 with a PPL of {ppl}.0" in text and "over 20 validation samples" in text
     table = ranking.ranking_table(ranked)
     assert len(table) == 8 and set(table.loc[table["Model"] == "A", "PPL against A"]) == {""}
     effects = ranking.ranking_effects(ranked)
@@ -38,7 +38,17 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
 
 def test_what_cannot_be_told_is_said(outputs):
     ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 900), "KN-4": (-0.3, 801)}, spread=0.1))
-    assert "which of the two is better cannot be told" in ranking.beside_others(ranked[ranked["experiment"] != "B"])
+    assert "which of the two, it or A, is better cannot be told" in ranking.beside_others(
+        ranked[ranked["experiment"] != "B"]
+    )
+
+
+def test_a_model_that_reads_more_is_set_apart(outputs):
+    ours, (ngrams, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 300)})
+    ngrams = ngrams.assign(ngram_second_half=ngrams["experiment"] == "KN-4")
+    text = ranking.beside_others(ranking.ranking([ours, (ngrams, losses)]))
+    assert text.index("KN-3 with a PPL of 700.0") < text.index("KN-4 with a PPL of 300.0")
+    assert text.count("counts text beside the training tokens") == 2
 
 
 def test_models_on_other_tokens_are_not_ranked(outputs):

@@ -9,12 +9,15 @@ from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import percent
 from ctxlm.analysis.scaling import paired_difference
 
+MORE = " (it counts text beside the training tokens, which the others know through their embedding alone)"
+
 
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
 
-    Columns train_tokens, experiment, ppl, accuracy, minutes, n (runs), samples, difference, interval (None: it cannot
-    be given). Sizes without a run of `against`, and runs judged on other tokens, are left out.
+    Columns train_tokens, experiment, ppl, accuracy, seconds, n (runs), samples, difference, interval (None: it cannot
+    be given), reads_more (text beside the training tokens). Sizes without a run of `against`, and runs judged on other
+    tokens, are left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
@@ -30,10 +33,12 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
             except (KeyError, ValueError):
                 continue
             row = {"train_tokens": size, "experiment": label, "ppl": own["val_ppl"].mean(), "n": len(own)}
-            row |= {"accuracy": own["val_accuracy"].mean(), "minutes": own["total_seconds"].mean() / 60}
+            row |= {"accuracy": own["val_accuracy"].mean(), "seconds": own["total_seconds"].mean()}
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
+            row["reads_more"] = bool(own["ngram_second_half"].any())
             rows.append(row)
-    columns = ["train_tokens", "experiment", "ppl", "accuracy", "minutes", "n", "samples", "difference", "interval"]
+    columns = ["train_tokens", "experiment", "ppl", "accuracy", "seconds", "n", "samples", "difference", "interval"]
+    columns.append("reads_more")
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
 
@@ -52,7 +57,7 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
         f"PPL against {against}": gaps,
         "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format),
         "Runs": ranked["n"],
-        "Minutes": ranked["minutes"].map("{:.1f}".format),
+        "Seconds": ranked["seconds"].map("{:,.0f}".format),
     }
     return pd.DataFrame(table)
 
@@ -70,24 +75,29 @@ def ranking_effects(ranked: pd.DataFrame, against: str = "A") -> dict[str, list[
 
 
 def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
-    """The best of the others at every size, against the context model `against`."""
+    """The best of the others at every size against the context model `against`: of those that read the same training
+    tokens, and, apart, of those that read more."""
     said = []
     for size, group in ranked[ranked["experiment"] != against].groupby("train_tokens"):
-        best = group.iloc[0]
-        verdict = "which of the two is better cannot be told"
-        if best["interval"] is not None and not best["interval"][0] <= 0 <= best["interval"][1]:
-            verdict = f"it is {'better' if best['difference'] < 0 else 'worse'} than {against}"
-        said.append(
-            f"at {size:,} tokens {best['experiment']}, with a PPL of {best['ppl']:.1f}, "
-            f"{_percent(best['difference'])} {_between(best['interval'])} against {against}: {verdict}"
-        )
+        same, more = group[~group["reads_more"]], group[group["reads_more"]]
+        parts = [f"{_against(part.iloc[0], against)}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
+        said.append(f"At {size:,} tokens, {'; '.join(parts)}")
     if not said:
         return f"No other model was judged on the same tokens as {against}."
     samples = ranked["samples"].iloc[0]
     return (
-        f"**Beside ordinary models.** The best of them is {'; '.join(said)}. Intervals are 95 %, over {samples} "
-        "validation samples drawn again in pairs; seeds and training texts are not counted."
+        f"**Beside ordinary models.** The best of them: {'. '.join(said)}. Intervals are 95 %, over {samples} "
+        "validation samples drawn again in pairs; with one run each, they do not cover seeds and training texts."
     )
+
+
+def _against(row: pd.Series, against: str) -> str:
+    interval = row["interval"]
+    verdict = f"which of the two, it or {against}, is better cannot be told"
+    if interval is not None and not interval[0] <= 0 <= interval[1]:
+        verdict = f"{'better' if row['difference'] < 0 else 'worse'} than {against}"
+    gap = f"{_percent(row['difference'])} {_between(interval)} against {against}"
+    return f"{row['experiment']} with a PPL of {row['ppl']:.1f}, {gap}: {verdict}"
 
 
 def _percent(nats: float) -> str:
