@@ -91,6 +91,21 @@ def test_every_promised_metric_is_written_and_explained(tmp_path, text):
     assert [name for name in metrics if f"`{name}`" not in readme] == []
 
 
+def test_a_baseline_writes_the_columns_of_every_other_run(tmp_path, text):
+    own = {"train_tokens": 600, "val_samples": 2, "test_samples": 2, "ngram_order": 3, "embedding": "random"}
+    process, _ = papermill(tmp_path, "06_baseline", corpus=str(text), output_dir=str(tmp_path / "run"), **own)
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["model"], metrics["ngram_order"], metrics["train_tokens"]) == ("kneser-ney", 3, 600)
+    assert metrics["val_ppl"] > 1 and 0 <= metrics["test_accuracy"] <= 1
+    by_sample = pd.read_csv(tmp_path / "run" / "val_by_sample.csv")
+    assert by_sample["loss_sum"].sum() / by_sample["tokens"].sum() == pytest.approx(metrics["val_loss"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in metrics if f"`{name}`" not in readme] == []
+    process, _ = papermill(tmp_path, **SMALL, model="kneser-ney", output_dir=str(tmp_path / "other"))
+    assert last_line(process).startswith("ConfigError: model = 'kneser-ney' is run by notebooks/06_baseline.ipynb")
+
+
 @pytest.mark.parametrize(
     ("bad", "sentence"),
     [
@@ -135,7 +150,7 @@ def test_the_benchmark_writes_its_figures(tmp_path, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment"])
+@pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment", "06_baseline"])
 def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path):
     own = {"output_dir": str(tmp_path / "out")}
     small = {"train_tokens": 2000, "val_samples": 1, "test_samples": 1, "phase2_epochs": 1} if "02" in notebook else {}
