@@ -277,10 +277,15 @@ def test_in_short_follows_whoever_wins(outputs, first):
     laws = {"A": (-0.3, 800), "A-without-phase1": (-0.3, 900), "A-zero": (-0.3, 1600)}
     grids = {"variance": variance_grid, "overfitting": variance_grid}
     grids["ablations"] = planted(outputs, laws, shapes=shapes, seeds=(1, 2))
+    crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
+    laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
+    grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
     summary = summarise("planted", runs, val_by_sample)
     lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith(f"- {first} is better than {second} at all 4 sizes; PPL of A against B, from the")
+    assert "where the two are crossed (32 runs in 2 replicates, quick scale), PPL changes by −10.0 % (" in lines[0]
+    assert "with 6 layers against 3 and" in lines[0] and "with context 256 against 128" in lines[0]
     assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
     assert lines[2].startswith(f"- {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)")
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]

@@ -41,7 +41,8 @@ def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: M
         grids: name → what `scaling.read_grid` gave, of the grids that explain.
     """
     many, _, many_val = grids["variance"]
-    lines = [_verdicts(summary["paired_differences"]), caution(many, many_val)]
+    answer = [_verdicts(summary["paired_differences"]), _crossed_in_short(grids["factorial"][0])]
+    lines = ["; ".join(filter(None, answer)), caution(many, many_val)]
     lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
     ablated = grids["ablations"][0]
     lines += [_overfitting_in_short(grids["overfitting"][0], ablated), _contexts_in_short(many, ablated)]
@@ -61,6 +62,16 @@ def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
         other = b if won[0] == a else a
         answer = f"{won[0]} is better than {other} at {f'all {sizes}' if len(won) > 1 else 'the only size'}"
     return f"{answer}; PPL of {a} against {b}, from the smallest size to the largest: {', '.join(gaps)}"
+
+
+def _crossed_in_short(runs: pd.DataFrame) -> str:
+    try:
+        depth, width, *_ = explain.factorial_effects(runs)
+    except (ValueError, KeyError):
+        return ""
+    parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
+    runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
+    return f"where the two are crossed ({runs_in}, quick scale), PPL changes by {parts}"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
