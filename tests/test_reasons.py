@@ -284,10 +284,12 @@ def test_in_short_follows_whoever_wins(outputs, first):
     lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith(f"- {first} is better than {second} at all 4 sizes; PPL of A against B, from the")
-    assert "where the two are crossed (32 runs in 2 replicates, quick scale), PPL changes by −10.0 % (" in lines[0]
+    assert "crossed at the quick scale (32 runs in 2 replicates), PPL changes by −10.0 % (" in lines[0]
     assert "with 6 layers against 3 and" in lines[0] and "with context 256 against 128" in lines[0]
     assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
-    assert lines[2].startswith(f"- {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)")
+    assert lines[2].startswith(
+        f"- At the quick scale {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)"
+    )
     assert "a doubling of the training tokens changes that ratio by −" in lines[3]
     assert "leaving the contexts out changes that ratio by 0.0 % (0.0 % to 0.0 %) (A)" in lines[3]
     assert "with Phase 1 left out, PPL changes by +12.5 % (" in lines[4] and "(A): Phase 1 helps" in lines[4]

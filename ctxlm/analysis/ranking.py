@@ -81,12 +81,12 @@ def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
     for size, group in ranked[ranked["experiment"] != against].groupby("train_tokens"):
         same, more = group[~group["reads_more"]], group[group["reads_more"]]
         parts = [f"{_against(part.iloc[0], against)}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
-        said.append(f"At {size:,} tokens, {'; '.join(parts)}")
+        said.append(f"At {size:,} tokens the best is {'; '.join(parts)}")
     if not said:
         return f"No other model was judged on the same tokens as {against}."
     samples = ranked["samples"].iloc[0]
     return (
-        f"**Beside ordinary models.** The best of them: {'. '.join(said)}. Intervals are 95 %, over {samples} "
+        f"**Beside ordinary models.** {'. '.join(said)}. Intervals are 95 %, over {samples} "
         "validation samples drawn again in pairs; with one run each, they do not cover seeds and training texts."
     )
 

@@ -46,6 +46,7 @@ def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: M
     lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
     ablated = grids["ablations"][0]
     lines += [_overfitting_in_short(grids["overfitting"][0], ablated), _contexts_in_short(many, ablated)]
+    lines[2:] = [line and f"at the quick scale {line}" for line in lines[2:]]
     return "\n".join(f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line)
 
 
@@ -71,7 +72,7 @@ def _crossed_in_short(runs: pd.DataFrame) -> str:
         return ""
     parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
     runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
-    return f"where the two are crossed ({runs_in}, quick scale), PPL changes by {parts}"
+    return f"crossed at the quick scale ({runs_in}), PPL changes by {parts}"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
