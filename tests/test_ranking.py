@@ -28,7 +28,7 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     assert low < math.log(820 / 800) < high and rows.loc[(40_000, "A"), "difference"] == 0
     assert ranked["ppl"].groupby(ranked["train_tokens"]).apply(lambda x: x.is_monotonic_increasing).all()
     text = ranking.beside_others(ranked[ranked["experiment"] != "B"])
-    assert text.count(verdict) == 2 and f"KN-4 with a PPL of {ppl}.0" in text and "over 20 validation samples" in text
+    assert text.count(verdict) == 2 and f"KN-4, {ppl}.0, " in text and "over 20 validation samples" in text
     table = ranking.ranking_table(ranked)
     assert len(table) == 8 and set(table.loc[table["Model"] == "A", "PPL against A"]) == {""}
     effects = ranking.ranking_effects(ranked)
@@ -47,7 +47,7 @@ def test_a_model_that_reads_more_is_set_apart(outputs):
     ours, (ngrams, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 300)})
     ngrams = ngrams.assign(ngram_second_half=ngrams["experiment"] == "KN-4")
     text = ranking.beside_others(ranking.ranking([ours, (ngrams, losses)]))
-    assert text.index("KN-3 with a PPL of 700.0") < text.index("KN-4 with a PPL of 300.0")
+    assert text.index("KN-3, 700.0") < text.index("KN-4, 300.0")
     assert text.count("counts text beside the training tokens") == 2
 
 

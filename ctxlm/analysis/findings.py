@@ -54,8 +54,19 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
 
 
 def origin(grid: str, runs: pd.DataFrame) -> str:
-    """Which grid a section is made from, of how many runs and where they lie."""
-    return nothing(grid) if runs.empty else f"Grid {grid}: {len(runs)} runs. Source: {sources(runs)}.{one_kind(runs)}"
+    """Which grid a section is made from, of how many runs of what, and where they lie."""
+    if runs.empty:
+        return nothing(grid)
+    shapes = runs.groupby("configuration")[["num_layers", "context_dim"]].first().drop_duplicates()
+    models = ", ".join(f"{label} {row.num_layers} layers of {row.context_dim}" for label, row in shapes.iterrows())
+    if (runs["model"] != "context").any():
+        models = "n-grams"
+    sizes = _sizes(sorted(runs["train_tokens"].unique()))
+    return (
+        f"Grid {grid}: {len(runs)} runs in {runs['replicate'].nunique()} replicate(s), trained on {sizes}: {models}; "
+        f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
+        f"Source: {sources(runs)}.{one_kind(runs)}"
+    )
 
 
 def sources(runs: pd.DataFrame) -> str:
@@ -86,7 +97,7 @@ def what_differs(runs: pd.DataFrame) -> str:
     return (
         f"**What differs**: the published runs read UltraChat with GPT-2's embeddings; ours read {corpora} with "
         f"{embeddings} embeddings, and other validation text. The levels of PPL and accuracy cannot be compared one to "
-        f"one; what can be is which configuration is better, and by how much. Times are of other machines."
+        f"one; what can be is which configuration is better. Times are of other machines."
     )
 
 

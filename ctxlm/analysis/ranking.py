@@ -9,7 +9,7 @@ from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import percent
 from ctxlm.analysis.scaling import paired_difference
 
-MORE = " (it counts text beside the training tokens, which the others know through their embedding alone)"
+MORE = " (it counts text beside the training tokens: the corpus's second half, which A and B know by their embedding)"
 
 
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
@@ -63,8 +63,11 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
 
 
 def ranking_effects(ranked: pd.DataFrame, against: str = "A") -> dict[str, list[Effect]]:
-    """Training tokens → what every other model does to PPL, for `plots.plot_effects`."""
-    others = ranked[ranked["experiment"] != against]
+    """Training tokens → what every other model does to PPL, for `plots.plot_effects`.
+
+    Models of more than twice the PPL are left out, so that the others can be seen.
+    """
+    others = ranked[(ranked["experiment"] != against) & (ranked["difference"] < math.log(2))]
     return {
         f"{size:,} tokens": [
             Effect(f"{row.experiment}, {size:,} tokens", row.difference, row.interval, row.n, 1, row.samples - 1)
@@ -81,7 +84,7 @@ def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
     for size, group in ranked[ranked["experiment"] != against].groupby("train_tokens"):
         same, more = group[~group["reads_more"]], group[group["reads_more"]]
         parts = [f"{_against(part.iloc[0], against)}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
-        said.append(f"At {size:,} tokens the best is {'; '.join(parts)}")
+        said.append(f"At {size:,} tokens the lowest PPL is that of {'; '.join(parts)}")
     if not said:
         return f"No other model was judged on the same tokens as {against}."
     samples = ranked["samples"].iloc[0]
@@ -97,7 +100,7 @@ def _against(row: pd.Series, against: str) -> str:
     if interval is not None and not interval[0] <= 0 <= interval[1]:
         verdict = f"{'better' if row['difference'] < 0 else 'worse'} than {against}"
     gap = f"{_percent(row['difference'])} {_between(interval)} against {against}"
-    return f"{row['experiment']} with a PPL of {row['ppl']:.1f}, {gap}: {verdict}"
+    return f"{row['experiment']}, {row['ppl']:.1f}, {gap}: {verdict}"
 
 
 def _percent(nats: float) -> str:

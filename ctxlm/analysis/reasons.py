@@ -23,11 +23,11 @@ SAMPLES = 50
 WORTH = 0.01
 """Nats: a loss that is surely closer than this (1 % of PPL) to another is called as good."""
 ABLATIONS = {
-    "without-phase1": ("Phase 1 left out", "Phase 1"),
-    "zero": ("contexts of zeros", "the context"),
-    "random": ("contexts of shuffled tokens", "what was read before"),
+    "without-phase1": ("Phase 1 left out", "Phase 1 lowers PPL", "Phase 1 raises PPL"),
+    "zero": ("contexts of zeros", "contexts lower PPL", "contexts raise PPL"),
+    "random": ("contexts of shuffled tokens", "a text's own contexts are better", "a text's own contexts are worse"),
 }
-"""Suffix of the label → what was done, and what is missing then."""
+"""Suffix of the label → what was done, and what follows where PPL is then higher, and where it is lower."""
 OVERFITTING = "log last / best PPL"
 """A response of ablations that is no column of the runs."""
 
@@ -56,13 +56,14 @@ def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
     a, b = differences[0]["a"], differences[0]["b"]
     won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
     sizes = _count(len(won), "size")
+    alone = "" if min(d["replicates"] for d in differences) > 1 else ", one run each, seeds not covered"
     answer = f"{a} is better than {b} at {won.count(a)} of {sizes}, {b} than {a} at {won.count(b)}"
     if not any(won):
         answer = f"neither: {a} and {b} cannot be told apart at any of {sizes}"
     elif len(set(won)) == 1:
         other = b if won[0] == a else a
         answer = f"{won[0]} is better than {other} at {f'all {sizes}' if len(won) > 1 else 'the only size'}"
-    return f"{answer}; PPL of {a} against {b}, from the smallest size to the largest: {', '.join(gaps)}"
+    return f"{answer}; PPL of {a} against {b}, from the smallest size to the largest{alone}: {', '.join(gaps)}"
 
 
 def _crossed_in_short(runs: pd.DataFrame) -> str:
@@ -72,7 +73,7 @@ def _crossed_in_short(runs: pd.DataFrame) -> str:
         return ""
     parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
     runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
-    return f"crossed at the quick scale ({runs_in}), PPL changes by {parts}"
+    return f"crossed at the quick scale ({runs_in}), PPL changes by {parts} (above 0: worse)"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
@@ -123,11 +124,11 @@ def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
         spans = runs.groupby("experiment")["horizon"].mean()
         reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
         parts.append(f"contexts reach back {reach}, until {100 * FORGOTTEN:.0f} % of a disturbance is left")
-    for suffix, (what, thing) in ABLATIONS.items():
+    for suffix, (what, *meaning) in ABLATIONS.items():
         found = _ablated(ablated, suffix)
         if found:
             changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in found)
-            verdicts = " or ".join(dict.fromkeys(_verdict(effect, thing) for effect in found))
+            verdicts = " or ".join(dict.fromkeys(_verdict(effect, *meaning) for effect in found))
             parts.append(f"with {what}, PPL changes by {changes}: {verdicts}")
     return "; ".join(parts)
 
@@ -142,8 +143,9 @@ def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         return ""
     return (
         f"Much is chance: with other seeds and training texts, PPL scatters about its mean by {_size(sd['run'])} "
-        f"(standard deviation, {len(runs)} runs at the quick scale), the difference of two single runs by "
-        f"{_size(math.sqrt(2) * sd['run'])}"
+        f"(standard deviation, {len(runs)} runs at the quick scale), the difference of two single runs that share "
+        f"neither by {_size(math.sqrt(2) * sd['run'])}; and everything here holds one embedding fixed, whose arbitrary "
+        "signs moved PPL by more (see Method)"
     )
 
 
@@ -225,11 +227,11 @@ def _form(label: str, form: dict[str, Any]) -> str:
     if bent["aicc"] is None or bent["aicc_power_law"] is None:
         return f"{label}: too few runs to compare by AICc{held}"
     gain = bent["aicc_power_law"] - bent["aicc"]
+    verdict = f"AICc prefers {'the saturating form' if gain > 0 else 'the power law'} by {abs(gain):.1f}"
+    if -4 < gain <= 2:  # about what the third parameter costs, whatever the data
+        verdict = f"by AICc a third parameter gains nothing that counts ({signed(gain, 1)}, runs taken as independent)"
     shape = f"floor {bent['floor']:.2f} nats, β = {bent['beta']:.2f}" if bent["bends"] else "it finds no floor"
-    return (
-        f"{label}: AICc prefers {'the saturating form' if gain > 0 else 'the power law'} by {abs(gain):.1f} "
-        f"({shape}; n = {bent['n']}, {bent['residual_dof']} d.o.f.){held}"
-    )
+    return f"{label}: {verdict} ({shape}; n = {bent['n']}, {bent['residual_dof']} d.o.f.){held}"
 
 
 def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A", b: str = "B") -> str:
@@ -357,11 +359,12 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
 def ablations(runs: pd.DataFrame) -> list[str]:
     """What Phase 1 and the contexts contribute, from runs with and without them in pairs."""
     said = []
-    for suffix, (what, thing) in ABLATIONS.items():
+    for suffix, (what, *meaning) in ABLATIONS.items():
         effects = _ablated(runs, suffix)
         if effects:
             parts = [
-                f"{e.name} {_effect(e)} (n = {e.n} pairs in {_count(e.replicates, 'replicate')}): {_verdict(e, thing)}"
+                f"{e.name} {_effect(e)} (n = {_count(e.n, 'pair')} in {_count(e.replicates, 'replicate')}, {e.dof} "
+                f"d.o.f.): {_verdict(e, *meaning)}"
                 for e in effects
             ]
             rates = [f"{e.name} {_effect(e)}" for e in _ablated(runs, suffix, OVERFITTING)]
@@ -377,17 +380,22 @@ def ablations(runs: pd.DataFrame) -> list[str]:
     ]
     if burdened:
         said.append(
-            f"**Together**, for {' and '.join(burdened)}: the contexts tell something of the text, for those of "
-            "shuffled tokens are worse; yet a TokenBlock that has no contexts to learn by heart, and reads its input "
-            "tokens alone, predicts better. At this size the contexts cost more than they tell."
+            f"**Together**, for {' and '.join(burdened)}: the TokenBlock does better without contexts, reading its "
+            "input tokens alone, than with them, and worse with contexts that are not the text's own. Why was not "
+            "tested: learning rates, for one, are the same with contexts and without."
         )
+    bases = runs[runs["experiment"].isin([e.name for e in _ablated(runs, "without-phase1")])]
+    short = bases[bases["phase1_converged_ratio"] < bases["phase1_min_converged_ratio"]] if len(bases) else bases
+    if len(short):
+        counts = ", ".join(f"{n} runs of {label}" for label, n in short["experiment"].value_counts().items())
+        said.append(f"Phase 1 ran out of iterations in {counts}: what a finished one does there is not known.")
     return said
 
 
 def ablation_effects(runs: pd.DataFrame, column: str = "val_loss") -> dict[str, list[explain.Effect]]:
     """Configuration → the effects of its ablations on `column`, named after what was done."""
     found: dict[str, list[explain.Effect]] = {}
-    for suffix, (what, _) in ABLATIONS.items():
+    for suffix, (what, *_) in ABLATIONS.items():
         for effect in _ablated(runs, suffix, column):
             found.setdefault(effect.name, []).append(replace(effect, name=f"{effect.name}: {what}"))
     return found
@@ -426,8 +434,11 @@ def _sure(effect: explain.Effect) -> int:
     return 1 if effect.estimate > 0 else -1
 
 
-def _verdict(effect: explain.Effect, thing: str) -> str:
-    return {0: "no effect can be told", 1: f"{thing} helps", -1: f"{thing} harms"}[_sure(effect)]
+def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
+    """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
+    if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
+        return "the same to 1 %"
+    return {0: "no effect can be told", 1: higher, -1: lower}[_sure(effect)]
 
 
 def depth_and_width(runs: pd.DataFrame) -> list[str]:
