@@ -61,9 +61,9 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     models = ", ".join(f"{label} {row.num_layers} layers of {row.context_dim}" for label, row in shapes.iterrows())
     if (runs["model"] != "context").any():
         models = "n-grams"
-    sizes = _sizes(sorted(runs["train_tokens"].unique()))
+    sizes, replicates = _sizes(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     return (
-        f"Grid {grid}: {len(runs)} runs in {runs['replicate'].nunique()} replicate(s), trained on {sizes}: {models}; "
+        f"Grid {grid}: {len(runs)} runs in {replicates} replicate{'' if replicates == 1 else 's'}, trained on {sizes}: {models}; "
         f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
         f"Source: {sources(runs)}.{one_kind(runs)}"
     )
