@@ -62,8 +62,9 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     if (runs["model"] != "context").any():
         models = "n-grams"
     sizes, replicates = _sizes(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
+    independent = f"{replicates} replicate{'' if replicates == 1 else 's'}"
     return (
-        f"Grid {grid}: {len(runs)} runs in {replicates} replicate{'' if replicates == 1 else 's'}, trained on {sizes}: {models}; "
+        f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "
         f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
         f"Source: {sources(runs)}.{one_kind(runs)}"
     )
