@@ -156,7 +156,8 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
 
     Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
     `data_seed` > 0 it starts at a random sample of the capacity instead and goes on at its first when it runs out.
-    With `held_out_tokens`, so many of its last tokens are cut off and take the place of validation.
+    With `held_out_tokens`, so many of its last tokens are cut off, within a sample if need be, and take the place of
+    validation.
 
     Raises:
         ConfigError: more training than the capacity, or too few samples for validation and test; with `ppmi` all
@@ -178,10 +179,10 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     val = corpus.stream(capacity, first_test)
     if experiment.held_out_tokens:
         kept = length - experiment.held_out_tokens
-        if kept < 2:
+        if kept < 2 or experiment.held_out_tokens < 2:
             raise ConfigError(
-                f"held_out_tokens = {experiment.held_out_tokens} leaves fewer than two of {length:,} training tokens: "
-                "lower it"
+                f"held_out_tokens = {experiment.held_out_tokens} of {length:,} training tokens: it must leave two "
+                "or more, and hold two or more itself (0: none are held out)"
             )
         window, held_out = window[:kept], window[kept:]
         val = Stream(region.tokens[held_out], region.samples[held_out])
@@ -201,10 +202,12 @@ def _capacity(corpus: Corpus, experiment: Experiment) -> int:
         tokens, samples = default.get("tokens"), default.get("samples")
     if tokens is not None:
         samples = int(np.searchsorted(corpus.starts, tokens))  # one more than there are, if there are too few
-    ppmi = experiment.embedding == "ppmi"
-    limit = corpus.half if ppmi else corpus.num_samples
+    reader = {"ppmi": "embedding ppmi is made from"}.get(experiment.embedding)
+    if experiment.model == "kneser-ney" and experiment.ngram_second_half:
+        reader = "ngram_second_half counts"
+    limit = corpus.half if reader else corpus.num_samples
     if samples + held_out > limit:
-        where = f"the first half of {corpus.name} (embedding ppmi is made from the second)" if ppmi else corpus.name
+        where = f"the first half of {corpus.name} ({reader} the second)" if reader else corpus.name
         asked = f"train_capacity_tokens = {tokens}" if tokens is not None else f"train_capacity_samples = {samples}"
         raise ConfigError(
             f"val_samples = {experiment.val_samples} and test_samples = {experiment.test_samples} do not fit after "

@@ -32,9 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             stop = min(start + size, rows)
             h_block, t_block = h[start:stop].to(dtype), targets[start:stop]
             logits = torch.mm(h_block, products.T, out=_scratch("logits", stop - start, weight.shape[0], weight, dtype))
-            if bias is not None:
-                logits += bias.to(dtype)
-            _reduce(logits, t_block, losses[start:stop], correct[start:stop], needs_gradient)
+            _reduce(logits, bias, t_block, losses[start:stop], correct[start:stop], needs_gradient)
             if not needs_gradient:
                 continue
             # logits now hold the softmax p; the gradient of a row's loss is p - onehot(target)
@@ -65,8 +63,13 @@ def _scratch(name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtyp
     return kept[:size].view(rows, columns)
 
 
-def _reduce(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, softmax: bool) -> None:
-    """Fill `losses` and `correct` from `logits` [R, V], which are lost; with `softmax`, they hold it afterwards."""
+def _reduce(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, correct: Tensor, softmax: bool
+) -> None:
+    """Fill `losses` and `correct` from `logits` [R, V], to which `bias` is added in float32.
+
+    The logits are lost; with `softmax`, they hold it afterwards.
+    """
     rounded = logits.dtype != torch.float32
     step = ROWS_IN_CACHE if logits.device.type == "cpu" else logits.shape[0]
     for start in range(0, logits.shape[0], step):
@@ -74,6 +77,8 @@ def _reduce(logits: Tensor, targets: Tensor, losses: Tensor, correct: Tensor, so
         block = logits[rows]
         if rounded:
             block = _scratch("block", *block.shape, logits, torch.float32).copy_(block)
+        if bias is not None:
+            block += bias
         target = block.gather(1, targets[rows, None])
         largest = block.amax(1, keepdim=True)
         # Equal logits are common in bfloat16: the first of the largest is the prediction, as argmax has it. On a

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ctxlm.config import Experiment
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.loss import linear_cross_entropy
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
 from ctxlm.model import ContextLM, generator
@@ -65,7 +65,7 @@ class Predictor:
         Args:
             stream: T tokens and their contexts.
             at: a slice without a step, or int64 [B], of 0 .. T - 2.
-            training: as of `at`.
+            training: `drop` and `smoothing`, as the method `at` explains them.
         """
         with self._autocast(stream.tokens):
             layers = stream.layers(self.model.context_block, at)
@@ -249,6 +249,9 @@ def _optimiser(trained: dict[str, Tensor], e: Experiment, updates: int) -> tuple
 
     The rate rises linearly over the warm-up, and falls by half a cosine to `phase2_final_rate` of its peak by the last
     of `phase2_epochs` epochs of so many `updates`. Biases and norms do not decay.
+
+    Raises:
+        ConfigError: the warm-up would outlast the training.
     """
     groups = [
         {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": e.phase2_weight_decay},
@@ -257,6 +260,11 @@ def _optimiser(trained: dict[str, Tensor], e: Experiment, updates: int) -> tuple
     kind = torch.optim.AdamW if e.phase2_weight_decay else torch.optim.Adam
     optimiser = kind(groups, lr=e.phase2_learning_rate, fused=True)
     rise, total = e.phase2_warmup_updates, e.phase2_epochs * updates
+    if rise >= total:
+        raise ConfigError(
+            f"phase2_warmup_updates = {rise} is not over within phase2_epochs = {e.phase2_epochs} of {updates} updates "
+            "each: lower it, or raise phase2_epochs"
+        )
 
     def share(update: int) -> float:
         gone = min(max(update - rise, 0) / max(total - rise, 1), 1)

@@ -149,6 +149,20 @@ def test_the_benchmark_writes_its_figures(tmp_path, text):
     assert page.count("data:image/png") == 2 and page.count("How fast?</h1>") == 1 and "import" not in page
 
 
+@pytest.mark.parametrize("notebook", ["02_experiment", "06_baseline"])
+def test_cells_can_be_run_again_after_a_change(notebook, tmp_path, text, monkeypatch):
+    """As by hand: what earlier cells left behind is not taken for a parameter."""
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda *_: None)
+    own = {**SMALL, "corpus": str(text), "output_dir": str(tmp_path / "run"), "phase2_epochs": 1}
+    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    namespace: dict = {}
+    for _ in range(2):
+        for cell in (cell for cell in cells if cell.cell_type == "code"):
+            exec(compile(cell.source, cell.id, "exec"), namespace)
+            if cell.id == "parameters":
+                namespace |= {name: value for name, value in own.items() if name in namespace}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment", "06_baseline"])
 def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path):

@@ -62,7 +62,7 @@ def test_models_on_other_tokens_are_not_ranked(outputs):
 
 def test_other_models_stay_out_of_a_grids_own_sections(outputs):
     both(outputs, {"KN-4": (-0.3, 700)})
-    assert read_grid("ngrams")[0].empty and "no run of the context model" in nothing("ngrams")
+    assert read_grid("ngrams")[0].empty and "no finished run of the context model" in nothing("ngrams")
     runs, _, val_by_sample = read_grid("ngrams")
     assert len(summarise("ngrams", runs, val_by_sample)["runs"]) == 2  # but the report counts them
     assert nothing("absent") == "No finished run of grid absent: run `make report GRID=absent`."

@@ -153,7 +153,8 @@ def test_published_gaps_are_held_against_what_samples_resolve(outputs):
 
 def test_overfitting_is_put_down_to_what_was_planted(outputs):
     runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
-    model, gap = reasons.overfitting(runs, history)
+    model, best, gap = reasons.overfitting(runs, history)
+    assert "a doubling of the training tokens −18" in best  # the planted law: 2^-0.3
     assert (
         "(n = 16 runs, Student's over 2 replicates, 1 d.o.f.)" in model
         and "a doubling of the training tokens −" in model
@@ -162,7 +163,7 @@ def test_overfitting_is_put_down_to_what_was_planted(outputs):
     worst = runs.loc[(runs["experiment"] == "B") & (runs["train_tokens"] == SIZES[0]), "token_block_params_trained"]
     assert f"to {worst.iloc[0] / SIZES[0]:,.0f} trained parameters a token, n = 8" in gap
     reversed_rates = runs.assign(overfit_rate=0.5 - runs["overfit_rate"])
-    model, _ = reasons.overfitting(reversed_rates, history)
+    model, *_ = reasons.overfitting(reversed_rates, history)
     assert "a doubling of the training tokens +" in model and "B against A −" in model
     assert "Not modelled" in reasons.overfitting(runs[runs["train_tokens"] == SIZES[0]], history)[0]
     assert plots.plot_generalisation(explain.generalisation(history, runs)).axes[0].lines

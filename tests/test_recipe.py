@@ -134,6 +134,12 @@ def test_dropout_and_order_come_from_the_seed_alone():
     assert torch.equal(losses(1), losses(2))
 
 
+def test_a_warm_up_that_outlasts_the_training_is_refused():
+    settings, model, train, val = prepared(phase2_warmup_updates=21)  # 3 epochs of 7 updates
+    with pytest.raises(ConfigError, match="phase2_warmup_updates = 21 is not over within phase2_epochs = 3 of 7"):
+        train_token_block(model, train, val, settings)
+
+
 def test_held_out_tokens_are_the_last_of_training_and_stand_in_for_validation():
     starts = torch.arange(0, 2001, 10).numpy()
     corpus = Corpus("own.txt", torch.arange(2000).int().numpy() % 50_257, starts)
@@ -142,5 +148,5 @@ def test_held_out_tokens_are_the_last_of_training_and_stand_in_for_validation():
     cut = split(Experiment.from_mapping(data, {"held_out_tokens": 100}), corpus)
     assert cut.train.tokens.tolist() + cut.val.tokens.tolist() == whole.train.tokens.tolist()
     assert len(cut.val) == 100 and cut.test.tokens.tolist() == whole.test.tokens.tolist()
-    with pytest.raises(ConfigError, match="held_out_tokens = 299 leaves fewer than two of 300 training tokens: lower"):
+    with pytest.raises(ConfigError, match="held_out_tokens = 299 of 300 training tokens: it must leave two or more"):
         split(Experiment.from_mapping(data, {"held_out_tokens": 299}), corpus)

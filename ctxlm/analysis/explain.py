@@ -50,8 +50,10 @@ def stopped(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["epochs_run"] - runs["best_epoch"] >= runs["phase2_patience"]]
 
 
-def overfitting_effects(runs: pd.DataFrame) -> list[Effect]:
+def overfitting_effects(runs: pd.DataFrame, best: bool = False) -> list[Effect]:
     """What log(last PPL / best PPL) depends on: a doubling of the tokens, the configuration, a halved learning rate.
+
+    With `best`, what the best PPL itself depends on.
 
     Least squares on log2 tokens, configurations (against the first one) and, where it varies, −log2 of Phase 2's
     learning rate, of the runs that `stopped`.
@@ -65,7 +67,7 @@ def overfitting_effects(runs: pd.DataFrame) -> list[Effect]:
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     if done["phase2_learning_rate"].nunique() > 1:
         columns["a halved learning rate"] = -np.log2(done["phase2_learning_rate"])
-    return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
+    return _effects(columns, done["val_loss"] if best else np.log1p(done["overfit_rate"]), done["replicate"])
 
 
 def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effect]:

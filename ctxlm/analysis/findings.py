@@ -16,7 +16,9 @@ LEAD = "**Deep and narrow, or shallow and wide?** "
 def nothing(grid: str) -> str:
     """The sentence for a grid without a finished run of the context model."""
     if len(load_runs(grid)):
-        return f"Grid {grid} has no run of the context model: its runs are under “What a user would otherwise pick”."
+        return (
+            f"Grid {grid} has no finished run of the context model; n-grams of grid baselines have their own section."
+        )
     return f"No finished run of grid {grid}: run `make report GRID={grid}`."
 
 

@@ -90,7 +90,7 @@ def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
     samples = ranked["samples"].iloc[0]
     return (
         f"**Beside ordinary models.** {'. '.join(said)}. Intervals are 95 %, over {samples} "
-        "validation samples drawn again in pairs; with one run each, they do not cover seeds and training texts."
+        "validation samples drawn again in pairs; of single runs they do not cover seeds and training texts."
     )
 
 

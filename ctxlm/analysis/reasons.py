@@ -73,7 +73,7 @@ def _crossed_in_short(runs: pd.DataFrame) -> str:
         return ""
     parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
     runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
-    return f"crossed at the quick scale ({runs_in}), PPL changes by {parts} (above 0: worse)"
+    return f"crossed at the quick scale ({runs_in}), PPL changes by {parts} (plus: worse)"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
@@ -112,6 +112,9 @@ def _overfitting_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
     changes = []
     with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
         changes += [(e.name, _effect(e)) for e in explain.overfitting_effects(runs) if e.name.startswith("a ")]
+        best = {e.name: e for e in explain.overfitting_effects(runs, best=True)}.get("a halved learning rate")
+        if best:
+            changes[-1] = (f"{best.name} (which changes the best PPL by {_effect(best)})", changes[-1][1])
     zeros = [f"{_effect(effect)} ({effect.name})" for effect in _ablated(ablated, "zero", OVERFITTING)]
     if zeros:
         changes.append(("leaving the contexts out", " and ".join(zeros)))
@@ -128,8 +131,11 @@ def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
         found = _ablated(ablated, suffix)
         if found:
             changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in found)
-            verdicts = " or ".join(dict.fromkeys(_verdict(effect, *meaning) for effect in found))
-            parts.append(f"with {what}, PPL changes by {changes}: {verdicts}")
+            verdicts = {effect.name: _verdict(effect, *meaning) for effect in found}
+            said = "; ".join(dict.fromkeys(verdicts.values()))
+            if len(set(verdicts.values())) > 1:
+                said = ", ".join(f"{verdict} ({name})" for name, verdict in verdicts.items())
+            parts.append(f"with {what}, PPL changes by {changes}: {said}")
     return "; ".join(parts)
 
 
@@ -280,6 +286,10 @@ def overfitting(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
             f"**What over-fitting depends on.** Last PPL / best PPL, by least squares on its logarithm "
             f"{_how(effects)}: {'; '.join(map(_named, effects))}.{out}"
         )
+        cures = [effect for effect in explain.overfitting_effects(runs, best=True) if effect.name.startswith("a ")]
+        said.append(
+            f"**What the best PPL depends on**, by the same model: {'; '.join(map(_named, cures))} (plus: worse)."
+        )
     except ValueError as error:
         said.append(f"**What over-fitting depends on.** Not modelled: {error}.")
     gaps = explain.generalisation(history, runs)
@@ -373,10 +383,11 @@ def ablations(runs: pd.DataFrame) -> list[str]:
                 f"changes PPL of {'; '.join(parts)}. It changes over-fitting (last PPL / best PPL) of "
                 f"{'; '.join(rates)}."
             )
+    shuffled = {effect.name: effect for effect in _ablated(runs, "random")}
     burdened = [
         zero.name
-        for zero, shuffled in zip(_ablated(runs, "zero"), _ablated(runs, "random"), strict=False)
-        if zero.name == shuffled.name and _sure(zero) < 0 < _sure(shuffled)
+        for zero in _ablated(runs, "zero")
+        if zero.name in shuffled and _sure(zero) < 0 < _sure(shuffled[zero.name])
     ]
     if burdened:
         said.append(

@@ -265,6 +265,8 @@ def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFra
 def _by_replicate(val_by_sample: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Mean loss sums, replicates by samples, and the tokens of each sample."""
     sums = val_by_sample.pivot_table(index="replicate", columns="sample", values="loss_sum")
+    if sums.isna().any(axis=None) or (val_by_sample.groupby("sample")["tokens"].nunique() > 1).any():
+        raise ValueError("runs of one configuration were judged on different validation tokens")
     return sums, val_by_sample.groupby("sample")["tokens"].first()
 
 
