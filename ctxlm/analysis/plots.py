@@ -74,7 +74,7 @@ def _log_axis(axes: Axes, label: str) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     few = MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else few)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)) if high > 8 * low else few)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.3g}")
     axes.set_ylim(low, high)
@@ -324,7 +324,7 @@ def plot_generalisation(gaps: pd.DataFrame) -> Figure:
             rows, look = gaps[gaps["experiment"] == label], look | {"linestyle": "none", "markersize": 5, "alpha": 0.7}
             axes.plot(rows["params_per_token"], rows[name], label=label, **look)
         axes.set(xscale="log", xlabel="trained parameters a training token (log)", title=f"after the {what} epoch")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     grid.flat[0].set_ylabel("validation − training loss, nats")
