@@ -110,7 +110,7 @@ def chunked(
         length *= 4
     if residual:
         warnings.warn(
-            f"the ContextBlock does not forget within {length // 4} tokens (residual {residual:.1e}): "
+            f"the ContextBlock does not forget for certain within {length // 4} tokens (residual {residual:.1e}): "
             "its contexts are computed token by token",
             stacklevel=2,
         )
