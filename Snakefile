@@ -57,9 +57,9 @@ os.environ["CTXLM_GPUS"] = " ".join(GPUS)
 CORES = workflow.cores or 1
 SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(GRID.runs)  # rounded up, so that no run lacks a GPU
 THREADS = int(config.get("threads", max(1, SHARE)))
-# Each run takes a free GPU and keeps it locked until it ends.
+# Each run takes a free GPU and keeps it locked until it ends; an n-gram has no use for one.
 TAKE_A_GPU = (
-    'for gpu in $CTXLM_GPUS; do exec 9> "{OUTPUTS}/.gpu-$gpu"; '
+    'for gpu in {params.gpus}; do exec 9> "{OUTPUTS}/.gpu-$gpu"; '
     "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$gpu; break; fi; done; "
 )
 
@@ -147,6 +147,8 @@ rule experiment:
         values=lambda wildcards: papermill_yaml(
             GRID.runs[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
+        # By name, not by value: another number of GPUs is no reason to run anything again.
+        gpus=lambda wildcards: "" if GRID.runs[wildcards.run].model == "kneser-ney" else "$CTXLM_GPUS",
         notebook=lambda wildcards: NOTEBOOKS[GRID.runs[wildcards.run].model],
         code=lambda wildcards: source_hash(*SOURCES, NOTEBOOKS[GRID.runs[wildcards.run].model]),
     threads: THREADS

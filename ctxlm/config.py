@@ -21,7 +21,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb", "kneser-ney": "notebooks/06_baseline.ipynb"}
+BASELINES = ("kneser-ney", "lstm", "transformer")
+"""Values of `model` that are what a user would otherwise pick."""
+NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/06_baseline.ipynb")
 """What runs each `model`."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
@@ -49,13 +51,16 @@ class Experiment(BaseModel):
     train_capacity_samples: Count | None = Field(None, description="samples kept for training; null: the corpus's own")
     data_seed: Seed = Field(0, description="0: the first samples; otherwise the training window starts elsewhere")
     # The model
-    model: Literal["context", "kneser-ney"] = Field(
-        "context", description="the two-phase context language model, or an n-gram to set beside it"
+    model: Literal["context", "kneser-ney", "lstm", "transformer"] = Field(
+        "context", description="the two-phase context language model, or another to set beside it"
     )
     ngram_order: Count = Field(4, description="tokens that an n-gram of kneser-ney spans")
     ngram_second_half: bool = Field(
         False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
     )
+    hidden_dim: Count = Field(1712, description="width of the lstm's state, or of the transformer's layers")
+    window: Count = Field(32, description="tokens an lstm is trained through at a time, or a transformer sees at most")
+    num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
     design: Literal["constant", "arithmetic"] = Field(
         "constant", description="width of the layers: constant, or falling in an arithmetic progression"
     )
@@ -125,12 +130,33 @@ class Experiment(BaseModel):
                 f"train_capacity_tokens = {self.train_capacity_tokens} and train_capacity_samples = "
                 f"{self.train_capacity_samples}: give at most one of the two"
             )
+        if self.ngram_second_half and self.model != "kneser-ney":
+            raise ValueError(f"ngram_second_half = True is not possible for model = {self.model!r}: set it to false")
+        if self.model in ("lstm", "transformer"):
+            self._check_network()
         if self.phase1_min_iterations > self.phase1_max_iterations:
             raise ValueError(
                 f"phase1_min_iterations = {self.phase1_min_iterations} is above phase1_max_iterations = "
                 f"{self.phase1_max_iterations}: lower the first or raise the second"
             )
         return self
+
+    def _check_network(self) -> None:
+        if self.model == "transformer" and self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"hidden_dim = {self.hidden_dim} does not divide among num_heads = {self.num_heads}: change one of them"
+            )
+        if self.phase2_batch_size % self.window:
+            raise ValueError(
+                f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
+            )
+        fixed = {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
+        fixed |= {"design": "constant", "context_ablation": "none"}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not possible for model = {self.model!r}: set it to {value!r}"
+                )
 
     @classmethod
     def from_mapping(cls, *layers: Mapping[str, Any]) -> "Experiment":

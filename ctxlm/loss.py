@@ -5,7 +5,7 @@ which is all the gradient needs; reductions run in float32 over a few rows at a 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LOGIT_BYTES = 128 * 2**20
 """Memory for the logits of one block of rows: a batch of 512 in float32, so that the head is read once."""
@@ -119,3 +119,44 @@ def linear_cross_entropy(
     """
     # Inside a Function gradients are always off, so it is told whether they are wanted.
     return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, transposed, torch.is_grad_enabled())
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`; nothing is rounded where that is float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+class Score:
+    """The loss of what a model predicts, through a head that is kept ready in the type of the products."""
+
+    def __init__(self, weight: nn.Parameter, bias: Tensor | None, scale: float, dtype: torch.dtype):
+        """`weight` [V, d], `bias` [V] or None; `scale` is a factor of the logits, bias apart."""
+        frozen = not weight.requires_grad
+        self.weight = weight.detach().to(dtype) if frozen else weight
+        self.transposed = self.weight.T.contiguous() if frozen and weight.device.type == "cpu" else None
+        self.bias, self.scale, self.dtype = bias, scale, dtype
+        self._kept_mean: Tensor | None = None
+
+    def __call__(self, h: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of predicting `targets` [B] from `h` [B, d] (mean, per token, correct), as `linear_cross_entropy`.
+
+        `smoothing` is the share of the target that is spread over the vocabulary (Szegedy et al., 2016), in the mean
+        alone.
+        """
+        h = h.float() * self.scale
+        mean, losses, correct = linear_cross_entropy(h, self.weight, targets, self.bias, self.dtype, self.transposed)
+        if smoothing:
+            # Averaged over the vocabulary, -log p exceeds the target's by how far its logit lies above the average one.
+            above = (h * (self.weight[targets].float() - self._mean_row())).sum(1)
+            if self.bias is not None:
+                above = above + self.bias[targets] - self.bias.mean()
+            mean = mean + smoothing * above.mean()
+        return mean, losses, correct
+
+    def _mean_row(self) -> Tensor:
+        """The mean over the vocabulary of the head's rows, [d]."""
+        if self.weight.requires_grad:
+            return self.weight.mean(0)
+        if self._kept_mean is None:
+            self._kept_mean = self.weight.float().mean(0)
+        return self._kept_mean

@@ -278,6 +278,11 @@ class ContextLM(nn.Module):
         }
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, from the CPU, on the device; to a GPU from pinned memory, for from any other the host waits for the GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def resolve_device(experiment: Experiment) -> torch.device:
     """The device that `device` names; `auto` is the first GPU where there is one.
 

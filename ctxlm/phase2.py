@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.loss import linear_cross_entropy
+from ctxlm.loss import Score, autocast
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
-from ctxlm.model import ContextLM, generator
+from ctxlm.model import ContextLM, generator, sent
 from ctxlm.phase1 import NonFiniteLoss
 from ctxlm.recurrence import Contexts
 
@@ -52,12 +53,10 @@ class Predictor:
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        weight = model.embedding if model.head is None else model.head.weight
-        frozen = not weight.requires_grad
-        self.weight = weight.detach().to(dtype) if frozen else weight
-        self.transposed = self.weight.T.contiguous() if frozen and weight.device.type == "cpu" else None
-        self._kept_mean: Tensor | None = None
-        self.bias = model.output_bias if model.head is None else model.head.bias
+        weight, bias = model.embedding, model.output_bias
+        if model.head is not None:
+            weight, bias = model.head.weight, model.head.bias
+        self.score = Score(weight, bias, model.logit_scale, dtype)
 
     def __call__(self, stream: Contexts, at: slice | Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting the tokens after the positions `at` (mean, per token, correct), as `linear_cross_entropy`.
@@ -67,7 +66,7 @@ class Predictor:
             at: a slice without a step, or int64 [B], of 0 .. T - 2.
             training: `drop` and `smoothing`, as the method `at` explains them.
         """
-        with self._autocast(stream.tokens):
+        with autocast(stream.tokens.device, self.dtype):
             layers = stream.layers(self.model.context_block, at)
         positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at
         return self.at(stream.tokens, positions, layers, **training)
@@ -85,30 +84,11 @@ class Predictor:
         Args:
             tokens, positions, layers: what is read.
             drop: applied to the contexts and the input tokens.
-            smoothing: share of the target that is spread over the vocabulary (Szegedy et al., 2016), in the mean alone.
+            smoothing: of the targets, as `Score` explains it.
         """
-        with self._autocast(tokens):
+        with autocast(tokens.device, self.dtype):
             h = self.model.token_block(drop(self.model.inputs(tokens, positions)), [drop(c) for c in layers])
-        h, targets = h.float() * self.model.logit_scale, tokens[positions + 1]
-        mean, losses, correct = linear_cross_entropy(h, self.weight, targets, self.bias, self.dtype, self.transposed)
-        if smoothing:
-            # Averaged over the vocabulary, -log p exceeds the target's by how far its logit lies above the average one.
-            above = (h * (self.weight[targets].float() - self._mean_row())).sum(1)
-            if self.bias is not None:
-                above = above + self.bias[targets] - self.bias.mean()
-            mean = mean + smoothing * above.mean()
-        return mean, losses, correct
-
-    def _mean_row(self) -> Tensor:
-        """The mean over the vocabulary of the head's rows, [d]."""
-        if self.weight.requires_grad:
-            return self.weight.mean(0)
-        if self._kept_mean is None:
-            self._kept_mean = self.weight.float().mean(0)
-        return self._kept_mean
-
-    def _autocast(self, tokens: Tensor) -> torch.autocast:
-        return torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return self.score(h, tokens[positions + 1], smoothing)
 
 
 @torch.no_grad()
@@ -148,35 +128,66 @@ def train_token_block(
     trained = _trained(model, train.tokens, e)
     predict = Predictor(model, dtype)
     starts = range(0, targets, e.phase2_batch_size)
-    optimiser, schedule = _optimiser(trained, e, len(starts))
+
+    def batches(epoch: int) -> Iterator[slice | Tensor]:
+        order = None
+        if e.phase2_shuffle:
+            order = sent(torch.randperm(targets, generator=generator(e.seed, "phase2_order", epoch)), device)
+        for start in starts:
+            stop = min(start + e.phase2_batch_size, targets)
+            yield slice(start, stop) if order is None else order[start:stop]
+
+    return fit(trained, partial(predict, train), partial(evaluate, predict), batches, len(starts), train, val, e)
+
+
+def fit(
+    trained: dict[str, Tensor],
+    predict: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    judge: Callable[[Any], tuple[Tensor, float]],
+    batches: Callable[[int], Iterable[Any]],
+    updates: int,
+    train: Any,
+    val: Any,
+    experiment: Experiment,
+) -> Phase2:
+    """Train `trained`, weights by name, epoch by epoch in place; the best epoch's are what is left in them.
+
+    Args:
+        trained: the weights, on one device.
+        predict: batch, `drop`, `smoothing` → the loss (mean, per token, correct) before an update.
+        judge: a stream → every target's loss, nats, and the accuracy.
+        batches: an epoch, from 1 → its batches.
+        updates: of an epoch, or nearly: the learning rate's schedule and the progress bar go by it.
+        train, val: streams for `judge`; the first is judged only if `train_loss_after_epoch`.
+        experiment: supplies the `phase2_*` parameters, `val_every_steps` and `seed`.
+
+    Raises:
+        NonFiniteLoss: the loss, or its exponential, is no longer finite.
+    """
+    e, device = experiment, next(iter(trained.values())).device
+    optimiser, schedule = _optimiser(trained, e, updates)
     average = _Average(trained, e.phase2_weight_average)
-    check_every = 1 if device.type == "cpu" else len(starts)  # reading a loss off a GPU makes the host wait for it
     history: list[dict] = []
 
     def record(phase: str, step: int, values: dict[str, float]) -> None:
         history.extend({"phase": phase, "step": step, "metric": k, "value": v} for k, v in values.items())
 
-    def judge(stream: Contexts) -> tuple[Tensor, float, float]:
+    def judged(stream: Any) -> tuple[Tensor, float, float]:
         with average.in_place():
-            losses, accuracy = evaluate(predict, stream)
+            losses, accuracy = judge(stream)
         return losses, accuracy, losses.double().mean().item()
 
     best_loss, best, best_weights = math.inf, None, None
     epoch = update = 0
     for epoch in range(1, e.phase2_epochs + 1):
-        began = time.perf_counter()
+        began, targets = time.perf_counter(), 0
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         correct_sum = torch.zeros((), dtype=torch.int64, device=device)
-        order = None
-        if e.phase2_shuffle:
-            order = torch.randperm(targets, generator=generator(e.seed, "phase2_order", epoch)).to(device)
         drop = _dropout(e.phase2_dropout, generator(e.seed, "phase2_dropout", epoch))
-        with tqdm(starts, desc=f"Phase 2, epoch {epoch}", unit="update", leave=False) as bar:
-            for start in bar:
-                stop = min(start + e.phase2_batch_size, targets)
-                at = slice(start, stop) if order is None else order[start:stop]
+        with tqdm(batches(epoch), desc=f"Phase 2, epoch {epoch}", total=updates, unit="update", leave=False) as bar:
+            for batch in bar:
                 optimiser.zero_grad()
-                loss, losses, correct = predict(train, at, drop=drop, smoothing=e.phase2_label_smoothing)
+                loss, losses, correct = predict(batch, drop=drop, smoothing=e.phase2_label_smoothing)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), e.phase2_gradient_clip)
                 optimiser.step()
@@ -185,12 +196,14 @@ def train_token_block(
                 average.update(update)
                 loss_sum += losses.sum()
                 correct_sum += correct.sum()
-                if update % check_every == 0 or stop == targets:
-                    _finite(loss_sum.item() / stop, e, epoch, update)
+                targets += len(losses)
+                if device.type == "cpu":  # reading a loss off a GPU makes the host wait for it
+                    _finite(loss_sum.item() / targets, e, epoch, update)
                 if e.val_every_steps and update % e.val_every_steps == 0:
-                    record("phase2_updates", update, {"val_loss": judge(val)[2]})
-        val_losses, val_accuracy, val_loss = judge(val)
+                    record("phase2_updates", update, {"val_loss": judged(val)[2]})
         train_loss = loss_sum.item() / targets
+        _finite(train_loss, e, epoch, update)
+        val_losses, val_accuracy, val_loss = judged(val)
         _finite(val_loss, e, epoch, update)
         record(
             "phase2",
@@ -207,7 +220,7 @@ def train_token_block(
             },
         )
         if e.train_loss_after_epoch:
-            after = judge(train)[2]
+            after = judged(train)[2]
             record("phase2", epoch, {"train_loss_after": after, "train_ppl_after": perplexity(after)})
         tqdm.write(
             f"epoch {epoch}: train PPL {perplexity(train_loss):,.1f}, validation PPL {perplexity(val_loss):,.1f}"
@@ -237,11 +250,15 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
     if model.embedding.requires_grad:
         trained["embedding"] = model.embedding
     if e.output_bias == "unigram":
-        counts = torch.bincount(tokens, minlength=len(model.embedding)) + 1.0  # one more, so that none is impossible
-        bias = model.output_bias if model.head is None else model.head.bias
         with torch.no_grad():
-            bias.copy_((counts / counts.sum()).log())
+            (model.output_bias if model.head is None else model.head.bias).copy_(unigram(tokens, len(model.embedding)))
     return trained
+
+
+def unigram(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Every token's log frequency, float32 [V]; each counts once more than it occurs, so that none is impossible."""
+    counts = torch.bincount(tokens, minlength=vocabulary) + 1.0
+    return (counts / counts.sum()).log()
 
 
 def _optimiser(trained: dict[str, Tensor], e: Experiment, updates: int) -> tuple[Optimizer, LambdaLR]:
@@ -278,8 +295,8 @@ def _dropout(share: float, draws: torch.Generator) -> Callable[[Tensor], Tensor]
     """Sets a share of entries to zero and scales up the others (Srivastava et al., 2014); none: leaves all alone."""
 
     def drop(x: Tensor) -> Tensor:
-        kept = torch.empty(x.shape).bernoulli_(1 - share, generator=draws).to(x.device)
-        return x * kept / (1 - share)
+        kept = torch.empty(x.shape).bernoulli_(1 - share, generator=draws)
+        return x * sent(kept, x.device) / (1 - share)
 
     return drop if share else lambda x: x
 

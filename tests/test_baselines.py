@@ -118,7 +118,7 @@ def test_judging_gives_losses_and_the_share_of_first_guesses():
 
 
 def test_the_second_half_is_counted_when_asked():
-    data = {"train_tokens": 2000, "val_samples": 1, "test_samples": 1, "ngram_order": 2}
+    data = {"model": "kneser-ney", "train_tokens": 2000, "val_samples": 1, "test_samples": 1, "ngram_order": 2}
     plain = Experiment.from_mapping(data)
     streams = split(plain)
     small = kneser_ney(plain, streams)

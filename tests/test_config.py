@@ -137,6 +137,12 @@ def parameters(draw) -> dict:
     given_size = draw(st.sampled_from(["train_tokens", "train_samples"]))
     values |= {"train_tokens": None, "train_samples": None, given_size: draw(st.integers(1, 10**7))}
     values[draw(st.sampled_from(["train_capacity_tokens", "train_capacity_samples"]))] = None
+    if values["model"] in ("lstm", "transformer"):
+        values |= {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
+        values |= {"design": "constant", "context_ablation": "none"}
+        values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
+        values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))
+    values["ngram_second_half"] &= values["model"] == "kneser-ney"
     iterations = sorted([values["phase1_min_iterations"], values["phase1_max_iterations"]])
     return values | dict(zip(["phase1_min_iterations", "phase1_max_iterations"], iterations, strict=True))
 

@@ -8,8 +8,10 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from ctxlm.analysis.report import build_page
+from ctxlm.config import BASELINES
 from ctxlm.files import ROOT
 
 SMALL = {
@@ -91,17 +93,26 @@ def test_every_promised_metric_is_written_and_explained(tmp_path, text):
     assert [name for name in metrics if f"`{name}`" not in readme] == []
 
 
-def test_a_baseline_writes_the_columns_of_every_other_run(tmp_path, text):
+@pytest.mark.parametrize("model", BASELINES)
+def test_a_baseline_writes_the_columns_of_every_other_run(model, tmp_path, text):
     own = {"train_tokens": 600, "val_samples": 2, "test_samples": 2, "ngram_order": 3, "embedding": "random"}
+    own |= {"model": model, "embed_dim": 16, "hidden_dim": 16, "phase2_epochs": 1, "output_bias": "unigram"}
     process, _ = papermill(tmp_path, "06_baseline", corpus=str(text), output_dir=str(tmp_path / "run"), **own)
     assert process.returncode == 0, process.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
-    assert (metrics["model"], metrics["ngram_order"], metrics["train_tokens"]) == ("kneser-ney", 3, 600)
+    assert (metrics["model"], metrics["ngram_order"], metrics["train_tokens"]) == (model, 3, 600)
     assert metrics["val_ppl"] > 1 and 0 <= metrics["test_accuracy"] <= 1
     by_sample = pd.read_csv(tmp_path / "run" / "val_by_sample.csv")
-    assert by_sample["loss_sum"].sum() / by_sample["tokens"].sum() == pytest.approx(metrics["val_loss"])
+    assert by_sample["loss_sum"].sum() / by_sample["tokens"].sum() == pytest.approx(metrics["val_loss"], rel=1e-5)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    body = sum(w.numel() for name, w in weights.items() if name.startswith("body."))
+    assert metrics["trained_params"] == body and bool(body) == (model != "kneser-ney")
+    assert ("lstm_residual" in metrics) == (model == "lstm")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in metrics if f"`{name}`" not in readme] == []
+
+
+def test_a_model_is_not_run_by_another_ones_notebook(tmp_path):
     process, _ = papermill(tmp_path, **SMALL, model="kneser-ney", output_dir=str(tmp_path / "other"))
     assert last_line(process).startswith("ConfigError: model = 'kneser-ney' is run by notebooks/06_baseline.ipynb")
 
