@@ -52,6 +52,45 @@ def test_paired_effect_is_students_over_replicates():
         paired_effect(runs, "C", "A")
 
 
+def by_sample(runs, taste, tokens):
+    """Losses by sample; `taste` [runs, samples] is what samples add to a run's own loss, 0 over all of their kind."""
+    parts = [
+        pd.DataFrame({"run": run, "sample": range(len(tokens)), "loss_sum": (loss + own) * tokens, "tokens": tokens})
+        for run, loss, own in zip(runs["run"], runs["val_loss"], taste, strict=True)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def judged(runs, val_by_sample):
+    """The runs with the losses that these samples give them."""
+    sums = val_by_sample.groupby("run")[["loss_sum", "tokens"]].sum()
+    return runs.assign(val_loss=runs["run"].map(sums["loss_sum"] / sums["tokens"]))
+
+
+def test_paired_effects_cover_samples_and_replicates():
+    rng, covered, tokens = np.random.default_rng(4), [], np.tile([200, 400, 900], 10)
+    for _ in range(150):
+        lasting = 0.03 * rng.standard_normal(5)
+        runs = grid(lambda label, size, seed, _: 6 + (0.05 + lasting[seed]) * (label == "B"), seeds=range(5))  # noqa: B023
+        runs["experiment"] = runs["configuration"]
+        taste = 0.1 * rng.standard_normal(len(tokens))  # a sample likes B less, or more, at all sizes and seeds
+        losses = by_sample(runs, np.outer(runs["experiment"] == "B", taste), tokens)
+        runs = judged(runs, losses)
+        found = paired_effect(runs, "B", "A", val_by_sample=losses)
+        covered.append(found.interval[0] < 0.05 < found.interval[1])
+    assert 0.90 < np.mean(covered) < 0.99
+    plain = paired_effect(runs, "B", "A")
+    assert found.estimate == pytest.approx(plain.estimate) and (found.samples, plain.samples) == (30, 0)
+    assert (found.n, found.replicates) == (plain.n, plain.replicates) == (15, 5) and plain.dof == 4 < found.dof
+    one = runs[runs["seed"] == 0]
+    assert paired_effect(one, "B", "A").interval is None
+    alone = paired_effect(one, "B", "A", val_by_sample=losses)  # over the samples alone
+    assert alone.replicates == 1 and alone.interval[0] < alone.estimate < alone.interval[1]
+    losses.loc[losses["run"] == runs["run"].iloc[0], "tokens"] += 1
+    with pytest.raises(ValueError, match="different validation tokens"):
+        paired_effect(runs, "B", "A", val_by_sample=losses)
+
+
 def test_planted_overfitting_is_taken_apart():
     rng = np.random.default_rng(1)
     runs = grid(lambda *_: 6.0, rates=(0.002, 0.001, 0.0005))
@@ -80,7 +119,7 @@ def test_planted_overfitting_is_taken_apart():
 def factorial(loss, sizes=(10_000, 20_000, 40_000)):
     rows = [
         {"num_layers": depth, "context_dim": width, "train_tokens": size, "replicate": replicate}
-        | {"val_loss": loss(depth, width, size)}
+        | {"val_loss": loss(depth, width, size), "run": f"{depth}-{width}-{size}-{replicate}"}
         for depth, width, size, replicate in itertools.product((3, 6), (128, 256), sizes, range(5))
     ]
     return pd.DataFrame(rows)
@@ -137,6 +176,22 @@ def test_effects_of_depth_cover_seeds_that_last_across_sizes():
         low, high = factorial_effects(runs)[0].interval
         covered += low < -0.08 < high
     assert 0.90 < covered / 150 < 0.99
+
+
+def test_effects_of_width_cover_samples_too():
+    rng, covered, tokens = np.random.default_rng(6), [], np.full(25, 300)
+    for _ in range(150):
+        runs = factorial(lambda depth, width, size: 6 + 0.05 * (width == 256) + 0.01 * rng.standard_normal())
+        taste = 0.1 * rng.standard_normal(len(tokens))
+        losses = by_sample(runs, np.outer(runs["context_dim"] == 256, taste), tokens)
+        runs = judged(runs, losses)
+        found = factorial_effects(runs, val_by_sample=losses)
+        covered.append(found[1].interval[0] < 0.05 < found[1].interval[1])
+    assert 0.90 < np.mean(covered) < 0.99
+    plain = factorial_effects(runs)
+    assert [effect.estimate for effect in found] == pytest.approx([effect.estimate for effect in plain])
+    assert {effect.samples for effect in found} == {25} and {effect.samples for effect in plain} == {0}
+    assert np.ptp(found[1].interval) > 1.5 * np.ptp(plain[1].interval)  # which holds the text fixed
 
 
 def rows(run, phase, values):

@@ -11,7 +11,7 @@ import pytest
 
 from ctxlm.analysis import explain, plots, reasons
 from ctxlm.analysis.crossing import errors
-from ctxlm.analysis.scaling import read_grid, summarise
+from ctxlm.analysis.scaling import effective, read_grid, summarise
 from ctxlm.analysis.tables import published_runs
 from tests.planted import SIZES, noise, plant
 
@@ -125,9 +125,12 @@ def effects_of(rng, sd_seed, sd_window):
 )
 def test_the_larger_source_of_chance_is_named_where_it_can_be(outputs, seed, window, what):
     chance = effects_of(np.random.default_rng(5), seed, window)
-    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, chance=chance, pairs=NESTED)
+    pairs = [(42 + k, k // 2) for k in range(40 if not window else 10)]  # few windows cannot tell
+    runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, chance=chance, pairs=pairs)
     text = reasons.chance(runs, val_by_sample)
-    assert what in text and "(n = 80 runs)" in text and "(10 d.o.f., 95 % interval" in text
+    assert what in text and f"(n = {len(runs)} runs)" in text
+    assert text.count(" d.o.f., 95 % interval ") == 3 and "Satterthwaite" in text
+    assert "variance of text over that of initialisation" in text
     assert plots.plot_components(runs, val_by_sample).axes[0].get_xlabel()
     assert "PPL scatters about its mean by" in reasons.caution(runs, val_by_sample)
     one = runs[runs["seed"] % 2 == 0]
@@ -141,6 +144,8 @@ def test_published_gaps_are_held_against_what_samples_resolve(outputs):
     published = published_runs()
     _, _, fine = planted(outputs, laws, samples=50, spread=0.005)
     text = reasons.resolved(fine, published)
+    weigh = 50 * effective(fine.groupby("sample")["tokens"].first()) / 50
+    assert f"as {weigh:.0f} equal ones, which leaves {weigh - 1:.0f} d.o.f." in text
     assert "−5.4 % at 86,925 tokens exceeds that" in text and "+1.7 % at 183,620 tokens exceeds that" in text
     theirs = (published["train_tokens"] / published["train_samples"]).mean()
     assert f"The study's samples have some {theirs:,.0f} tokens" in text
@@ -152,8 +157,8 @@ def test_published_gaps_are_held_against_what_samples_resolve(outputs):
 
 
 def test_overfitting_is_put_down_to_what_was_planted(outputs):
-    runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
-    model, best, gap = reasons.overfitting(runs, history)
+    runs, history, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
+    model, best, gap = reasons.overfitting(runs, history, val)
     assert "a doubling of the training tokens −18" in best  # the planted law: 2^-0.3
     assert (
         "(n = 16 runs, Student's over 2 replicates, 1 d.o.f.)" in model
@@ -163,31 +168,31 @@ def test_overfitting_is_put_down_to_what_was_planted(outputs):
     worst = runs.loc[(runs["experiment"] == "B") & (runs["train_tokens"] == SIZES[0]), "token_block_params_trained"]
     assert f"to {worst.iloc[0] / SIZES[0]:,.0f} trained parameters a token, n = 8" in gap
     reversed_rates = runs.assign(overfit_rate=0.5 - runs["overfit_rate"])
-    model, *_ = reasons.overfitting(reversed_rates, history)
+    model, *_ = reasons.overfitting(reversed_rates, history, val)
     assert "a doubling of the training tokens +" in model and "B against A −" in model
-    assert "Not modelled" in reasons.overfitting(runs[runs["train_tokens"] == SIZES[0]], history)[0]
+    assert "Not modelled" in reasons.overfitting(runs[runs["train_tokens"] == SIZES[0]], history, val)[0]
     assert plots.plot_generalisation(explain.generalisation(history, runs)).axes[0].lines
     assert plots.plot_effects({"": explain.overfitting_effects(runs)}, "change").axes[0].get_yticks().size == 2
 
 
 def test_runs_that_did_not_stop_are_counted_and_left_out(outputs):
-    runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
+    runs, history, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     runs.loc[runs["train_tokens"] == SIZES[1], "best_epoch"] = 5
-    text = reasons.overfitting(runs, history)[0]
+    text = reasons.overfitting(runs, history, val)[0]
     assert "4 of 16 runs had not stopped at their last epoch and are left out: 4 at a rate of 0.002." in text
-    assert "Not modelled: 0 runs cannot tell" in reasons.overfitting(runs.assign(best_epoch=5), history)[0]
+    assert "Not modelled: 0 runs cannot tell" in reasons.overfitting(runs.assign(best_epoch=5), history, val)[0]
     assert reasons.as_group(explain.overfitting_effects, runs.assign(best_epoch=5)) == {}
 
 
 def test_between_epochs_the_gain_is_said_to_be_partly_luck(outputs):
-    runs, history, _ = planted(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:1])
+    runs, history, val = planted(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:1])
     row = history[history["metric"] == "val_loss"].iloc[0].to_dict()
     updates = [{**row, "phase": "phase2_updates", "step": step, "value": 5.0} for step in (10, 20)]
     ends = [
         {**row, "phase": "phase2", "metric": "updates", "step": epoch, "value": 40 * epoch} for epoch in range(1, 6)
     ]
     history = pd.concat([history, pd.DataFrame(updates + ends)])
-    text = reasons.overfitting(runs, history)[-1]
+    text = reasons.overfitting(runs, history, val)[-1]
     assert "A at a rate of 0.002 after 0.2 epochs" in text.replace("0.25", "0.2") and "gain is luck" in text
 
 
@@ -217,39 +222,45 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     shapes = dict.fromkeys(("A", "A-without-phase1", "A-zero"), (6, 128))
     laws = {"A": (-0.3, 800), "A-without-phase1": (-0.3, 800), "A-zero": (-0.3, 1000)}
     options = {"shapes": shapes, "seeds": (1, 2, 3), "chance": noise(0.01)}
-    runs, _, _ = planted(outputs, laws, **options)
-    phase1, zero = reasons.ablations(runs)
+    runs, _, val = planted(outputs, laws, **options)
+    phase1, zero = reasons.ablations(runs, val)
     assert (
         "**Phase 1 left out**" in phase1
         and ("no effect can be told" in phase1 or "the same to 1 %" in phase1)
         and "B" not in phase1
     )
-    assert "**Contexts of zeros**" in zero and "(n = 12 pairs in 3 replicates, 2 d.o.f.)" in zero
+    drawn = r"\(n = 12 pairs in 3 replicates, crossed with 20 validation samples drawn again, [\d.]+ d.o.f. by Satt"
+    assert "**Contexts of zeros**" in zero and re.search(drawn, zero)
     assert "contexts lower PPL" in zero
-    runs, _, _ = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
-    assert "Phase 1 raises PPL" in reasons.ablations(runs)[0]
-    (axes,) = plots.plot_effects(reasons.ablation_effects(runs), "change").axes
+    runs, _, val = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
+    assert "Phase 1 raises PPL" in reasons.ablations(runs, val)[0]
+    one = reasons.ablations(runs[runs["seed"] == 1], val)[0]
+    assert re.search(
+        r"\(n = 4 pairs, 20 validation samples drawn again, [\d.]+ d.o.f., seeds not covered\): Phase 1 rai", one
+    )
+    assert "(last PPL / best PPL; single runs)" in one
+    (axes,) = plots.plot_effects(reasons.ablation_effects(runs, val_by_sample=val), "change").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A: Phase 1 left out", "A: contexts of zeros"]
     rates = {"A": 0.5, "A-without-phase1": 0.5, "A-zero": 0.2}
     kept = runs.assign(overfit_rate=runs["experiment"].map(rates))
-    phase1, zero = reasons.ablations(kept)
-    assert "It changes over-fitting (last PPL / best PPL) of A 0.0 %" in phase1
+    phase1, zero = reasons.ablations(kept, val)
+    assert "It changes over-fitting (last PPL / best PPL; Student's over replicates) of A 0.0 %" in phase1
     assert "of A −20.0 % (−20.0 % to −20.0 %)." in zero
     found = reasons.ablation_effects(kept, reasons.OVERFITTING)["A"]
     assert [effect.estimate for effect in found] == pytest.approx([0, math.log(1.2 / 1.5)])
-    assert "**Together**" not in "".join(reasons.ablations(runs))
+    assert "**Together**" not in "".join(reasons.ablations(runs, val))
     apart = runs[(runs["experiment"] == "A") == (runs["seed"] == 1)]  # of each, but no two that belong together
-    assert reasons.ablations(apart) == [] and reasons.ablation_effects(apart) == {}
+    assert reasons.ablations(apart, val) == [] and reasons.ablation_effects(apart) == {}
 
 
 def test_contexts_that_tell_something_may_still_cost_more(outputs):
     shapes = dict.fromkeys(("A", "A-zero", "A-random"), (6, 128))
     laws = {"A": (-0.3, 800), "A-zero": (-0.3, 700), "A-random": (-0.3, 1000)}
     options = {"shapes": shapes, "seeds": (1, 2, 3), "chance": noise(0.01)}
-    zero, shuffled, together = reasons.ablations(planted(outputs, laws, **options)[0])
+    zero, shuffled, together = reasons.ablations(*planted(outputs, laws, **options)[::2])
     assert "contexts raise PPL" in zero and "a text's own contexts are better" in shuffled
     assert together.startswith("**Together**, for A: the TokenBlock does better without contexts")
-    assert len(reasons.ablations(planted(outputs, laws | {"A-zero": (-0.3, 900)}, **options)[0])) == 2
+    assert len(reasons.ablations(*planted(outputs, laws | {"A-zero": (-0.3, 900)}, **options)[::2])) == 2
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -259,16 +270,16 @@ def test_depth_and_width_are_told_apart(outputs, sign):
         label: (-0.3, 800 * math.exp(sign * (0.1 * (depth == 6) - 0.05 * (width == 256))))
         for label, (depth, width) in shapes.items()
     }
-    runs, _, _ = planted(outputs, laws, shapes=shapes, seeds=(1, 2, 3), chance=noise(0.005))
-    ppl, rates, horizon = reasons.depth_and_width(runs)
+    runs, _, val = planted(outputs, laws, shapes=shapes, seeds=(1, 2, 3), chance=noise(0.005))
+    ppl, rates, horizon = reasons.depth_and_width(runs, val)
     up, down = ("+", "−") if sign > 0 else ("−", "+")
     assert f"6 layers against 3 {up}" in ppl and f"context 256 against 128 {down}" in ppl
     assert (
-        "(n = 48 runs, Student's over 3 replicates, 2 d.o.f.)" in ppl
-        and "over-fitting" in rates
+        "(n = 48 runs, 3 replicates crossed with 20 validation samples drawn again, " in ppl
+        and "over-fitting (last PPL / best PPL)** (n = 48 runs, Student's over 3 replicates, 2 d.o.f.)" in rates
         and "6 layers against 3 −" in horizon
     )
-    (text,) = reasons.depth_and_width(runs[runs["num_layers"] == 3])
+    (text,) = reasons.depth_and_width(runs[runs["num_layers"] == 3], val)
     assert "Not taken apart" in text
 
 
@@ -282,6 +293,11 @@ def test_in_short_follows_whoever_wins(outputs, first):
     laws = {"A": (-0.3, 800), "A-without-phase1": (-0.3, 900), "A-zero": (-0.3, 1600)}
     grids = {"variance": variance_grid, "overfitting": variance_grid}
     grids["ablations"] = planted(outputs, laws, shapes=shapes, seeds=(1, 2))
+    grids["ablations-full"] = planted(outputs, {"A": (-0.3, 800), "A-zero": (-0.3, 600)}, shapes=shapes)
+    grids["study"] = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)})
+    options = {"shapes": dict.fromkeys(("KN-3", "KN-4"), (1, 1)), "model": "kneser-ney"}
+    planted(outputs, {"KN-3": (-0.3, 640), "KN-4": (-0.3, 700)}, **options)
+    grids["baselines"] = read_grid("planted", models=["kneser-ney"])
     crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
@@ -299,8 +315,28 @@ def test_in_short_follows_whoever_wins(outputs, first):
     assert "leaving the contexts out changes that ratio by 0.0 % (0.0 % to 0.0 %) (A)" in lines[3]
     assert "with Phase 1 left out, PPL changes by +12.5 % (" in lines[4] and "(A): Phase 1 lowers PPL" in lines[4]
     assert "with contexts of zeros, PPL changes by +100.0 % (" in lines[4]
+    assert (
+        "; at full size (single runs, seeds not covered) with contexts of zeros, PPL changes by −25.0 % (" in lines[4]
+    )
+    assert lines[4].endswith("(A): contexts raise PPL.")
+    over = "(single runs, seeds not covered, 20 validation samples drawn again)"
+    assert f"at full size the best of 2 ordinary models against A {over}: KN-3 −20.0 % (" in lines[0]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
     assert reasons.in_short(summarise("planted", *empty["variance"][::2]), [], empty) == ""
+
+
+def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):
+    def found(laws, **options):
+        runs, _, val_by_sample = planted(outputs, laws, **options)
+        return errors(runs, val_by_sample)["pooled"]
+
+    several = found({"A": FLAT, "B": STEEP}, **many())
+    two = found({"A": STEEP, "B": FLAT}, sizes=SIZES[:2])
+    text = reasons.crossovers([("mine", several), ("small", two), ("equal", found({"A": FLAT, "B": FLAT}))])
+    assert re.search(r"A and B of grid mine: [\d,]+ tokens \(n = 40 runs, bootstrap .*\): B gains more from more", text)
+    assert re.search(r"grid small: [\d,]+ tokens \(n = 4 runs, no error can be given: take it as a lead\)", text)
+    assert "A and B of grid equal: none (" in text and "better above" not in text
+    assert reasons.crossovers([("mine", [])]) == ""
 
 
 def test_every_number_follows_the_data(outputs):
@@ -310,7 +346,7 @@ def test_every_number_follows_the_data(outputs):
         runs, history, val_by_sample = planted(outputs, laws, **options)
         found = errors(runs, val_by_sample)
         texts = [*map(reasons.slopes, found["pooled"]), *reasons.memory(runs, history)[:1]]
-        texts += reasons.overfitting(runs, history)
+        texts += reasons.overfitting(runs, history, val_by_sample)
         return texts
 
     first = said({"A": FLAT, "B": STEEP}, **many())
@@ -319,6 +355,7 @@ def test_every_number_follows_the_data(outputs):
         sizes=(21_000, 29_000, 46_000),
         pairs=[(1, 0), (2, 1), (3, 2)],
         shapes={"A": (5, 104), "B": (2, 160)},
+        samples=23,
         chance=noise(0.006, seed=1),
     )
     assert len(first) == len(second)

@@ -16,6 +16,7 @@ from ctxlm.analysis.scaling import (
     extrapolate,
     fit_power_law,
     fit_saturating,
+    mean_loss,
     paired_difference,
     ppl_interval,
     read_grid,
@@ -213,6 +214,18 @@ def test_interval_over_replicates_and_samples_covers_the_truth(between, monkeypa
     assert 0.90 < covered / 200 <= 1.0
     if between == 0.05:  # replicates that differ are not covered when their runs are averaged first
         assert covered / 200 < 0.99 and alone / 200 < 0.75
+
+
+@pytest.mark.parametrize("of_samples", [0.0, 0.05])
+@pytest.mark.parametrize("replicates", [2, 3])
+def test_two_replicates_are_enough_for_an_interval_that_covers(replicates, of_samples, monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 499)
+    rng, tokens, covered = np.random.default_rng(5), np.full(20, 500), 0
+    for _ in range(200):
+        own = of_samples * rng.standard_normal(20) + 0.03 * rng.standard_normal((replicates, 1))
+        found = mean_loss(own * tokens, tokens)
+        covered += found.interval[0] < 0 < found.interval[1]
+    assert 0.90 < covered / 200 <= 1.0
 
 
 def test_a_difference_is_that_of_the_replicates_both_have():

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlm.analysis.scaling import paired_difference
-from ctxlm.analysis.variance import components, effective_samples, resolution, sampling_error
+from ctxlm.analysis.scaling import effective, paired_difference
+from ctxlm.analysis.variance import components, ratio_interval, resolution, sampling_error
 
 
 def nested(rng, seed=0.04, window=0.02, sizes=(10_000, 20_000, 30_000), windows=5, per_window=2):
@@ -36,18 +36,32 @@ def by_sample(runs, rng, spread=0.3, samples=20):
 
 
 def test_planted_components_are_recovered_and_covered():
-    rng, found, covered = np.random.default_rng(0), [], 0
+    rng, found, covered = np.random.default_rng(0), [], []
+    truth = pd.Series({"seed": 0.04, "data_seed": 0.02, "run": math.hypot(0.04, 0.02)})
     for _ in range(150):
         runs = nested(rng)
         rows = components(runs, by_sample(runs, rng)).set_index("source")
         found.append((rows["sd"] ** 2)[["seed", "data_seed", "run"]])
-        covered += rows.loc["seed", "low"] < 0.04 < rows.loc["seed", "high"]
+        covered.append((rows["low"][truth.index] <= truth) & (truth <= rows["high"][truth.index]))
     seed, window, both = pd.DataFrame(found).mean()
     assert math.sqrt(seed) == pytest.approx(0.04, rel=0.05)
     assert math.sqrt(window) == pytest.approx(0.02, rel=0.35)  # negative estimates are cut at 0
     assert math.sqrt(both) == pytest.approx(math.hypot(0.04, 0.02), rel=0.1)
-    assert 0.90 < covered / 150 < 0.99
-    assert list(rows["dof"]) == [10, 4, 4, 19]
+    shares = pd.DataFrame(covered).mean()
+    assert shares[["seed", "run"]].between(0.90, 0.99).all()
+    assert shares["data_seed"] > 0.90  # wider than it need be where the windows hardly differ
+    assert rows.loc[["seed", "data_seed"], "dof"].tolist() == [10, 4]
+    tokens = by_sample(runs, rng).groupby("sample")["tokens"].first()
+    assert 10 < rows.loc["validation", "dof"] < 19 and len(tokens) == 20
+    assert 4 < rows.loc["run", "dof"] < 14
+
+
+def test_the_ratio_of_both_sources_is_covered():
+    rng = np.random.default_rng(7)
+    drawn = [nested(rng, seed=0.03, window=0.06) for _ in range(200)]
+    assert 0.90 < np.mean([low < 4 < high for low, high in map(ratio_interval, drawn)]) < 0.99
+    rows = [components(runs, by_sample(runs, rng)).set_index("source").loc["data_seed"] for runs in drawn]
+    assert 0.90 < np.mean([row["low"] < 0.06 < row["high"] for row in rows]) < 0.99
 
 
 @pytest.mark.parametrize(
@@ -93,6 +107,5 @@ def test_resolution_is_half_the_interval_of_so_many_samples():
 
 
 def test_samples_of_unequal_length_weigh_as_fewer():
-    table = pd.DataFrame({"sample": range(4), "tokens": [100] * 4})
-    assert effective_samples(table) == pytest.approx(4)
-    assert effective_samples(table.assign(tokens=[1000, 1, 1, 1])) == pytest.approx(1, rel=0.01)
+    assert effective([100] * 4) == pytest.approx(4)
+    assert effective([1000, 1, 1, 1]) == pytest.approx(1, rel=0.01)

@@ -23,8 +23,10 @@ from ctxlm.analysis.scaling import (
     beyond,
     draw_replicates,
     draw_samples,
+    effective,
     extrapolate,
     fit_saturating,
+    loss_sums,
     percentile_interval,
     robust_interval,
 )
@@ -137,7 +139,7 @@ class Bootstrap:
     log_a: dict[str, np.ndarray]
     replicates: int
     """1: only the validation samples are drawn."""
-    dof: int
+    dof: float
 
     def slope_difference(self, a: str, b: str) -> tuple[float, float]:
         """95 % interval of α of b minus α of a, from percentiles that are expanded for few replicates."""
@@ -163,18 +165,15 @@ def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000
     Raises:
         ValueError: the runs were not judged on the same samples, or a configuration has fewer than two sizes.
     """
-    sums = val_by_sample.pivot(index="run", columns="sample", values="loss_sum").reindex(runs["run"])
-    counts = val_by_sample.pivot(index="run", columns="sample", values="tokens").reindex(runs["run"])
-    if sums.isna().any(axis=None) or (counts.nunique() > 1).any():
-        raise ValueError("the runs were judged on different validation tokens: compare runs of one grid")
+    sums, tokens = loss_sums(val_by_sample, runs["run"])
     few = runs.groupby("experiment")["train_tokens"].nunique()
     if few.min() < 2:
         raise ValueError(f"{few.idxmin()} has runs of a single size: a slope needs two")
     rng, several = np.random.default_rng(seed), balanced(runs, "experiment", "train_tokens")
     keys = runs[["experiment", "train_tokens"]].assign(replicate=runs["replicate"] if several else 0)
-    means = sums.groupby([keys[name].to_numpy() for name in keys]).mean()  # over the runs of a cell
+    means = pd.DataFrame(sums).groupby([keys[name].to_numpy() for name in keys]).mean()  # over the runs of a cell
     cells = means.index.droplevel(2).unique()
-    losses = draw_samples(means.to_numpy(float), counts.iloc[0].to_numpy(float), draws, rng)
+    losses = draw_samples(means.to_numpy(), tokens, draws, rng)
     replicates = len(means) // len(cells)
     y = draw_replicates(losses.reshape(draws, len(cells), replicates).swapaxes(1, 2), rng)  # [draws, cells]
     alpha, log_a = {}, {}
@@ -183,7 +182,7 @@ def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000
         x = np.log(cells.get_level_values(1)[own].to_numpy(float))
         alpha[label] = y[:, own] @ (x - x.mean()) / np.square(x - x.mean()).sum()
         log_a[label] = y[:, own].mean(1) - alpha[label] * x.mean()
-    return Bootstrap(alpha, log_a, replicates, dof=max((replicates if several else sums.shape[1]) - 1, 1))
+    return Bootstrap(alpha, log_a, replicates, dof=max((replicates if several else effective(tokens)) - 1, 1))
 
 
 def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:

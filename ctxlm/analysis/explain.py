@@ -1,7 +1,9 @@
 """Why: models of over-fitting, of depth and width, of what contexts are worth and how far back they reach.
 
-All effects are on losses in nats (log PPL), so that 0.01 is about 1 % of PPL. Intervals are 95 % and Student's over
-replicates (`replicates`); where there is a single replicate, least squares have HC3 errors (MacKinnon & White, 1985).
+All effects are on losses in nats (log PPL), so that 0.01 is about 1 % of PPL. Intervals are 95 %. Given the losses by
+validation sample, they are bootstrap intervals over samples, crossed with replicates (`replicates`) where there are
+several; otherwise they are Student's over replicates, for the validation text at hand. Least squares of a single
+replicate have HC3 errors (MacKinnon & White, 1985).
 """
 
 import math
@@ -13,10 +15,14 @@ import pandas as pd
 import statsmodels.api as sm
 
 from ctxlm.analysis.replicates import student
-from ctxlm.analysis.scaling import robust_interval
+from ctxlm.analysis.scaling import loss_sums, mean_loss, robust_interval
 
 PAIR = ["train_tokens", "seed", "data_seed"]
 """What two runs share that are compared in a pair."""
+
+
+class NoPair(ValueError):
+    """Two configurations have no runs that belong together."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +34,54 @@ class Effect:
     interval: tuple[float, float] | None
     n: int
     replicates: int
-    dof: int
+    dof: float
+    """Replicates − 1; Satterthwaite's where samples are drawn too; the fit's where there is a single replicate."""
+    samples: int = 0
+    """Validation samples that the interval draws anew; 0: it is for the validation text at hand."""
 
 
-def paired_effect(runs: pd.DataFrame, label: str, against: str, column: str = "val_loss") -> Effect:
+def paired_effect(
+    runs: pd.DataFrame,
+    label: str,
+    against: str,
+    column: str = "val_loss",
+    val_by_sample: pd.DataFrame | None = None,
+) -> Effect:
     """Mean difference of `column`, `label` minus `against`, over runs of equal size, seed and training window.
 
+    Args:
+        runs: one row a run.
+        label, against: of `experiment`.
+        column: what is compared.
+        val_by_sample: columns run, sample, loss_sum, tokens. With it the column is `val_loss`, and samples are drawn.
+
     Raises:
-        ValueError: there is no such pair.
+        NoPair: there is no such pair.
+        ValueError: its runs were judged on different tokens.
     """
-    a, b = (runs[runs["experiment"] == name].set_index([*PAIR, "replicate"])[column] for name in (label, against))
-    differences = (a - b).dropna()
-    if differences.empty:
-        raise ValueError(f"{label} and {against} have no runs of equal size, seed and training window")
-    values = differences.groupby("replicate").mean().to_numpy()
-    return Effect(label, float(values.mean()), student(values), len(differences), len(values), len(values) - 1)
+    a, b = (runs[runs["experiment"] == name].set_index([*PAIR, "replicate"]) for name in (label, against))
+    pairs = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b"))
+    pairs = pairs.dropna(subset=[f"{column}_a", f"{column}_b"])
+    if pairs.empty:
+        raise NoPair(f"{label} and {against} have no runs of equal size, seed and training window")
+    replicate = pairs.index.get_level_values("replicate")
+    weights = np.array([(replicate == r) / (replicate == r).sum() for r in replicate.unique()])
+    values = weights @ (pairs[f"{column}_a"] - pairs[f"{column}_b"]).to_numpy(float)
+    if val_by_sample is None:
+        return _effect(label, values, len(pairs))
+    sums, tokens = loss_sums(val_by_sample, [*pairs["run_a"], *pairs["run_b"]])
+    return _effect(label, values, len(pairs), weights @ (sums[: len(pairs)] - sums[len(pairs) :]), tokens)
+
+
+def _effect(
+    name: str, values: np.ndarray, n: int, sums: np.ndarray | None = None, tokens: np.ndarray | None = None
+) -> Effect:
+    """An effect from its `values` in every replicate or, with samples drawn too, its `sums` [replicates, samples]."""
+    m = len(values)
+    if sums is None:
+        return Effect(name, float(values.mean()), student(values), n, m, m - 1)
+    found = mean_loss(sums, tokens)
+    return Effect(name, found.value, found.interval, n, m, found.dof, len(tokens))
 
 
 def stopped(runs: pd.DataFrame) -> pd.DataFrame:
@@ -50,35 +89,43 @@ def stopped(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["epochs_run"] - runs["best_epoch"] >= runs["phase2_patience"]]
 
 
-def overfitting_effects(runs: pd.DataFrame, best: bool = False) -> list[Effect]:
+def overfitting_effects(
+    runs: pd.DataFrame, best: bool = False, val_by_sample: pd.DataFrame | None = None
+) -> list[Effect]:
     """What log(last PPL / best PPL) depends on: a doubling of the tokens, the configuration, a halved learning rate.
 
-    With `best`, what the best PPL itself depends on.
+    With `best`, what the best PPL itself depends on; then, with `val_by_sample`, samples are drawn too.
 
     Least squares on log2 tokens, configurations (against the first one) and, where it varies, −log2 of Phase 2's
-    learning rate, of the runs that `stopped`.
+    learning rate, of the runs that `stopped` (of all of them for the best PPL).
 
     Raises:
-        ValueError: the runs cannot tell the effects apart.
+        ValueError: the runs cannot tell the effects apart, or were judged on different tokens.
     """
-    done = stopped(runs)
+    done = runs if best else stopped(runs)
     columns = {"a doubling of the training tokens": np.log2(done["train_tokens"])}
     first, *others = sorted(done["configuration"].unique()) or [""]
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     if done["phase2_learning_rate"].nunique() > 1:
         columns["a halved learning rate"] = -np.log2(done["phase2_learning_rate"])
-    return _effects(columns, done["val_loss"] if best else np.log1p(done["overfit_rate"]), done["replicate"])
+    if not best:
+        return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
+    drawn = None if val_by_sample is None else loss_sums(val_by_sample, done["run"])
+    return _effects(columns, done["val_loss"], done["replicate"], drawn)
 
 
-def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effect]:
+def factorial_effects(
+    runs: pd.DataFrame, column: str = "val_loss", val_by_sample: pd.DataFrame | None = None
+) -> list[Effect]:
     """Main effects of depth and width and their interaction, from runs with two depths crossed with two widths.
 
     Least squares of `column` on depth and width coded −½ and ½ (so that an effect is the mean difference between the
     deep and the shallow, the wide and the narrow), their product (how much more depth does in wide models than in
-    narrow ones), sizes as factors, and the effects' change with every doubling of the tokens.
+    narrow ones), sizes as factors, and the effects' change with every doubling of the tokens. With `val_by_sample`, as
+    `paired_effect`.
 
     Raises:
-        ValueError: depths and widths are not two of each, or not crossed.
+        ValueError: depths and widths are not two of each, or not crossed, or runs were judged on different tokens.
     """
     depths, widths = (sorted(runs[name].unique()) for name in ("num_layers", "context_dim"))
     if len(depths) != 2 or len(widths) != 2 or len(runs[["num_layers", "context_dim"]].drop_duplicates()) != 4:
@@ -94,14 +141,20 @@ def factorial_effects(runs: pd.DataFrame, column: str = "val_loss") -> list[Effe
         columns |= {f"{deep}, per doubling": depth * doublings, f"{wide}, per doubling": width * doublings}
     kept = len(columns)
     columns |= {f"size {size}": (runs["train_tokens"] == size).astype(float) for size in sizes[1:]}
-    return _effects(columns, runs[column], runs["replicate"])[:kept]
+    drawn = None if val_by_sample is None else loss_sums(val_by_sample, runs["run"])
+    return _effects(columns, runs[column], runs["replicate"], drawn)[:kept]
 
 
-def _effects(columns: dict[str, pd.Series], y: pd.Series, replicate: pd.Series) -> list[Effect]:
+def _effects(
+    columns: dict[str, pd.Series],
+    y: pd.Series,
+    replicate: pd.Series,
+    drawn: tuple[np.ndarray, np.ndarray] | None = None,
+) -> list[Effect]:
     """Least-squares coefficients of `y` on `columns` and a constant, which is left out.
 
     Where every replicate can tell the columns apart by itself, its coefficients are one value each, and the interval is
-    over replicates. Otherwise runs are taken as independent.
+    over replicates; with `drawn`, the runs' `loss_sums`, over samples too. Otherwise runs are taken as independent.
     """
     x = np.column_stack([np.ones(len(y)), *columns.values()]).astype(float)
     values, members = y.to_numpy(float), replicate.to_numpy()
@@ -110,10 +163,13 @@ def _effects(columns: dict[str, pd.Series], y: pd.Series, replicate: pd.Series) 
     parts = [members == index for index in np.unique(members)]
     names = {name: k for k, name in enumerate(columns, start=1)}
     if len(parts) > 1 and all(np.linalg.matrix_rank(x[part]) == x.shape[1] for part in parts):
-        own = np.array([np.linalg.lstsq(x[part], values[part])[0] for part in parts])
-        m = len(parts)
+        weights = np.zeros((x.shape[1], len(parts), len(y)))  # a coefficient is a weighted sum of a replicate's runs
+        for index, part in enumerate(parts):
+            weights[:, index, part] = np.linalg.pinv(x[part])
+        sums, tokens = drawn or (None, None)
         return [
-            Effect(name, float(own[:, k].mean()), student(own[:, k]), len(y), m, m - 1) for name, k in names.items()
+            _effect(name, weights[k] @ values, len(y), None if sums is None else weights[k] @ sums, tokens)
+            for name, k in names.items()
         ]
     fit = sm.OLS(values, x).fit()
     dof = int(fit.df_resid)

@@ -17,7 +17,7 @@ def nothing(grid: str) -> str:
     """The sentence for a grid without a finished run of the context model."""
     if len(load_runs(grid)):
         return (
-            f"Grid {grid} has no finished run of the context model; n-grams of grid baselines have their own section."
+            f"Grid {grid} has no finished run of the context model; other models have their own section of the report."
         )
     return f"No finished run of grid {grid}: run `make report GRID={grid}`."
 
@@ -62,7 +62,7 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     shapes = runs.groupby("configuration")[["num_layers", "context_dim"]].first().drop_duplicates()
     models = ", ".join(f"{label} {row.num_layers} layers of {row.context_dim}" for label, row in shapes.iterrows())
     if (runs["model"] != "context").any():
-        models = "n-grams"
+        models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = _sizes(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = f"{replicates} replicate{'' if replicates == 1 else 's'}"
     return (

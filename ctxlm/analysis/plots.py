@@ -57,6 +57,14 @@ def _says(sentence: str) -> Figure:
     return figure
 
 
+def _say_n(figure: Figure, runs: pd.DataFrame, how: str = "") -> None:
+    """Over the figure: how many runs it shows (a row a run, or several), of each configuration and size."""
+    each = runs.groupby(["experiment", "train_tokens"])["run"].nunique()
+    span = " to ".join(map(str, sorted({each.min(), each.max()})))
+    text = f"n = {each.sum()} runs, {span} of a configuration and size{how}"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
+
+
 def _tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
     """A logarithmic axis ticked at the sizes themselves, save those too close to the one before."""
     ticks: list[int] = []
@@ -149,6 +157,7 @@ def plot_scaling(
     several = runs.duplicated(["experiment", "train_tokens"]).any()
     what = "a point a run" if several else f"95 % interval over {samples} samples"
     _log_axis(axes, f"validation PPL (log), {what}")
+    _say_n(figure, runs)
     figure.legend(handles=keys, ncols=2, **BELOW)
     return figure
 
@@ -206,6 +215,7 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
         axes.axis("off")
     for axes in grid[:, 0]:
         _log_axis(axes, "PPL (log)")
+    _say_n(figure, curves, ", a line each")
     keys = [Line2D([], [], label=f"{x}, {what}", **styles[x] | look) for x in styles for what, look in kinds.values()]
     figure.legend(handles=keys, ncols=min(len(styles), 4), **BELOW)
     return figure
@@ -231,6 +241,8 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
+    several = runs["replicate"].nunique() > 1
+    _say_n(figure, runs, "; means over replicates, 95 % intervals" if several else "")
     figure.legend(ncols=4, **BELOW)
     return figure
 
@@ -348,6 +360,7 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     right.axhline(runs["phase1_convergence_threshold"].max(), **REFERENCE)
     keys = [Line2D([], [], label=label, **look) for label, look in styles.items()]
     keys.append(Line2D([], [], label="threshold: of all tokens, to stop; of a token, to have converged", **REFERENCE))
+    _say_n(figure, runs, ", a line each")
     figure.legend(handles=keys, ncols=4, **BELOW)
     return figure
 
@@ -384,6 +397,7 @@ def plot_effective_rank(runs: pd.DataFrame) -> Figure:
         axes.grid(axis="x", visible=False)
     axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
     axes.set_xlabel("training tokens")
+    _say_n(figure, runs, "; means")
     figure.legend(*axes.get_legend_handles_labels(), ncols=4, **BELOW)
     return figure
 
@@ -409,6 +423,7 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
     axes.set_xlabel("minutes")
+    _say_n(figure, runs, "; means")
     figure.legend(ncols=3, **BELOW)
     return figure
 

@@ -1,7 +1,7 @@
 """How sure the findings are and what explains them, in sentences: every number in them is computed from the runs.
 
 Effects are on log PPL and are given as per cent of PPL; every one comes with its n, its degrees of freedom, its 95 %
-interval and the test that was used.
+interval and what that was drawn over.
 """
 
 import contextlib
@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ctxlm.analysis import explain, variance
+from ctxlm.analysis import explain, ranking, variance
 from ctxlm.analysis.findings import percent, signed, tokens_text, winner
 from ctxlm.analysis.replicates import student
+from ctxlm.analysis.scaling import effective
 from ctxlm.memory import FORGOTTEN
+
+Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+"""Runs, histories and losses by validation sample, as `scaling.read_grid` gives them."""
 
 SAMPLES = 50
 """Validation samples of the study."""
@@ -32,21 +36,26 @@ OVERFITTING = "log last / best PPL"
 """A response of ablations that is no column of the runs."""
 
 
-def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Any]) -> str:
+def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> str:
     """The answer in five lines, those that can be given.
 
     Args:
         summary: `scaling.summarise` of the grid that is reported.
         pooled: of `crossing.errors`, from the runs that say most about slopes.
-        grids: name → what `scaling.read_grid` gave, of the grids that explain.
+        grids: of the names study, baselines, variance, overfitting, ablations, ablations-full and factorial.
     """
     many, _, many_val = grids["variance"]
-    answer = [_verdicts(summary["paired_differences"]), _crossed_in_short(grids["factorial"][0])]
+    answer = [_verdicts(summary["paired_differences"]), _crossed_in_short(grids["factorial"])]
+    answer.append(_others_in_short(grids["study"], grids["baselines"]))
     lines = ["; ".join(filter(None, answer)), caution(many, many_val)]
     lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
-    ablated = grids["ablations"][0]
-    lines += [_overfitting_in_short(grids["overfitting"][0], ablated), _contexts_in_short(many, ablated)]
+    lines += [_overfitting_in_short(grids["overfitting"], grids["ablations"][0])]
+    lines += [_contexts_in_short(many, grids["ablations"])]
     lines[2:] = [line and f"at the quick scale {line}" for line in lines[2:]]
+    at_full_size = _ablations_in_short(grids["ablations-full"])
+    if at_full_size:
+        alone = "" if grids["ablations-full"][0]["replicate"].nunique() > 1 else " (single runs, seeds not covered)"
+        lines[-1] = "; ".join(filter(None, [lines[-1], f"at full size{alone} {at_full_size}"]))
     return "\n".join(f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line)
 
 
@@ -66,14 +75,34 @@ def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
     return f"{answer}; PPL of {a} against {b}, from the smallest size to the largest{alone}: {', '.join(gaps)}"
 
 
-def _crossed_in_short(runs: pd.DataFrame) -> str:
+def _crossed_in_short(grid: Grid) -> str:
+    runs, _, val_by_sample = grid
     try:
-        depth, width, *_ = explain.factorial_effects(runs)
+        depth, width, *_ = explain.factorial_effects(runs, val_by_sample=val_by_sample)
     except (ValueError, KeyError):
         return ""
     parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
     runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
     return f"crossed at the quick scale ({runs_in}), PPL changes by {parts} (plus: worse)"
+
+
+def _others_in_short(study: Grid, others: Grid) -> str:
+    """The best ordinary model that read the same training tokens, against A at full size."""
+    if study[0].empty or others[0].empty:
+        return ""
+    ranked = ranking.ranking([study[::2], others[::2]])
+    ranked = ranked[~ranked["reads_more"] & ~ranked["experiment"].isin(study[0]["experiment"])]
+    parts = []
+    for size, group in ranked.groupby("train_tokens"):
+        best = group.iloc[0]
+        gap = f"{percent(math.expm1(best['difference']))} ({_percents(best['interval'])})"
+        parts.append(f"{best['experiment']} {gap} at {size:,}")
+    if not parts:
+        return ""
+    alone = "" if study[0]["replicate"].nunique() > 1 else "single runs, seeds not covered, "
+    over = f"{alone}{ranked['samples'].max()} validation samples drawn again"
+    models = ranked["experiment"].nunique()
+    return f"at full size the best of {models} ordinary models against A ({over}): {', '.join(parts)} tokens"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
@@ -101,7 +130,8 @@ def _slope_verdict(found: dict[str, Any]) -> str:
     return f"the slopes of {found['a']} and {found['b']} cannot be told apart"
 
 
-def _overfitting_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
+def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
+    runs, _, val_by_sample = grid
     if runs.empty or explain.stopped(runs).empty:
         return ""
     rates = explain.stopped(runs).groupby("configuration")["overfit_rate"].mean()
@@ -112,7 +142,8 @@ def _overfitting_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
     changes = []
     with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
         changes += [(e.name, _effect(e)) for e in explain.overfitting_effects(runs) if e.name.startswith("a ")]
-        best = {e.name: e for e in explain.overfitting_effects(runs, best=True)}.get("a halved learning rate")
+        found = explain.overfitting_effects(runs, True, val_by_sample)
+        best = {effect.name: effect for effect in found}.get("a halved learning rate")
         if best:
             changes[-1] = (f"{best.name} (which changes the best PPL by {_effect(best)})", changes[-1][1])
     zeros = [f"{_effect(effect)} ({effect.name})" for effect in _ablated(ablated, "zero", OVERFITTING)]
@@ -121,14 +152,21 @@ def _overfitting_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
     return "; ".join(said + [f"{name} changes that ratio by {change}" for name, change in changes])
 
 
-def _contexts_in_short(runs: pd.DataFrame, ablated: pd.DataFrame) -> str:
+def _contexts_in_short(runs: pd.DataFrame, ablated: Grid) -> str:
     parts = []
     if "horizon" in runs and runs["horizon"].notna().all():
         spans = runs.groupby("experiment")["horizon"].mean()
         reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
         parts.append(f"contexts reach back {reach}, until {100 * FORGOTTEN:.0f} % of a disturbance is left")
+    parts.append(_ablations_in_short(ablated))
+    return "; ".join(filter(None, parts))
+
+
+def _ablations_in_short(grid: Grid) -> str:
+    runs, _, val_by_sample = grid
+    parts = []
     for suffix, (what, *meaning) in ABLATIONS.items():
-        found = _ablated(ablated, suffix)
+        found = _ablated(runs, suffix, val_by_sample=val_by_sample)
         if found:
             changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in found)
             verdicts = {effect.name: _verdict(effect, *meaning) for effect in found}
@@ -159,19 +197,26 @@ def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     """What the spread between runs of one configuration and size comes from."""
     try:
         found = variance.components(runs, val_by_sample).set_index("source")
+        ratio = variance.ratio_interval(runs)
     except ValueError as error:
         return f"**Chance.** Not taken apart: {error}."
-    sd, dof = found["sd"], found["dof"]
-    low, high = found.loc["seed", ["low", "high"]]
+
+    def sure(source: str, how: str) -> str:
+        low, high = map(_size, found.loc[source, ["low", "high"]])
+        dof = f"{found.loc[source, 'dof']:.1f}".removesuffix(".0")
+        return f"{_size(found.loc[source, 'sd'])} ({dof} d.o.f., 95 % interval {low} to {high}, {how})"
+
     verdict = "which of the two is larger cannot be told"
-    if not low <= sd["data_seed"] <= high:
-        verdict = "training text matters more" if sd["data_seed"] > high else "initialisation matters more"
+    if not ratio[0] <= 1 <= ratio[1]:
+        verdict = "training text matters more" if ratio[0] > 1 else "initialisation matters more"
+    verdict += f" (variance of text over that of initialisation {ratio[0]:.1f} to {ratio[1]:.1f}, F, approximate)"
+    samples = found.loc["validation"]
     return (
         f"**Chance.** Standard deviations of PPL, nested analysis of variance within configuration and size (n = "
-        f"{len(runs)} runs): initialisation {_size(sd['seed'])} ({dof['seed']} d.o.f., 95 % interval {_size(low)} to "
-        f"{_size(high)}, chi-square), training text {_size(sd['data_seed'])} ({dof['data_seed']} d.o.f.): {verdict}. "
-        f"Together a run scatters by {_size(sd['run'])}. Another choice of validation samples would move PPL by "
-        f"{_size(sd['validation'])} ({dof['validation']} d.o.f.), most of it alike for all runs."
+        f"{len(runs)} runs): initialisation {sure('seed', 'chi-square')}, training text "
+        f"{sure('data_seed', 'Williams')}: {verdict}. Together a run scatters by {sure('run', 'Satterthwaite')}. "
+        f"Another choice of validation samples would move PPL by {_size(samples['sd'])} ({samples['dof']:.0f} d.o.f.), "
+        "most of it alike for all runs."
     )
 
 
@@ -198,6 +243,26 @@ def slopes(found: dict[str, Any]) -> str:
         f"interval {_range((low, high))}{f', with HC3 errors {_range(robust)}' if robust else ''}; bootstrap over "
         f"{drawn} {_range(found['bootstrap_slope'])}; t test, p {_p(found['p_value'])}): {verdict}. {_meeting(found)}"
     )
+
+
+def crossovers(grids: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """Where the laws of two configurations meet, grid beside grid, from `crossing.errors`' `pooled` of each."""
+    said = []
+    for grid, pairs in grids:
+        for found in pairs:
+            where = f"{found['a']} and {found['b']} of grid {grid}"
+            if found["refused"] or found["crossover_tokens"] is None:
+                said.append(f"{where}: none ({found['refused'] or found['reason']})")
+                continue
+            text = f"{where}: {tokens_text(found['crossover_tokens'])} tokens (n = {found['n']} runs, "
+            if found["slope_interval"] is None:
+                said.append(text + "no error can be given: take it as a lead)")
+                continue
+            drawn = found["bootstrap_crossover"]
+            text += f"bootstrap {_tokens(drawn)}, " if drawn else ""
+            text += f"{100 * found['bootstrap_without']:.1f} % of its draws have none)"
+            said.append(f"{text}: {_slope_verdict(found)}")
+    return f"**Crossovers side by side**, by the fitted laws. {'; '.join(said)}." if said else ""
 
 
 def _meeting(found: dict[str, Any]) -> str:
@@ -251,7 +316,8 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     ]
     if not limits:
         return ""
-    length = val_by_sample.groupby("run")["tokens"].mean().iloc[0]
+    lengths = val_by_sample.groupby("sample")["tokens"].first()
+    length, weigh = lengths.mean(), SAMPLES * effective(lengths) / len(lengths)
     theirs = (published["train_tokens"] / published["train_samples"]).mean()
     limit = max(limits) * math.sqrt(max(length / theirs, 1))
     ppl = published.pivot(index="train_tokens", columns="experiment", values="val_ppl")
@@ -263,14 +329,14 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     return (
         f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
         f"{b} where the observed difference is {_size(min(limits))} to {_size(max(limits))} or more (95 % interval, "
-        f"Student's with {SAMPLES - 1} d.o.f., seeds not counted; their lengths differ so much that they weigh as "
-        f"{variance.effective_samples(val_by_sample):.0f} equal ones). The study's samples have some {theirs:,.0f} "
+        f"Student's, seeds not counted; their lengths differ so much that they weigh as {weigh:.0f} equal ones, which "
+        f"leaves {weigh - 1:.0f} d.o.f.). The study's samples have some {theirs:,.0f} "
         f"tokens; if errors fall with the square root of length, it takes {_size(limit)} there. Of its gaps, "
         f"{' and '.join(said)}."
     )
 
 
-def overfitting(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
+def overfitting(runs: pd.DataFrame, history: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
     """What over-fitting depends on, how wide the gap is, and where within the epochs the best point lies."""
     said = []
     try:
@@ -286,9 +352,11 @@ def overfitting(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
             f"**What over-fitting depends on.** Last PPL / best PPL, by least squares on its logarithm "
             f"{_how(effects)}: {'; '.join(map(_named, effects))}.{out}"
         )
-        cures = [effect for effect in explain.overfitting_effects(runs, best=True) if effect.name.startswith("a ")]
+        cures = explain.overfitting_effects(runs, True, val_by_sample)
+        cures = [effect for effect in cures if effect.name.startswith("a ")]
         said.append(
-            f"**What the best PPL depends on**, by the same model: {'; '.join(map(_named, cures))} (plus: worse)."
+            f"**What the best PPL depends on**, by the same model of all runs {_how(cures)}: "
+            f"{'; '.join(map(_named, cures))} (plus: worse)."
         )
     except ValueError as error:
         said.append(f"**What over-fitting depends on.** Not modelled: {error}.")
@@ -366,27 +434,24 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
     ]
 
 
-def ablations(runs: pd.DataFrame) -> list[str]:
+def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
     """What Phase 1 and the contexts contribute, from runs with and without them in pairs."""
     said = []
     for suffix, (what, *meaning) in ABLATIONS.items():
-        effects = _ablated(runs, suffix)
+        effects = _ablated(runs, suffix, val_by_sample=val_by_sample)
         if effects:
-            parts = [
-                f"{e.name} {_effect(e)} (n = {_count(e.n, 'pair')} in {_count(e.replicates, 'replicate')}, {e.dof} "
-                f"d.o.f.): {_verdict(e, *meaning)}"
-                for e in effects
-            ]
-            rates = [f"{e.name} {_effect(e)}" for e in _ablated(runs, suffix, OVERFITTING)]
+            parts = [f"{e.name} {_effect(e)} {_drawn(e)}: {_verdict(e, *meaning)}" for e in effects]
+            rates = _ablated(runs, suffix, OVERFITTING)
+            how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
             said.append(
-                f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text, with Student's interval, "
-                f"changes PPL of {'; '.join(parts)}. It changes over-fitting (last PPL / best PPL) of "
-                f"{'; '.join(rates)}."
+                f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text, changes PPL of "
+                f"{'; '.join(parts)}. It changes over-fitting (last PPL / best PPL; {how}) of "
+                f"{'; '.join(f'{e.name} {_effect(e)}' for e in rates)}."
             )
-    shuffled = {effect.name: effect for effect in _ablated(runs, "random")}
+    shuffled = {effect.name: effect for effect in _ablated(runs, "random", val_by_sample=val_by_sample)}
     burdened = [
         zero.name
-        for zero in _ablated(runs, "zero")
+        for zero in _ablated(runs, "zero", val_by_sample=val_by_sample)
         if zero.name in shuffled and _sure(zero) < 0 < _sure(shuffled[zero.name])
     ]
     if burdened:
@@ -403,11 +468,13 @@ def ablations(runs: pd.DataFrame) -> list[str]:
     return said
 
 
-def ablation_effects(runs: pd.DataFrame, column: str = "val_loss") -> dict[str, list[explain.Effect]]:
+def ablation_effects(
+    runs: pd.DataFrame, column: str = "val_loss", val_by_sample: pd.DataFrame | None = None
+) -> dict[str, list[explain.Effect]]:
     """Configuration → the effects of its ablations on `column`, named after what was done."""
     found: dict[str, list[explain.Effect]] = {}
     for suffix, (what, *_) in ABLATIONS.items():
-        for effect in _ablated(runs, suffix, column):
+        for effect in _ablated(runs, suffix, column, val_by_sample):
             found.setdefault(effect.name, []).append(replace(effect, name=f"{effect.name}: {what}"))
     return found
 
@@ -422,27 +489,29 @@ def as_group(
         return {}
 
 
-def _ablated(runs: pd.DataFrame, suffix: str, column: str = "val_loss") -> list[explain.Effect]:
+def _ablated(
+    runs: pd.DataFrame, suffix: str, column: str = "val_loss", val_by_sample: pd.DataFrame | None = None
+) -> list[explain.Effect]:
     """The effect of one ablation, labelled `<configuration>-<suffix>`, on every configuration that has it.
 
-    `column` is one of the runs' or `OVERFITTING`.
+    `column` is one of the runs' or `OVERFITTING`; with `val_by_sample` it is `val_loss`, and samples are drawn too.
     """
     if column == OVERFITTING and len(runs):
         runs = runs.assign(**{OVERFITTING: np.log1p(runs["overfit_rate"])})
     labels, found = set(runs["experiment"]) if len(runs) else set(), []
     for base in sorted(label for label in labels if f"{label}-{suffix}" in labels):
         try:
-            found.append(replace(explain.paired_effect(runs, f"{base}-{suffix}", base, column), name=base))
-        except ValueError:  # runs of both, but no two that belong together yet
+            effect = explain.paired_effect(runs, f"{base}-{suffix}", base, column, val_by_sample)
+            found.append(replace(effect, name=base))
+        except explain.NoPair:  # runs of both, but no two that belong together yet
             continue
     return found
 
 
 def _sure(effect: explain.Effect) -> int:
     """The sign of an effect whose interval excludes 0; otherwise 0."""
-    if effect.interval is None or effect.interval[0] <= 0 <= effect.interval[1]:
-        return 0
-    return 1 if effect.estimate > 0 else -1
+    low, high = effect.interval or (0, 0)
+    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
@@ -452,7 +521,7 @@ def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     return {0: "no effect can be told", 1: higher, -1: lower}[_sure(effect)]
 
 
-def depth_and_width(runs: pd.DataFrame) -> list[str]:
+def depth_and_width(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
     """Main effects and interaction of depth and width on PPL, over-fitting and the horizon."""
     responses = {"PPL": runs["val_loss"], "over-fitting (last PPL / best PPL)": np.log1p(runs["overfit_rate"])}
     if "horizon" in runs and runs["horizon"].notna().all():
@@ -460,7 +529,8 @@ def depth_and_width(runs: pd.DataFrame) -> list[str]:
     said = []
     for what, values in responses.items():
         try:
-            effects = explain.factorial_effects(runs.assign(response=values), "response")
+            drawn = val_by_sample if what == "PPL" else None
+            effects = explain.factorial_effects(runs.assign(response=values), "response", drawn)
         except ValueError as error:
             return [f"**Depth and width.** Not taken apart: {error}."]
         said.append(f"**Depth, width and {what}** {_how(effects)}: {'; '.join(map(_named, effects))}.")
@@ -470,8 +540,21 @@ def depth_and_width(runs: pd.DataFrame) -> list[str]:
 def _how(effects: Sequence[explain.Effect]) -> str:
     first = effects[0]
     if first.replicates > 1:
-        return f"(n = {first.n} runs, Student's over {first.replicates} replicates, {first.dof} d.o.f.)"
+        over = f"Student's over {first.replicates} replicates"
+        if first.samples:
+            over = f"{first.replicates} replicates crossed with {first.samples} validation samples drawn again"
+            dofs = _between(pd.Series([effect.dof for effect in effects]), 1)
+            return f"(n = {first.n} runs, {over}, {dofs} d.o.f. by Satterthwaite)"
+        return f"(n = {first.n} runs, {over}, {first.dof} d.o.f.)"
     return f"(n = {first.n} runs taken as independent, HC3 errors, {first.dof} d.o.f.)"
+
+
+def _drawn(effect: explain.Effect) -> str:
+    """n, and what the interval of a paired effect was drawn over."""
+    over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
+    if effect.replicates == 1:
+        return f"(n = {_count(effect.n, 'pair')}, {over}, seeds not covered)"
+    return f"(n = {_count(effect.n, 'pair')} in {effect.replicates} replicates, crossed with {over} by Satterthwaite)"
 
 
 def _named(effect: explain.Effect) -> str:

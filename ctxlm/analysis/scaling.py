@@ -258,8 +258,8 @@ def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFra
     pairs = (a - b).dropna().to_numpy()
     if len(pairs) < 2:  # no replicates that both have: all that there is on either side
         pairs = (a.mean() - b.mean()).to_numpy()[None]
-    difference, interval = _mean_loss(pairs, tokens.to_numpy(float))
-    return PairedDifference(difference, interval, len(tokens), int(tokens.sum()), len(pairs))
+    found = mean_loss(pairs, tokens.to_numpy(float))
+    return PairedDifference(found.value, found.interval, len(tokens), int(tokens.sum()), len(pairs))
 
 
 def _by_replicate(val_by_sample: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
@@ -296,7 +296,7 @@ def percentile_interval(values: np.ndarray, dof: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _satterthwaite(*parts: tuple[float, int]) -> float:
+def satterthwaite(*parts: tuple[float, float]) -> float:
     """Degrees of freedom of a sum of variances, from (variance, degrees of freedom) of each (Satterthwaite, 1946)."""
     total = sum(variance for variance, _ in parts)
     spread = sum(variance**2 / dof for variance, dof in parts)
@@ -315,27 +315,61 @@ def ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
 def ppl_interval(val_by_sample: pd.DataFrame) -> tuple[float, float] | None:
     """95 % bootstrap interval of one run's PPL over validation samples; None for a single sample."""
     sums, tokens = (val_by_sample[name].to_numpy(float) for name in ("loss_sum", "tokens"))
-    _, interval = _mean_loss(sums[None], tokens)
+    interval = mean_loss(sums[None], tokens).interval
     return interval and (math.exp(interval[0]), math.exp(interval[1]))
 
 
-def _mean_loss(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, tuple[float, float] | None]:
+@dataclass(frozen=True)
+class MeanLoss:
+    """A mean over replicates and validation samples, its interval (None for a single sample) and what that rests on."""
+
+    value: float
+    interval: tuple[float, float] | None
+    dof: float
+    """Satterthwaite's, of samples and replicates together."""
+
+
+def mean_loss(sums: np.ndarray, tokens: np.ndarray) -> MeanLoss:
     """The mean loss over `sums` [replicates, samples] of samples of so many `tokens`, and its bootstrap interval.
 
     Samples are drawn again, and replicates where there are several. The percentiles are expanded as Student's t is
-    against the normal: with 20 samples, plain ones hold the truth in 91 % of cases instead of 95 %, and expanded ones
-    in 94 %.
+    against the normal, with the degrees of freedom of as many samples as these weigh: in simulations with the lengths
+    of 50 conversations of chitchat, which weigh as 11, such intervals hold the truth in 95 to 96 % of cases, and with
+    49 degrees of freedom in 92 to 94 %. Draws from two or three replicates cannot reach out far enough, whatever the
+    percentile, so the interval is never less than Student's over the replicates.
     """
     replicates, samples = sums.shape
     value = float(sums.mean(0).sum() / tokens.sum())
     if samples < 2:
-        return value, None
+        return MeanLoss(value, None, 0)
     rng = np.random.default_rng(0)
     drawn = draw_replicates(draw_samples(sums, tokens, DRAWS, rng), rng)
-    parts = [(ratio_error(sums.mean(0), tokens) ** 2, samples - 1)]
+    parts = [(ratio_error(sums.mean(0), tokens) ** 2, max(effective(tokens) - 1, 1))]
     if replicates > 1:
         parts.append((np.var(sums.sum(1) / tokens.sum(), ddof=1) / replicates, replicates - 1))
-    return value, percentile_interval(drawn, _satterthwaite(*parts))
+    dof = satterthwaite(*parts)
+    low, high = percentile_interval(drawn, dof)
+    least = student(sums.sum(1) / tokens.sum()) or (low, high)
+    return MeanLoss(value, (min(low, least[0]), max(high, least[1])), dof)
+
+
+def effective(tokens: np.ndarray) -> float:
+    """How many samples of equal length would weigh as much as samples of so many `tokens` (Kish, 1965)."""
+    tokens = np.asarray(tokens, float)
+    return float(tokens.sum() ** 2 / np.square(tokens).sum())
+
+
+def loss_sums(val_by_sample: pd.DataFrame, runs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Every run's loss sum on each validation sample, [runs, samples], and the samples' tokens.
+
+    Raises:
+        ValueError: the runs were not judged on the same samples.
+    """
+    columns = (val_by_sample.pivot(index="run", columns="sample", values=name) for name in ("loss_sum", "tokens"))
+    sums, counts = (table.reindex(runs).dropna(axis=1, how="all") for table in columns)
+    if not len(sums) or sums.isna().any(axis=None) or (counts.nunique() > 1).any():
+        raise ValueError("the runs were judged on different validation tokens: compare runs of one grid")
+    return sums.to_numpy(float), counts.iloc[0].to_numpy(float)
 
 
 def expanded_level(dof: float) -> float:
