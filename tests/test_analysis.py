@@ -358,6 +358,7 @@ SIDE = {  # the grids that explain: shapes of their configurations, and which ru
     "variance": ({"A": (6, 128), "B": (3, 256)}, (10_000, 14_000), NESTED),
     "overfitting": ({"A": (6, 128), "B": (3, 256)}, (14_000, 28_000), NESTED[::2]),
     "ablations": ({"A": (6, 128), "A-zero": (6, 128), "A-without-phase1": (6, 128)}, (20_000,), NESTED[::2]),
+    "ablations-full": ({"A": (6, 768), "A-zero": (6, 768)}, (86_925,), NESTED[:1]),
     "factorial": ({f"L{d}-C{w}": (d, w) for d in (3, 6) for w in (128, 256)}, (14_000, 28_000), NESTED[::2]),
 }
 
@@ -381,7 +382,8 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
     run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
     text = "\n".join(part for part in shown if isinstance(part, str))
     headings = (
-        "Chance: other seeds|How far back|What Phase 1|Why Phase 2|Depth or width|What a user would otherwise pick"
+        "Chance: other seeds|How far back|What Phase 1 and the contexts contribute\n|"
+        "What Phase 1 and the contexts contribute at full size|Why Phase 2|Depth or width|What a user would otherwise"
     )
     for heading in headings.split("|"):
         assert f"## {heading}" in text

@@ -2,11 +2,13 @@
 
 import math
 
+import pandas as pd
 import pytest
 
 from ctxlm.analysis import plots, ranking
 from ctxlm.analysis.findings import nothing
 from ctxlm.analysis.scaling import read_grid, summarise
+from ctxlm.analysis.tables import others_table
 from tests.planted import plant
 
 SHAPES = {"A": (6, 128), "B": (3, 256), "KN-3": (1, 1), "KN-4": (1, 1)}
@@ -31,9 +33,20 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     assert text.count(verdict) == 2 and f"KN-4, {ppl}.0, " in text and "over 20 validation samples" in text
     table = ranking.ranking_table(ranked)
     assert len(table) == 8 and set(table.loc[table["Model"] == "A", "PPL against A"]) == {""}
+    assert rows.loc[(20_000, "A"), ["parameters", "kept"]].tolist() == [7000 * 128, 128 + 1]
+    assert rows.loc[(20_000, "KN-4"), ["parameters", "kept"]].tolist() == [0, 3]
     effects = ranking.ranking_effects(ranked)
     assert list(effects) == ["20,000 tokens", "40,000 tokens"] and len(effects["20,000 tokens"]) == 3
     assert len(plots.plot_effects(effects, "PPL").axes[0].get_yticks()) == 6
+
+
+def test_networks_keep_states_or_a_window(outputs):
+    ours, (networks, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 750)})
+    shape = {"num_layers": 2, "hidden_dim": 100, "window": 32}
+    networks = networks.assign(model=networks["experiment"].map({"KN-3": "lstm", "KN-4": "transformer"}), **shape)
+    rows = ranking.ranking([ours, (networks, losses)]).set_index("experiment")
+    assert rows.loc["KN-3", ["parameters", "kept"]].to_numpy().tolist() == [[5000, 400]] * 2
+    assert rows.loc["KN-4", ["parameters", "kept"]].to_numpy().tolist() == [[5000, 400 * 32]] * 2
 
 
 def test_what_cannot_be_told_is_said(outputs):
@@ -58,6 +71,17 @@ def test_models_on_other_tokens_are_not_ranked(outputs):
     alone = ranking.ranking([(ours[0][ours[0]["experiment"] == "A"], ours[1])])
     assert ranking.beside_others(alone) == "No other model was judged on the same tokens as A."
     assert ranking.ranking_table(ranking.ranking([(ngrams.iloc[:0], losses)])).empty
+
+
+def test_other_models_of_a_grid_have_a_table(outputs):
+    _, (ngrams, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 650)})
+    networks = ngrams.assign(model="lstm", run=ngrams["run"] + "-lstm", held_out_tokens=8692, val_ppl=300.0)
+    losses = pd.concat([losses, losses.assign(run=losses["run"] + "-lstm")])
+    table = others_table(pd.concat([ngrams.drop(columns=["best_epoch", "epochs_run"]), networks]), losses)
+    assert table["Validation PPL"].tolist()[:4] == ["300.0", "300.0", "650.0", "700.0"]
+    assert table["Learning rate"].tolist()[:4] == ["0.002", "0.002", "", ""]
+    assert table["Best epoch"].tolist()[:4] == ["3 of 5", "3 of 5", "", ""]
+    assert others_table(ngrams.iloc[:0], losses).empty
 
 
 def test_other_models_stay_out_of_a_grids_own_sections(outputs):

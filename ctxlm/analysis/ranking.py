@@ -15,9 +15,9 @@ MORE = " (it counts text beside the training tokens: the corpus's second half, w
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
 
-    Columns train_tokens, experiment, ppl, accuracy, seconds, n (runs), samples, difference, interval (None: it cannot
-    be given), reads_more (text beside the training tokens). Sizes without a run of `against`, and runs judged on other
-    tokens, are left out.
+    Columns train_tokens, experiment, ppl, accuracy, seconds, parameters (trained), kept (numbers carried from token to
+    token), n (runs), samples, difference, interval (None: it cannot be given), reads_more (text beside the training
+    tokens). Sizes without a run of `against`, and runs judged on other tokens, are left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
@@ -35,11 +35,35 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
             row = {"train_tokens": size, "experiment": label, "ppl": own["val_ppl"].mean(), "n": len(own)}
             row |= {"accuracy": own["val_accuracy"].mean(), "seconds": own["total_seconds"].mean()}
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
+            row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
             row["reads_more"] = bool(own["ngram_second_half"].any())
             rows.append(row)
-    columns = ["train_tokens", "experiment", "ppl", "accuracy", "seconds", "n", "samples", "difference", "interval"]
-    columns.append("reads_more")
+    columns = ["train_tokens", "experiment", "ppl", "accuracy", "seconds", "parameters", "kept", "n", "samples"]
+    columns += ["difference", "interval", "reads_more"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
+
+
+def _parameters(run: pd.Series) -> int:
+    """Trained parameters; an n-gram has none."""
+    if run["model"] == "context":
+        return int(run["context_block_params"] + run["token_block_params_trained"])
+    return 0 if run["model"] == "kneser-ney" else int(run["trained_params"])
+
+
+def _kept(run: pd.Series) -> int:
+    """Numbers that a model carries from one token to the next when it generates.
+
+    The context and all but the newest input token; an LSTM's two states a layer; a Transformer's keys and values of a
+    window; an n-gram's last tokens.
+    """
+    return int(
+        {
+            "context": run["context_dim"] + run["num_input_tokens"] - 1,
+            "lstm": 2 * run["num_layers"] * run["hidden_dim"],
+            "transformer": 2 * run["num_layers"] * run["hidden_dim"] * run["window"],
+            "kneser-ney": run["ngram_order"] - 1,
+        }[run["model"]]
+    )
 
 
 def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
@@ -56,6 +80,8 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
         "Validation PPL": ranked["ppl"].map("{:.1f}".format),
         f"PPL against {against}": gaps,
         "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format),
+        "Trained parameters": ranked["parameters"].map("{:,}".format),
+        "Numbers kept from token to token": ranked["kept"].map("{:,}".format),
         "Runs": ranked["n"],
         "Seconds": ranked["seconds"].map("{:,.0f}".format),
     }

@@ -82,6 +82,31 @@ def _means_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def others_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
+    """One row a run of models beside the context model, of each size the best first; `held out` is training text that
+    stood in for validation."""
+    if runs.empty:
+        return runs
+    runs = runs.sort_values(["train_tokens", "val_ppl"])
+    networks = runs["model"] != "kneser-ney"
+    intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in runs["run"]]
+    trained = [name for name in ("best_epoch", "epochs_run") if name in runs]  # n-grams alone have no such columns
+    epochs = [" of ".join(f"{row[name]:.0f}" for name in trained) for row in runs.to_dict("records")]
+    table = {
+        "Label": runs["experiment"],
+        "Training tokens": runs["train_tokens"].map("{:,}".format),
+        "Held out": runs["held_out_tokens"].map("{:,}".format),
+        "Learning rate": runs["phase2_learning_rate"].map("{:g}".format).where(networks, ""),
+        "Validation PPL": runs["val_ppl"].map("{:.1f}".format),
+        "95 % interval": ["none" if i is None else f"{i[0]:.1f}–{i[1]:.1f}" for i in intervals],
+        "Test PPL": runs["test_ppl"].map("{:.1f}".format),
+        "Best epoch": pd.Series(epochs, runs.index).where(networks, ""),
+        "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format),
+        "Source": runs["source"],
+    }
+    return pd.DataFrame(table)
+
+
 def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Styler | Markdown:
     """The table without its index, for a notebook; the sentence `otherwise` where it is empty.
 

@@ -1,0 +1,166 @@
+"""What became of the study's three proposals: a lower learning rate, more sizes, layers of falling widths.
+
+A verdict a proposal, with 95 % intervals; its words follow the intervals. What has not been run is said not to be.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from ctxlm.analysis import crossing, explain, reasons
+from ctxlm.analysis.findings import percent
+from ctxlm.analysis.replicates import replicate_of
+from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss
+
+FITTED = (86_925, 183_620)
+"""The study's sizes, training tokens."""
+RATE = 0.002
+"""The study's learning rate in Phase 2."""
+HALVED = "a halved learning rate"
+BEST = {-1: "predicts better", 0: "no effect on the best PPL can be told", 1: "predicts worse"}
+LAST = {-1: "over-fits less", 0: "no effect on over-fitting can be told", 1: "over-fits more"}
+DESIGN = {-1: "better", 0: "which is better cannot be told", 1: "worse"}
+FORECAST = {-1: "too low", 0: "no error can be told", 1: "too high"}
+
+
+def learning_rate(grids: Sequence[tuple[str, reasons.Grid]]) -> str:
+    """Does half of the study's learning rate over-fit less, and predict better? From (where, grid) that have both."""
+    return f"**1. Half the learning rate in Phase 2**: {'; '.join(_halved(*grid) for grid in grids)}."
+
+
+def _halved(where: str, grid: reasons.Grid) -> str:
+    runs, _, val_by_sample = grid
+    if runs.empty:
+        return f"{where} no finished run"
+    runs = runs[runs["phase2_learning_rate"].isin([RATE, RATE / 2])]
+    if runs["phase2_learning_rate"].nunique() < 2:
+        return f"{where} not to be told, for no runs differ in it"
+    try:
+        (last,) = (e for e in explain.overfitting_effects(runs) if e.name == HALVED)
+        (best,) = (e for e in explain.overfitting_effects(runs, True, val_by_sample) if e.name == HALVED)
+    except ValueError as error:
+        return f"{where} not to be told ({error})"
+    left = runs.drop(explain.stopped(runs).index)["phase2_learning_rate"].value_counts()
+    out = "".join(f"; {n} at a rate of {rate:g} that had not stopped are left out" for rate, n in left.items())
+    how = f"Student's over {last.replicates} replicates, {last.dof} d.o.f."
+    if last.replicates == 1:
+        how = f"runs taken as independent, HC3 errors, {last.dof} d.o.f."
+    drawn = "as well"
+    if best.samples:
+        drawn = f"crossed with {best.samples} validation samples drawn again, {best.dof:.1f} d.o.f. by Satterthwaite"
+    return (
+        f"{where} it {LAST[_side(last.interval)]} and {BEST[_side(best.interval)]}: last PPL / best PPL "
+        f"{_percents(last)} (n = {last.n} runs, {how}{out}), best PPL {_percents(best)} (n = {best.n} runs, {drawn})"
+    )
+
+
+def with_study(sizes: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
+    """The grid sizes, and from the study's own the runs that it lacks."""
+    if study[0].empty or sizes[0].empty:
+        return sizes
+    same = ["configuration", *CELL]
+    known = study[0].set_index(same).index.isin(sizes[0].set_index(same).index)
+    lacking = study[0][~known]
+    runs = pd.concat([sizes[0], lacking], ignore_index=True)
+    runs["replicate"] = replicate_of(runs)
+    own = runs.set_index("run")["replicate"]
+    tables = [pd.concat([a, b[b["run"].isin(lacking["run"])]]) for a, b in zip(sizes[1:], study[1:], strict=True)]
+    return runs, *(table.assign(replicate=table["run"].map(own)) for table in tables)
+
+
+def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+    """Does a law fitted to the study's two sizes foretell larger ones, and where do the laws of all sizes cross?
+
+    A law through two points is linear in their losses, so that the error of its forecast is a weighted sum of three
+    losses of runs that share their seed and, as far as it goes, their text. Samples are drawn again, the same for all
+    three, crossed with replicates where there are several.
+    """
+    lead = "**2. More sizes**"
+    if runs.empty:
+        return f"{lead}: no finished run."
+    parts, covered = [], set()
+    for label, own in runs.groupby("experiment"):
+        table = own.pivot_table(index=["seed", "data_seed"], columns="train_tokens", values="run", aggfunc="first")
+        larger = [size for size in table if size > FITTED[1]] if set(FITTED) <= set(table) else []
+        forecasts = []
+        for size in larger:
+            members = table[[*FITTED, size]].dropna()
+            if members.empty:
+                continue
+            share = math.log(size / FITTED[0]) / math.log(FITTED[1] / FITTED[0])
+            weights = np.array([1 - share, share, -1])
+            try:
+                sums, tokens = loss_sums(val_by_sample, members.to_numpy().ravel())
+            except ValueError as error:
+                forecasts.append(f"at {size:,} tokens not to be told ({error})")
+                continue
+            found = mean_loss(np.einsum("k,rks->rs", weights, sums.reshape(len(members), 3, -1)), tokens)
+            covered.add(len(members))
+            chance = f"chance in a run counts {math.sqrt(np.square(weights).sum()):.1f} times"
+            gap = f"{percent(math.expm1(found.value))} {_ends(found.interval)} at {size:,} tokens"
+            forecasts.append(f"{gap}, {FORECAST[_side(found.interval)]} ({chance})")
+        if forecasts:
+            parts.append(f"{label} {', '.join(forecasts)}")
+    if not parts:
+        return f"{lead}: no size above the study's two has been run."
+    alone = "" if covered and min(covered) > 1 else "single runs, seeds not covered, "
+    samples = val_by_sample.groupby("run")["sample"].nunique().max()
+    pairs = crossing.errors(runs, val_by_sample)["pooled"]
+    laws = " ".join(map(reasons.slopes, pairs))
+    return (
+        f"{lead}: PPL foretold by a law fitted to {FITTED[0]:,} and {FITTED[1]:,} tokens, less the measured "
+        f"({alone}{samples} validation samples drawn again): {'; '.join(parts)}. {laws}"
+    ).rstrip()
+
+
+def falling_widths(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+    """Are layers whose widths fall better than layers of one width?"""
+    lead = "**3. Widths that fall in an arithmetic progression**"
+    parts = []
+    for effect in falling_effects(runs, val_by_sample):
+        over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
+        over += ", seeds not covered" if effect.replicates == 1 else f", crossed with {effect.replicates} replicates"
+        parts.append(
+            f"{effect.name}: PPL {_percents(effect)} (n = {effect.n} pairs, {over}): {DESIGN[_side(effect.interval)]}"
+        )
+    return f"{lead}: {'; '.join(parts) or 'no finished pair of runs'}."
+
+
+def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[explain.Effect]:
+    """The effect on PPL of every configuration whose label begins with `<label>-arithmetic` against `<label>`."""
+    labels = set(runs["experiment"]) if len(runs) else set()
+    found = []
+    for label in sorted(labels):
+        base, design, _ = label.partition("-arithmetic")
+        if not design or base not in labels:
+            continue
+        try:
+            effect = explain.paired_effect(runs, label, base, val_by_sample=val_by_sample)
+        except explain.NoPair:  # runs of both, but no two that belong together yet
+            continue
+        name = f"{label} ({_shape(runs, label)}) against {base} ({_shape(runs, base)})"
+        found.append(replace(effect, name=name))
+    return found
+
+
+def _shape(runs: pd.DataFrame, label: str) -> str:
+    run = runs[runs["experiment"] == label].iloc[0]
+    parameters = run["context_block_params"] + run["token_block_params_trained"]
+    return f"context {run['context_dim']}, {parameters:,.0f} parameters"
+
+
+def _side(interval: tuple[float, float] | None) -> int:
+    """The sign of an interval that excludes 0; otherwise 0."""
+    low, high = interval or (0, 0)
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "(no interval)" if interval is None else f"({' to '.join(percent(math.expm1(x)) for x in interval)})"
+
+
+def _percents(effect: explain.Effect) -> str:
+    return f"{percent(math.expm1(effect.estimate))} {_ends(effect.interval)}"

@@ -1,0 +1,112 @@
+"""Verdicts on the study's proposals: planted the other way round, they say the other thing."""
+
+import math
+import shutil
+
+import pandas as pd
+import pytest
+
+from ctxlm.analysis import proposals
+from ctxlm.analysis.scaling import read_grid
+from tests.planted import noise, plant
+
+REPLICATES = [(42, 0), (44, 1), (46, 2)]
+
+
+def planted(outputs, laws, **options):
+    shutil.rmtree(outputs / "planted", ignore_errors=True)
+    plant(outputs, laws, **options)
+    return read_grid("planted")
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "verdict"),
+    [
+        (0.05, -0.1, "over-fits less and predicts worse"),
+        (-0.05, 0.1, "over-fits more and predicts better"),
+        (0.0, 0.0, "no effect on over-fitting can be told and no effect on the best PPL can be told"),
+    ],
+)
+def test_half_the_learning_rate(outputs, best, last, verdict):
+    parts = []
+    for rate in (0.002, 0.001):
+        laws = {label: (-0.3, 800 * math.exp(best * (rate < 0.002))) for label in "AB"}
+        options = {"pairs": REPLICATES, "chance": noise(0.005, int(1e4 * rate)), "phase2_learning_rate": rate}
+        runs, history, val = planted(outputs, laws, **options)
+        runs["overfit_rate"] = runs["overfit_rate"] * math.exp(3 * last * (rate < 0.002))
+        rough = noise(0.01, int(1e5 * rate))
+        runs["overfit_rate"] = [x * math.exp(rough()) for x in runs["overfit_rate"]]
+        names = runs["run"] + f"-{rate}"
+        parts.append((runs.assign(run=names), history, val.assign(run=val["run"] + f"-{rate}")))
+    quick = tuple(pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+    none = tuple(table.iloc[:0] for table in quick)
+    text = proposals.learning_rate([("at the quick scale", quick), ("at full size", none), ("here", parts[0])])
+    assert f"at the quick scale it {verdict}: last PPL / best PPL " in text
+    assert "(n = 48 runs, Student's over 3 replicates, 2 d.o.f.), best PPL " in text
+    assert "(n = 48 runs, crossed with 20 validation samples drawn again, " in text
+    assert text.endswith("; at full size no finished run; here not to be told, for no runs differ in it.")
+    cut = quick[0].assign(epochs_run=quick[0]["best_epoch"].where(quick[0]["train_tokens"] == 20_000, 5))
+    text = proposals.learning_rate([("here", (cut, *quick[1:]))])
+    assert "; 6 at a rate of 0.002 that had not stopped are left out; 6 at a rate of 0.001 that had" in text
+    assert "(n = 36 runs, Student's" in text and "(n = 48 runs, crossed" in text
+    third = [table.assign(run=table["run"] + "-third") for table in quick]
+    third[0]["phase2_learning_rate"] /= 4  # not what was proposed, however well it does
+    third[0]["val_loss"] -= 1
+    more = tuple(pd.concat(tables, ignore_index=True) for tables in zip(quick, third, strict=True))
+    assert proposals.learning_rate([("here", more)]) == proposals.learning_rate([("here", quick)])
+
+
+def bent(label, size, *_):
+    """B's law bends down beyond the study's sizes, A's up."""
+    return (0.1 if label == "A" else -0.1) * math.log(max(size, 183_620) / 183_620)
+
+
+def test_forecasts_of_larger_sizes(outputs):
+    sizes = (45_000, 86_925, 183_620, 367_240)
+    laws = {"A": (-0.3, 800), "B": (-0.35, 900), "C": (-0.3, 850)}
+    runs, _, val = planted(outputs, laws, sizes=sizes, chance=lambda *run: bent(*run) * (run[0] != "C"))
+    text = proposals.more_sizes(runs, val)
+    a, b = (100 * math.expm1(sign * 0.1 * math.log(2)) for sign in (-1, 1))
+    assert f"A −{-a:.1f} % (" in text and f"B +{b:.1f} % (" in text and "at 367,240 tokens, too low (chance" in text
+    assert ", too high (chance in a run counts 2.4 times); C 0.0 % (" in text and "tokens, no error can be told" in text
+    assert "(single runs, seeds not covered, 20 validation samples drawn again)" in text
+    assert text.count("**Slopes of ") == 3
+    straight, _, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)}, sizes=sizes, seeds=(1, 2))
+    text = proposals.more_sizes(straight, val)
+    assert "A 0.0 % (" in text and "not covered" not in text
+    changed = val.assign(tokens=val["tokens"] + (val["train_tokens"] > 200_000))
+    assert "A at 367,240 tokens not to be told (the runs were judged on diff" in proposals.more_sizes(straight, changed)
+    two = proposals.more_sizes(straight[straight["train_tokens"] < 200_000], val)
+    assert two == "**2. More sizes**: no size above the study's two has been run."
+    assert proposals.more_sizes(straight.iloc[:0], val) == "**2. More sizes**: no finished run."
+
+
+def test_the_studys_runs_stand_in_where_sizes_lacks_them(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, (45_000, 86_925), "sizes")
+    plant(outputs, {"A": (-0.3, 700), "B": (-0.3, 750)}, (86_925, 183_620), "study", seeds=(42, 43))
+    sizes, study = read_grid("sizes"), read_grid("study")
+    runs, history, val = proposals.with_study(sizes, study)
+    kept = runs.set_index(["experiment", "train_tokens", "seed"])["val_ppl"]
+    assert len(kept) == 2 + 7 and kept["A", 86_925, 42] > kept["A", 86_925, 43]  # its own, not the study's
+    assert set(val["run"]) == set(history["run"]) == set(runs["run"]) and runs["replicate"].nunique() == 2
+    assert proposals.with_study((pd.DataFrame(),) * 3, study)[0].empty
+
+
+@pytest.mark.parametrize(("ppl", "verdict"), [(700, "better"), (900, "worse")])
+def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
+    shapes = {"A": (6, 128), "A-arithmetic": (6, 256), "B": (3, 256), "B-arithmetic-small": (3, 200)}
+    laws = {"A": (-0.3, 800), "A-arithmetic": (-0.3, ppl), "B": (-0.3, 800), "B-arithmetic-small": (-0.3, 801)}
+    options = {"shapes": shapes, "pairs": REPLICATES, "chance": noise(0.01), "spread": 0.05}
+    runs, _, val = planted(outputs, laws, **options)
+    text = proposals.falling_widths(runs, val)
+    shapes = [f"context {width}, {7000 * width:,} parameters" for width in (256, 128)]
+    assert f"A-arithmetic ({shapes[0]}) against A ({shapes[1]}): PPL " in text
+    assert "(n = 12 pairs, 20 validation samples drawn again, " in text
+    assert f"d.o.f., crossed with 3 replicates): {verdict}; B-arithmetic-small (context 200" in text
+    assert text.endswith("which is better cannot be told.")
+    one = runs[runs["seed"] == 42]
+    assert " d.o.f., seeds not covered)" in proposals.falling_widths(one, val)
+    alone = runs[~runs["experiment"].isin(["A", "B"])]
+    assert proposals.falling_widths(alone, val).endswith("no finished pair of runs.")
+    apart = runs[runs["experiment"].isin(["A", "B"]) == (runs["seed"] == 42)]
+    assert proposals.falling_widths(apart, val).endswith("no finished pair of runs.")
