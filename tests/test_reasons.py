@@ -318,7 +318,7 @@ def test_in_short_follows_whoever_wins(outputs, first):
     assert (
         "; at full size (single runs, seeds not covered) with contexts of zeros, PPL changes by −25.0 % (" in lines[4]
     )
-    assert lines[4].endswith("(A): contexts raise PPL.")
+    assert lines[4].endswith("(A): contexts raise PPL in these runs.")
     over = "(single runs, seeds not covered, 20 validation samples drawn again)"
     assert f"at full size the best of 2 ordinary models against A {over}: KN-3 −20.0 % (" in lines[0]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}

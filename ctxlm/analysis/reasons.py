@@ -518,7 +518,8 @@ def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
     if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
         return "the same to 1 %"
-    return {0: "no effect can be told", 1: higher, -1: lower}[_sure(effect)]
+    here = " in these runs" if effect.replicates == 1 else ""  # another seed may say otherwise
+    return {0: "no effect can be told", 1: higher + here, -1: lower + here}[_sure(effect)]
 
 
 def depth_and_width(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
