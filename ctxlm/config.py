@@ -43,6 +43,9 @@ class Experiment(BaseModel):
     # What is read
     corpus: str = Field("chitchat", min_length=1, description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file")
     embedding: str = Field("ppmi", min_length=1, description="ppmi, random, gpt2, or a .safetensors file holding wte")
+    embedding_seed: Seed = Field(
+        0, description="0: ppmi as it is, its signs by a convention; otherwise they, or random's numbers, are drawn"
+    )
     train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
     val_samples: Count = Field(50, description="validation samples: the first after the training capacity")
@@ -90,6 +93,7 @@ class Experiment(BaseModel):
     output_bias: Literal["none", "unigram"] = Field(
         "none", description="a trained bias of the output that starts at the training tokens' log frequencies (unigram)"
     )
+    phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
     phase2_shuffle: bool = Field(False, description="updates read the tokens in random order, not in the stream's")
     phase2_warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
@@ -132,6 +136,11 @@ class Experiment(BaseModel):
             )
         if self.ngram_second_half and self.model != "kneser-ney":
             raise ValueError(f"ngram_second_half = True is not possible for model = {self.model!r}: set it to false")
+        if self.embedding_seed and self.embedding not in ("ppmi", "random"):
+            raise ValueError(
+                f"embedding_seed = {self.embedding_seed} is not possible for embedding = {self.embedding!r}, of which "
+                "nothing is drawn: set it to 0"
+            )
         if self.model in ("lstm", "transformer"):
             self._check_network()
         if self.phase1_min_iterations > self.phase1_max_iterations:

@@ -21,21 +21,23 @@ NOISE = 0.05
 """Spread of the rows of tokens never seen, as a share of the others'."""
 
 SEED = 0
-"""Embeddings belong to the data: they are the same for every `seed` of an experiment."""
+"""Embeddings belong to the data: they are the same for every `seed` of an experiment; `embedding_seed` draws others."""
 
 
 def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.ndarray:
     """The embedding matrix E, float32 [V, embed_dim].
 
     `ppmi` comes from the corpus's second half and is cached by its tokens; `random` is N(0, 0.14²); `gpt2` and a
-    .safetensors file give their `wte` as it is.
+    .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or signs for the dimensions of
+    `ppmi`: those of singular vectors are arbitrary, yet a model's perplexity depends on them (LOG.md).
 
     Raises:
         ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
     """
     kind, dim = experiment.embedding, experiment.embed_dim
+    draws = np.random.default_rng(experiment.embedding_seed or SEED)
     if kind == "random":
-        return GPT2_STD * np.random.default_rng(SEED).standard_normal((VOCABULARY, dim), dtype=np.float32)
+        return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
     if kind == "gpt2":
         return _wte(_gpt2_file(dim), kind, dim)
     if kind.endswith(".safetensors"):
@@ -46,7 +48,8 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     key = digest(corpus.digest, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
     second_half = corpus.stream(corpus.half, corpus.num_samples)
     path = cache_dir() / f"embedding-{key}.npz"
-    return cached_arrays(path, lambda: {"embedding": ppmi_svd(second_half, dim)})["embedding"]
+    embedding = cached_arrays(path, lambda: {"embedding": ppmi_svd(second_half, dim)})["embedding"]
+    return embedding * draws.choice(np.float32([-1, 1]), dim) if experiment.embedding_seed else embedding
 
 
 def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:

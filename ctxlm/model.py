@@ -57,8 +57,11 @@ class _Layers(nn.Module):
     Where the design is `arithmetic` and the width changes, the residual goes through a Linear of its own.
     """
 
-    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator):
-        """`shapes`: for each layer the widths of context, other (0: none), output and residual (0: no Linear)."""
+    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator, std: float = 0.1):
+        """`shapes`: for each layer the widths of context, other (0: none), output and residual (0: no Linear).
+
+        `std`: of the initial weights; of the biases a tenth of it.
+        """
         super().__init__()
         # Linear(concat(context, other)) is held as two: autograd then skips the gradient of the part that needs none
         # (the tokens in Phase 1, the contexts in Phase 2), and the tokens' part can be had from a table.
@@ -70,16 +73,16 @@ class _Layers(nn.Module):
         self.widths = [out for _, _, out, _ in shapes]
         for index, (context, other, out, residual) in enumerate(shapes):
             left = self.from_context[index]
-            weight = torch.empty(out, context + other).normal_(std=0.1, generator=init)
+            weight = torch.empty(out, context + other).normal_(std=std, generator=init)
             right = self.from_other[index] if other else left
-            nn.init.normal_(right.bias, std=0.01, generator=init)
+            nn.init.normal_(right.bias, std=std / 10, generator=init)
             with torch.no_grad():
                 left.weight.copy_(weight[:, :context])
                 if other:
                     right.weight.copy_(weight[:, context:])
             if residual:
-                nn.init.normal_(self.residuals[index].weight, std=0.1, generator=init)
-                nn.init.normal_(self.residuals[index].bias, std=0.01, generator=init)
+                nn.init.normal_(self.residuals[index].weight, std=std, generator=init)
+                nn.init.normal_(self.residuals[index].bias, std=std / 10, generator=init)
 
     def __len__(self) -> int:
         return len(self.norms)
@@ -144,7 +147,15 @@ class TokenBlock(_Layers):
     `constant`: h has the embedding's width from the first layer on. `arithmetic`: its width falls from n·d to d.
     """
 
-    def __init__(self, design: str, context_widths: list[int], embed_dim: int, input_dim: int, init: torch.Generator):
+    def __init__(
+        self,
+        design: str,
+        context_widths: list[int],
+        embed_dim: int,
+        input_dim: int,
+        init: torch.Generator,
+        std: float = 0.1,
+    ):
         layers = len(context_widths)
         widths = [input_dim] + [embed_dim] * layers
         if design == "arithmetic":
@@ -153,7 +164,7 @@ class TokenBlock(_Layers):
             (context, a, b, a if design == "arithmetic" and a != b else 0)
             for context, (a, b) in zip(context_widths, itertools.pairwise(widths), strict=True)
         ]
-        super().__init__(shapes, init)
+        super().__init__(shapes, init, std)
 
     def forward(self, inputs: Tensor, contexts: list[Tensor]) -> Tensor:
         """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, width]."""
@@ -223,8 +234,9 @@ class ContextLM(nn.Module):
         self.context_block = ContextBlock(
             e.design, e.num_layers, e.context_dim, input_dim, generator(e.seed, "init", "context_block")
         )
+        draws = generator(e.seed, "init", "token_block")
         self.token_block = TokenBlock(
-            e.design, self.context_block.widths, e.embed_dim, input_dim, generator(e.seed, "init", "token_block")
+            e.design, self.context_block.widths, e.embed_dim, input_dim, draws, e.phase2_init_std
         )
         self.head = None
         if not e.use_weight_tying:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from ctxlm.analysis import plots, tables
+from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.findings import findings, gaps, material, prose, signed, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
@@ -37,7 +38,8 @@ def read(grid: str = "planted"):
 def said(outputs, laws, *arguments, **options) -> list[str]:
     plant(outputs, laws, *arguments, **options)
     runs, _, val_by_sample, summary = read()
-    return [text.replace("\u00a0", " ") for text in (*findings(runs, summary), material(runs, val_by_sample))]
+    paragraphs = (*findings(runs, summary, errors(runs, val_by_sample)["pooled"]), material(runs, val_by_sample))
+    return [text.replace("\u00a0", " ") for text in paragraphs]
 
 
 # Sentences
@@ -46,12 +48,14 @@ A, B = "A (deep and narrow: 6 layers, context 128)", "B (shallow and wide: 3 lay
 
 
 def test_the_better_configuration_is_named(outputs):
-    answer = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})[0]
     sizes = "20,000, 30,000, 45,000 and 67,500 tokens"
+    answer = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))[0]
     assert answer.startswith(f"**Deep and narrow, or shallow and wide?** {A} **is better than** {B} at {sizes}, every")
     assert f"(below 0, A is better): −{100 * (1 - 800 / 850):.1f} % (" in answer
+    shutil.rmtree(outputs / "planted")
     answer = said(outputs, {"A": (-0.3, 860), "B": (-0.3, 800)})[0]
-    assert answer.startswith(f"**Deep and narrow, or shallow and wide?** {B} **is better than** {A} at {sizes}, every")
+    better = "**did better, in single runs, than**"
+    assert answer.startswith(f"**Deep and narrow, or shallow and wide?** {B} {better} {A} at {sizes}, every size that")
     assert f"+{100 * (860 / 800 - 1):.1f} % (" in answer
 
 
@@ -83,7 +87,13 @@ def test_a_crossover_with_errors_refers_to_them(outputs):
     runs, _, val_by_sample = read_grid("planted")
     runs["val_ppl"] *= np.tile([1.04, 0.97, 0.98, 1.03], 2)
     summary = summarise("planted", runs, val_by_sample)
-    assert "How well it is known is said under" in findings(runs, summary)[3]
+    runs["val_loss"] = np.log(runs["val_ppl"])
+    pooled = errors(runs, val_by_sample)["pooled"]
+    low, high = pooled[0]["slope_interval"]
+    assert low <= 0 <= high and "None can be claimed: the fitted laws of A and B" in findings(runs, summary, pooled)[3]
+    (told,) = pooled
+    told = told | {"slope_interval": (-0.1, -0.01)}
+    assert "How well it is known is said under" in findings(runs, summary, [told])[3]
 
 
 def test_numbers_and_per_cent_signs_are_set_as_in_print():
@@ -98,7 +108,32 @@ def test_incomplete_grids_are_described(outputs):
     texts = said(outputs, {"B": (-0.3, 800)}, sizes=(30_000,))
     assert "cannot be compared: no amount of training text was given to both" in texts[0]
     texts = said(outputs, {"C": (-0.3, 900)}, sizes=(20_000, 30_000), seeds=(1, 2))
-    assert sum("**is better than**" in text for text in texts) == 2 and "1 to 2 for each" in " ".join(texts)
+    assert sum("**did better, in single runs, than**" in text for text in texts) == 2
+    assert "1 to 2 for each" in " ".join(texts)
+
+
+def test_where_only_a_rate_differs_the_question_is_not_one_of_depth(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, phase2_learning_rate=0.002)
+    for folder in sorted((outputs / "planted").iterdir()):
+        other = folder.with_name(f"{folder.name}_slow")
+        shutil.copytree(folder, other)
+        metrics = json.loads((other / "metrics.json").read_text()) | {"phase2_learning_rate": 0.001}
+        (other / "metrics.json").write_text(json.dumps(metrics))
+    runs, _, val_by_sample, summary = read()
+    answer = findings(runs, summary, errors(runs, val_by_sample)["pooled"])[0]
+    assert answer.startswith("**Which is better?** A, phase2_learning_rate 0.001 (6 layers, context 128)")
+
+
+def test_a_size_that_cannot_be_compared_is_said_so(outputs):
+    folder = plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    path = folder / "B_train_tokens-30000_seed-42" / "val_by_sample.csv"
+    table = pd.read_csv(path)
+    table["sample"] += 1
+    table.to_csv(path, index=False)
+    runs, _, val_by_sample, summary = read()
+    texts = findings(runs, summary, errors(runs, val_by_sample)["pooled"])
+    assert "at 20,000, 45,000 and 67,500 tokens" in texts[0]
+    assert texts[1].startswith("At 30,000 tokens A and B are not compared: ")
 
 
 def test_slow_or_still_improving_runs_are_counted(outputs):
@@ -356,6 +391,7 @@ def test_notebook_shows_the_committed_study(outputs, tmp_path, monkeypatch):
 NESTED = [(42 + k, k // 2) for k in range(4)]
 SIDE = {  # the grids that explain: shapes of their configurations, and which runs there are
     "variance": ({"A": (6, 128), "B": (3, 256)}, (10_000, 14_000), NESTED),
+    "signs": ({"A": (6, 128), "B": (3, 256)}, (10_000,), NESTED[::2]),
     "overfitting": ({"A": (6, 128), "B": (3, 256)}, (14_000, 28_000), NESTED[::2]),
     "ablations": ({"A": (6, 128), "A-zero": (6, 128), "A-without-phase1": (6, 128)}, (20_000,), NESTED[::2]),
     "ablations-full": ({"A": (6, 768), "A-zero": (6, 768)}, (86_925,), NESTED[:1]),
@@ -389,8 +425,8 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         assert f"## {heading}" in text
     if missing == "nothing":
         assert "Not " not in text and text.count("nan") == 0
-        assert text.splitlines()[0].startswith("- A is better than B at all 2 sizes")
-        assert sum(line.startswith("- ") for line in text.splitlines()) == 5
+        assert text.startswith("**A did better than B at every one of 2 sizes, each size tested by itself; single runs")
+        assert sum(line.startswith("- ") for line in text.splitlines()) == 4  # no n-grams here
 
 
 def test_notebook_is_stripped_and_short():

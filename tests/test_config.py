@@ -99,6 +99,11 @@ def test_values_that_contradict_each_other_are_refused(values, remedy):
     assert all(f"{name} = {value}" in message for name, value in values.items())
 
 
+def test_an_embedding_that_is_not_drawn_takes_no_seed():
+    message = refusal(Experiment.from_mapping, {"embedding": "gpt2", "embedding_seed": 3})
+    assert "embedding_seed = 3 is not possible for embedding = 'gpt2'" in message and "set it to 0" in message
+
+
 def test_later_mappings_override_earlier_ones():
     experiment = Experiment.from_mapping({"num_layers": 6, "seed": 1}, {"num_layers": 3})
     assert (experiment.num_layers, experiment.seed, experiment.context_dim) == (3, 1, 768)
@@ -142,6 +147,7 @@ def parameters(draw) -> dict:
         values |= {"design": "constant", "context_ablation": "none"}
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))
+    values["embedding_seed"] *= values["embedding"] != "gpt2"
     values["ngram_second_half"] &= values["model"] == "kneser-ney"
     iterations = sorted([values["phase1_min_iterations"], values["phase1_max_iterations"]])
     return values | dict(zip(["phase1_min_iterations", "phase1_max_iterations"], iterations, strict=True))

@@ -149,7 +149,7 @@ def test_laws_far_apart_are_said_to_be_so():
     runs = table(np.random.default_rng(34), 0.005)
     runs.loc[runs["experiment"] == "B", "val_loss"] += 3
     found = pooled(runs, "A", "B")
-    assert found.crossover_tokens is None and found.reason.startswith("the laws would meet at 10^1")
+    assert found.crossover_tokens is None and found.reason.startswith("the laws would meet at 10¹")
     assert found.p_value < 0.001 and found.fieller == "bounded"
 
 

@@ -191,6 +191,17 @@ def test_an_embedding_belongs_to_the_data_and_not_to_the_run(cache):
     assert np.array_equal(*draws)
 
 
+def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache):
+    fixed = load_embedding(Experiment(embed_dim=8), PLANTED)
+    one, same, other = (load_embedding(Experiment(embed_dim=8, embedding_seed=seed), PLANTED) for seed in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert one.dtype == np.float32 and np.array_equal(np.abs(one), np.abs(fixed))
+    turned = (one != fixed).all(0)
+    assert np.array_equal(one[:, ~turned], fixed[:, ~turned]) and 0 < turned.sum() < 8
+    random = [load_embedding(Experiment(embed_dim=8, embedding="random", embedding_seed=seed)) for seed in (0, 1)]
+    assert not np.array_equal(np.abs(random[0]), np.abs(random[1]))
+
+
 def test_a_random_embedding_has_gpt2s_spread(cache):
     embedding = load_embedding(Experiment(embed_dim=32, embedding="random"))
     assert embedding.shape == (VOCABULARY, 32) and embedding.dtype == np.float32

@@ -236,7 +236,7 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     assert "Phase 1 raises PPL" in reasons.ablations(runs, val)[0]
     one = reasons.ablations(runs[runs["seed"] == 1], val)[0]
     assert re.search(
-        r"\(n = 4 pairs, 20 validation samples drawn again, [\d.]+ d.o.f., seeds not covered\): Phase 1 rai", one
+        r"\(n = 4 pairs, 20 validation samples drawn again, [\d.]+ d.o.f., seeds not covered\): single runs, no v", one
     )
     assert "(last PPL / best PPL; single runs)" in one
     (axes,) = plots.plot_effects(reasons.ablation_effects(runs, val_by_sample=val), "change").axes
@@ -301,28 +301,52 @@ def test_in_short_follows_whoever_wins(outputs, first):
     crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
+    grids["signs"] = planted(outputs, {first: (-0.40, 880), second: (-0.30, 900)}, pairs=NESTED[::2], embedding_seed=1)
     summary = summarise("planted", runs, val_by_sample)
-    lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
-    assert len(lines) == 5
-    assert lines[0].startswith(f"- {first} is better than {second} at all 4 sizes; PPL of A against B, from the")
-    assert "crossed at the quick scale (32 runs in 2 replicates), PPL changes by −10.0 % (" in lines[0]
-    assert "with 6 layers against 3 and" in lines[0] and "with context 256 against 128" in lines[0]
-    assert "PPL scatters about its mean by" in lines[1] and "80 runs at the quick scale" in lines[1]
-    assert lines[2].startswith(
-        f"- At the quick scale {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)"
+    answer, _, whence, _, *lines = reasons.in_short(summary, errors(runs, val_by_sample)["pooled"], grids).splitlines()
+    assert answer.startswith(
+        f"**{first} is better than {second} at every one of 4 sizes, each size tested by itself. PPL of A against B, "
     )
-    assert "a doubling of the training tokens changes that ratio by −" in lines[3]
-    assert "leaving the contexts out changes that ratio by 0.0 % (0.0 % to 0.0 %) (A)" in lines[3]
-    assert "with Phase 1 left out, PPL changes by +12.5 % (" in lines[4] and "(A): Phase 1 lowers PPL" in lines[4]
-    assert "with contexts of zeros, PPL changes by +100.0 % (" in lines[4]
-    assert (
-        "; at full size (single runs, seeds not covered) with contexts of zeros, PPL changes by −25.0 % (" in lines[4]
+    assert whence == "What other grids of this repository say:" and len(lines) == 5
+    assert lines[0].startswith(
+        "- At the quick scale (A 6 layers of 128, B 3 layers of 256): much is chance: with other"
     )
-    assert lines[4].endswith("(A): contexts raise PPL in these runs.")
+    assert "PPL scatters about its mean by" in lines[0] and "80 runs)" in lines[0]
+    assert "random signs of the embedding's dimensions, which are arbitrary, change PPL by " in lines[0]
+    assert re.search(rf"change PPL by .*?\+(9|1\d)\.\d % \([^)]*\) \({first}\)", lines[0])
+    assert lines[1].startswith(
+        "- At the quick scale: with depth and width crossed (32 runs in 2 replicates), PPL changes"
+    )
+    assert "by −10.0 % (" in lines[1] and "with 6 layers against 3 and" in lines[1]
+    assert f"; {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)" in lines[1]
+    assert "a doubling of the training tokens changes last PPL / best PPL by −" in lines[2]
+    assert "without the contexts it is above its best by +6.0 % instead of +6.0 % (A)" in lines[2]
+    assert "with Phase 1 left out, PPL changes by +12.5 % (" in lines[3] and "(A): Phase 1 lowers PPL" in lines[3]
+    assert "with contexts of zeros, PPL changes by +100.0 % (" in lines[3]
+    single = "; at full size (single runs, seeds not covered): with contexts of zeros, PPL changes by −25.0 % ("
+    assert single in lines[3] and lines[3].endswith("(A): single runs, no verdict.")
     over = "(single runs, seeds not covered, 20 validation samples drawn again)"
-    assert f"at full size the best of 2 ordinary models against A {over}: KN-3 −20.0 % (" in lines[0]
+    assert f": the best of 2 ordinary models changes PPL against A {over} by: KN-3 −20.0 % (" in lines[4]
     empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
     assert reasons.in_short(summarise("planted", *empty["variance"][::2]), [], empty) == ""
+
+
+@pytest.mark.parametrize(("first", "second"), [("A", "B"), ("B", "A")])
+def test_drawn_signs_are_set_beside_the_conventions_in_pairs(outputs, first, second):
+    fixed = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, pairs=NESTED, chance=noise(0.001))
+    laws = {first: (-0.3, 800), second: (-0.3, 1000)}
+    drawn = planted(outputs, laws, sizes=SIZES[:2], pairs=NESTED[:8:2], chance=noise(0.001, 1), embedding_seed=1)
+    text = reasons.signs(drawn, fixed)
+    changes = {first: r"[+−]?0\.\d %", second: r"\+2[45]\.\d %"}
+    for label in "AB":
+        assert re.search(rf"{label} {changes[label]} \(.*?\) \(n = 8 pairs in 4 replicates, crossed with 20", text)
+    gap = "−20" if first == "A" else r"\+2[45]"
+    assert re.search(
+        rf"PPL of A against B is then {gap}\.\d % \(.*?\) at 20,000; {gap}", text.replace("−19.9", "−20.0")
+    )
+    assert text.endswith(f"with drawn signs {first} is better.") and "at 45,000" not in text
+    nothing = tuple(pd.DataFrame() for _ in range(3))
+    assert reasons.signs(nothing, fixed) == reasons.signs(drawn, nothing) == ""
 
 
 def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):

@@ -37,6 +37,20 @@ def test_replicates_share_neither_seed_nor_text(pairs, count):
         assert (runs.groupby("data_seed")["replicate"].nunique() == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("triples", "count"),
+    [
+        ([(42, 0, 0), (42, 0, 1), (42, 0, 2)], 3),  # draws of the embedding alone
+        ([(42, 0, 1), (43, 1, 2)], 2),
+        ([(42, 0, 1), (43, 1, 1), (44, 2, 2)], 2),  # a draw ties two texts together
+        ([(42, 0, 5), (43, 1, 5)], 2),  # the same for all: held fixed
+    ],
+)
+def test_runs_that_share_a_draw_of_the_embedding_are_not_independent(triples, count):
+    runs = pd.DataFrame(triples, columns=["seed", "data_seed", "embedding_seed"])
+    assert replicate_of(runs).nunique() == count
+
+
 def test_balance_is_equal_numbers_of_every_size():
     runs = grid([(42, 0), (43, 1)])
     runs["replicate"] = replicate_of(runs)

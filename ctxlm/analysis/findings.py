@@ -1,15 +1,16 @@
 """What the runs of a grid say, in sentences: every number in them is computed from the runs."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
 
+from ctxlm.analysis.scaling import power_of_ten
 from ctxlm.results import load_runs
 
-VARIED = {"seed": "seeds", "data_seed": "training texts"}
+VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
 LEAD = "**Deep and narrow, or shallow and wide?** "
 
 
@@ -22,17 +23,20 @@ def nothing(grid: str) -> str:
     return f"No finished run of grid {grid}: run `make report GRID={grid}`."
 
 
-def findings(runs: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
+def findings(runs: pd.DataFrame, summary: dict[str, Any], pooled: Sequence[dict[str, Any]]) -> list[str]:
     """Paragraphs about the runs, the answer to "deep and narrow, or shallow and wide?" first.
 
     Args:
         runs: one row a run, as `scaling.read_grid` gives them.
         summary: `scaling.summarise` of the same runs.
+        pooled: of `crossing.errors` of the same runs: whether slopes differ.
     """
     if runs.empty:
         return [nothing(summary["grid"])]
     paragraphs = [*answers(runs, summary), _laws(summary)]
-    paragraphs += [_crossover(pair, summary["configurations"]) for pair in summary["crossovers"]]
+    tested = {(found["a"], found["b"]): found for found in pooled}
+    for pair in summary["crossovers"]:
+        paragraphs.append(_crossover(pair, summary["configurations"], tested.get((pair["a"], pair["b"]), {})))
     paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
     return paragraphs
 
@@ -59,8 +63,7 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     """Which grid a section is made from, of how many runs of what, and where they lie."""
     if runs.empty:
         return nothing(grid)
-    shapes = runs.groupby("configuration")[["num_layers", "context_dim"]].first().drop_duplicates()
-    models = ", ".join(f"{label} {row.num_layers} layers of {row.context_dim}" for label, row in shapes.iterrows())
+    models = shapes_text(runs)
     if (runs["model"] != "context").any():
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = _sizes(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
@@ -70,6 +73,16 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
         f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
         f"Source: {sources(runs)}.{one_kind(runs)}"
     )
+
+
+def shapes_text(runs: pd.DataFrame) -> str:
+    """What each configuration is; of those that are alike, the first."""
+    shapes = runs.groupby("configuration")[["num_layers", "context_dim"]].first().drop_duplicates()
+    return ", ".join(f"{label} {_layers(row.num_layers)} of {row.context_dim}" for label, row in shapes.iterrows())
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
 
 
 def sources(runs: pd.DataFrame) -> str:
@@ -129,7 +142,7 @@ def describe(runs: pd.DataFrame) -> dict[str, str]:
     if fewest == most or narrowest == widest:
         kinds = {}
     return {
-        label: f"{label} ({kinds.get((layers, width), '')}{layers} layers, context {width})"
+        label: f"{label} ({kinds.get((layers, width), '')}{_layers(layers)}, context {width})"
         for label, layers, width in shapes.itertuples()
     }
 
@@ -141,14 +154,18 @@ def winner(difference: dict[str, Any]) -> str | None:
 
 
 def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
-    names, lead = describe(runs), LEAD
+    names = describe(runs)
+    shapes = len(runs.groupby(["num_layers", "context_dim"]))
+    lead = LEAD if shapes > 1 or len(names) == 1 else "**Which is better?** "
     if len(names) == 1:
-        yield f"{LEAD}Only {names[runs['experiment'].iloc[0]]} has been run: there is nothing to compare it with."
+        yield f"{lead}Only {names[runs['experiment'].iloc[0]]} has been run: there is nothing to compare it with."
     for pair in summary["crossovers"]:  # one entry a pair
         a, b = pair["a"], pair["b"]
         differences = [d for d in summary["paired_differences"] if (d["a"], d["b"]) == (a, b)]
         yield lead + _verdict(names, a, b, differences)
         lead = ""
+    for pair in summary["unpaired"]:
+        yield f"At {pair['train_tokens']:,} tokens {pair['a']} and {pair['b']} are not compared: {pair['reason']}."
     if summary["paired_differences"]:
         samples = _span(d["samples"] for d in summary["paired_differences"])
         counts = [d["replicates"] for d in summary["paired_differences"]]
@@ -185,8 +202,10 @@ def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
         answer = f"{names[a]} and {names[b]} **cannot be told apart** at {_sizes(undecided)}: no interval excludes 0"
     elif len(winners) == 1:
         other = b if winners == [a] else a
-        rest = tied or (", every size of both" if len(differences) > 1 else ", the only size of both")
-        answer = f"{names[winners[0]]} **is better than** {names[other]} at {_sizes(won[winners[0]])}{rest}"
+        rest = tied or (", every size that both were judged on" if len(differences) > 1 else "")
+        single = min(d["replicates"] for d in differences) == 1
+        better = "did better, in single runs, than" if single else "is better than"
+        answer = f"{names[winners[0]]} **{better}** {names[other]} at {_sizes(won[winners[0]])}{rest}"
     else:
         both = ", ".join(f"{names[label]} is better at {_sizes(won[label])}" for label in winners)
         answer = f"**It depends on the amount of text**: {both}{tied}"
@@ -215,10 +234,10 @@ def _laws(summary: dict[str, Any]) -> str:
         fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['interval_dof']} d.o.f., {interval})")
     exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
     caution = " A line through two points fits them whatever their errors." if exact else ""
-    return f"**Scaling.** Fitted as PPL = A · tokens^α. {'; '.join(fitted)}.{caution}"
+    return f"**Scaling.** Fitted as PPL = A · tokensᵅ. {'; '.join(fitted)}.{caution}"
 
 
-def _crossover(pair: dict[str, Any], laws: dict[str, Any]) -> str:
+def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any]) -> str:
     a, b = pair["a"], pair["b"]
     if pair["tokens"] is None:
         return f"**Crossover.** There is none between {a} and {b}: {pair['reason']}."
@@ -228,11 +247,13 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any]) -> str:
     where = f"inside the measured range ({low:,} to {high:,})"
     if pair["extrapolated"]:
         where = f"extrapolated from {low:,} to {high:,}" if low <= high else "extrapolated, for no size of both is near"
-    text = (
-        f"**Crossover.** The laws of {a} and {b} meet at about {tokens_text(pair['tokens'])} tokens, {where}: "
-        f"by them, {below} is better below, {above} above."
-    )
-    if None in [laws[label]["alpha_interval"] for label in (a, b)]:
+    meet = f"the fitted laws of {a} and {b} meet at about {tokens_text(pair['tokens'])} tokens, {where}"
+    interval = tested.get("slope_interval")
+    if interval and interval[0] <= 0 <= interval[1]:
+        p = f"p = {tested['p_value']:.3f}"
+        return f"**Crossover.** None can be claimed: {meet}, but their slopes cannot be told apart ({p})."
+    text = f"**Crossover.** {meet[0].upper()}{meet[1:]}: by them, {below} is better below, {above} above."
+    if interval is None:
         return text + " A law without residual degrees of freedom gives the crossover no error: take it as a lead."
     return text + " How well it is known is said under “How sure are the laws?”."
 
@@ -301,7 +322,7 @@ def signed(value: float, digits: int = 3) -> str:
 def tokens_text(tokens: float) -> str:
     if tokens >= 1e9:
         mantissa, exponent = f"{tokens:.1e}".split("e+")
-        return f"{mantissa} · 10^{int(exponent)}"
+        return f"{mantissa} · {power_of_ten(int(exponent))}"
     return f"{float(f'{tokens:.3g}'):,.0f}"
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import explain, ranking, variance
-from ctxlm.analysis.findings import percent, signed, tokens_text, winner
+from ctxlm.analysis.findings import percent, shapes_text, signed, tokens_text, winner
 from ctxlm.analysis.replicates import student
-from ctxlm.analysis.scaling import effective
+from ctxlm.analysis.scaling import effective, summarise
 from ctxlm.memory import FORGOTTEN
 
 Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
@@ -32,31 +32,45 @@ ABLATIONS = {
     "random": ("contexts of shuffled tokens", "a text's own contexts are better", "a text's own contexts are worse"),
 }
 """Suffix of the label → what was done, and what follows where PPL is then higher, and where it is lower."""
+DRAWN_SIGNS = ", signs drawn"
 OVERFITTING = "log last / best PPL"
 """A response of ablations that is no column of the runs."""
 
 
 def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> str:
-    """The answer in five lines, those that can be given.
+    """The answer of the grid that is reported, and below it in five lines what the other grids know; what can be given.
 
     Args:
         summary: `scaling.summarise` of the grid that is reported.
         pooled: of `crossing.errors`, from the runs that say most about slopes.
-        grids: of the names study, baselines, variance, overfitting, ablations, ablations-full and factorial.
+        grids: of the names study, baselines, variance, signs, overfitting, ablations, ablations-full and factorial.
     """
     many, _, many_val = grids["variance"]
-    answer = [_verdicts(summary["paired_differences"]), _crossed_in_short(grids["factorial"])]
-    answer.append(_others_in_short(grids["study"], grids["baselines"]))
-    lines = ["; ".join(filter(None, answer)), caution(many, many_val)]
-    lines += [_slopes_in_short(found) for found in pooled if len(pooled) == 1]
-    lines += [_overfitting_in_short(grids["overfitting"], grids["ablations"][0])]
-    lines += [_contexts_in_short(many, grids["ablations"])]
-    lines[2:] = [line and f"at the quick scale {line}" for line in lines[2:]]
+    quick = [
+        [caution(many, many_val), _signs_in_short(grids["signs"], grids["variance"])],
+        [_crossed_in_short(grids["factorial"]), *(_slopes_in_short(found) for found in pooled if len(pooled) == 1)],
+        [_overfitting_in_short(grids["overfitting"], grids["ablations"][0])],
+        [_contexts_in_short(many, grids["ablations"])],
+    ]
+    lines = ["; ".join(filter(None, parts)) for parts in quick]
+    shapes = _shapes(many)
+    lines = [line and f"at the quick scale{shapes if not n else ''}: {line}" for n, line in enumerate(lines)]
     at_full_size = _ablations_in_short(grids["ablations-full"])
     if at_full_size:
         alone = "" if grids["ablations-full"][0]["replicate"].nunique() > 1 else " (single runs, seeds not covered)"
-        lines[-1] = "; ".join(filter(None, [lines[-1], f"at full size{alone} {at_full_size}"]))
-    return "\n".join(f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line)
+        lines[-1] = "; ".join(filter(None, [lines[-1], f"at full size{alone}: {at_full_size}"]))
+    others = _others_in_short(grids["study"], grids["baselines"])
+    lines.append(others and f"at full size{_shapes(grids['study'][0])}: {others}")
+    bullets = [f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line]
+    answer = _verdicts(summary["paired_differences"])
+    answer = [f"**{answer[0].upper()}{answer[1:]}.**"] if answer else []
+    besides = ["What other grids of this repository say:", "", *bullets] if bullets else []
+    return "\n".join([*answer, *([""] if answer and besides else []), *besides])
+
+
+def _shapes(runs: pd.DataFrame) -> str:
+    """What the configurations are, in brackets."""
+    return f" ({shapes_text(runs)})" if len(runs) else ""
 
 
 def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
@@ -64,15 +78,19 @@ def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
         return ""
     a, b = differences[0]["a"], differences[0]["b"]
     won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
-    sizes = _count(len(won), "size")
-    alone = "" if min(d["replicates"] for d in differences) > 1 else ", one run each, seeds not covered"
-    answer = f"{a} is better than {b} at {won.count(a)} of {sizes}, {b} than {a} at {won.count(b)}"
+    several = min(d["replicates"] for d in differences) > 1
+    better = "is better" if several else "did better"
+    answer = f"{a} {better} than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}"
+    every = "every one of " if len(won) > 1 else ""
     if not any(won):
-        answer = f"neither: {a} and {b} cannot be told apart at any of {sizes}"
+        answer = f"{a} and {b} cannot be told apart at {every and 'any of '}{_count(len(won), 'size')}"
     elif len(set(won)) == 1:
         other = b if won[0] == a else a
-        answer = f"{won[0]} is better than {other} at {f'all {sizes}' if len(won) > 1 else 'the only size'}"
-    return f"{answer}; PPL of {a} against {b}, from the smallest size to the largest{alone}: {', '.join(gaps)}"
+        answer = f"{won[0]} {better} than {other} at {every}{_count(len(won), 'size')}"
+    tested = "" if len(won) == 1 else ", each size tested by itself"
+    alone = "" if several else "; single runs, so that another seed may say otherwise"
+    order = "" if len(won) == 1 else ", from the smallest size to the largest"
+    return f"{answer}{tested}{alone}. PPL of {a} against {b}{order}: {', '.join(gaps)}"
 
 
 def _crossed_in_short(grid: Grid) -> str:
@@ -83,7 +101,7 @@ def _crossed_in_short(grid: Grid) -> str:
         return ""
     parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
     runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
-    return f"crossed at the quick scale ({runs_in}), PPL changes by {parts} (plus: worse)"
+    return f"with depth and width crossed ({runs_in}), PPL changes by {parts} (plus: worse)"
 
 
 def _others_in_short(study: Grid, others: Grid) -> str:
@@ -95,14 +113,14 @@ def _others_in_short(study: Grid, others: Grid) -> str:
     parts = []
     for size, group in ranked.groupby("train_tokens"):
         best = group.iloc[0]
-        gap = f"{percent(math.expm1(best['difference']))} ({_percents(best['interval'])})"
+        gap = f"{percent(math.expm1(best['difference']))} ({percents(best['interval'])})"
         parts.append(f"{best['experiment']} {gap} at {size:,}")
     if not parts:
         return ""
     alone = "" if study[0]["replicate"].nunique() > 1 else "single runs, seeds not covered, "
     over = f"{alone}{ranked['samples'].max()} validation samples drawn again"
     models = ranked["experiment"].nunique()
-    return f"at full size the best of {models} ordinary models against A ({over}): {', '.join(parts)} tokens"
+    return f"the best of {models} ordinary models changes PPL against A ({over}) by: {', '.join(parts)} tokens"
 
 
 def _slopes_in_short(found: dict[str, Any]) -> str:
@@ -146,10 +164,13 @@ def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
         best = {effect.name: effect for effect in found}.get("a halved learning rate")
         if best:
             changes[-1] = (f"{best.name} (which changes the best PPL by {_effect(best)})", changes[-1][1])
-    zeros = [f"{_effect(effect)} ({effect.name})" for effect in _ablated(ablated, "zero", OVERFITTING)]
+    said += [f"{name} changes last PPL / best PPL by {change}" for name, change in changes]
+    zeros = [effect.name for effect in _ablated(ablated, "zero", OVERFITTING)]
     if zeros:
-        changes.append(("leaving the contexts out", " and ".join(zeros)))
-    return "; ".join(said + [f"{name} changes that ratio by {change}" for name, change in changes])
+        rates = ablated.groupby("experiment")["overfit_rate"].mean()
+        parts = [f"{percent(rates[f'{label}-zero'])} instead of {percent(rates[label])} ({label})" for label in zeros]
+        said.append(f"without the contexts it is above its best by {' and '.join(parts)}")
+    return "; ".join(said)
 
 
 def _contexts_in_short(runs: pd.DataFrame, ablated: Grid) -> str:
@@ -186,10 +207,71 @@ def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     except ValueError:
         return ""
     return (
-        f"Much is chance: with other seeds and training texts, PPL scatters about its mean by {_size(sd['run'])} "
-        f"(standard deviation, {len(runs)} runs at the quick scale), the difference of two single runs that share "
-        f"neither by {_size(math.sqrt(2) * sd['run'])}; and everything here holds one embedding fixed, whose arbitrary "
-        "signs moved PPL by more (see Method)"
+        f"much is chance: with other seeds and training texts, PPL scatters about its mean by {_size(sd['run'])} "
+        f"(standard deviation, {len(runs)} runs), the difference of two single runs that share neither by "
+        f"{_size(math.sqrt(2) * sd['run'])}"
+    )
+
+
+def signs(drawn: Grid, fixed: Grid) -> str:
+    """What random signs of the embedding's dimensions do to PPL, in pairs with runs of `fixed`, and to the gap."""
+    effects, gaps, as_before = _signs(drawn, fixed)
+    if not effects:
+        return ""
+    parts = [f"{e.name} {_effect(e)} {_drawn(e)}" for e in effects]
+    text = (
+        "**The embedding's signs.** A singular vector may be turned round, so that the signs of ppmi's dimensions are "
+        "arbitrary; a convention fixes them in all other grids. Signs drawn at random, others in every replicate, "
+        f"change PPL, in pairs of equal size, seed and text, by {'; '.join(parts)}."
+    )
+    if not gaps:
+        return text
+    a, b, runs = gaps[0]["a"], gaps[0]["b"], _count(gaps[0]["replicates"], "replicate")
+    then, before = (
+        "; ".join(
+            f"{percent(math.expm1(g['log_ppl']))} ({percents(g['interval'])}) at {g['train_tokens']:,}" for g in some
+        )
+        for some in (gaps, as_before)
+    )
+    won = {winner(gap) for gap in gaps}
+    verdict = f": with drawn signs {won.pop()} is better" if len(won) == 1 and None not in won else ""
+    return (
+        f"{text} PPL of {a} against {b} is then {then} tokens (95 % intervals, {runs} crossed with "
+        f"{gaps[0]['samples']} validation samples); with the convention, over all its runs, {before} tokens{verdict}."
+    )
+
+
+def _signs(drawn: Grid, fixed: Grid) -> tuple[list[explain.Effect], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Effects of drawn signs by configuration, and the gaps between configurations with drawn and with fixed ones."""
+    if drawn[0].empty or fixed[0].empty:
+        return [], [], []
+    key = ["seed", "data_seed"]
+    replicate = fixed[0].drop_duplicates(key).set_index(key)["replicate"]
+    pairs = pd.MultiIndex.from_frame(drawn[0][key])
+    here = drawn[0].assign(replicate=replicate.reindex(pairs).to_numpy(), run="drawn/" + drawn[0]["run"])
+    here["experiment"] += DRAWN_SIGNS
+    val = [drawn[2].assign(run="drawn/" + drawn[2]["run"]), fixed[2]]
+    runs, val_by_sample = pd.concat([here.dropna(subset="replicate"), fixed[0]]), pd.concat(val)
+    effects = []
+    for label in sorted(drawn[0]["experiment"].unique()):
+        with contextlib.suppress(explain.NoPair):
+            found = explain.paired_effect(runs, label + DRAWN_SIGNS, label, val_by_sample=val_by_sample)
+            effects.append(replace(found, name=label))
+    sizes = set(drawn[0]["train_tokens"])
+    gaps = [summarise("", *grid[::2])["paired_differences"] for grid in (drawn, fixed)]
+    return effects, gaps[0], [gap for gap in gaps[1] if gap["train_tokens"] in sizes]
+
+
+def _signs_in_short(drawn: Grid, fixed: Grid) -> str:
+    effects, gaps, _ = _signs(drawn, fixed)
+    changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in effects)
+    if not gaps:
+        return changes and f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}"
+    said = ", ".join(f"{percent(math.expm1(g['log_ppl']))} ({percents(g['interval'])})" for g in gaps)
+    sizes = ", ".join(f"{g['train_tokens']:,}" for g in gaps)
+    return (
+        f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}, and PPL of "
+        f"{gaps[0]['a']} against {gaps[0]['b']} is then {said} at {sizes} tokens"
     )
 
 
@@ -258,9 +340,9 @@ def crossovers(grids: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
             if found["slope_interval"] is None:
                 said.append(text + "no error can be given: take it as a lead)")
                 continue
-            drawn = found["bootstrap_crossover"]
+            drawn = found["bootstrap_crossover"] if found["fieller"] == "bounded" else None
             text += f"bootstrap {_tokens(drawn)}, " if drawn else ""
-            text += f"{100 * found['bootstrap_without']:.1f} % of its draws have none)"
+            text += f"{100 * found['bootstrap_without']:.1f} % of the bootstrap's draws have none)"
             said.append(f"{text}: {_slope_verdict(found)}")
     return f"**Crossovers side by side**, by the fitted laws. {'; '.join(said)}." if said else ""
 
@@ -274,19 +356,21 @@ def _meeting(found: dict[str, Any]) -> str:
     }[found["fieller"]]()
     if found["delta_interval"]:
         intervals += f"; delta method {_tokens(found['delta_interval'])}"
-    share = 100 * found["bootstrap_without"]
-    if found["bootstrap_crossover"]:
+    share = f"{100 * found['bootstrap_without']:.1f} % of the bootstrap's draws have none"
+    if found["bootstrap_crossover"] and found["fieller"] == "bounded":  # else the draws left out would have bounded it
         intervals += f"; bootstrap {_tokens(found['bootstrap_crossover'])}"
-    intervals += f"; {share:.1f} % of its draws have none and are left out"
+    intervals += f"; {share}"
     if found["crossover_tokens"] is None:
         return f"A crossover is not located: {found['reason']} (95 %: {intervals})."
-    return f"They meet at {tokens_text(found['crossover_tokens'])} tokens (95 %: {intervals})."
+    low, high = found["slope_interval"]
+    lines = "The fitted lines" if low <= 0 <= high else "They"
+    return f"{lines} meet at {tokens_text(found['crossover_tokens'])} tokens (95 %: {intervals})."
 
 
 def forms(found: dict[str, dict[str, Any]]) -> str:
     """Is a power law enough, and does it foretell larger sizes? From `crossing.errors`' `forms`."""
     said = [_form(label, form) for label, form in found.items()]
-    return f"**Form.** The power law against loss = E + B · tokens^−β. {'. '.join(said)}." if said else ""
+    return f"**Form.** The power law against loss = E + B · tokens⁻ᵝ. {'. '.join(said)}." if said else ""
 
 
 def _form(label: str, form: dict[str, Any]) -> str:
@@ -416,7 +500,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
     for label, rows in explain.recency(history).groupby("experiment"):
         rows = rows.set_index("k")
         costs = (
-            f"{percent(math.expm1(row.extra_loss))} for {k} ({_percents((row.low, row.high))})"
+            f"{percent(math.expm1(row.extra_loss))} for {k} ({percents((row.low, row.high))})"
             for k, row in rows.loc[:8].iterrows()
         )
         good = (rows["low"] > -WORTH) & (rows["high"] < WORTH)
@@ -518,8 +602,9 @@ def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
     if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
         return "the same to 1 %"
-    here = " in these runs" if effect.replicates == 1 else ""  # another seed may say otherwise
-    return {0: "no effect can be told", 1: higher + here, -1: lower + here}[_sure(effect)]
+    if effect.replicates == 1:
+        return "single runs, no verdict"  # another seed may say otherwise
+    return {0: "no effect can be told", 1: higher, -1: lower}[_sure(effect)]
 
 
 def depth_and_width(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
@@ -563,10 +648,10 @@ def _named(effect: explain.Effect) -> str:
 
 
 def _effect(effect: explain.Effect) -> str:
-    return f"{percent(math.expm1(effect.estimate))} ({_percents(effect.interval)})"
+    return f"{percent(math.expm1(effect.estimate))} ({percents(effect.interval)})"
 
 
-def _percents(interval: Sequence[float] | None) -> str:
+def percents(interval: Sequence[float] | None) -> str:
     if interval is None or not all(map(math.isfinite, interval)):
         return "no interval"
     return " to ".join(percent(math.expm1(x)) for x in interval)
@@ -586,7 +671,7 @@ def _tokens(interval: Sequence[float | None], between: str = " to ") -> str:
     return (
         ("below 1" if low is None else tokens_text(low))
         + between
-        + ("beyond 10^15" if high is None else tokens_text(high))
+        + ("beyond 10¹⁵" if high is None else tokens_text(high))
     )
 
 

@@ -1,10 +1,10 @@
 """Which runs are independent of which, and what follows from it for every interval.
 
 Runs that share a seed share initial weights; runs that share a training window share text, and a shorter stream is the
-beginning of a longer one. Such runs are not independent, whatever their size. A *replicate* is a set of runs that
-shares neither with any other set: every estimate is computed in each replicate by itself, and the replicates' values
-are averaged, with Student's interval over them (the summary-measures approach; Frison & Pocock, 1992). Nothing need
-then be assumed of the errors inside a replicate.
+beginning of a longer one; runs may share a draw of the embedding. Such runs are not independent, whatever their size. A
+*replicate* is a set of runs that shares none of these with any other set: every estimate is computed in each replicate
+by itself, and the replicates' values are averaged, with Student's interval over them (the summary-measures approach;
+Frison & Pocock, 1992). Nothing need then be assumed of the errors inside a replicate.
 """
 
 import math
@@ -15,24 +15,28 @@ import pandas as pd
 from scipy import sparse, stats
 
 CONFIDENCE = 0.95
+DRAWN = ("seed", "data_seed", "embedding_seed")
+"""Parameters of which runs that share a value are not independent, if there are several values."""
 
 
 def replicate_of(runs: pd.DataFrame) -> pd.Series:
-    """The replicate of every run, numbered from 0, by its columns seed and data_seed.
+    """The replicate of every run, numbered from 0.
 
-    With one window of training text, seeds are replicates, and with one seed, windows are. Where both vary, replicates
-    are the sets of seeds and windows that occur together: seeds crossed with windows are a single one, from which
-    nothing can be concluded beyond them.
+    Of seed, data_seed and embedding_seed those count that vary: runs that have one of them in common, or each with a
+    third run, are of one replicate. Seeds crossed with windows are thus a single one, from which nothing can be
+    concluded beyond them.
     """
-    seeds, windows = (pd.factorize(runs[name])[0] for name in ("seed", "data_seed"))
-    if windows.max(initial=0) == 0:
-        return pd.Series(seeds, runs.index)
-    if seeds.max(initial=0) == 0:
-        return pd.Series(windows, runs.index)
-    size = seeds.max() + 1
-    links = sparse.coo_matrix((np.ones(len(runs)), (seeds, size + windows)), shape=[size + windows.max() + 1] * 2)
-    _, found = sparse.csgraph.connected_components(links, directed=False)
-    return pd.Series(pd.factorize(found[seeds])[0], runs.index)
+    varied = [pd.factorize(runs[name])[0] for name in DRAWN if name in runs and runs[name].nunique() > 1]
+    links, nodes = [], len(runs)
+    for codes in varied:  # a node for every run and every value
+        links.append((np.arange(len(runs)), nodes + codes))
+        nodes += codes.max() + 1
+    if not links:
+        return pd.Series(0, runs.index)
+    ends = tuple(np.concatenate(side) for side in zip(*links, strict=True))
+    graph = sparse.coo_matrix((np.ones(len(ends[0])), ends), shape=(nodes, nodes))
+    _, found = sparse.csgraph.connected_components(graph, directed=False)
+    return pd.Series(pd.factorize(found[: len(runs)])[0], runs.index)
 
 
 def balanced(runs: pd.DataFrame, *columns: str) -> bool:

@@ -13,7 +13,7 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import optimize, stats
 
-from ctxlm.analysis.replicates import CONFIDENCE, balanced, each, replicate_of, student
+from ctxlm.analysis.replicates import CONFIDENCE, DRAWN, balanced, each, replicate_of, student
 from ctxlm.config import Experiment
 from ctxlm.files import atomic
 from ctxlm.results import load_history, load_runs, load_val_by_sample
@@ -25,7 +25,7 @@ MOST_TOKENS = 1e15
 """A crossover beyond this many tokens (or below one) is an artefact of two slopes that hardly differ."""
 CELL = ["train_tokens", "seed", "data_seed"]
 MEASURED = {"train_loss_after_epoch", "val_every_steps"}
-REPLICATES = {"experiment", "train_samples", "device", *CELL, *MEASURED}
+REPLICATES = {"experiment", "train_samples", "device", *CELL, *DRAWN, *MEASURED}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 
 
@@ -236,7 +236,12 @@ def crossover(law_a: PowerLaw, law_b: PowerLaw) -> Crossover:
 
 def beyond(log_tokens: float) -> str:
     """The reason against a crossover at so many tokens."""
-    return f"the laws would meet at 10^{log_tokens / math.log(10):.0f} tokens, which no text has"
+    return f"the laws would meet at {power_of_ten(log_tokens / math.log(10))} tokens, which no text has"
+
+
+def power_of_ten(exponent: float) -> str:
+    """Ten to a whole power, as text."""
+    return f"10{f'{exponent:.0f}'.translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame) -> PairedDifference:

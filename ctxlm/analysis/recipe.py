@@ -1,0 +1,92 @@
+"""The tuned recipe: what it does beside the study's and beside ordinary models, and what each ingredient is worth."""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ctxlm.analysis import explain, reasons
+from ctxlm.analysis.findings import percent, winner
+from ctxlm.analysis.scaling import paired_difference
+from ctxlm.config import Experiment
+
+LABELS = {"experiment", "seed", "data_seed"}
+
+
+def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], against: Sequence[str]) -> str:
+    """The tuned runs' PPL at every size, in pairs against each of the labels `against` of the grids `others`."""
+    runs, _, val_by_sample = tuned
+    if runs.empty:
+        return ""
+    known = pd.concat([grid[2] for grid in others])
+    said = []
+    for (size, label), group in runs.groupby(["train_tokens", "experiment"]):
+        mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
+        gaps = []
+        for other in against:
+            theirs = known[(known["experiment"] == other) & (known["train_tokens"] == size)] if len(known) else known
+            if theirs.empty:
+                continue
+            found = paired_difference(mine, theirs)
+            verdict = {label: "better", other: "worse"}.get(
+                winner({"a": label, "b": other, "interval": found.interval}), "which is better cannot be told"
+            )
+            interval = reasons.percents(found.interval)
+            gaps.append(f"{percent(math.expm1(found.log_ppl))} ({interval}) against {other}: {verdict}")
+        later = group["epochs_run"] - group["best_epoch"]
+        ends = f"{percent(group['overfit_rate'].mean())} {_epochs(later)} after the best"
+        versus = f", {', '.join(gaps)}" if gaps else ""
+        said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}; it stands {ends}")
+    single = "" if runs["replicate"].nunique() > 1 else ", single runs, seeds not covered"
+    samples = val_by_sample["sample"].nunique()
+    return (
+        f"**The tuned recipe.** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again "
+        f"in pairs{single}. It was chosen on held-out training text alone."
+    )
+
+
+def _epochs(later: pd.Series) -> str:
+    low, high = later.min(), later.max()
+    return f"{low}{'' if low == high else f' to {high}'} epoch{'' if high == 1 else 's'}"
+
+
+def ingredients(tuned: reasons.Grid, without: reasons.Grid) -> pd.DataFrame:
+    """What happens to PPL when one ingredient is left out: a row a label of `without`, the worst loss first.
+
+    Columns experiment, changed (parameters and their values), against (the label of `tuned` it is a pair with), ppl,
+    effect (`explain.Effect`), best_epoch, overfit_rate. Labels without a run of equal size, seed and text in `tuned`
+    are left out.
+    """
+    rows = []
+    if tuned[0].empty or without[0].empty:
+        return pd.DataFrame()
+    runs, val_by_sample = (pd.concat([tuned[k], without[k]], ignore_index=True) for k in (0, 2))
+    for label, group in without[0].groupby("experiment"):
+        whole = max((base for base in tuned[0]["experiment"].unique() if label.startswith(base)), key=len, default="")
+        try:
+            effect = explain.paired_effect(runs, label, whole, val_by_sample=val_by_sample)
+        except explain.NoPair:
+            continue
+        base = tuned[0][tuned[0]["experiment"] == whole].iloc[0]
+        names = [n for n in Experiment.model_fields if n not in LABELS and n != "train_tokens"]
+        changed = [f"{n} = {group[n].iloc[0]}" for n in names if group[n].iloc[0] != base[n]]
+        row = {"experiment": label, "against": whole, "changed": ", ".join(changed), "effect": effect}
+        rows.append(row | group[["val_ppl", "best_epoch", "overfit_rate"]].mean().to_dict())
+    found = pd.DataFrame(rows)
+    return found.sort_values("effect", key=lambda e: e.map(lambda x: -x.estimate)) if rows else found
+
+
+def ingredients_table(found: pd.DataFrame) -> pd.DataFrame:
+    """`ingredients` as it is shown."""
+    if found.empty:
+        return found
+    effects = found["effect"]
+    table = {
+        "Instead of the recipe's": found["changed"],
+        "Validation PPL": found["val_ppl"].map("{:.1f}".format),
+        "Change of PPL": [f"{percent(math.expm1(e.estimate))} ({reasons.percents(e.interval)})" for e in effects],
+        "Best epoch": found["best_epoch"].map("{:.3g}".format),
+        "Over-fitting, %": (100 * found["overfit_rate"]).map("{:+.0f}".format).str.replace("-", "−"),
+        "Pairs": [effect.n for effect in effects],
+    }
+    return pd.DataFrame(table)
