@@ -56,13 +56,18 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def lock(path: Path) -> FileLock:
+    """A lock on a file or a folder, kept outside of it; it is let go of when its process dies."""
+    name = f"ctxlm-{getpass.getuser()}-{digest(str(path.resolve()))}.lock"
+    return FileLock(Path(tempfile.gettempdir()) / name)
+
+
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew.
 
     Of several processes that want the same file, one builds it and the others wait for it.
     """
-    name = f"ctxlm-{getpass.getuser()}-{digest(str(path.resolve()))}.lock"
-    with FileLock(Path(tempfile.gettempdir()) / name):  # let go of when a process dies
+    with lock(path):
         if (arrays := _read_arrays(path)) is not None:
             return arrays
         arrays = build()

@@ -5,6 +5,7 @@ run. Small results that took long are committed under `data/results/<grid>/<run>
 such folder in `outputs`.
 """
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment
-from ctxlm.files import ROOT, atomic, resolve, source_hash
+from ctxlm.files import ROOT, atomic, lock, resolve, source_hash
 
 SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
 """What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
 
 SMALL_FILES = ("metrics.json", "history.csv", "val_by_sample.csv")
 """The files of a run that are committed when the run took long."""
+NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
+"""What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
+TABLES = {
+    "history.csv": {"phase": str, "step": int, "metric": str, "value": float},
+    "val_by_sample.csv": {"sample": int, "loss_sum": float, "tokens": int},
+}
+"""The columns of those that are tables."""
 
 
 def code_hash(model: str = "context") -> str:
@@ -85,10 +96,10 @@ def git_commit() -> str | None:
 
 
 def run_folder(path: str | Path | None) -> Path:
-    """The folder a run will be written to, made and tried before the work starts.
+    """The folder a run will be written to, made and tried before the work starts, and this process's till it ends.
 
     Raises:
-        ConfigError: no folder is named, or nothing can be written there.
+        ConfigError: no folder is named, nothing can be written there, or another process is at it.
     """
     if not path or resolve(path) == ROOT:
         raise ConfigError(f"output_dir = {path!r} is not possible: name a folder for the run, as outputs/mine/A")
@@ -96,9 +107,23 @@ def run_folder(path: str | Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            pass
     except OSError as error:
         raise ConfigError(f"output_dir = {str(path)!r} cannot be written to ({error.strerror}): name another") from None
+    try:
+        _own_lock(folder.resolve()).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"output_dir = {str(path)!r} is in use by another process: wait for that run to end, shut down the "
+            "notebook that has it, or name another folder"
+        ) from None
+    return folder
+
+
+@cache
+def _own_lock(folder: Path) -> FileLock:
+    """One and the same lock for all of this process's runs in a folder, so that it may take it again."""
+    return lock(folder)
 
 
 def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
@@ -127,7 +152,7 @@ def write_run(
 
     Raises:
         ValueError: a metric is not finite (JSON has no such numbers).
-        OSError: the disk is full or not writable; what was there before is untouched.
+        OSError: the disk is full or not writable; if it is so before all is written, the earlier run is untouched.
     """
     folder = resolve(folder)
     not_finite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
@@ -140,10 +165,19 @@ def write_run(
         "val_losses.npz": lambda path: np.savez_compressed(path, loss=val_losses, sample=val_samples),
         "model.safetensors": lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
-    with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
-        for name, write in writers.items():
-            write(replaced_on_exit.enter_context(atomic(folder / name)))
-        (folder / "metrics.json").unlink(missing_ok=True)  # from here on, until the new one, the run is unfinished
+    try:
+        with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
+            for name, write in writers.items():
+                write(replaced_on_exit.enter_context(atomic(folder / name)))
+            # Five files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark of
+            # a finished run, never an earlier metrics.json beside newer tables.
+            (folder / "metrics.json").unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        untouched = "; the earlier run there is untouched" if (folder / "metrics.json").exists() else ""
+        raise OSError(
+            f"{folder} cannot be written to ({getattr(error, 'strerror', None) or error}): free some space there, or "
+            f"make it writable, and run it again{untouched}"
+        ) from None
     return folder / "metrics.json"
 
 
@@ -168,20 +202,36 @@ def load_runs(grid: str) -> pd.DataFrame:
     A parameter that is younger than a run has its default there, which is how the run was made.
 
     Raises:
-        ConfigError: a metrics.json is not readable.
+        ConfigError: a metrics.json is not readable, or does not hold what a run has.
     """
     rows, younger = [], {name: field.default for name, field in Experiment.model_fields.items()}
     for run, (folder, source) in run_folders(grid).items():
         try:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            if not isinstance(metrics, dict) or not {"experiment", "train_tokens", "val_ppl"} <= set(metrics):
-                raise ValueError("it holds no run")
-        except ValueError as error:
-            raise ConfigError(f"{folder.name}/metrics.json of grid {grid} is damaged ({error}): delete it") from None
+            _check_metrics(metrics)
+        except (OSError, ValueError) as error:
+            raise _damaged(grid, run, source, "metrics.json", error) from None
         rows.append({"run": run, "source": source, "phase1_cached": False} | younger | metrics)
     if not rows:
         return pd.DataFrame()
     return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Refuse what is no run's metrics.json, or one without the numbers that everything else is computed from."""
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("experiment"), str):
+        raise ValueError("it holds no run")
+    for name, kind in NUMBERS.items():
+        if name not in metrics:
+            raise ValueError(f"it has no {name}")
+        value = metrics[name]
+        if type(value) not in (int, kind) or not 0 <= value < math.inf or (value == 0 and name != "seed"):
+            raise ValueError(f"{name} = {value!r} is not possible")
+
+
+def _damaged(grid: str, run: str, source: str, name: str, error: Exception) -> ConfigError:
+    remedy = {"outputs": "delete the run's metrics.json and run it again", "committed": "restore it by git"}
+    return ConfigError(f"{run}/{name} of grid {grid} is damaged ({' '.join(str(error).split())}): {remedy[source]}")
 
 
 def load_history(grid: str) -> pd.DataFrame:
@@ -197,8 +247,29 @@ def load_val_by_sample(grid: str) -> pd.DataFrame:
 def _load_table(grid: str, name: str) -> pd.DataFrame:
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():
-        table = pd.read_csv(folders[row.run][0] / name)
+        try:
+            table = _read_table(folders[row.run][0] / name)
+            if "tokens" in table and table["tokens"].sum() != row.val_tokens - 1:  # one prediction fewer than tokens
+                raise ValueError(f"it has {table['tokens'].sum()} tokens, metrics.json asks for {row.val_tokens - 1}")
+        except (OSError, ValueError) as error:
+            raise _damaged(grid, row.run, row.source, name, error) from None
         for column in ("seed", "train_tokens", "experiment", "run"):
             table.insert(0, column, getattr(row, column))
         tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """One of `TABLES`.
+
+    Raises:
+        ValueError: it is cut off within a line, or is something else.
+        OSError: it cannot be read.
+    """
+    content, columns = path.read_bytes(), TABLES[path.name]
+    table = pd.read_csv(io.BytesIO(content), dtype=columns)
+    if list(table.columns) != list(columns):
+        raise ValueError(f"its columns are not {', '.join(columns)}")
+    if not content.endswith(b"\n") or table.isna().any(axis=None):
+        raise ValueError("a line of it is not whole")
+    return table

@@ -59,7 +59,7 @@ def plant(
                 folder = root / grid / name
                 folder.mkdir(parents=True, exist_ok=True)
                 table.to_csv(folder / "val_by_sample.csv", index=False)
-                run = _metrics(label, *shapes[label], size, seed, loss, int(tokens.sum()))
+                run = _metrics(label, *shapes[label], size, seed, loss, int(tokens.sum()) + 1)
                 run |= {"corpus": corpus, "data_seed": window} | metrics
                 history = _history(run, loss)
                 history.to_csv(folder / "history.csv", index=False)

@@ -1,15 +1,19 @@
 """Runs on disk: what is written, what is refused, what survives a fault."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
 from ctxlm.config import ConfigError, Experiment
+from ctxlm.files import ROOT
 from ctxlm.results import (
     SOURCES,
     Stopwatch,
@@ -27,9 +31,9 @@ HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "va
 
 
 def write(folder, **metrics):
-    metrics = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_loss": 2.0} | metrics
+    own = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_tokens": 4, "val_loss": 2.0, "val_ppl": 7.4}
     losses, samples = np.array([1.0, 2.0, 4.0], dtype=np.float32), np.array([7, 7, 8], dtype=np.int32)
-    return write_run(folder, metrics, HISTORY, losses, samples, {"w": torch.arange(6.0).reshape(2, 3).T})
+    return write_run(folder, own | metrics, HISTORY, losses, samples, {"w": torch.arange(6.0).reshape(2, 3).T})
 
 
 @pytest.fixture
@@ -80,13 +84,13 @@ def test_a_metrics_file_that_holds_no_run_is_named(roots):
     folder = roots[0] / "g" / "A"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged \(it holds no run\): delete it"):
+    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged \(it holds no run\): delete the run's"):
         load_runs("g")
 
 
 def test_a_damaged_metrics_file_is_named(roots):
     write(roots[0] / "g" / "A").write_text('{"experiment": ', encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete it"):
+    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete the run's metrics.json"):
         load_runs("g")
 
 
@@ -156,3 +160,91 @@ def test_a_runs_folder_is_tried_before_the_work_starts(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir = .* cannot be written to \(Not a directory\): name another"):
         run_folder(tmp_path / "file" / "A")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_run_that_cannot_be_written_says_where_why_and_what_to_do(roots, monkeypatch, error):
+    def fail(*_arguments, **_options):
+        raise error
+
+    folder = roots[0] / "g" / "A"
+    monkeypatch.setattr("ctxlm.results.save_file", fail)
+    with pytest.raises(OSError) as caught:
+        write(folder)
+    sentence = f"{folder} cannot be written to (No space left on device): free some space there, or make it writable, "
+    assert str(caught.value) == f"{sentence}and run it again"
+    monkeypatch.undo()
+    write(folder)
+    monkeypatch.setattr("ctxlm.results.save_file", fail)
+    with pytest.raises(OSError, match=r"; the earlier run there is untouched$"):
+        write(folder)
+
+
+@pytest.mark.parametrize("name", ["val_ppl", "val_loss", "train_tokens", "val_tokens", "seed"])
+def test_a_metrics_file_without_a_number_that_counts_is_named(roots, name):
+    path = write(roots[0] / "g" / "A")
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    for value in ("7.4", None, float("nan"), float("inf"), -1, True, [1]) + ((0,) if name != "seed" else ()):
+        path.write_text(json.dumps(metrics | {name: value}), encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_runs("g")
+        why = f"A/metrics.json of grid g is damaged ({name} = {value!r} is not possible): delete the run's metrics.json"
+        assert str(caught.value) == f"{why} and run it again"
+    del metrics[name]
+    path.write_text(json.dumps(metrics), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"is damaged \(it has no {name}\): delete"):
+        load_runs("g")
+
+
+@pytest.mark.parametrize(("name", "load"), [("history.csv", load_history), ("val_by_sample.csv", load_val_by_sample)])
+def test_a_damaged_table_is_named(roots, name, load):
+    path = write(roots[0] / "g" / "A").with_name(name)
+    whole = path.read_bytes()
+    damaged = [None, b"", b"\x89PNG\r\n\x1a\n\x00\xff", b"a,b\n1,2\n", whole[:-2], whole.replace(b".0", b"x")]
+    if name == "val_by_sample.csv":  # of a history nothing tells how long it was
+        damaged.append(whole[: whole.rindex(b"\n", 0, -1) + 1])
+    for content in damaged:
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            load("g")
+        message = str(caught.value)
+        assert message.startswith(f"A/{name} of grid g is damaged (") and "\n" not in message
+        assert message.endswith("): delete the run's metrics.json and run it again")
+    write(roots[1] / "h" / "A").with_name(name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"A/{name} of grid h is damaged \(.*\): restore it by git$"):
+        load("h")
+
+
+def test_every_committed_result_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    for folder in sorted((ROOT / "data" / "results").iterdir()):
+        runs, tables = load_runs(folder.name), [load_history(folder.name), load_val_by_sample(folder.name)]
+        assert len(runs) == len(list(folder.iterdir())) > 0 and set(runs["source"]) == {"committed"}
+        assert set(tables[1]["run"]) == set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ctxlm.files import lock
+held = lock(Path(sys.argv[1]))
+held.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_one_process_own(tmp_path):
+    folder = tmp_path / "A"
+    folder.mkdir()
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=r"^output_dir = .* is in use by another process: wait for that run"):
+            run_folder(folder)
+        assert run_folder(tmp_path / "B") == tmp_path / "B"
+        other.stdin.close()
+    assert run_folder(folder) == run_folder(folder) == folder  # a kernel may write there again
+    assert not any(folder.iterdir())
