@@ -16,8 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ctxlm.files import ROOT, digest, resolve
 
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Few = Annotated[int, Field(ge=1, le=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -28,6 +31,8 @@ NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELIN
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
+LONGEST_NAME = 200
+"""Characters of a run's name; file systems take 255 bytes."""
 
 
 class ConfigError(ValueError):
@@ -39,7 +44,9 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    experiment: str = Field("A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="label of the configuration")
+    experiment: str = Field(
+        "A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60, description="label of the configuration"
+    )
     # What is read
     corpus: str = Field("chitchat", min_length=1, description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file")
     embedding: str = Field("ppmi", min_length=1, description="ppmi, random, gpt2, or a .safetensors file holding wte")
@@ -57,20 +64,20 @@ class Experiment(BaseModel):
     model: Literal["context", "kneser-ney", "lstm", "transformer"] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
     )
-    ngram_order: Count = Field(4, description="tokens that an n-gram of kneser-ney spans")
+    ngram_order: Few = Field(4, description="tokens that an n-gram of kneser-ney spans")
     ngram_second_half: bool = Field(
         False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
     )
-    hidden_dim: Count = Field(1712, description="width of the lstm's state, or of the transformer's layers")
+    hidden_dim: Width = Field(1712, description="width of the lstm's state, or of the transformer's layers")
     window: Count = Field(32, description="tokens an lstm is trained through at a time, or a transformer sees at most")
     num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
     design: Literal["constant", "arithmetic"] = Field(
         "constant", description="width of the layers: constant, or falling in an arithmetic progression"
     )
-    num_layers: Count = Field(6, description="layers of each block, L")
-    context_dim: Count = Field(768, description="width of the context, C")
-    embed_dim: Count = Field(768, description="width of a token embedding, d")
-    num_input_tokens: Count = Field(2, description="tokens read at a time, n")
+    num_layers: int = Field(6, ge=1, le=1024, description="layers of each block, L")
+    context_dim: Width = Field(768, description="width of the context, C")
+    embed_dim: Width = Field(768, description="width of a token embedding, d")
+    num_input_tokens: Few = Field(2, description="tokens read at a time, n")
     use_weight_tying: bool = Field(True, description="the head is the embedding matrix")
     # Phase 1
     dist_reg_weight: Fraction = Field(0.5, description="weight of diversity in Phase 1's loss")
@@ -98,13 +105,17 @@ class Experiment(BaseModel):
     phase2_shuffle: bool = Field(False, description="updates read the tokens in random order, not in the stream's")
     phase2_warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
     phase2_final_rate: float = Field(
-        1.0, gt=0, le=1, description="the learning rate after phase2_epochs as a share of its peak (half a cosine)"
+        1.0,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="the learning rate after phase2_epochs as a share of its peak (half a cosine)",
     )
     phase2_weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
-    phase2_dropout: float = Field(0.0, ge=0, lt=1, description="share of context and input entries dropped in training")
-    phase2_label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all tokens")
-    phase2_weight_average: float = Field(
-        0.0, ge=0, lt=1, description="decay an update of the average of the weights that is judged and kept; 0: none"
+    phase2_dropout: Share = Field(0.0, description="share of context and input entries dropped in training")
+    phase2_label_smoothing: Share = Field(0.0, description="share of the target spread over all tokens")
+    phase2_weight_average: Share = Field(
+        0.0, description="decay an update of the average of the weights that is judged and kept; 0: none"
     )
     held_out_tokens: int = Field(
         0,
@@ -148,7 +159,22 @@ class Experiment(BaseModel):
                 f"phase1_min_iterations = {self.phase1_min_iterations} is above phase1_max_iterations = "
                 f"{self.phase1_max_iterations}: lower the first or raise the second"
             )
+        targets = (self.train_tokens or 0) - self.held_out_tokens - 1
+        if self.model == "context" and targets > 0:  # otherwise only the corpus tells how many updates there are
+            self.check_warmup(-(-targets // self.phase2_batch_size))
         return self
+
+    def check_warmup(self, updates: int) -> None:
+        """Refuse a warm-up that outlasts a training of so many `updates` an epoch.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if self.phase2_warmup_updates >= self.phase2_epochs * updates:
+            raise ConfigError(
+                f"phase2_warmup_updates = {self.phase2_warmup_updates} is not over within phase2_epochs = "
+                f"{self.phase2_epochs} of {updates} updates each: lower it, or raise phase2_epochs"
+            )
 
     def _check_network(self) -> None:
         if self.model == "transformer" and self.hidden_dim % self.num_heads:
@@ -217,6 +243,13 @@ class Experiment(BaseModel):
         return digest(json.dumps(self.model_dump(), sort_keys=True))
 
 
+_PATTERNS = {
+    "experiment": "a label holds letters, digits, '.', '_' and '-' only, and begins with a letter or a digit",
+    "device": "it must be auto, cpu, cuda or cuda:N, as cuda:0",
+}
+"""What the parameters that have a pattern must be, in words."""
+
+
 def _sentence(detail: Mapping[str, Any]) -> str:
     """One of pydantic's error details as a sentence: parameter, value, remedy."""
     name = ".".join(str(part) for part in detail["loc"][:1])
@@ -228,8 +261,7 @@ def _sentence(detail: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         return f"{name} = {value!r} is not possible: choose {context['expected']}"
     if kind == "string_pattern_mismatch":
-        wanted = Experiment.model_fields[name].description
-        return f"{name} = {value!r} is not possible: it must be {wanted}, matching {context['pattern']}"
+        return f"{name} = {value!r} is not possible: {_PATTERNS[name]}"
     message = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
     hint = ""
     if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
@@ -246,33 +278,58 @@ def _is_number(text: str) -> bool:
 
 
 def _did_you_mean(name: str) -> str:
-    import difflib
+    from difflib import SequenceMatcher
 
-    close = difflib.get_close_matches(name, list(Experiment.model_fields), n=1)
-    return f": did you mean {close[0]}?" if close else ": see the README's table of parameters"
+    scores = {known: SequenceMatcher(None, known, name).ratio() for known in Experiment.model_fields}
+    best = max(scores.values())
+    closest = [known for known, score in scores.items() if score == best][:3]
+    return f": did you mean {' or '.join(closest)}?" if best >= 0.6 else ": see the README's table of parameters"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as `yaml.safe_load` reads it, but a key that is given twice is refused, where YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise ConfigError(f"line {line}: {key.value!r} is given a second time: remove or rename one of the two")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; relative paths are taken from the repository's root.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds no mapping.
+        ConfigError: the file cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
     file = resolve(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): check the name") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, but holds {type(content).__name__}")
     return content
 
 
+def _parameters(names: str) -> list[str]:
+    """The parameters that one line of a grid's sweep names."""
+    return [name.strip() for name in str(names).split(",")]
+
+
 def _steps(path: Path, names: str, values: list[Any]) -> list[dict[str, Any]]:
     """What one line of a grid's sweep sets, step by step."""
-    parameters = [name.strip() for name in str(names).split(",")]
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise ConfigError(f"{path}: 'sweep' of '{names}' has {twice[0]!r} twice: remove one of the two")
+    parameters = _parameters(names)
     if len(parameters) == 1:
         return [{parameters[0]: value} for value in values]
     if not all(isinstance(value, list) and len(value) == len(parameters) for value in values):
@@ -305,7 +362,8 @@ def load_grid(name: str) -> Grid:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("params/grids") / f"{name}.yaml"
     if not resolve(path).exists():
         known = ", ".join(sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml")))
-        raise ConfigError(f"grid {name!r} does not exist: choose one of {known}, or name a .yaml file")
+        missing = f"grid {name!r} does not exist" if name else "grid = '' names no grid"
+        raise ConfigError(f"{missing}: choose one of {known}, or name a .yaml file")
     ours = ROOT / "params" / "grids" / f"{path.stem}.yaml"
     if ours.exists() and resolve(path).resolve() != ours:
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
@@ -322,29 +380,47 @@ def load_grid(name: str) -> Grid:
         raise ConfigError(f"{path}: 'common' must map parameter names to values, but is {common!r}")
     if not isinstance(sweep, dict) or not all(isinstance(values, list) and values for values in sweep.values()):
         raise ConfigError(f"{path}: 'sweep' must map parameter names to non-empty lists of values")
+    for key in ("title", "description"):
+        if not isinstance(content.get(key, ""), str):
+            remedy = f"write a text after '{key}:' (a number in quotes), or leave the line out"
+            raise ConfigError(f"{path}: {key} = {content[key]!r} is not possible: {remedy}")
+    swept = [name for names in sweep for name in _parameters(names)]
+    for name in swept:
+        if swept.count(name) > 1:
+            raise ConfigError(f"{path}: 'sweep' names {name} twice: keep one of the two")
     base = read_yaml("params/base.yaml")
     runs: dict[str, Experiment] = {}
     for label, own in experiments.items():
         values = read_yaml(own) if isinstance(own, str) else (own or {})
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: experiment {label!r} must be a parameter file or values, but is {values!r}")
+        for name in swept:
+            if name in values and not isinstance(own, str):  # a file's values are defaults, shared among grids
+                raise ConfigError(
+                    f"{path}: {name} = {values[name]!r} of experiment {label!r} would be overridden by 'sweep': "
+                    "remove one of the two"
+                )
         for combination in itertools.product(*(_steps(path, names, values) for names, values in sweep.items())):
-            swept = {name: value for step in combination for name, value in step.items()}
-            run = "_".join([str(label), *(f"{key}-{value}" for key, value in swept.items())])
+            step = {name: value for part in combination for name, value in part.items()}
+            run = "_".join([str(label), *(f"{key}-{value}" for key, value in step.items())])
             try:
-                runs[run] = Experiment.from_mapping(base, common, values, {"experiment": str(label)}, swept)
+                runs[run] = Experiment.from_mapping(base, common, values, {"experiment": str(label)}, step)
             except ConfigError as error:
                 raise ConfigError(f"{path}, run {run}: {error}") from None
-            if run == "report" or run.startswith("corpus"):
-                raise ConfigError(f"{path}: a run cannot be called {run!r}, the report and the corpus are: rename it")
+            if run in ("report", "analysis") or run.startswith("corpus"):
+                raise ConfigError(
+                    f"{path}: a run cannot be called {run!r}, as the report, the analysis and the corpus are: rename it"
+                )
             if not re.fullmatch(NAME, run):  # a path among the swept values, say
                 raise ConfigError(f"{path}: run {run!r} cannot name a folder: give such a value under 'experiments'")
-    try:
-        return Grid(
-            name=path.stem,
-            title=content.get("title", path.stem),
-            description=content.get("description", ""),
-            runs=runs,
-        )
-    except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_sentence(detail) for detail in error.errors())) from None
+            if len(run) > LONGEST_NAME:
+                raise ConfigError(
+                    f"{path}: run {run!r} has a name of {len(run)} characters, more than {LONGEST_NAME}: shorten its "
+                    "label, or give long values under 'experiments'"
+                )
+    return Grid(
+        name=path.stem,
+        title=content.get("title", path.stem),
+        description=content.get("description", ""),
+        runs=runs,
+    )

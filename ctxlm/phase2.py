@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.loss import Score, autocast
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
 from ctxlm.model import ContextLM, generator, sent
@@ -276,12 +276,8 @@ def _optimiser(trained: dict[str, Tensor], e: Experiment, updates: int) -> tuple
     ]
     kind = torch.optim.AdamW if e.phase2_weight_decay else torch.optim.Adam
     optimiser = kind(groups, lr=e.phase2_learning_rate, fused=True)
+    e.check_warmup(updates)
     rise, total = e.phase2_warmup_updates, e.phase2_epochs * updates
-    if rise >= total:
-        raise ConfigError(
-            f"phase2_warmup_updates = {rise} is not over within phase2_epochs = {e.phase2_epochs} of {updates} updates "
-            "each: lower it, or raise phase2_epochs"
-        )
 
     def share(update: int) -> float:
         gone = min(max(update - rise, 0) / max(total - rise, 1), 1)

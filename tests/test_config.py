@@ -1,6 +1,7 @@
 """Parameters: what is refused and how, what identifies a run, and how a grid file becomes runs."""
 
 import json
+import math
 import typing
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def refusal(call, *arguments, **keywords) -> str:
     [
         ("num_layer", 3, "did you mean num_layers?"),
         ("phase2_learningrate", 0.1, "did you mean phase2_learning_rate?"),
+        ("lerning_rate", 0.1, "did you mean phase1_learning_rate or phase2_learning_rate?"),
         ("xyz", 1, "see the README's table of parameters"),
         (1, 2, "is not a parameter"),
         ("num_layers", "3", "write it without quotes"),
@@ -50,6 +52,12 @@ def refusal(call, *arguments, **keywords) -> str:
         ("context_dim", -768, "greater than or equal to 1"),
         ("embed_dim", 0, "greater than or equal to 1"),
         ("num_input_tokens", 0, "greater than or equal to 1"),
+        ("context_dim", 10**12, "less than or equal to 65536"),
+        ("embed_dim", 10**11, "less than or equal to 65536"),
+        ("hidden_dim", 65_537, "less than or equal to 65536"),
+        ("num_layers", 10**9, "less than or equal to 1024"),
+        ("num_input_tokens", 65, "less than or equal to 64"),
+        ("ngram_order", 65, "less than or equal to 64"),
         ("train_tokens", 0, "greater than or equal to 1"),
         ("val_samples", -1, "greater than or equal to 1"),
         ("phase2_batch_size", 0, "greater than or equal to 1"),
@@ -59,24 +67,28 @@ def refusal(call, *arguments, **keywords) -> str:
         ("phase1_context_noise", float("nan"), "it should be a finite number"),
         ("dist_reg_weight", 1.5, "less than or equal to 1"),
         ("phase2_dropout", 1.0, "less than 1"),
+        ("phase2_dropout", float("nan"), "it should be a finite number"),
         ("phase2_final_rate", 0.0, "greater than 0"),
+        ("phase2_final_rate", float("nan"), "it should be a finite number"),
         ("output_bias", "bigram", "'none' or 'unigram'"),
-        ("dist_reg_weight", float("nan"), "less than or equal to 1"),
+        ("dist_reg_weight", float("nan"), "it should be a finite number"),
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**32, "less than"),
         ("device", "gpu", "auto, cpu, cuda or cuda:N"),
         ("device", "cuda:", "auto, cpu, cuda or cuda:N"),
         ("dtype", "float16", "'float32' or 'bfloat16'"),
         ("design", "deep", "choose"),
+        ("experiment", "a b", "a label holds letters, digits, '.', '_' and '-' only"),
         ("experiment", "a/b", "label"),
         ("experiment", "", "label"),
+        ("experiment", "a" * 61, "at most 60 characters"),
     ],
 )
 def test_a_bad_value_is_one_sentence_with_parameter_value_and_remedy(name, value, remedy):
     message = refusal(Experiment.from_mapping, {name: value})
     assert message.startswith(f"{name} = {value!r} is not ")
     assert remedy in message
-    assert message.count(" = ") == 1
+    assert message.count(" = ") == 1 and "^" not in message
 
 
 def test_every_bad_value_is_named():
@@ -91,6 +103,7 @@ def test_every_bad_value_is_named():
         ({"train_tokens": None, "train_samples": None}, "give exactly one"),
         ({"train_capacity_tokens": 9, "train_capacity_samples": 8}, "give at most one"),
         ({"phase1_min_iterations": 5, "phase1_max_iterations": 4}, "lower the first or raise the second"),
+        ({"phase2_warmup_updates": 1700, "phase2_epochs": 10}, "of 170 updates each: lower it"),  # 86,924 / 512
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values, remedy):
@@ -102,6 +115,14 @@ def test_values_that_contradict_each_other_are_refused(values, remedy):
 def test_an_embedding_that_is_not_drawn_takes_no_seed():
     message = refusal(Experiment.from_mapping, {"embedding": "gpt2", "embedding_seed": 3})
     assert "embedding_seed = 3 is not possible for embedding = 'gpt2'" in message and "set it to 0" in message
+
+
+def test_a_warm_up_is_held_against_the_updates_that_there_will_be():
+    assert Experiment(phase2_warmup_updates=1699).phase2_warmup_updates == 1699
+    held_out = {"held_out_tokens": 86_925 - 513, "phase2_epochs": 1}  # 512 predictions: a single update
+    assert "of 1 updates each" in refusal(Experiment.from_mapping, held_out | {"phase2_warmup_updates": 1})
+    unknown = {"train_tokens": None, "train_samples": 1}  # only the corpus tells how many tokens these are
+    assert Experiment.from_mapping(unknown, {"phase2_warmup_updates": 1700}).phase2_warmup_updates == 1700
 
 
 def test_later_mappings_override_earlier_ones():
@@ -132,7 +153,7 @@ def valid(name: str) -> st.SearchStrategy:
         return st.floats(0, 1, exclude_min=True, exclude_max=True)
     if type(None) in typing.get_args(kind):
         return st.none() | st.integers(1, 10**7)
-    return st.integers(1, 10**7)
+    return st.integers(1, min([10**7, *(bound.le for bound in FIELDS[name].metadata if hasattr(bound, "le"))]))
 
 
 @st.composite
@@ -146,9 +167,13 @@ def parameters(draw) -> dict:
         values |= {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
         values |= {"design": "constant", "context_ablation": "none"}
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
+        values["num_heads"] = draw(st.integers(1, 64))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))
     values["embedding_seed"] *= values["embedding"] != "gpt2"
     values["ngram_second_half"] &= values["model"] == "kneser-ney"
+    targets = (values["train_tokens"] or 0) - values["held_out_tokens"] - 1
+    if targets > 0:  # the warm-up is over before the training
+        values["phase2_warmup_updates"] %= values["phase2_epochs"] * math.ceil(targets / values["phase2_batch_size"])
     iterations = sorted([values["phase1_min_iterations"], values["phase1_max_iterations"]])
     return values | dict(zip(["phase1_min_iterations", "phase1_max_iterations"], iterations, strict=True))
 
@@ -236,6 +261,8 @@ def test_names_beside_the_parameters_are_allowed_only_when_listed():
         (b"corpus: \xff\xfe", "is not readable as YAML"),
         (b"- num_layers\n- 6\n", "holds list"),
         (b"", "holds NoneType"),
+        (b"seed: 1\nnum_layers: 3\nseed: 2\n", "line 3: 'seed' is given a second time: remove or rename one"),
+        (b"A: {seed: 1, 'seed': 2}\n", "line 1: 'seed' is given a second time"),
     ],
 )
 def test_a_parameter_file_that_holds_no_mapping_is_named(tmp_path, content, complaint):
@@ -243,6 +270,11 @@ def test_a_parameter_file_that_holds_no_mapping_is_named(tmp_path, content, comp
     file.write_bytes(content)
     message = refusal(read_yaml, file)
     assert str(file) in message and complaint in message
+
+
+def test_a_mapping_may_still_be_merged_into_another(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: &a {b: 1, c: 1}\nd: {<<: *a, b: 2}\n", encoding="utf-8")
+    assert read_yaml(tmp_path / "mine.yaml") == {"a": {"b": 1, "c": 1}, "d": {"b": 2, "c": 1}}
 
 
 def test_a_parameter_file_that_cannot_be_read_is_named(tmp_path):
@@ -299,7 +331,7 @@ def test_a_grid_crosses_experiments_with_swept_values(tmp_path):
     assert len({run.params_hash for run in grid.runs.values()}) == len(grid.runs)
 
 
-@pytest.mark.parametrize("label", ["report", "corpus", "corpus-2"])
+@pytest.mark.parametrize("label", ["report", "analysis", "corpus", "corpus-2"])
 def test_a_run_cannot_be_called_as_the_pipelines_own_folders(tmp_path, label):
     with pytest.raises(ConfigError, match=f"a run cannot be called '{label}'"):
         load_grid(grid_file(tmp_path, experiments={label: {}}, sweep={}))
@@ -363,9 +395,21 @@ def test_a_longer_sweep_adds_runs_and_changes_none(tmp_path_factory, sizes, data
         ({"sweep": {"seed": []}}, "'sweep' must map parameter names to non-empty lists"),
         ({"sweep": {"sed": [1]}}, "run A_sed-1: sed = 1 is not a parameter: did you mean seed?"),
         ({"sweep": {"seed": [1, "2"]}}, "run A_seed-2: seed = '2'"),
+        ({"sweep": {"seed": [1, 2], "seed, data_seed": [[1, 0]]}}, "'sweep' names seed twice: keep one of the two"),
+        ({"sweep": {"seed, seed": [[1, 2]]}}, "'sweep' names seed twice"),
+        ({"sweep": {"seed": [42, 43, 42]}}, "'sweep' of 'seed' has 42 twice: remove one of the two"),
+        ({"sweep": {"phase1_learning_rate": [1, 1.0]}}, "has 1.0 twice"),
+        ({"sweep": {"seed, data_seed": [[1, 0], [1, 0]]}}, "has [1, 0] twice"),
+        (
+            {"experiments": {"A": {"seed": 7}}, "sweep": {"seed": [1, 2]}},
+            "seed = 7 of experiment 'A' would be overridden by 'sweep': remove one of the two",
+        ),
         ({"sweep": {"train_samples": [50]}}, "give exactly one"),
         ({"sweep": {"corpus": ["texts/mine.txt"]}}, "cannot name a folder"),
+        ({"sweep": {"corpus": ["a" * 200]}}, "has a name of 209 characters, more than 200: shorten its label"),
         ({"title": 7}, "title = 7"),
+        ({"title": None}, "title = None is not possible: write a text after 'title:'"),
+        ({"description": None}, "description = None is not possible: write a text after 'description:'"),
     ],
 )
 def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, content, complaint):
@@ -385,6 +429,7 @@ def test_a_missing_grid_is_answered_with_the_known_ones():
     message = refusal(load_grid, "quikc")
     assert "'quikc'" in message and all(name in message for name in GRIDS)
     assert "missing.yaml" in refusal(load_grid, "params/grids/missing.yaml")
+    assert "grid = '' names no grid: choose one of ablations, " in refusal(load_grid, "")
 
 
 @pytest.mark.parametrize("name", GRIDS)
