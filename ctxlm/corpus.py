@@ -54,15 +54,19 @@ class Split:
     val: Stream
     test: Stream
 
-    def with_targets(self) -> "Split":
-        """Itself, once every stream is known to hold a token to predict.
+    def with_targets(self, experiment: Experiment) -> "Split":
+        """Itself, once every stream that the experiment cut is known to hold a token to predict.
 
         Raises:
             ConfigError: a stream of one token.
         """
-        for name, part in (("train_tokens", self.train), ("val_samples", self.val), ("test_samples", self.test)):
+        size = "train_tokens" if experiment.train_samples is None else "train_samples"
+        for name, part in ((size, self.train), ("val_samples", self.val), ("test_samples", self.test)):
             if len(part) < 2:
-                raise ConfigError(f"{name} leaves a single token, and nothing to predict from it: raise it")
+                raise ConfigError(
+                    f"{name} = {getattr(experiment, name)} leaves a single token, and nothing to predict from it: "
+                    "raise it"
+                )
         return self
 
 
@@ -165,14 +169,13 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     """
     corpus = corpus or load_corpus(experiment.corpus)
     capacity = _capacity(corpus, experiment)
+    _check_training(corpus, experiment, capacity)
     region = corpus.stream(0, capacity)
     start = int(np.random.default_rng(experiment.data_seed).integers(capacity)) if experiment.data_seed else 0
     if experiment.train_samples is not None:
-        _check_training("train_samples", experiment.train_samples, capacity, corpus.num_samples, "samples", corpus.name)
         order = np.arange(start, start + experiment.train_samples) % capacity
         length = int(np.diff(corpus.starts)[order].sum())
     else:
-        _check_training("train_tokens", experiment.train_tokens, len(region), len(corpus.tokens), "tokens", corpus.name)
         length = experiment.train_tokens
     window = np.arange(corpus.starts[start], corpus.starts[start] + length) % len(region)
     first_test = capacity + experiment.val_samples
@@ -193,36 +196,59 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     )
 
 
+def _room(corpus: Corpus, experiment: Experiment) -> tuple[int, str]:
+    """Samples that training, validation and test may take together, the corpus's first ones, and of what they are."""
+    reader = {"ppmi": "embedding ppmi is made from"}.get(experiment.embedding)
+    if experiment.model == "kneser-ney" and experiment.ngram_second_half:
+        reader = "ngram_second_half counts"
+    if reader:
+        return corpus.half, f"the first half of {corpus.name} ({reader} the second)"
+    return corpus.num_samples, corpus.name
+
+
 def _capacity(corpus: Corpus, experiment: Experiment) -> int:
     """Samples of the training capacity, once validation and test are known to fit behind it."""
     held_out = experiment.val_samples + experiment.test_samples
     tokens, samples = experiment.train_capacity_tokens, experiment.train_capacity_samples
+    all_there_is = tokens is None and samples is None and corpus.name not in DEFAULT_CAPACITY
     if tokens is None and samples is None:
         default = DEFAULT_CAPACITY.get(corpus.name, {"samples": max(corpus.half - held_out, 1)})
         tokens, samples = default.get("tokens"), default.get("samples")
     if tokens is not None:
         samples = int(np.searchsorted(corpus.starts, tokens))  # one more than there are, if there are too few
-    reader = {"ppmi": "embedding ppmi is made from"}.get(experiment.embedding)
-    if experiment.model == "kneser-ney" and experiment.ngram_second_half:
-        reader = "ngram_second_half counts"
-    limit = corpus.half if reader else corpus.num_samples
+    limit, where = _room(corpus, experiment)
     if samples + held_out > limit:
-        where = f"the first half of {corpus.name} ({reader} the second)" if reader else corpus.name
-        asked = f"train_capacity_tokens = {tokens}" if tokens is not None else f"train_capacity_samples = {samples}"
+        asked = f"val_samples = {experiment.val_samples} and test_samples = {experiment.test_samples}"
+        there = f"{where} has {limit:,} samples, {corpus.starts[limit]:,} tokens"
+        if all_there_is:
+            remedy = "lower them or use a longer corpus" if limit > 2 else "use a longer corpus"
+            raise ConfigError(f"{asked} leave no sample to train on: {there}; {remedy}")
+        capacity = f"train_capacity_tokens = {tokens}" if tokens is not None else f"train_capacity_samples = {samples}"
         raise ConfigError(
-            f"val_samples = {experiment.val_samples} and test_samples = {experiment.test_samples} do not fit after "
-            f"the training capacity ({asked}): {where} has {limit:,} samples, {corpus.starts[limit]:,} tokens; "
-            "lower one of the three or use a longer corpus"
+            f"{asked} do not fit after the training capacity ({capacity}): {there}; lower one of the three or use a "
+            "longer corpus"
         )
     return samples
 
 
-def _check_training(name: str, asked: int, capacity: int, total: int, unit: str, corpus: str) -> None:
-    if asked > capacity:
+def _check_training(corpus: Corpus, experiment: Experiment, capacity: int) -> None:
+    """Refuse more training than a capacity of so many samples has."""
+    unit = "tokens" if experiment.train_samples is None else "samples"
+    total, most, there = (
+        samples if unit == "samples" else int(corpus.starts[samples])
+        for samples in (
+            corpus.num_samples,
+            _room(corpus, experiment)[0] - experiment.val_samples - experiment.test_samples,
+            capacity,
+        )
+    )
+    asked = getattr(experiment, f"train_{unit}")
+    if asked > there:
+        remedy = "use a longer corpus" if asked > most else "raise train_capacity_tokens or train_capacity_samples"
         raise ConfigError(
-            f"{name} = {asked} is more than the training capacity of {capacity:,} {unit}, so validation would overlap "
-            f"training: lower it, or raise train_capacity_tokens or train_capacity_samples ({corpus} has {total:,} "
-            f"{unit} in all)"
+            f"train_{unit} = {asked} is more than the training capacity of {there:,} {unit}, so validation would "
+            f"overlap training: lower it, or {remedy} ({corpus.name} has {total:,} {unit} in all, up to {most:,} of "
+            "them for training)"
         )
 
 

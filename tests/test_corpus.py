@@ -248,13 +248,25 @@ def test_data_seeds_rotate_the_training_window_over_the_whole_capacity():
     [
         (
             {"train_tokens": 161},
-            r"train_tokens = 161 is more than .* 160 tokens, .*overlap.* 400 tokens in all",
+            r"train_tokens = 161 is more than .* 160 tokens, .*overlap.*or use a longer corpus \(.* 400 tokens in all, "
+            r"up to 160 of them for training\)$",
         ),
         (
             {"train_tokens": None, "train_samples": 17},
-            r"train_samples = 17 is more .* 16 samples,.* 40 samples in all",
+            r"train_samples = 17 is more .* 16 samples,.*or use a longer corpus \(.* 40 samples in all, up to 16 of",
         ),
-        ({"val_samples": 30, "train_tokens": 5}, r"val_samples = 30 and test_samples = 2 do not fit.* 20 samples"),
+        (
+            {"train_tokens": 161, "embedding": "random"},
+            r"lower it, or raise train_capacity_tokens or train_capacity_samples \(.* 400 tokens in all, up to 360 of",
+        ),
+        (
+            {"train_tokens": None, "train_samples": 16, "train_capacity_samples": 15},
+            r"of 15 samples,.* lower it, or raise train_capacity_tokens .* up to 16 of",
+        ),
+        (
+            {"val_samples": 30, "train_tokens": 5},
+            r"val_samples = 30 and test_samples = 2 leave no sample to train on: .* 20 samples, .*; lower them or use",
+        ),
         (
             {"train_capacity_samples": 17, "train_tokens": 5},
             r"train_capacity_samples = 17\).* 20 samples, 200 t",
@@ -270,6 +282,12 @@ def test_a_split_that_does_not_fit_is_refused_in_one_sentence(parameters, messag
     with pytest.raises(ConfigError, match=message) as caught:
         split(Experiment.from_mapping({"val_samples": 2, "test_samples": 2, **parameters}), corpus)
     assert "\n" not in str(caught.value)
+
+
+def test_a_corpus_too_short_for_three_samples_can_only_be_made_longer():
+    corpus = Corpus("tiny.txt", np.arange(50, dtype=np.int32), np.arange(0, 60, 10, dtype=np.int64))
+    with pytest.raises(ConfigError, match=r"no sample to train on: .* has 2 samples, 20 tokens; use a longer corpus$"):
+        split(Experiment(val_samples=1, test_samples=1), corpus)
 
 
 # Files
@@ -544,9 +562,11 @@ def tiny_split(**parameters):
 
 
 def test_a_stream_of_one_token_has_nothing_to_predict():
-    assert len(tiny_split().with_targets().train) == 5
-    with pytest.raises(ConfigError, match="train_tokens leaves a single token"):
-        tiny_split(train_tokens=1).with_targets()
+    assert len(tiny_split().with_targets(Experiment()).train) == 5
+    for size in ("train_tokens", "train_samples"):
+        own = {"train_tokens": None} | {size: 1}
+        with pytest.raises(ConfigError, match=f"^{size} = 1 leaves a single token, and nothing to predict from it: "):
+            tiny_split(**own).with_targets(Experiment.from_mapping(own))
 
 
 def test_the_table_of_sizes_is_known():

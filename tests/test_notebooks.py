@@ -123,7 +123,7 @@ def test_a_model_is_not_run_by_another_ones_notebook(tmp_path):
         ({"num_layer": 3}, "ConfigError: num_layer = 3 is not a parameter: did you mean num_layers?"),
         ({"corpus": "no/such.txt"}, "ConfigError: corpus = 'no/such.txt' is neither chitchat nor ultrachat nor a file"),
         ({"output_dir": ""}, "ConfigError: output_dir = '' is not possible: name a folder for the run"),
-        ({"train_tokens": 1}, "ConfigError: train_tokens leaves a single token, and nothing to predict from it"),
+        ({"train_tokens": 1}, "ConfigError: train_tokens = 1 leaves a single token, and nothing to predict from it"),
         ({"train_tokens": 10**6}, "ConfigError: train_tokens = 1000000 is more than the training capacity of"),
     ],
 )
