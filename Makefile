@@ -28,7 +28,9 @@ $(VENV)/.ready: pyproject.toml
 env: $(VENV)/.ready  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
-	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --keep-going --config 'grid=$(GRID)'
+	@$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --keep-going --config 'grid=$(GRID)' || { \
+	  if ls .snakemake/locks/*.lock >/dev/null 2>&1; then \
+	    echo "Locked, though no other make report goes on here? Say first: make unlock GRID=$(GRID)" >&2; fi; exit 1; }
 
 benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
 	@mkdir -p outputs/benchmark

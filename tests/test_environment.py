@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import subprocess
 import tomllib
 import typing
 from pathlib import Path
@@ -118,11 +119,12 @@ def test_a_notebooks_parameters_are_literals(path):
     assert parameter_cell(path)
 
 
-def test_the_experiment_notebook_has_every_parameter():
-    values = parameter_cell(ROOT / "notebooks" / "02_experiment.ipynb")
-    others = {"model", "ngram_order", "ngram_second_half", "hidden_dim", "window", "num_heads"}  # of the baselines
-    assert set(Experiment.model_fields) - others <= set(values)
-    assert Experiment.from_namespace(values).model == "context"
+@pytest.mark.parametrize("notebook", sorted(set(RUN_BY.values())))
+def test_a_notebook_that_runs_experiments_has_every_parameter(notebook):
+    """papermill warns of one that it lacks, run after run."""
+    values = parameter_cell(ROOT / notebook)
+    assert set(values) == {"output_dir", *Experiment.model_fields}
+    assert RUN_BY[Experiment.from_namespace(values).model] == notebook
 
 
 def test_every_model_has_its_notebook():
@@ -132,6 +134,26 @@ def test_every_model_has_its_notebook():
         assert Experiment.from_namespace(values).meant_for(notebook).model == model
     with pytest.raises(ConfigError, match=r"is run by notebooks/06_baseline\.ipynb, not by this"):
         Experiment.from_mapping({"model": "kneser-ney"}).meant_for("notebooks/02_experiment.ipynb")
+
+
+# make
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_grid_that_was_killed_is_said_to_be_freed_by_make_unlock(tmp_path, locked):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    snakemake = tmp_path / ".venv" / "bin" / "snakemake"
+    snakemake.write_text("#!/bin/sh\necho failed as it says\nexit 1\n", encoding="utf-8")
+    snakemake.chmod(0o755)
+    if locked:
+        (tmp_path / ".snakemake" / "locks").mkdir(parents=True)
+        (tmp_path / ".snakemake" / "locks" / "0.input.lock").touch()
+    process = subprocess.run(["make", "report", "GRID=mine.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode != 0 and "failed as it says" in process.stdout
+    assert ("Say first: make unlock GRID=mine.yaml" in process.stderr) == locked
 
 
 # Imports
