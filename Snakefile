@@ -12,13 +12,12 @@ import sys
 sys.path.insert(0, workflow.basedir)
 
 import yaml
-from snakemake.exceptions import WorkflowError
 
 from ctxlm.config import NOTEBOOKS, ConfigError, load_grid
 from ctxlm.files import source_hash
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS", "outputs")
-GRID_FILE = str(config.get("grid", "quick"))
+GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
 DATA_PARAMETERS = ["corpus", "embedding", "embed_dim", "val_samples", "test_samples"]
 DATA_PARAMETERS += ["train_capacity_tokens", "train_capacity_samples"]
 SOURCES = sorted(glob_wildcards("ctxlm/{name,[^/]+}.py").name)
@@ -33,9 +32,10 @@ try:  # everything that can be said before any work starts is said here, in one 
         for run in GRID.runs.values():
             resolve_device(run)
 except ConfigError as error:
-    raise WorkflowError(str(error)) from None
+    sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"
+RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv"]  # what the analysis reads
 
 
 def visible_gpus() -> list[str]:
@@ -103,8 +103,10 @@ onsuccess:
 rule all:
     input:
         f"{HOME}/report/index.html",
-        # named here too, so that a run that was deleted is run again
-        expand(f"{HOME}/{{run}}/metrics.json", run=GRID.runs),
+        # named here too, so that what was deleted is made again
+        f"{HOME}/analysis.json",
+        f"{HOME}/audit.csv",
+        expand(f"{HOME}/{{run}}/{{file}}", run=GRID.runs, file=RUN_FILES),
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
 
 
@@ -139,7 +141,8 @@ rule experiment:
         # Only its being there counts: whatever a run takes from the corpus is among the run's own parameters.
         lambda wildcards: ancient(f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json"),
     output:
-        update(f"{HOME}/{{run}}/metrics.json"),  # an earlier result stays until a new one is whole
+        # an earlier result stays until a new one is whole
+        [update(f"{HOME}/{{run}}/{file}") for file in RUN_FILES],
     log:
         notebook=f"{HOME}/{{run}}/experiment.ipynb",
         text=f"{HOME}/{{run}}/experiment.log",
@@ -166,7 +169,7 @@ rule analysis:
     input:
         "notebooks/03_analysis.ipynb",
         ANALYSIS,
-        expand(f"{HOME}/{{run}}/metrics.json", run=GRID.runs),
+        expand(f"{HOME}/{{run}}/{{file}}", run=GRID.runs, file=RUN_FILES),
     output:
         update(f"{HOME}/analysis.json"),
         update(f"{HOME}/audit.csv"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,10 +36,10 @@ def grid_file(folder, sizes, **common):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
 
 
-def snakemake(folder, *options, **popen):
+def snakemake(folder, *options, grid=None, **popen):
     """The command of `make report`, in an environment of its own."""
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--rerun-incomplete", *options]
-    command += ["--config", f"grid={folder / 'tiny.yaml'}"]
+    command += ["--config", f"grid={folder / 'tiny.yaml' if grid is None else grid}"]
     own = {"CTXLM_OUTPUTS": str(folder / "outputs"), "CTXLM_RESULTS": str(folder / "none")}
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     popen |= {"cwd": ROOT, "env": os.environ | own | {"PATH": path}, "text": True}
@@ -59,6 +60,9 @@ def test_bad_input_is_refused_before_any_work(folder):
     code, output = finished(snakemake(folder))
     grid_file(folder, [800, 1600])
     assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
+    assert "Error" not in output and "line " not in output  # the sentence stands alone
+    code, output = finished(snakemake(folder, grid=""))
+    assert code != 0 and "grid = '' names no grid: choose one of" in output
     assert not (folder / "outputs").exists()
 
 
@@ -112,6 +116,17 @@ def test_a_rerun_does_nothing_and_an_added_size_runs_alone(folder):
     assert code == 0, output
     after = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
     assert {name: after[name] for name in before} == before and len(after) == 6
+
+
+@pytest.mark.parametrize("name", ["analysis.json", "audit.csv", "A_train_tokens-800/history.csv"])
+def test_what_was_deleted_is_made_again(folder, name):
+    path = folder / "outputs" / "tiny" / name
+    path.rename(path.with_name("away"))
+    code, output = finished(snakemake(folder, "--dry-run"))
+    path.with_name("away").rename(path)
+    assert code == 0 and "Nothing to be done" not in output, output
+    for rule in ("experiment" if "/" in name else "analysis", "report"):
+        assert re.search(rf"^{rule} +1$", output, re.MULTILINE), output
 
 
 def test_a_failing_run_says_why_and_leaves_the_others(folder):
