@@ -46,7 +46,7 @@ th, td { padding: .3rem .45rem; text-align: right; border: 0; border-bottom: 1px
 th { vertical-align: bottom; border-bottom: 1.5px solid #888; white-space: normal; }
 th:first-child, td:first-child, nav th, nav td { text-align: left; }
 nav table { margin-left: 0; font-size: .9rem; }
-@media print { body { max-width: none; margin: 0; font-size: 10pt; } h2, h3 { break-after: avoid; }
+@media print { body { max-width: none; margin: 0; font-size: 10pt; } h2, h3, .text_cell { break-after: avoid; }
   img, table { break-inside: avoid; } .output { overflow: visible; } th, td { padding: .15rem .2rem; }
   main table { font-size: 6.5pt; } a { color: inherit; text-decoration: none; } }
 """
