@@ -132,7 +132,7 @@ def test_the_table_puts_first_what_does_not_hold_and_the_sentence_counts(claims,
     assert len(table) == len(whole) and table["Verdict"].iloc[0] == FALSE and table["Verdict"].iloc[-1] == HOLDS
     crossover = table[table["Claim"].str.contains("cross")].iloc[0]
     assert (crossover["Published"], crossover["Recomputed"], crossover["Difference, %"]) == (
-        "141000",
+        "141,000",
         "154,470.7",
         "+9.6",
     )

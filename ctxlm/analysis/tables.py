@@ -1,6 +1,7 @@
 """The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,12 +111,13 @@ def others_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFram
 def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Styler | Markdown:
     """The table without its index, for a notebook; the sentence `otherwise` where it is empty.
 
-    Columns in `prose` hold sentences: they are set left and may break into lines.
+    Columns in `prose` hold sentences: they are set left and may break into lines. Powers, as in 10^13, are set high.
     """
     if table.empty:
         return Markdown(otherwise)
     wrapped = {"white-space": "normal", "text-align": "left", "min-width": "11em"}
     left = {column: [{"selector": "th.col_heading", "props": "text-align: left"}] for column in prose}
+    table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
     styler = table.style.hide(axis="index").set_properties(subset=list(prose), **wrapped)
     return styler.set_table_styles(left)
 
@@ -133,7 +135,11 @@ def recency_table(recency: pd.DataFrame) -> pd.DataFrame:
         f"{b:.1f}" if math.isnan(a) else f"{b:.1f} ({a:.1f} to {c:.1f})"
         for a, b, c in zip(low, centre, high, strict=True)
     ]
-    label = recency["experiment"] + ", " + recency["train_tokens"].map("{:,}".format) + " tokens"
+    unit = "PPL above the whole stream's, %" + (" (95 % interval)" if recency["low"].notna().any() else "")
+    label = [
+        f"{row.experiment}, {row.train_tokens:,} tokens, {row.n} replicate{'' if row.n == 1 else 's'}: {unit}"
+        for row in recency.itertuples()
+    ]
     table = recency.assign(cell=[cell.replace("-", "−") for cell in cells], run=label)
     table = table.pivot(index="k", columns="run", values="cell")[list(dict.fromkeys(label))]
     return table.rename_axis(columns=None).reset_index().rename(columns={"k": "Last k tokens"})
@@ -155,7 +161,7 @@ def published_runs() -> pd.DataFrame:
 
 
 def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
-    """Ours, the published value and the relative difference: a row a quantity, a column a run of the study.
+    """Ours, the published value and, but for times, the relative difference: a row a quantity, a column a run.
 
     Runs are matched by layers, context width and training tokens; several seeds are averaged. Empty where none matches.
     """
@@ -179,8 +185,8 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
         cells = []
         for name, factor, text in quantities.values():
             mine, theirs = (factor * pair[f"{name}_{side}"] for side in ("ours", "published"))
-            cell = f"{text.format(mine)} / {text.format(theirs)} ({mine / theirs - 1:+.0%})"
-            cells.append(cell.replace("-", "−"))
+            gap = "" if name == "total_seconds" else f" ({mine / theirs - 1:+.0%})"  # times are of other machines
+            cells.append(f"{text.format(mine)} / {text.format(theirs)}{gap}".replace("-", "−"))
         columns[f"{pair['experiment']}, {pair['train_tokens']:,} tokens"] = cells
     return pd.DataFrame({"Ours / published": list(quantities)} | columns) if columns else pd.DataFrame()
 
@@ -217,6 +223,9 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
             return row["recomputed"]
         return f"{row['recomputed']:,.{min(len(row['published'].partition('.')[2]) + 1, 4)}f}".replace("-", "−")
 
+    def grouped(digits: re.Match) -> str:
+        return f"{int(digits[0]):,}"
+
     def difference(share: float) -> str:
         per_cent = round(100 * share, 1) if pd.notna(share) else None
         return "" if per_cent is None else f"{per_cent:+.1f}".replace("-", "−") if per_cent else "0.0"
@@ -226,7 +235,7 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
     table = {
         "Verdict": audit["verdict"],
         "Claim": audit["claim"],
-        "Published": audit["published"].str.replace("-", "−"),
+        "Published": audit["published"].str.replace("-", "−").str.replace(r"(?<![\d.])\d{4,}", grouped, regex=True),
         "Recomputed": audit.apply(number, axis=1),
         "Difference, %": audit["difference"].map(difference),
         "Why": audit["why"].str.replace(" %", "\u00a0%").str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
