@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlm.analysis import plots, tables
+from ctxlm.analysis import explain, plots, tables
 from ctxlm.analysis.crossing import errors
+from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import findings, gaps, material, prose, signed, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
@@ -218,13 +219,22 @@ def test_ours_beside_the_published_are_matched_by_shape_and_size(outputs):
     ours = 846 * (86_925 / 20_000) ** -0.3
     expected = f"{ours:.1f} / 554.6 ({ours / 554.58 - 1:+.0%})".replace("-", "−")
     assert table.loc["Validation PPL", "A, 86,925 tokens"] == expected
-    assert table.shape == (9, 4)
+    assert table.shape == (9, 4) and "%" not in table.loc["Minutes", "A, 86,925 tokens"]
     laws = tables.laws_beside_published(summary).set_index("Law")
     assert list(laws.loc["α of A", ["Ours", "Published"]]) == ["−0.300", "−0.287"]
     assert laws.loc["crossover, tokens", "Published"] == "141,000"
     plant(outputs, {"A": (-0.3, 800)}, grid="small")
     assert tables.beside_published(read("small")[0]).empty
     assert tables.beside_published(pd.DataFrame()).empty
+
+
+def test_powers_in_cells_are_set_high():
+    table = pd.DataFrame(
+        {"Why": ["10^13 tokens", "tokens^(−0.287) and tokens^α", "2^(1/0.098) or 5 %"], "n": [1, 2, 3]}
+    )
+    page = tables.shown(table, "").to_html()
+    assert "10<sup>13</sup> tokens<" in page and "2<sup>1/0.098</sup> or 5 %" in page
+    assert "tokens<sup>−0.287</sup> and tokens<sup>α</sup>" in page
 
 
 def test_results_table_has_a_row_a_run(outputs):
@@ -268,32 +278,53 @@ def test_published_points_are_hollow(outputs):
 
 def test_paired_figure_shows_the_differences_in_per_cent(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
-    axes = plots.plot_paired_differences(read()[3]).axes[0]
-    assert axes.containers[0][0].get_ydata() == pytest.approx([800 / 850 - 1] * 4)
+    runs, _, _, summary = read()
+    figure = plots.plot_paired_differences(runs, summary)
+    assert figure.axes[0].containers[0][0].get_ydata() == pytest.approx([800 / 850 - 1] * 4)
+    assert figure.get_suptitle() == "n = 8 runs, 1 of a configuration and size"
+    unpaired = plots.plot_paired_differences(pd.concat([runs, runs.iloc[:1].assign(train_tokens=1)]), summary)
+    assert unpaired.get_suptitle() == figure.get_suptitle()
 
 
 def test_curves_are_those_of_the_history(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
     runs, history, _, _ = read()
     figure = plots.plot_learning_curves(history)
-    assert [axes.get_title() for axes in figure.axes] == [f"{size:,} training tokens" for size in SIZES]
+    assert [axes.get_title() for axes in figure.axes] == ["A", "B"]
     drawn = [tuple(line.get_ydata()) for line in figure.axes[0].lines]
     first = history[
         (history["run"] == runs["run"][0]) & (history["metric"] == "val_ppl") & (history["phase"] == "phase2")
     ]
-    assert tuple(first["value"]) in drawn and len(drawn) == 4
+    assert tuple(first["value"]) in drawn and len(drawn) == 2 * len(SIZES)
+    shades = [line.get_alpha() for line in figure.axes[0].lines[::2]]
+    assert shades == sorted(set(shades))
     left, right = plots.plot_convergence(history, runs).axes
     assert len(left.lines) == len(right.lines) == 8 + 1  # and the threshold
     rates = plots.plot_overfitting(runs).axes[0].lines[0]
     assert rates.get_ydata() == pytest.approx(runs["overfit_rate"][:4].to_numpy())
 
 
-def test_bars_are_ranks_and_minutes(outputs):
+def test_learning_curves_of_several_runs_are_averaged_as_far_as_all_went(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:1], seeds=(1, 2), chance=noise(0.1))
+    history = read()[1]
+    short = history[(history["run"] != history["run"][0]) | (history["phase"] != "phase2") | (history["step"] < 5)]
+    figure = plots.plot_learning_curves(short)
+    thin = [line for line in figure.axes[0].lines if line.get_linewidth() < 1]
+    mean = [line for line in figure.axes[0].lines if line.get_linewidth() > 1]
+    assert [len(line.get_xdata()) for line in mean] == [4, 4] and len(thin) == 4
+    for k, line in enumerate(mean):
+        assert line.get_ydata() == pytest.approx(np.mean([x.get_ydata()[:4] for x in thin[2 * k : 2 * k + 2]], axis=0))
+    assert figure.get_suptitle() == "n = 2 runs, 2 of a configuration and size; thick lines are means"
+
+
+def test_points_are_ranks_and_bars_minutes(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
     runs = read()[0]
     axes = plots.plot_effective_rank(runs).axes
-    heights = [[bar.get_height() for bar in container] for container in axes[1].containers]
-    assert heights[0] == pytest.approx([77.5] * 4) and heights[3] == pytest.approx([82.5] * 4)
+    points = [container[0].get_ydata() for container in axes[1].containers]
+    assert points[0] == pytest.approx([77.5] * 4) and points[3] == pytest.approx([82.5] * 4)
+    low, high = axes[1].get_ylim()
+    assert low > 70 and high < 95  # no further than there are points
     bars = plots.plot_seconds(runs).axes[0].containers
     total = np.sum([[bar.get_width() for bar in container] for container in bars], axis=0)
     assert total == pytest.approx(runs["total_seconds"].to_numpy() / 60)
@@ -320,8 +351,38 @@ def test_one_run_is_drawn_by_phase(outputs):
 
 
 def test_singular_values_are_normalised():
-    axes = plots.plot_singular_values({"init": [4, 3, 1], "train": np.array([1.0, 1.0])}).axes[0]
+    axes = plots.plot_singular_values({"init_er": [4, 3, 1], "val_er": np.array([1.0, 1.0])}).axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.375, 0.125], [0.5, 0.5]]
+    assert [line.get_label() for line in axes.lines] == ["before Phase 1", "after it, on validation text"]
+    assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
+
+
+def test_effects_have_their_n_and_intervals_only_where_there_are_any(outputs):
+    sure = [Effect("first", 0.1, (0.0, 0.2), 5, 5, 4, 20), Effect("second", 0.0, (-0.1, 0.1), 4, 4, 3, 20)]
+    alone = [Effect("first", 0.1, None, 1, 1, 0)]
+    figure = plots.plot_effects({"A": sure, "B": alone, "C": []}, "change of PPL", "by nothing", "pair")
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == ["A: n = 4 to 5 pairs in 4 to 5 replicates, 20 validation samples", "B: n = 1 pair in 1 replicate"]
+    assert figure.get_suptitle() == "Change of PPL by nothing"
+    assert figure.axes[1].get_xlabel() == "change of PPL, 95 % interval"
+    assert [container.has_xerr for axes in figure.axes for container in axes.containers] == [True, True, False]
+    axes = plots.plot_effects({"": alone}, "change of PPL").axes[0]
+    assert axes.get_xlabel() == "change of PPL (no interval can be given)"
+    assert "no effect" in plots.plot_effects({}, "change").axes[0].texts[0].get_text()
+
+
+def test_memory_shows_all_tokens_before_and_after(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:2], seeds=(1, 2))
+    runs, history, _, _ = read()
+    one = history[history["run"] == runs["run"][0]]
+    for figure in (plots.plot_memory(one), plots.plot_reach(history, explain.recency(history))):
+        before, after = figure.axes[0].lines[:2]
+        assert before.get_xdata()[-1] == after.get_xdata()[-1] == 20 and figure.axes[0].get_xlim()[1] > 20
+        assert before.get_ydata()[0] == after.get_ydata()[0] == 100
+        assert before.get_markevery() != after.get_markevery()
+        assert figure.get_suptitle().startswith("n = ")
+    assert "right: over 2 replicates, 95 % intervals" in figure.get_suptitle()
+    assert plots.plot_generalisation(explain.generalisation(history, runs)).get_suptitle().startswith("n = 4 runs")
 
 
 def test_no_text_of_the_main_figures_overlaps(outputs):
@@ -329,12 +390,30 @@ def test_no_text_of_the_main_figures_overlaps(outputs):
     plant(outputs, {"A": (-0.287, 800), "B": (-0.385, 850), "C": (-0.33, 820)}, sizes=sizes)
     runs, history, val_by_sample, summary = read()
     figures = [plots.plot_scaling(runs, val_by_sample, summary), plots.plot_overfitting(runs)]
-    for figure in [*figures, plots.plot_paired_differences(summary), plots.plot_learning_curves(history)]:
+    figures += [plots.plot_paired_differences(runs, summary), plots.plot_learning_curves(history)]
+    for figure in [*figures, plots.plot_effective_rank(runs)]:
         figure.canvas.draw()
         for axes in figure.axes:
             shown = [label for label in axes.get_xticklabels() if label.get_text() and label.get_visible()]
             boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.x0)
             assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+
+
+@pytest.mark.parametrize("longer", ["", ", phase2_learning_rate 0.0005"])
+def test_no_figure_is_wider_than_the_others(outputs, longer):
+    plant(outputs, {"A": (-0.287, 800), "B": (-0.385, 850), "C": (-0.33, 820)}, seeds=(1, 2), chance=noise(0.01))
+    runs, history, val_by_sample = (table.assign(experiment=table["experiment"] + longer) for table in read()[:3])
+    summary = summarise("planted", runs, val_by_sample)
+    figures = [plots.plot_scaling(runs, val_by_sample, summary), plots.plot_paired_differences(runs, summary)]
+    figures += [plots.plot_overfitting(runs), plots.plot_learning_curves(history), plots.plot_seconds(runs)]
+    figures += [plots.plot_convergence(history, runs), plots.plot_effective_rank(runs)]
+    figures += [plots.plot_generalisation(explain.generalisation(history, runs))]
+    figures += [plots.plot_reach(history, explain.recency(history))]
+    figures += [plots.plot_memory(history[history["run"] == runs["run"][0]])]
+    for figure in figures:
+        figure.canvas.draw()
+        box = figure.get_tightbbox()
+        assert figure.get_figwidth() == plots.WIDTH and box.x0 >= 0 and box.x1 <= plots.WIDTH
 
 
 # The notebook

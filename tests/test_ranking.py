@@ -37,7 +37,10 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     assert rows.loc[(20_000, "KN-4"), ["parameters", "kept"]].tolist() == [0, 3]
     effects = ranking.ranking_effects(ranked)
     assert list(effects) == ["20,000 tokens", "40,000 tokens"] and len(effects["20,000 tokens"]) == 3
-    assert len(plots.plot_effects(effects, "PPL").axes[0].get_yticks()) == 6
+    assert {effect.samples for effect in effects["20,000 tokens"]} == {20}
+    panels = plots.plot_effects(effects, "PPL").axes
+    assert [axes.get_title("left").partition(":")[0] for axes in panels] == list(effects)
+    assert {label.get_text() for label in panels[1].get_yticklabels()} == {"B", "KN-3", "KN-4"}
 
 
 def test_networks_keep_states_or_a_window(outputs):

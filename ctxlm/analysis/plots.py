@@ -14,10 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib_inline.config import InlineBackend
 
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.replicates import student
@@ -32,12 +35,24 @@ sns.set_theme(
     | {"font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10.5, "axes.edgecolor": "0.4", "figure.dpi": 110}
     | {"lines.linewidth": 1.6, "lines.markersize": 6, "grid.linewidth": 0.6, "hatch.linewidth": 0.6},
 )
+InlineBackend.instance(parent=get_ipython()).print_figure_kwargs = {"bbox_inches": None}  # none is cropped: one width
 COLOURS = sns.color_palette("colorblind")
 MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
 REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
-BELOW = {"loc": "outside lower center", "frameon": False}
 WIDTH = 8.5
 """Of every figure, inches."""
+RANKS = {
+    "init_er": "before Phase 1",
+    "train_er": "after it, with training noise",
+    "train_er_noiseless": "after it, without noise",
+    "val_er": "after it, on validation text",
+}
+"""What a run's effective ranks and spectra are of."""
+FORGETTING = {
+    "forgetting_init": ("before Phase 1", {"linestyle": ":", "mfc": "white", "markersize": 7, "markevery": (0, 6)}),
+    "forgetting": ("after it", {"linestyle": "-", "markersize": 4, "markevery": (3, 6)}),
+}
+"""Phases of a history that follow a disturbance; sparse markers, in turns, leave both curves to be seen."""
 
 
 def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -50,6 +65,32 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any
     return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
 
 
+def _panels(labels: Sequence[str], height: float) -> tuple[Figure, dict[str, Axes], list[Axes], list[Axes]]:
+    """A panel a label, in as many rows as columns or one less; also those at the left, and those with none below."""
+    columns = math.ceil(math.sqrt(len(labels)))
+    rows = math.ceil(len(labels) / columns)
+    figure, grid = _figure(rows, columns, 1 + height * rows, sharex=True, sharey=True)
+    for axes in grid.flat[len(labels) :]:
+        axes.axis("off")
+    panels = dict(zip(labels, grid.flat, strict=False))
+    for label, axes in panels.items():
+        axes.set_title(label)
+    lowest = list(panels.values())[-columns:]
+    for axes in lowest:
+        axes.tick_params(labelbottom=True)
+    return figure, panels, list(grid[:, 0]), lowest
+
+
+def _legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
+    """Below the figure, which grows with its rows, in as many columns as fit; by default of the first panel."""
+    handles = handles or figure.axes[0].get_legend_handles_labels()[0]
+    widths = [43 + 4.7 * len(str(handle.get_label())) for handle in handles]  # points, with the line and the gap
+    fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * WIDTH)
+    columns = next(fitting, 1)
+    figure.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(handles) / columns) - 1))
+
+
 def _says(sentence: str) -> Figure:
     figure, ((axes,),) = _figure(height=0.6)
     axes.axis("off")
@@ -57,19 +98,37 @@ def _says(sentence: str) -> Figure:
     return figure
 
 
-def _say_n(figure: Figure, runs: pd.DataFrame, how: str = "") -> None:
-    """Over the figure: how many runs it shows (a row a run, or several), of each configuration and size."""
-    each = runs.groupby(["experiment", "train_tokens"])["run"].nunique()
-    span = " to ".join(map(str, sorted({each.min(), each.max()})))
-    text = f"n = {each.sum()} runs, {span} of a configuration and size{how}"
+def _span(numbers: Sequence[int]) -> str:
+    return " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
+
+
+def _count(numbers: Sequence[int], what: str) -> str:
+    """How many: "1 run", "3 runs", "2 to 5 runs"."""
+    return f"{_span(numbers)} {what}{'' if max(numbers) == 1 else 's'}"
+
+
+def _headline(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
 
 
-def _tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
-    """A logarithmic axis ticked at the sizes themselves, save those too close to the one before."""
+def _say_n(figure: Figure, runs: pd.DataFrame, how: str = "") -> None:
+    """Over the figure: how many runs it shows (a row a run, or several), of each configuration and size."""
+    each = runs.groupby(["experiment", "train_tokens"])["run"].nunique()
+    _headline(figure, f"n = {_count([each.sum()], 'run')}, {_span(each)} of a configuration and size{how}")
+
+
+def _how(runs: pd.DataFrame) -> str:
+    return "; means over replicates, 95 % intervals" if runs["replicate"].nunique() > 1 else ""
+
+
+def _tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
+    """A logarithmic axis ticked at the sizes themselves, save those too close to the one before.
+
+    `columns` is how many such axes stand side by side.
+    """
     ticks: list[int] = []
     for size in sorted(set(sizes)):
-        if not ticks or size / ticks[-1] >= (max(sizes) / min(sizes)) ** 0.09:
+        if not ticks or size / ticks[-1] >= (max(sizes) / min(sizes)) ** (0.09 * columns):
             ticks.append(size)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
@@ -99,6 +158,19 @@ def _dodge(position: int, count: int) -> float:
     return 1 + 0.012 * (2 * position - (count - 1))
 
 
+def _shade(size: int, sizes: Sequence[int]) -> float:
+    """Opacity of a line of so many tokens: the more, the darker."""
+    return float(np.linspace(1, 0.4, len(sizes))[sorted(sizes, reverse=True).index(size)])
+
+
+def _over_replicates(runs: pd.DataFrame, column: str) -> tuple[pd.Series, np.ndarray | None, pd.Series]:
+    """Of each size the mean over replicates, the bars of Student's 95 % interval (None: a single one), and how many."""
+    own = runs.groupby(["train_tokens", "replicate"])[column].mean().groupby("train_tokens")
+    mean, count = own.mean(), own.size()
+    ends = np.transpose([student(values.to_numpy()) or (values.mean(),) * 2 for _, values in own])
+    return mean, abs(ends - mean.to_numpy()) if count.max() > 1 else None, count
+
+
 # The report's figures: many runs
 
 
@@ -121,7 +193,7 @@ def plot_scaling(
         law, dodge, ppl = summary["configurations"][label], _dodge(position, len(styles)), group["val_ppl"].to_numpy()
         intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in group["run"]]
         ends = np.transpose([i or (p, p) for i, p in zip(intervals, ppl, strict=True)])
-        name = f"{label}: {group['num_layers'].iloc[0]} layers, context {group['context_dim'].iloc[0]}"
+        name = f"{label}: {_count(group['num_layers'][:1], 'layer')}, context {group['context_dim'].iloc[0]}"
         if not law["reason"]:
             name += f" · α = {law['alpha']:.3f} (n = {law['n']}, {law['interval_dof']} d.o.f.)".replace("-", "−")
             curve = PowerLaw(**{key: value for key, value in law.items() if key != "reason"})
@@ -155,15 +227,17 @@ def plot_scaling(
     _tokens_axis(axes, sizes)
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
     several = runs.duplicated(["experiment", "train_tokens"]).any()
-    what = "a point a run" if several else f"95 % interval over {samples} samples"
-    _log_axis(axes, f"validation PPL (log), {what}")
-    _say_n(figure, runs)
-    figure.legend(handles=keys, ncols=2, **BELOW)
+    _log_axis(axes, "validation PPL (log)")
+    _say_n(figure, runs, ", a point each" if several else f"; 95 % intervals over {samples} samples")
+    _legend(figure, keys)
     return figure
 
 
-def plot_paired_differences(summary: Mapping[str, Any]) -> Figure:
-    """Difference in PPL of each pair of configurations by size, with 95 % intervals; at 0 there is none."""
+def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> Figure:
+    """Difference in PPL of each pair of configurations by size, with 95 % intervals; at 0 there is none.
+
+    `summary` is that of `runs`.
+    """
     differences = pd.DataFrame(summary["paired_differences"])
     if differences.empty:
         return _says("No two configurations were trained on the same number of tokens: nothing to compare.")
@@ -187,37 +261,42 @@ def plot_paired_differences(summary: Mapping[str, Any]) -> Figure:
     samples, tokens = differences["samples"].max(), differences["tokens"].max()
     over = "samples" if differences["replicates"].max() == 1 else "samples and replicates"
     axes.set_title(f"{samples} validation samples, {tokens:,} tokens; 95 % intervals over {over}", loc="left")
-    figure.legend(ncols=4, **BELOW)
+    cells = {(row[side], row["train_tokens"]) for _, row in differences.iterrows() for side in "ab"}
+    _say_n(figure, runs[[cell in cells for cell in zip(runs["experiment"], runs["train_tokens"], strict=True)]])
+    _legend(figure)
     return figure
 
 
 def plot_learning_curves(history: pd.DataFrame) -> Figure:
-    """Training and validation PPL of every epoch, a panel a size: where they part, the run over-fits."""
+    """Training and validation PPL of every epoch, a panel a configuration: where they part, the run over-fits.
+
+    Darker lines have more tokens. Several runs of a size are thin lines, with their mean as far as all of them went.
+    """
     if history.empty:
         return _says("No finished run.")
     curves = history[(history["phase"] == "phase2") & history["metric"].isin(["train_ppl", "val_ppl"])]
     sizes, styles = sorted(curves["train_tokens"].unique()), _styles(curves["experiment"])
-    columns = min(len(sizes), 4)
-    rows = math.ceil(len(sizes) / columns)
-    figure, grid = _figure(rows, columns, 1 + 2.7 * rows, sharex=True, sharey=True)
+    figure, panels, left, lowest = _panels(list(styles), 2.9)
     kinds = {
-        "val_ppl": ("validation", {"linestyle": "-"}),
-        "train_ppl": ("training", {"linestyle": ":", "mfc": "white"}),
+        "val_ppl": {"linestyle": "-", "label": "validation"},
+        "train_ppl": {"linestyle": ":", "mfc": "white", "label": "training"},
     }
-    for axes, size in zip(grid.flat, sizes, strict=False):
-        here = curves[curves["train_tokens"] == size]
-        fade = {"alpha": max(0.25, min(1, 3 / here.groupby("experiment")["run"].nunique().max()))}
-        for (label, _, metric), curve in here.groupby(["experiment", "run", "metric"]):
-            axes.plot(curve["step"], curve["value"], markersize=4.5, **styles[label] | kinds[metric][1] | fade)
-        axes.set_title(f"{size:,} training tokens")
-        _steps_axis(axes, "epoch")
-    for axes in grid.flat[len(sizes) :]:
-        axes.axis("off")
-    for axes in grid[:, 0]:
+    for (label, size, metric), group in curves.groupby(["experiment", "train_tokens", "metric"]):
+        look = styles[label] | kinds[metric] | {"alpha": _shade(size, sizes), "markersize": 4.5}
+        table = group.pivot(index="step", columns="run", values="value")
+        if table.shape[1] > 1:
+            panels[label].plot(table.index, table, **look | {"marker": "", "linewidth": 0.5})
+        mean = table.dropna().mean(axis=1)
+        panels[label].plot(mean.index, mean, **look)
+    for axes in left:
         _log_axis(axes, "PPL (log)")
-    _say_n(figure, curves, ", a line each")
-    keys = [Line2D([], [], label=f"{x}, {what}", **styles[x] | look) for x in styles for what, look in kinds.values()]
-    figure.legend(handles=keys, ncols=min(len(styles), 4), **BELOW)
+    for axes in lowest:
+        _steps_axis(axes, "epoch")
+    several = curves.groupby(["experiment", "train_tokens"])["run"].nunique().max() > 1
+    _say_n(figure, curves, "; thick lines are means" if several else "")
+    keys = [Line2D([], [], color="0.1", marker="o", **look) for look in kinds.values()]
+    keys += [Line2D([], [], color="0.1", linewidth=4, alpha=_shade(s, sizes), label=f"{s:,} tokens") for s in sizes]
+    _legend(figure, keys)
     return figure
 
 
@@ -231,19 +310,15 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     figure, ((axes,),) = _figure(height=3.4)
     for position, (label, look) in enumerate(_styles(runs["experiment"]).items()):
         here, dodge = runs[runs["experiment"] == label], _dodge(position, runs["experiment"].nunique())
-        own = here.groupby(["train_tokens", "replicate"])["overfit_rate"].mean().groupby("train_tokens")
-        mean = own.mean()
-        ends = np.transpose([student(rates.to_numpy()) or (rates.mean(),) * 2 for _, rates in own])
-        n = " to ".join(map(str, sorted({own.size().min(), own.size().max()})))
-        bars = abs(ends - mean.to_numpy()) if own.size().max() > 1 else None
-        axes.errorbar(mean.index * dodge, mean, bars, capsize=3, label=f"{label} (replicates: {n})", **look)
+        mean, bars, count = _over_replicates(here, "overfit_rate")
+        look |= {"capsize": 3, "label": f"{label} ({_count(count, 'replicate')})"}
+        axes.errorbar(mean.index * dodge, mean, bars, **look)
     axes.set_ylim(min(axes.get_ylim()[0], 0), max(axes.get_ylim()[1], 0.01))
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
-    several = runs["replicate"].nunique() > 1
-    _say_n(figure, runs, "; means over replicates, 95 % intervals" if several else "")
-    figure.legend(ncols=4, **BELOW)
+    _say_n(figure, runs, _how(runs))
+    _legend(figure)
     return figure
 
 
@@ -259,7 +334,7 @@ def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
         rows = np.expm1(components(runs, val_by_sample).set_index("source").reindex(list(names))[["sd", "low", "high"]])
     except ValueError as error:
         return _says(f"Chance cannot be taken apart: {error}.")
-    figure, ((axes,),) = _figure(height=2.4)
+    figure, ((axes,),) = _figure(height=2.6)
     ends = [rows["sd"] - rows["low"], rows["high"] - rows["sd"]]  # nan, and no line, where there is no interval
     colours = [COLOURS[0]] * 3 + [COLOURS[1]]
     axes.barh(list(names.values()), rows["sd"], xerr=ends, color=colours, edgecolor="white", capsize=3)
@@ -267,27 +342,47 @@ def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("standard deviation of PPL (the line is a 95 % interval)")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    windows, samples = runs.groupby("data_seed")["seed"].nunique(), val_by_sample["sample"].nunique()
+    texts = f"{_count([len(windows)], 'training text')} with {_count(windows, 'seed')} each"
+    _say_n(figure, runs, f": {texts}; {_count([samples], 'validation sample')}")
     return figure
 
 
-def plot_effects(effects: Mapping[str, Sequence[Effect]], xlabel: str) -> Figure:
-    """Estimates with their 95 % intervals, a row each and a colour a group; at 0 there is no effect."""
-    rows = [(group, effect) for group, found in effects.items() for effect in found]
-    if not rows:
-        return _says("No finished run.")
-    figure, ((axes,),) = _figure(height=1.1 + 0.32 * len(rows))
-    groups = list(effects)
-    for y, (group, effect) in enumerate(rows):
-        k, centre = groups.index(group), math.expm1(effect.estimate)
-        low, high = (math.expm1(x) for x in effect.interval or (effect.estimate, effect.estimate))
-        look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": "none", "capsize": 3}
-        axes.errorbar(centre, y, xerr=[[centre - low], [high - centre]], **look)
-    axes.set_yticks(range(len(rows)), [effect.name for _, effect in rows])
-    axes.axvline(0, color="0.2", linewidth=1)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"{xlabel}, 95 % interval")
+def plot_effects(effects: Mapping[str, Sequence[Effect]], what: str, cause: str = "", unit: str = "run") -> Figure:
+    """Estimates with their 95 % intervals, a row each and a panel a group; at 0 there is no effect.
+
+    Args:
+        effects: group → its effects.
+        what: is on the axis. cause: ends the title.
+        unit: of which an effect has `n`, runs or pairs of them.
+    """
+    effects = {group: found for group, found in effects.items() if found}
+    if not effects:
+        return _says("The finished runs tell no effect.")
+    rows = [len(found) for found in effects.values()]
+    options = {"sharex": True, "height_ratios": [count + 0.2 for count in rows]}
+    figure, grid = _figure(len(rows), 1, 1 + 0.32 * sum(rows) + 0.4 * len(rows), **options)
+    for axes, (group, found) in zip(grid.flat, effects.items(), strict=True):
+        look = _styles(list(effects))[group] | {"linestyle": "none", "capsize": 3}
+        for y, effect in enumerate(found):
+            centre, ends = math.expm1(effect.estimate), np.expm1(effect.interval or [])[:, None]
+            axes.errorbar(centre, y, xerr=abs(ends - centre) if len(ends) else None, **look)
+        axes.set_yticks(range(len(found)), [effect.name for effect in found])
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.axvline(0, color="0.2", linewidth=1)
+        axes.set_title(f"{group}: {_n_of(found, unit)}" if group else _n_of(found, unit), loc="left")
+    drawn = any(effect.interval for found in effects.values() for effect in found)
+    axes.set_xlabel(what + (", 95 % interval" if drawn else " (no interval can be given)"))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _headline(figure, f"{what[0].upper()}{what[1:]} {cause}".rstrip())
     return figure
+
+
+def _n_of(effects: Sequence[Effect], unit: str) -> str:
+    parts = [f"n = {_count([e.n for e in effects], unit)} in {_count([e.replicates for e in effects], 'replicate')}"]
+    if effects[0].samples:
+        parts.append(_count([e.samples for e in effects], "validation sample"))
+    return ", ".join(parts)
 
 
 def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
@@ -295,35 +390,50 @@ def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
     shares = history[history["metric"] == "share_left"]
     if shares.empty or recency.empty:
         return _says("No run that measured its memory.")
-    figure, ((left, right),) = _figure(1, 2, 3.8)
+    figure, ((left, right),) = _figure(1, 2, 4.2)
     styles = _styles(recency["experiment"])
-    kinds = {"forgetting": ("after Phase 1", {}), "forgetting_init": ("before it", {"linestyle": ":", "mfc": "white"})}
     for label, look in styles.items():
-        for phase, (_, own) in kinds.items():
+        for phase, (_, own) in FORGETTING.items():
             here = shares[(shares["experiment"] == label) & (shares["phase"] == phase) & (shares["value"] > 0)]
             mean = np.exp(np.log(here["value"]).groupby(here["step"]).mean())
-            left.plot(mean.index, 100 * mean, **look | {"markersize": 3.5} | own)
+            left.plot(mean.index, 100 * mean, **look | own)
         rows = recency[recency["experiment"] == label]
-        centre = 100 * np.expm1(rows["extra_loss"])
-        ends = [100 * np.expm1(rows[end].fillna(rows["extra_loss"])) for end in ("low", "high")]
+        centre = np.expm1(rows["extra_loss"])
+        ends = [np.expm1(rows[end].fillna(rows["extra_loss"])) for end in ("low", "high")]
         right.errorbar(rows["k"], centre, [centre - ends[0], ends[1] - centre], capsize=3, **look)
-    left.axhline(100 * FORGOTTEN, **REFERENCE)
-    left.set(yscale="log", ylabel="of a disturbance left, per cent (log)", ylim=(1e-4, 200))
-    left.set_xlim(-1, min(shares["step"].max(), 40) + 1)
-    left.set_xlabel("tokens read since")
-    right.set_xscale("log", base=2)
-    ticks = sorted(recency["k"].unique())
-    right.set_xticks(ticks, [str(k) for k in ticks])
-    right.axhline(0, color="0.2", linewidth=1)
-    right.set(xlabel="tokens the context was built from, k (log)", ylabel="PPL above the whole stream's, per cent")
     keys = [
-        Line2D([], [], label=f"{label}, {what}", **look | own)
+        Line2D([], [], label=f"{label}, {what}", **look | own | {"markevery": None})
         for label, look in styles.items()
-        for what, own in kinds.values()
+        for what, own in FORGETTING.values()
     ]
-    keys.append(Line2D([], [], label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE))
-    figure.legend(handles=keys, ncols=3, **BELOW)
+    keys += _forgetting_axes(left)
+    _recent_axis(right, recency["k"])
+    right.axhline(0, color="0.2", linewidth=1)
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    right.set_ylabel("PPL above the whole stream's")
+    sure = ", 95 % intervals" if recency["n"].max() > 1 else ""
+    _say_n(figure, shares, f"; means (right: over {_count(recency['n'], 'replicate')}{sure})")
+    _legend(figure, keys)
     return figure
+
+
+def _forgetting_axes(axes: Axes) -> list[Artist]:
+    """The axes of a disturbance's share over the tokens read since; returns their reference lines."""
+    floor = 100 * float(np.finfo(np.float32).eps)
+    lines = [
+        axes.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),
+        axes.axhline(floor, label="rounding of 32-bit numbers: less cannot be seen", **REFERENCE | {"linestyle": "-."}),
+    ]
+    axes.set(yscale="log", ylabel="disturbance that is left, % (log)", ylim=(floor / 3, 200))
+    _steps_axis(axes, "tokens read since")
+    return lines
+
+
+def _recent_axis(axes: Axes, k: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(k)), [str(tokens) for tokens in sorted(set(k))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("tokens the context was built from, k (log)")
 
 
 def plot_generalisation(gaps: pd.DataFrame) -> Figure:
@@ -340,7 +450,8 @@ def plot_generalisation(gaps: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     grid.flat[0].set_ylabel("validation − training loss, nats")
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), ncols=4, **BELOW)
+    _say_n(figure, gaps, ", a point each")
+    _legend(figure)
     return figure
 
 
@@ -349,19 +460,18 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     if history.empty:
         return _says("No finished run.")
     figure, ((left, right),) = _figure(1, 2, 3.4)
-    styles, sizes = _styles(runs["experiment"]), sorted(runs["train_tokens"].unique())
+    styles, sizes = _styles(runs["experiment"]), runs["train_tokens"].unique()
     for axes, metric in ((left, "converged_ratio"), (right, "mse")):
         curves = history[(history["phase"] == "phase1") & (history["metric"] == metric)]
         for (label, size, _), curve in curves.groupby(["experiment", "train_tokens", "run"]):
-            shade = 0.35 + 0.65 * (sizes.index(size) + 1) / len(sizes)
-            axes.plot(curve["step"], curve["value"], alpha=shade, markersize=4.5, **styles[label])
+            axes.plot(curve["step"], curve["value"], alpha=_shade(size, sizes), markersize=4.5, **styles[label])
     _convergence_axes(left, right)
     left.axhline(runs["phase1_min_converged_ratio"].max(), **REFERENCE)
     right.axhline(runs["phase1_convergence_threshold"].max(), **REFERENCE)
     keys = [Line2D([], [], label=label, **look) for label, look in styles.items()]
     keys.append(Line2D([], [], label="threshold: of all tokens, to stop; of a token, to have converged", **REFERENCE))
     _say_n(figure, runs, ", a line each")
-    figure.legend(handles=keys, ncols=4, **BELOW)
+    _legend(figure, keys)
     return figure
 
 
@@ -377,28 +487,22 @@ def plot_effective_rank(runs: pd.DataFrame) -> Figure:
     """Effective rank before and after Phase 1, a panel a configuration, in per cent of the context's dimensions."""
     if runs.empty:
         return _says("No finished run.")
-    kinds = {
-        "init_er_pct": "before Phase 1",
-        "train_er_pct": "after it, with training noise",
-        "train_er_noiseless_pct": "after it, without noise",
-        "val_er_pct": "after it, on validation text",
-    }
-    labels, sizes = sorted(runs["experiment"].unique()), sorted(runs["train_tokens"].unique())
-    figure, grid = _figure(len(labels), 1, 0.9 + 2.2 * len(labels), sharex=True, sharey=True)
-    for axes, label in zip(grid.flat, labels, strict=True):
+    labels = sorted(runs["experiment"].unique())
+    figure, panels, left, lowest = _panels(labels, 2.5)
+    for label, axes in panels.items():
         here = runs[runs["experiment"] == label]
-        means = here.groupby("train_tokens")[list(kinds)].mean().reindex(sizes)
-        for k, (name, what) in enumerate(kinds.items()):
-            look = {"label": what, "color": COLOURS[k + 2], "hatch": HATCHES[k], "edgecolor": "white"}
-            bars = axes.bar(np.arange(len(sizes)) + 0.2 * (k - 1.5), means[name], 0.18, **look)
-            axes.bar_label(bars, ["" if math.isnan(x) else f"{x:.1f}" for x in means[name]], fontsize=7.5, padding=1)
-        axes.set(title=f"{label}: {here['context_dim'].iloc[0]} dimensions", ylabel="effective rank", ylim=(0, 112))
-        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-        axes.grid(axis="x", visible=False)
-    axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
-    axes.set_xlabel("training tokens")
-    _say_n(figure, runs, "; means")
-    figure.legend(*axes.get_legend_handles_labels(), ncols=4, **BELOW)
+        for k, (name, what) in enumerate(RANKS.items()):
+            mean, bars, _ = _over_replicates(here, f"{name}_pct")
+            look = {"label": what, "color": COLOURS[k], "marker": MARKERS[k], "linestyle": LINES[k], "capsize": 2}
+            axes.errorbar(mean.index * _dodge(k, len(RANKS)), mean, bars, **look | {"linewidth": 1, "markersize": 5})
+        axes.set_title(f"{label}: {here['context_dim'].iloc[0]:,} dimensions")
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=None))
+    for axes in left:
+        axes.set_ylabel("effective rank")
+    for axes in lowest:
+        _tokens_axis(axes, runs["train_tokens"], math.ceil(math.sqrt(len(labels))))
+    _say_n(figure, runs, _how(runs))
+    _legend(figure)
     return figure
 
 
@@ -424,7 +528,7 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
     axes.margins(x=0.08)
     axes.set_xlabel("minutes")
     _say_n(figure, runs, "; means")
-    figure.legend(ncols=3, **BELOW)
+    _legend(figure)
     return figure
 
 
@@ -481,11 +585,12 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
 
 
 def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
-    """Singular values of context matrices, largest first, each divided by their sum: label → values."""
+    """Singular values of context matrices, largest first, each divided by their sum: of `RANKS` → values."""
     figure, ((axes,),) = _figure()
-    for (label, raw), colour, line in zip(values.items(), cycle(COLOURS), cycle(LINES), strict=False):
+    for k, (name, raw) in enumerate(values.items()):
         p = np.asarray(raw, float)
-        axes.plot(np.arange(1, len(p) + 1), p / p.sum(), color=colour, linestyle=line, label=label)
+        look = {"color": COLOURS[k], "linestyle": LINES[k], "label": RANKS.get(name, name)}
+        axes.plot(np.arange(1, len(p) + 1), p / p.sum(), linewidth=4.5 - k, alpha=0.8, **look)  # thinner over thicker
     axes.set(xlabel="rank of the singular value", ylabel="singular value over their sum (log)", yscale="log")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 1e-4 * high), high)  # LayerNorm leaves one direction empty: it would flatten the rest
@@ -495,28 +600,22 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
 
 def plot_memory(history: pd.DataFrame) -> Figure:
     """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
-    figure, ((left, right),) = _figure(1, 2, 3.4)
-    for k, (phase, what) in enumerate((("forgetting_init", "before Phase 1"), ("forgetting", "after it"))):
+    figure, ((left, right),) = _figure(1, 2, 4)
+    for k, (phase, (what, own)) in enumerate(FORGETTING.items()):
         shares = _metric(history, phase, "share_left")
-        look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": LINES[k], "markersize": 3}
-        left.plot(shares.index, 100 * shares, label=what, **look)
-    left.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE)
-    left.set(yscale="log", ylabel="of the disturbance left, per cent (log)")
-    _steps_axis(left, "tokens read since")
-    left.legend()
+        left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **own)
+    keys = left.get_lines() + _forgetting_axes(left)
     recent = _metric(history, "recent_tokens", "val_ppl")
     if recent.empty:
         right.set_axis_off()
-        return figure
-    of_last = recent.drop(0)
-    right.plot(of_last.index, of_last, color=COLOURS[0], marker=MARKERS[0], label="the last k tokens")
-    right.axhline(recent[0], label="the whole stream", **REFERENCE)
-    right.set_xscale("log", base=2)
-    right.set_xticks(of_last.index, [str(k) for k in of_last.index])
-    right.xaxis.set_minor_locator(NullLocator())
-    right.set_xlabel("tokens the context was built from, k (log)")
-    _log_axis(right, "validation PPL (log)")
-    right.legend()
+    else:
+        of_last = recent.drop(0)
+        keys += right.plot(of_last.index, of_last, color=COLOURS[2], marker=MARKERS[2], label="the last k tokens")
+        keys.append(right.axhline(recent[0], label="the whole stream", color="0.35", linewidth=1, linestyle="--"))
+        _recent_axis(right, of_last.index)
+        _log_axis(right, "validation PPL (log)")
+    _headline(figure, "n = 1 run, validation text")
+    _legend(figure, keys)
     return figure
 
 
@@ -547,7 +646,7 @@ def plot_shares(table: pd.DataFrame) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("share of the floor (100 %: as fast as the products of the algorithm as defined)")
-    figure.legend(ncols=len(labels) + 1, **BELOW)
+    _legend(figure)
     return figure
 
 
@@ -572,5 +671,5 @@ def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         Line2D([], [], color="0.4", linestyle=line, label=name)
         for line, name in zip(LINES, list(STAGES.values())[:3], strict=False)
     ]
-    figure.legend(handles=keys, ncols=len(keys), **BELOW)
+    _legend(figure, keys)
     return figure

@@ -16,8 +16,8 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
 
     Columns train_tokens, experiment, ppl, accuracy, seconds, parameters (trained), kept (numbers carried from token to
-    token), n (runs), samples, difference, interval (None: it cannot be given), reads_more (text beside the training
-    tokens). Sizes without a run of `against`, and runs judged on other tokens, are left out.
+    token), n (runs), replicates, samples, difference, interval (None: it cannot be given), reads_more (text beside the
+    training tokens). Sizes without a run of `against`, and runs judged on other tokens, are left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
@@ -35,11 +35,12 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
             row = {"train_tokens": size, "experiment": label, "ppl": own["val_ppl"].mean(), "n": len(own)}
             row |= {"accuracy": own["val_accuracy"].mean(), "seconds": own["total_seconds"].mean()}
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
+            row["replicates"] = found.replicates
             row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
             row["reads_more"] = bool(own["ngram_second_half"].any())
             rows.append(row)
-    columns = ["train_tokens", "experiment", "ppl", "accuracy", "seconds", "parameters", "kept", "n", "samples"]
-    columns += ["difference", "interval", "reads_more"]
+    columns = ["train_tokens", "experiment", "ppl", "accuracy", "seconds", "parameters", "kept", "n"]
+    columns += ["replicates", "samples", "difference", "interval", "reads_more"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
 
@@ -96,7 +97,7 @@ def ranking_effects(ranked: pd.DataFrame, against: str = "A") -> dict[str, list[
     others = ranked[(ranked["experiment"] != against) & (ranked["difference"] < math.log(2))]
     return {
         f"{size:,} tokens": [
-            Effect(f"{row.experiment}, {size:,} tokens", row.difference, row.interval, row.n, 1, row.samples - 1)
+            Effect(row.experiment, row.difference, row.interval, row.n, row.replicates, row.samples - 1, row.samples)
             for row in group.itertuples()
         ]
         for size, group in others.groupby("train_tokens")
