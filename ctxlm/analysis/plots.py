@@ -220,7 +220,7 @@ def plot_scaling(
         keys.append(Line2D([], [], color="0.4", label="law, within the fitted sizes"))
         keys.append(Line2D([], [], color="0.4", linestyle="--", label="law, extrapolated"))
     for cross in crossovers:
-        what = f"crossover of {cross['a']} and {cross['b']}: {float(format(cross['tokens'], '.3g')):,.0f} tokens"
+        what = f"the laws of {cross['a']} and {cross['b']} meet: {float(format(cross['tokens'], '.3g')):,.0f} tokens"
         axes.axvline(cross["tokens"], **REFERENCE)
         keys.append(Line2D([], [], label=what + (", extrapolated" if cross["extrapolated"] else ""), **REFERENCE))
     axes.set_xlim(low, high)
