@@ -351,7 +351,7 @@ class Grid(BaseModel):
 def load_grid(name: str) -> Grid:
     """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
 
-    The file holds `title`, `description`, `common` (values that differ from `params/base.yaml`), `experiments`
+    The file holds `title`, `description`, `common` (a parameter file or values, over `params/base.yaml`), `experiments`
     (label → a parameter file or values) and `sweep` (parameter → list, or several parameters, as "seed, data_seed" →
     list of lists, that change together).
     A run is called after its label and every swept value, so a longer list adds runs and renames none.
@@ -376,8 +376,11 @@ def load_grid(name: str) -> Grid:
     experiments, common, sweep = (content.get(key) or {} for key in ("experiments", "common", "sweep"))
     if not isinstance(experiments, dict) or not experiments:
         raise ConfigError(f"{path}: 'experiments' must map at least one label to a parameter file or to values")
+    common = read_yaml(common) if isinstance(common, str) else common
     if not isinstance(common, dict):
-        raise ConfigError(f"{path}: 'common' must map parameter names to values, but is {common!r}")
+        raise ConfigError(
+            f"{path}: 'common' must be a parameter file or map parameter names to values, but is {common!r}"
+        )
     if not isinstance(sweep, dict) or not all(isinstance(values, list) and values for values in sweep.values()):
         raise ConfigError(f"{path}: 'sweep' must map parameter names to non-empty lists of values")
     for key in ("title", "description"):

@@ -331,6 +331,14 @@ def test_a_grid_crosses_experiments_with_swept_values(tmp_path):
     assert len({run.params_hash for run in grid.runs.values()}) == len(grid.runs)
 
 
+def test_what_is_common_may_be_a_parameter_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("common: params/B.yaml\nexperiments: {wide: {}, narrow: {context_dim: 9}}\n")
+    runs = load_grid(str(path)).runs
+    assert (runs["wide"].num_layers, runs["wide"].context_dim) == (3, 1536)
+    assert (runs["narrow"].num_layers, runs["narrow"].context_dim) == (3, 9)
+
+
 @pytest.mark.parametrize("label", ["report", "analysis", "corpus", "corpus-2"])
 def test_a_run_cannot_be_called_as_the_pipelines_own_folders(tmp_path, label):
     with pytest.raises(ConfigError, match=f"a run cannot be called '{label}'"):
@@ -389,7 +397,7 @@ def test_a_longer_sweep_adds_runs_and_changes_none(tmp_path_factory, sizes, data
         ({"experiments": ["A", "B"]}, "'experiments' must map"),
         ({"experiments": {"A": [1]}}, "'A' must be a parameter file or values"),
         ({"experiments": {"a b": {}}}, "experiment = 'a b'"),
-        ({"common": 5}, "'common' must map"),
+        ({"common": 5}, "'common' must be a parameter file or map"),
         ({"common": {"num_layer": 3}}, "run A: num_layer = 3 is not a parameter: did you mean num_layers?"),
         ({"sweep": {"seed": 3}}, "'sweep' must map parameter names to non-empty lists"),
         ({"sweep": {"seed": []}}, "'sweep' must map parameter names to non-empty lists"),
