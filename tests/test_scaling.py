@@ -130,9 +130,9 @@ def test_crossover_outside_the_sizes_of_both_is_extrapolated():
 def test_parallel_and_nearly_parallel_laws_have_no_crossover():
     assert crossover(law(-0.3, 9), law(-0.3, 9.1)).reason == "the two laws are parallel"
     far = crossover(law(-0.3, 9), law(-0.3001, 9.1))
-    assert far.tokens is None and "10^434 tokens" in far.reason
+    assert far.tokens is None and "10⁴³⁴ tokens" in far.reason
     before = crossover(law(-0.3, 9), law(-0.31, 8.9))
-    assert before.tokens is None and "10^-4 tokens" in before.reason
+    assert before.tokens is None and "10⁻⁴ tokens" in before.reason
 
 
 def test_paired_difference_is_weighted_by_tokens():
