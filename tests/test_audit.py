@@ -139,6 +139,7 @@ def test_the_table_puts_first_what_does_not_hold_and_the_sentence_counts(claims,
     sentence = findings.audited(whole)
     for verdict in VERDICTS:
         assert str((whole["verdict"] == verdict).sum()) in sentence
+    assert "141,000" in sentence
     written = pd.read_csv(write_audit(whole, tmp_path))
     assert list(written.columns[:1]) == ["claim_id"] and set(written["verdict"]) == set(VERDICTS)
     assert {"claim", "published", "recomputed", "verdict", "why"} <= set(written.columns)

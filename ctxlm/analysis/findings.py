@@ -1,6 +1,7 @@
 """What the runs of a grid say, in sentences: every number in them is computed from the runs."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -337,6 +338,11 @@ def audited(audit: pd.DataFrame) -> str:
     }
     parts = [f"{counts[verdict]} {words}" for verdict, words in said.items() if verdict in counts]
     wrong = audit.loc[audit["verdict"] == "does not follow"]
-    which = [f"{row.claim}: {row.published}" for row in wrong.itertuples()]
+    which = [f"{row.claim}: {as_printed(row.published)}" for row in wrong.itertuples()]
     sentence = f"**The audit.** Of {len(audit)} claims, {'; '.join(parts)}."
     return sentence + (f" What does not follow: {'; '.join(which)}." if which else "")
+
+
+def as_printed(published: str) -> str:
+    """A value of the study, minus signs and digits set as the report sets its own."""
+    return re.sub(r"(?<![\d.])\d{4,}", lambda digits: f"{int(digits[0]):,}", published.replace("-", "−"))

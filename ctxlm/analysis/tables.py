@@ -1,7 +1,6 @@
 """The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import pandas as pd
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 
+from ctxlm.analysis.findings import as_printed
 from ctxlm.analysis.scaling import ppl_interval
 from ctxlm.files import resolve
 
@@ -223,9 +223,6 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
             return row["recomputed"]
         return f"{row['recomputed']:,.{min(len(row['published'].partition('.')[2]) + 1, 4)}f}".replace("-", "−")
 
-    def grouped(digits: re.Match) -> str:
-        return f"{int(digits[0]):,}"
-
     def difference(share: float) -> str:
         per_cent = round(100 * share, 1) if pd.notna(share) else None
         return "" if per_cent is None else f"{per_cent:+.1f}".replace("-", "−") if per_cent else "0.0"
@@ -235,7 +232,7 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
     table = {
         "Verdict": audit["verdict"],
         "Claim": audit["claim"],
-        "Published": audit["published"].str.replace("-", "−").str.replace(r"(?<![\d.])\d{4,}", grouped, regex=True),
+        "Published": audit["published"].map(as_printed),
         "Recomputed": audit.apply(number, axis=1),
         "Difference, %": audit["difference"].map(difference),
         "Why": audit["why"].str.replace(" %", "\u00a0%").str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
