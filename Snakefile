@@ -5,6 +5,7 @@
 # A finished run is not run again; an added size runs alone. A changed parameter or a changed source runs it anew.
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ sys.path.insert(0, workflow.basedir)
 import yaml
 
 from ctxlm.config import NOTEBOOKS, ConfigError, load_grid
+from ctxlm.corpus import check_data
+from ctxlm.embeddings import load_embedding
 from ctxlm.files import source_hash
 
-OUTPUTS = os.environ.get("CTXLM_OUTPUTS", "outputs")
+OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
 DATA_PARAMETERS = ["corpus", "embedding", "embed_dim", "val_samples", "test_samples"]
 DATA_PARAMETERS += ["train_capacity_tokens", "train_capacity_samples"]
@@ -31,6 +34,14 @@ try:  # everything that can be said before any work starts is said here, in one 
 
         for run in GRID.runs.values():
             resolve_device(run)
+    check_data(GRID.runs.values())
+    for run in {run.embedding: run for run in GRID.runs.values()}.values():
+        if run.embedding not in ("ppmi", "random"):  # those that may be missing
+            load_embedding(run)
+    if os.path.isdir(f"{OUTPUTS}/{GRID.name}"):  # before the new runs are paid for, not after
+        from ctxlm.results import load_history, load_val_by_sample
+
+        load_history(GRID.name), load_val_by_sample(GRID.name)
 except ConfigError as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
@@ -92,7 +103,7 @@ OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 
 
 wildcard_constraints:
-    run="|".join(GRID.runs),
+    run="|".join(map(re.escape, GRID.runs)),
     corpus="|".join(CORPORA),
 
 
@@ -129,6 +140,9 @@ rule corpus:
             | largest(wildcards.corpus)
         ),
     threads: CORES
+    # Before all runs, which find its caches then. It is no input of theirs: what a run takes from the corpus is among
+    # the run's own parameters, and Snakemake does not look at the parameters of a job whose input is being made anew.
+    priority: 10**9
     message:
         "Reading the corpus and its embeddings"
     shell:
@@ -137,9 +151,6 @@ rule corpus:
 
 
 rule experiment:
-    input:
-        # Only its being there counts: whatever a run takes from the corpus is among the run's own parameters.
-        lambda wildcards: ancient(f"{HOME}/{CORPUS_OF[wildcards.run]}/corpus.json"),
     output:
         # an earlier result stays until a new one is whole
         [update(f"{HOME}/{{run}}/{file}") for file in RUN_FILES],

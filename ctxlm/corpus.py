@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -169,15 +170,9 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     """
     corpus = corpus or load_corpus(experiment.corpus)
     capacity = _capacity(corpus, experiment)
-    _check_training(corpus, experiment, capacity)
+    start, length = _window(corpus, experiment, capacity)
     region = corpus.stream(0, capacity)
-    start = int(np.random.default_rng(experiment.data_seed).integers(capacity)) if experiment.data_seed else 0
-    if experiment.train_samples is not None:
-        order = np.arange(start, start + experiment.train_samples) % capacity
-        length = int(np.diff(corpus.starts)[order].sum())
-    else:
-        length = experiment.train_tokens
-    window = np.arange(corpus.starts[start], corpus.starts[start] + length) % len(region)
+    window = np.arange(start, start + length) % len(region)
     first_test = capacity + experiment.val_samples
     val = corpus.stream(capacity, first_test)
     if experiment.held_out_tokens:
@@ -194,6 +189,63 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         val=val,
         test=corpus.stream(first_test, first_test + experiment.test_samples),
     )
+
+
+def check_data(experiments: Iterable[Experiment]) -> None:
+    """Refuse experiments whose text cannot be had, or whose windows of training text (`data_seed`) are not apart.
+
+    Windows are to be independent texts, and whatever is computed over them takes them for that.
+
+    Raises:
+        ConfigError: as `split`, or two windows of one corpus share tokens.
+    """
+    corpora: dict[str, Corpus] = {}
+    longest: dict[tuple[str, int], dict[int, Experiment]] = {}
+    for e in experiments:
+        if e.corpus not in corpora:
+            corpora[e.corpus] = load_corpus(e.corpus)
+        capacity = _capacity(corpora[e.corpus], e)
+        _, length = _window(corpora[e.corpus], e, capacity)
+        known = longest.setdefault((e.corpus, capacity), {})
+        if e.data_seed not in known or length > _window(corpora[e.corpus], known[e.data_seed], capacity)[1]:
+            known[e.data_seed] = e  # a shorter window is the beginning of a longer one
+    for (name, capacity), known in longest.items():
+        windows = {seed: _window(corpora[name], e, capacity) for seed, e in known.items()}
+        tokens = int(corpora[name].starts[capacity])
+        for one, other in itertools.combinations(sorted(known), 2):
+            if shared := _shared(windows[one], windows[other], tokens):
+                kept = [window for seed, window in windows.items() if seed != other]
+                raise ConfigError(
+                    f"data_seed = {other} and {one} have {shared:,} training tokens in common (windows of "
+                    f"{windows[other][1]:,} of {tokens:,}), so that they are no independent texts: "
+                    f"{_apart(corpora[name], known[other], capacity, kept)}"
+                )
+
+
+def _apart(corpus: Corpus, experiment: Experiment, capacity: int, windows: list[tuple[int, int]]) -> str:
+    """The remedy: a data_seed whose window shares no token with the others, if a small one does."""
+    for seed in range(100):
+        window = _window(corpus, experiment.model_copy(update={"data_seed": seed}), capacity)
+        if not any(_shared(window, other, int(corpus.starts[capacity])) for other in windows):
+            return f"use data_seed = {seed} in place of {experiment.data_seed}"
+    return "lower the number of tokens or of windows"
+
+
+def _shared(one: tuple[int, int], other: tuple[int, int], tokens: int) -> int:
+    """Tokens that two windows (start, length) of a capacity of so many tokens, gone on at its first, share."""
+    (a, m), (b, n) = one, other
+    return sum(max(0, min(a + m, b + n + turn) - max(a, b + turn)) for turn in (-tokens, 0, tokens))
+
+
+def _window(corpus: Corpus, experiment: Experiment, capacity: int) -> tuple[int, int]:
+    """First token and number of tokens of the training window in a capacity of so many samples."""
+    _check_training(corpus, experiment, capacity)
+    start = int(np.random.default_rng(experiment.data_seed).integers(capacity)) if experiment.data_seed else 0
+    length = experiment.train_tokens
+    if experiment.train_samples is not None:
+        order = np.arange(start, start + experiment.train_samples) % capacity
+        length = int(np.diff(corpus.starts)[order].sum())
+    return int(corpus.starts[start]), length
 
 
 def _room(corpus: Corpus, experiment: Experiment) -> tuple[int, str]:

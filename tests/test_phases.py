@@ -153,10 +153,13 @@ def test_a_stream_of_two_tokens_has_one_target():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_is_not_finite_stops_phase2_at_once():
+    settings, model, train, val = prepared(phase2_learning_rate=1.0e30)
+    with pytest.raises(NonFiniteLoss, match=r"in epoch 1 by update [2-9]: lower phase2_learning_rate = 1e\+30"):
+        train_token_block(model, train, val, settings)
     settings, model, train, val = prepared()
     with torch.no_grad():
         model.token_block.norms[-1].weight[0] = float("nan")
-    with pytest.raises(NonFiniteLoss, match=r"in epoch 1 by update 1: lower phase2_learning_rate = 0\.002"):
+    with pytest.raises(NonFiniteLoss, match=r"in epoch 1 by update 1: lower logit_scale = 1\.0 or phase2_init"):
         train_token_block(model, train, val, settings)
 
 

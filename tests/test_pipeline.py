@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 
 
 def grid_file(folder, sizes, **common):
-    common = {"corpus": str(folder / "text.txt"), "embedding": "random", "embed_dim": 16} | common
-    common |= {"val_samples": 5, "test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
+    common = {"corpus": str(folder / "text.txt"), "embedding": "random", "embed_dim": 16, "val_samples": 5} | common
+    common |= {"test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
     experiments = {"A": {"num_layers": 4, "context_dim": 16}, "B": {"num_layers": 2, "context_dim": 32}}
     grid = {"title": "Tiny", "common": common, "experiments": experiments, "sweep": {"train_tokens": sizes}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
@@ -116,6 +116,46 @@ def test_a_rerun_does_nothing_and_an_added_size_runs_alone(folder):
     assert code == 0, output
     after = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
     assert {name: after[name] for name in before} == before and len(after) == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changed"),
+    [
+        ([800, 1600, 2400], {"val_samples": 4}),  # the corpus is read anew as well
+        ([800, 1600, 2400], {"phase2_learning_rate": 0.001}),
+        ([800, 1600, 3200], {"phase2_learning_rate": 0.001}),
+        ([800, 1600], {"phase2_learning_rate": 0.001}),
+    ],
+)
+def test_a_changed_parameter_runs_all_anew_whatever_else_is_changed(folder, sizes, changed):
+    grid_file(folder, sizes, **changed)
+    code, output = finished(snakemake(folder, "--dry-run"))
+    grid_file(folder, [800, 1600, 2400])
+    assert code == 0, output
+    for rule, jobs in (("experiment", 2 * len(sizes)), ("analysis", 1), ("report", 1)):
+        assert re.search(rf"^{rule} +{jobs}$", output, re.MULTILINE), output
+
+
+def test_fewer_sizes_are_a_new_report(folder):
+    grid_file(folder, [800, 1600])
+    code, output = finished(snakemake(folder, "--dry-run"))
+    grid_file(folder, [800, 1600, 2400])
+    assert code == 0 and not re.search(r"^experiment ", output, re.MULTILINE), output
+    assert re.search(r"^analysis +1$", output, re.MULTILINE) and re.search(r"^report +1$", output, re.MULTILINE)
+
+
+def test_a_damaged_run_is_named_before_new_ones_are_paid_for(folder):
+    path = metrics(folder)["A_train_tokens-800"]
+    whole = path.read_bytes()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(whole[:500])
+    grid_file(folder, [800, 1600, 2400, 3200])
+    code, output = finished(snakemake(folder))
+    grid_file(folder, [800, 1600, 2400])
+    path.write_bytes(whole)
+    os.utime(path, ns=times)
+    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
+    assert "experiment" not in output and len(metrics(folder)) == 6
 
 
 @pytest.mark.parametrize("name", ["analysis.json", "audit.csv", "A_train_tokens-800/history.csv"])

@@ -21,7 +21,7 @@ def both(outputs, ngrams, spread=0.005):
     return [read_grid("planted")[::2], read_grid("ngrams", models=["kneser-ney"])[::2]]
 
 
-@pytest.mark.parametrize(("ppl", "verdict"), [(600, ": better than A"), (1000, ": worse than A")])
+@pytest.mark.parametrize(("ppl", "verdict"), [(600, "better"), (1000, "worse")])
 def test_planted_differences_come_back(outputs, ppl, verdict):
     ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 1200), "KN-4": (-0.3, ppl)}))
     rows = ranked.set_index(["train_tokens", "experiment"])
@@ -30,7 +30,11 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     assert low < math.log(820 / 800) < high and rows.loc[(40_000, "A"), "difference"] == 0
     assert ranked["ppl"].groupby(ranked["train_tokens"]).apply(lambda x: x.is_monotonic_increasing).all()
     text = ranking.beside_others(ranked[ranked["experiment"] != "B"])
-    assert text.count(verdict) == 2 and f"KN-4, {ppl}.0, " in text and "over 20 validation samples" in text
+    assert (
+        text.count(f": did {verdict} than A, in single runs") == 2
+        and f"KN-4, {ppl}.0, " in text
+        and "over 20 validation samples" in text
+    )
     table = ranking.ranking_table(ranked)
     assert len(table) == 8 and set(table.loc[table["Model"] == "A", "PPL against A"]) == {""}
     assert rows.loc[(20_000, "A"), ["parameters", "kept"]].tolist() == [7000 * 128, 128 + 1]

@@ -313,7 +313,8 @@ def test_in_short_follows_whoever_wins(outputs, first):
     )
     assert "PPL scatters about its mean by" in lines[0] and "80 runs)" in lines[0]
     assert "random signs of the embedding's dimensions, which are arbitrary, change PPL by " in lines[0]
-    assert re.search(rf"change PPL by .*?\+(9|1\d)\.\d % \([^)]*\) \({first}\)", lines[0])
+    assert re.search(rf"change PPL by .*?\+(9|1\d)\.\d % \([^)]*\) \({first}: ", lines[0])
+    assert "; between replicates, PPL over all sizes then scatters (standard deviation) by " in lines[0]
     assert lines[1].startswith(
         "- At the quick scale: with depth and width crossed (32 runs in 2 replicates), PPL changes"
     )
@@ -347,6 +348,31 @@ def test_drawn_signs_are_set_beside_the_conventions_in_pairs(outputs, first, sec
     assert text.endswith(f"with drawn signs {first} is better.") and "at 45,000" not in text
     nothing = tuple(pd.DataFrame() for _ in range(3))
     assert reasons.signs(nothing, fixed) == reasons.signs(drawn, nothing) == ""
+
+
+@pytest.mark.parametrize(("spread", "sure"), [(0.2, True), (0.01, False)])
+def test_what_drawn_signs_do_to_the_spread_is_tested(outputs, spread, sure):
+    quiet = [0.01, -0.01, 0.005, -0.015]
+    loud = [spread * x / 0.01 for x in quiet]
+    laws, seeds = {"A": (-0.3, 800)}, [seed for seed, _ in NESTED[:8:2]]
+    fixed, drawn = (
+        planted(
+            outputs,
+            laws,
+            sizes=SIZES[:2],
+            pairs=NESTED[:8:2],
+            chance=lambda label, size, seed, window, errors=errors: errors[seeds.index(seed)],
+            embedding_seed=draw,
+        )
+        for draw, errors in enumerate((quiet, loud))
+    )
+    found = re.search(
+        r"scatters \(standard deviation\) by ([\d.]+) % instead of ([\d.]+) % for A \(n = 4 and 4, F test, p (.*?)\)",
+        reasons.signs(drawn, fixed),
+    )
+    assert float(found[2]) == pytest.approx(100 * math.expm1(np.std(quiet, ddof=1)), abs=0.05)
+    assert float(found[1]) == pytest.approx(100 * math.expm1(np.std(loud, ddof=1)), abs=0.05)
+    assert (found[3] == "< 0.001") == sure and (sure or found[3] == "= 1.000")
 
 
 def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):

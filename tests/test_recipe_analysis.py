@@ -24,13 +24,32 @@ def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned, v
     others = [grid(outputs, "study", {"A": (-0.3, 800)}), grid(outputs, "baselines", {"KN-4": (-0.3, 700)})]
     text = recipe.recipe(mine, others, ["KN-4", "A", "absent"])
     change = f"{100 * (tuned / 700 - 1):+.1f} %".replace("-", "−")
-    assert f"tuned-A at 20,000 tokens has a PPL of {tuned}.0, {change} (" in text and f"against KN-4: {verdict}" in text
-    assert f"against A: {verdict}; it stands +10.0 % 2 epochs after the best" in text
-    assert "20 validation samples drawn again in pairs, single runs, seeds not covered" in text and "absent" not in text
+    assert f"tuned-A at 20,000 tokens has a PPL of {tuned}.0: {change} (" in text
+    assert f"), did {verdict} than KN-4, in single runs; " in text
+    assert f"), did {verdict} than A, in single runs; it ends +10.0 % above its best, 2 epochs later" in text
+    assert "20 validation samples drawn again in pairs, of single runs without seeds" in text and "absent" not in text
     assert recipe.recipe(NOTHING, others, ["A"]) == ""
-    assert "has a PPL of" in recipe.recipe(mine, [NOTHING], ["A"]) and "against A" not in recipe.recipe(
-        mine, [NOTHING], ["A"]
+    assert recipe.recipe(mine, [NOTHING], ["A"]).count("has a PPL of") == 2
+    assert "than A" not in recipe.recipe(mine, [NOTHING], ["A"])
+
+
+def test_several_tuned_runs_against_a_single_one_are_single_runs(outputs):
+    mine = grid(outputs, "tuned", {"tuned-A": (-0.3, 500)}, pairs=((42, 0), (43, 1)))
+    once, twice = (
+        recipe.recipe(mine, [grid(outputs, name, {"A": (-0.3, 800)}, **pairs)], ["A"])
+        for name, pairs in (("study", {}), ("again", {"pairs": ((42, 0), (43, 1))}))
     )
+    assert "did better than A, in single runs" in once and "of single runs without seeds" in once
+    assert "better than A;" in twice and "single runs" not in twice
+
+
+def test_runs_on_other_text_and_runs_that_end_at_their_best(outputs):
+    runs, history, losses = grid(outputs, "tuned", {"tuned-A": (-0.3, 500)})
+    other = grid(outputs, "study", {"A": (-0.3, 800)})
+    others = (*other[:2], other[2].assign(tokens=other[2]["tokens"] + 1))
+    runs = runs.assign(best_epoch=runs["epochs_run"], overfit_rate=0.0)
+    text = recipe.recipe((runs, history, losses), [others], ["A"])
+    assert "than A" not in text and "it ends at its best" in text
 
 
 def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):
@@ -38,7 +57,9 @@ def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):
     scale, rate = "tuned-A-without-scale", "tuned-A-without-rate"
     plant(outputs, {scale: (-0.3, 550)}, SIZES, "less", shapes={scale: (6, 128)}, logit_scale=2.0)
     plant(outputs, {rate: (-0.3, 600)}, SIZES, "less", shapes={rate: (6, 128)}, phase2_learning_rate=0.004)
-    found = recipe.ingredients(mine, read_grid("less"))
+    less = read_grid("less")
+    less[0]["dtype"] = "bfloat16"  # another machine is no ingredient
+    found = recipe.ingredients(mine, less)
     assert found["experiment"].tolist() == [rate, scale]
     assert [effect.estimate for effect in found["effect"]] == pytest.approx([math.log(1.2), math.log(1.1)])
     assert found["changed"].tolist() == ["phase2_learning_rate = 0.004", "logit_scale = 2.0"] and set(

@@ -67,7 +67,7 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     models = shapes_text(runs)
     if (runs["model"] != "context").any():
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
-    sizes, replicates = _sizes(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
+    sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = f"{replicates} replicate{'' if replicates == 1 else 's'}"
     return (
         f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "
@@ -154,6 +154,14 @@ def winner(difference: dict[str, Any]) -> str | None:
     return difference["a"] if high < 0 else difference["b"] if low > 0 else None
 
 
+def against(interval: Sequence[float] | None, replicates: int, other: str) -> str:
+    """What an interval of log PPL minus that of `other` says; single runs get no general verdict."""
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return f"which of the two, it or {other}, is better cannot be told"
+    how = "better" if interval[1] < 0 else "worse"
+    return f"{how} than {other}" if replicates > 1 else f"did {how} than {other}, in single runs"
+
+
 def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
     names = describe(runs)
     shapes = len(runs.groupby(["num_layers", "context_dim"]))
@@ -198,17 +206,19 @@ def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
     won = {label: [d["train_tokens"] for d in differences if winner(d) == label] for label in (a, b, None)}
     undecided = won.pop(None)
     winners = sorted((label for label in won if won[label]), key=lambda label: won[label][0])
-    tied = f"; at {_sizes(undecided)} they cannot be told apart" if undecided else ""
+    tied = f"; at {sizes_text(undecided)} they cannot be told apart" if undecided else ""
     if not winners:
-        answer = f"{names[a]} and {names[b]} **cannot be told apart** at {_sizes(undecided)}: no interval excludes 0"
+        answer = (
+            f"{names[a]} and {names[b]} **cannot be told apart** at {sizes_text(undecided)}: no interval excludes 0"
+        )
     elif len(winners) == 1:
         other = b if winners == [a] else a
         rest = tied or (", every size that both were judged on" if len(differences) > 1 else "")
         single = min(d["replicates"] for d in differences) == 1
         better = "did better, in single runs, than" if single else "is better than"
-        answer = f"{names[winners[0]]} **{better}** {names[other]} at {_sizes(won[winners[0]])}{rest}"
+        answer = f"{names[winners[0]]} **{better}** {names[other]} at {sizes_text(won[winners[0]])}{rest}"
     else:
-        both = ", ".join(f"{names[label]} is better at {_sizes(won[label])}" for label in winners)
+        both = ", ".join(f"{names[label]} is better at {sizes_text(won[label])}" for label in winners)
         answer = f"**It depends on the amount of text**: {both}{tied}"
     values = "; ".join(f"{_difference(d)} at {d['train_tokens']:,}" for d in differences)
     return (
@@ -305,7 +315,7 @@ def _span(values: Iterable[float], text: Callable[[float], str] = str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _sizes(sizes: list[int]) -> str:
+def sizes_text(sizes: list[int]) -> str:
     words = [f"{size:,}" for size in sizes]
     return f"{', '.join(words[:-1])} and {words[-1]} tokens" if len(words) > 1 else f"{''.join(words)} tokens"
 

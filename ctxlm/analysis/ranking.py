@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ctxlm.analysis import findings
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import percent
 from ctxlm.analysis.scaling import paired_difference
@@ -121,12 +122,9 @@ def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
     )
 
 
-def _against(row: pd.Series, against: str) -> str:
-    interval = row["interval"]
-    verdict = f"which of the two, it or {against}, is better cannot be told"
-    if interval is not None and not interval[0] <= 0 <= interval[1]:
-        verdict = f"{'better' if row['difference'] < 0 else 'worse'} than {against}"
-    gap = f"{_percent(row['difference'])} {_between(interval)} against {against}"
+def _against(row: pd.Series, other: str) -> str:
+    gap = f"{_percent(row['difference'])} {_between(row['interval'])} against {other}"
+    verdict = findings.against(row["interval"], row["replicates"], other)
     return f"{row['experiment']}, {row['ppl']:.1f}, {gap}: {verdict}"
 
 

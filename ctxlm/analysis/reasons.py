@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ctxlm.analysis import explain, ranking, variance
-from ctxlm.analysis.findings import percent, shapes_text, signed, tokens_text, winner
+from ctxlm.analysis.findings import percent, shapes_text, signed, sizes_text, tokens_text, winner
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import effective, summarise
+from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
 Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
@@ -152,10 +154,15 @@ def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
     runs, _, val_by_sample = grid
     if runs.empty or explain.stopped(runs).empty:
         return ""
-    rates = explain.stopped(runs).groupby("configuration")["overfit_rate"].mean()
+    ended = explain.stopped(runs)
+    study = ended["phase2_learning_rate"] == Experiment.model_fields["phase2_learning_rate"].default
+    if study.any():  # other rates are a treatment
+        ended = ended[study]
+    rates = ended.groupby("configuration")["overfit_rate"].mean()
+    at = " at the study's learning rate" if study.any() else ""
     said = [
-        "Phase 2 over-fits: when it stops, PPL is above its best by "
-        + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
+        f"Phase 2 over-fits: when it stops{at} ({_count(len(ended), 'run')} on {_sizes(ended)}), "
+        "PPL is above its best by " + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
     ]
     changes = []
     with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
@@ -169,7 +176,7 @@ def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
     if zeros:
         rates = ablated.groupby("experiment")["overfit_rate"].mean()
         parts = [f"{percent(rates[f'{label}-zero'])} instead of {percent(rates[label])} ({label})" for label in zeros]
-        said.append(f"without the contexts it is above its best by {' and '.join(parts)}")
+        said.append(f"without the contexts it is above its best by {' and '.join(parts)}, on {_sizes(ablated)}")
     return "; ".join(said)
 
 
@@ -218,11 +225,12 @@ def signs(drawn: Grid, fixed: Grid) -> str:
     effects, gaps, as_before = _signs(drawn, fixed)
     if not effects:
         return ""
-    parts = [f"{e.name} {_effect(e)} {_drawn(e)}" for e in effects]
+    verdicts = "they raise it", "they lower it"
+    parts = [f"{e.name} {_effect(e)} {_drawn(e)}: {_verdict(e, *verdicts)}" for e in effects]
     text = (
         "**The embedding's signs.** A singular vector may be turned round, so that the signs of ppmi's dimensions are "
         "arbitrary; a convention fixes them in all other grids. Signs drawn at random, others in every replicate, "
-        f"change PPL, in pairs of equal size, seed and text, by {'; '.join(parts)}."
+        f"change PPL, in pairs of equal size, seed and text, by {'; '.join(parts)}.{_scatter(drawn[0], fixed[0])}"
     )
     if not gaps:
         return text
@@ -262,17 +270,38 @@ def _signs(drawn: Grid, fixed: Grid) -> tuple[list[explain.Effect], list[dict[st
     return effects, gaps[0], [gap for gap in gaps[1] if gap["train_tokens"] in sizes]
 
 
+def _scatter(drawn: pd.DataFrame, fixed: pd.DataFrame) -> str:
+    """How far PPL lies apart between replicates with drawn signs, and with fixed ones for the same seeds and texts."""
+    said, key = [], ["experiment", "train_tokens", "seed", "data_seed"]
+    both = drawn.merge(fixed, on=key, suffixes=("_drawn", "_fixed"))
+    for label, runs in both.groupby("experiment"):
+        means = runs.groupby("seed")[["val_loss_drawn", "val_loss_fixed"]].mean()  # over the sizes
+        apart, before = means.std()
+        n = len(means)
+        if n < 2 or not before:
+            continue
+        tail = stats.f.sf((apart / before) ** 2, n - 1, n - 1)
+        p = 2 * min(tail, 1 - tail)
+        said.append(f"{_size(apart)} instead of {_size(before)} for {label} (n = {n} and {n}, F test, p {_p(p)})")
+    if not said:
+        return ""
+    return f" Between replicates, PPL over all sizes then scatters (standard deviation) by {'; '.join(said)}."
+
+
 def _signs_in_short(drawn: Grid, fixed: Grid) -> str:
     effects, gaps, _ = _signs(drawn, fixed)
-    changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in effects)
+    verdicts = "PPL is higher with them", "PPL is lower with them"
+    changes = " and ".join(f"{_effect(e)} ({e.name}: {_verdict(e, *verdicts)})" for e in effects)
+    if not changes:
+        return ""
+    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}"
+    scatter = _scatter(drawn[0], fixed[0]).strip().rstrip(".")
+    text += f"; {scatter[0].lower()}{scatter[1:]}" if scatter else ""
     if not gaps:
-        return changes and f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}"
+        return text
     said = ", ".join(f"{percent(math.expm1(g['log_ppl']))} ({percents(g['interval'])})" for g in gaps)
     sizes = ", ".join(f"{g['train_tokens']:,}" for g in gaps)
-    return (
-        f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}, and PPL of "
-        f"{gaps[0]['a']} against {gaps[0]['b']} is then {said} at {sizes} tokens"
-    )
+    return f"{text}; PPL of {gaps[0]['a']} against {gaps[0]['b']} is then {said} at {sizes} tokens"
 
 
 def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -600,10 +629,10 @@ def _sure(effect: explain.Effect) -> int:
 
 def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
-    if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
-        return "the same to 1 %"
     if effect.replicates == 1:
         return "single runs, no verdict"  # another seed may say otherwise
+    if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
+        return "the same to 1 %"
     return {0: "no effect can be told", 1: higher, -1: lower}[_sure(effect)]
 
 
@@ -681,6 +710,10 @@ def _p(value: float) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _sizes(runs: pd.DataFrame) -> str:
+    return sizes_text(sorted(set(runs["train_tokens"])))
 
 
 def _between(values: pd.Series, digits: int = 0) -> str:

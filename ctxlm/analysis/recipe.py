@@ -6,38 +6,40 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ctxlm.analysis import explain, reasons
-from ctxlm.analysis.findings import percent, winner
+from ctxlm.analysis.findings import against, percent
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.config import Experiment
 
-LABELS = {"experiment", "seed", "data_seed"}
+NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
-def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], against: Sequence[str]) -> str:
-    """The tuned runs' PPL at every size, in pairs against each of the labels `against` of the grids `others`."""
+def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence[str]) -> str:
+    """The tuned runs' PPL at every size, in pairs against each of the labels `models` of the grids `others`."""
     runs, _, val_by_sample = tuned
     if runs.empty:
         return ""
     known = pd.concat([grid[2] for grid in others])
-    said = []
+    said, replicates = [], []
     for (size, label), group in runs.groupby(["train_tokens", "experiment"]):
         mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
         gaps = []
-        for other in against:
+        for other in models:
             theirs = known[(known["experiment"] == other) & (known["train_tokens"] == size)] if len(known) else known
             if theirs.empty:
                 continue
-            found = paired_difference(mine, theirs)
-            verdict = {label: "better", other: "worse"}.get(
-                winner({"a": label, "b": other, "interval": found.interval}), "which is better cannot be told"
-            )
-            interval = reasons.percents(found.interval)
-            gaps.append(f"{percent(math.expm1(found.log_ppl))} ({interval}) against {other}: {verdict}")
+            try:
+                found = paired_difference(mine, theirs)
+            except ValueError:  # judged on other text
+                continue
+            replicates.append(found.replicates)
+            verdict = against(found.interval, found.replicates, other)
+            gaps.append(f"{percent(math.expm1(found.log_ppl))} ({reasons.percents(found.interval)}), {verdict}")
         later = group["epochs_run"] - group["best_epoch"]
-        ends = f"{percent(group['overfit_rate'].mean())} {_epochs(later)} after the best"
-        versus = f", {', '.join(gaps)}" if gaps else ""
-        said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}; it stands {ends}")
-    single = "" if runs["replicate"].nunique() > 1 else ", single runs, seeds not covered"
+        ends = f"ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
+        ends = ends if later.any() else "ends at its best"
+        versus = f": {'; '.join(gaps)}" if gaps else ""
+        said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}; it {ends}")
+    single = "" if min(replicates, default=1) > 1 else ", of single runs without seeds and training texts"
     samples = val_by_sample["sample"].nunique()
     return (
         f"**The tuned recipe.** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again "
@@ -68,7 +70,7 @@ def ingredients(tuned: reasons.Grid, without: reasons.Grid) -> pd.DataFrame:
         except explain.NoPair:
             continue
         base = tuned[0][tuned[0]["experiment"] == whole].iloc[0]
-        names = [n for n in Experiment.model_fields if n not in LABELS and n != "train_tokens"]
+        names = [n for n in Experiment.model_fields if n not in NO_INGREDIENTS]
         changed = [f"{n} = {group[n].iloc[0]}" for n in names if group[n].iloc[0] != base[n]]
         row = {"experiment": label, "against": whole, "changed": ", ".join(changed), "effect": effect}
         rows.append(row | group[["val_ppl", "best_epoch", "overfit_rate"]].mean().to_dict())
