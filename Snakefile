@@ -39,9 +39,9 @@ try:  # everything that can be said before any work starts is said here, in one 
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
     if os.path.isdir(f"{OUTPUTS}/{GRID.name}"):  # before the new runs are paid for, not after
-        from ctxlm.results import load_history, load_val_by_sample
+        from ctxlm.results import check_runs
 
-        load_history(GRID.name), load_val_by_sample(GRID.name)
+        check_runs(GRID.name)
 except ConfigError as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 

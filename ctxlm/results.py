@@ -244,6 +244,18 @@ def load_val_by_sample(grid: str) -> pd.DataFrame:
     return _load_table(grid, "val_by_sample.csv")
 
 
+def check_runs(grid: str) -> None:
+    """Refuse damage in the files of a grid's finished runs. What is missing is no damage: it is made again.
+
+    Raises:
+        ConfigError: as `load_runs`, `load_history` and `load_val_by_sample`.
+    """
+    load_runs(grid)
+    for name in TABLES:
+        if all((folder / name).exists() for folder, _ in run_folders(grid).values()):
+            _load_table(grid, name)
+
+
 def _load_table(grid: str, name: str) -> pd.DataFrame:
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():

@@ -123,7 +123,7 @@ def test_a_rerun_does_nothing_and_an_added_size_runs_alone(folder):
     [
         ([800, 1600, 2400], {"val_samples": 4}),  # the corpus is read anew as well
         ([800, 1600, 2400], {"phase2_learning_rate": 0.001}),
-        ([800, 1600, 3200], {"phase2_learning_rate": 0.001}),
+        ([800, 1600, 2800], {"phase2_learning_rate": 0.001}),
         ([800, 1600], {"phase2_learning_rate": 0.001}),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_damaged_run_is_named_before_new_ones_are_paid_for(folder):
     whole = path.read_bytes()
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(whole[:500])
-    grid_file(folder, [800, 1600, 2400, 3200])
+    grid_file(folder, [800, 1600, 2400, 2800])
     code, output = finished(snakemake(folder))
     grid_file(folder, [800, 1600, 2400])
     path.write_bytes(whole)

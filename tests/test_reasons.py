@@ -129,7 +129,7 @@ def test_the_larger_source_of_chance_is_named_where_it_can_be(outputs, seed, win
     runs, _, val_by_sample = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, chance=chance, pairs=pairs)
     text = reasons.chance(runs, val_by_sample)
     assert what in text and f"(n = {len(runs)} runs)" in text
-    assert text.count(" d.o.f., 95 % interval ") == 3 and "Satterthwaite" in text
+    assert text.count(" d.o.f., 95 % interval ") == 4 and "Satterthwaite" in text
     assert "variance of text over that of initialisation" in text
     assert plots.plot_components(runs, val_by_sample).axes[0].get_xlabel()
     assert "PPL scatters about its mean by" in reasons.caution(runs, val_by_sample)
@@ -201,13 +201,13 @@ def test_who_remembers_longest_is_read_off_the_runs(outputs):
     horizon, recent = reasons.memory(runs, history)
     assert "A 8.0 tokens before Phase 1 and 7.0 after it" in horizon and "n = 8" in horizon
     assert "B 14.0 tokens before Phase 1 and 12.0 after it" in horizon and horizon.endswith(
-        "B remembers longer (paired by replicate)."
+        "B remembers longer, by 5.0 tokens (5.0 to 5.0, Student's over 2 replicates in pairs)."
     )
     cost = math.expm1(math.exp(-1))
     assert f"A +{100 * cost:.1f} % for 1" in recent and "8 tokens are as good as all" in recent.split("B +")[0]
     assert "are as good as all" not in recent.split("B +")[1]
     swapped = runs.assign(horizon=40 - runs["horizon"])
-    assert reasons.memory(swapped, history)[0].endswith("A remembers longer (paired by replicate).")
+    assert "A remembers longer, by 5.0 tokens (5.0 to 5.0, " in reasons.memory(swapped, history)[0]
     unknown = runs.assign(horizon=runs["horizon"].where((runs["experiment"] == "A") | (runs["seed"] == 1)))
     text = reasons.memory(unknown, history)[0]
     assert "B more than can be told in 4 of 8 runs" in text and "remembers longer" not in text

@@ -53,6 +53,7 @@ def test_planted_components_are_recovered_and_covered():
     assert rows.loc[["seed", "data_seed"], "dof"].tolist() == [10, 4]
     tokens = by_sample(runs, rng).groupby("sample")["tokens"].first()
     assert 10 < rows.loc["validation", "dof"] < 19 and len(tokens) == 20
+    assert rows.loc["validation", "low"] < rows.loc["validation", "sd"] < rows.loc["validation", "high"]
     assert 4 < rows.loc["run", "dof"] < 14
 
 

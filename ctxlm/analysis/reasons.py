@@ -321,13 +321,12 @@ def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     if not ratio[0] <= 1 <= ratio[1]:
         verdict = "training text matters more" if ratio[0] > 1 else "initialisation matters more"
     verdict += f" (variance of text over that of initialisation {ratio[0]:.1f} to {ratio[1]:.1f}, F, approximate)"
-    samples = found.loc["validation"]
     return (
         f"**Chance.** Standard deviations of PPL, nested analysis of variance within configuration and size (n = "
         f"{len(runs)} runs): initialisation {sure('seed', 'chi-square')}, training text "
         f"{sure('data_seed', 'Williams')}: {verdict}. Together a run scatters by {sure('run', 'Satterthwaite')}. "
-        f"Another choice of validation samples would move PPL by {_size(samples['sd'])} ({samples['dof']:.0f} d.o.f.), "
-        "most of it alike for all runs."
+        f"Another choice of validation samples would move PPL by {sure('validation', 'chi-square, approximate')}, most "
+        "of it alike for all runs."
     )
 
 
@@ -524,7 +523,12 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
         gap = (means[a] - means[b]).dropna().to_numpy()
         interval = student(gap)
         if interval and not interval[0] <= 0 <= interval[1]:
-            text += f" {a if gap.mean() > 0 else b} remembers longer (paired by replicate)."
+            longer, sign = (a, 1) if gap.mean() > 0 else (b, -1)
+            low, high = sorted(sign * end for end in interval)
+            text += (
+                f" {longer} remembers longer, by {sign * gap.mean():.1f} tokens ({low:.1f} to {high:.1f}, Student's over "
+                f"{_count(len(gap), 'replicate')} in pairs)."
+            )
     parts = []
     for label, rows in explain.recency(history).groupby("experiment"):
         rows = rows.set_index("k")

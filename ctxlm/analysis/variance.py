@@ -24,7 +24,7 @@ def components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
     what the seeds explain; 0 where the estimate is negative), `run` (both together: one run against its kind), and
     `validation` (the error of a run's mean over the validation samples, which all runs share). 95 % intervals: of
     `seed` chi-square's, of `data_seed` Williams's (1962), of `run` chi-square's with Satterthwaite's degrees of freedom
-    (1946); of `validation` none is given.
+    (1946); of `validation` chi-square's, with those of as many samples as these weigh (approximate).
 
     Raises:
         ValueError: as `mean_squares`.
@@ -35,11 +35,12 @@ def components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
     run_dof = satterthwaite((within * (1 - 1 / count), dof), (between / count, windows - 1))
     errors = [sampling_error(part) for _, part in val_by_sample.groupby("run")]
     weigh = min(effective(part["tokens"]) for _, part in val_by_sample.groupby("run"))
+    samples, samples_dof = float(np.sqrt(np.mean(np.square(errors)))), max(weigh - 1, 1)
     rows = [
         ("seed", math.sqrt(within), *_chi_square(within, dof), dof),
         ("data_seed", window, *_williams(between, within, windows - 1, dof, count), windows - 1),
         ("run", run, *_chi_square(run**2, run_dof), run_dof),
-        ("validation", float(np.sqrt(np.mean(np.square(errors)))), math.nan, math.nan, max(weigh - 1, 1)),
+        ("validation", samples, *_chi_square(samples**2, samples_dof), samples_dof),
     ]
     return pd.DataFrame(rows, columns=["source", "sd", "low", "high", "dof"])
 
