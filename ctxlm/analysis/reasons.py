@@ -526,8 +526,8 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
             longer, sign = (a, 1) if gap.mean() > 0 else (b, -1)
             low, high = sorted(sign * end for end in interval)
             text += (
-                f" {longer} remembers longer, by {sign * gap.mean():.1f} tokens ({low:.1f} to {high:.1f}, Student's over "
-                f"{_count(len(gap), 'replicate')} in pairs)."
+                f" {longer} remembers longer, by {sign * gap.mean():.1f} tokens ({low:.1f} to {high:.1f}, Student's "
+                f"over {_count(len(gap), 'replicate')} in pairs)."
             )
     parts = []
     for label, rows in explain.recency(history).groupby("experiment"):
