@@ -244,7 +244,7 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     rates = {"A": 0.5, "A-without-phase1": 0.5, "A-zero": 0.2}
     kept = runs.assign(overfit_rate=runs["experiment"].map(rates))
     phase1, zero = reasons.ablations(kept, val)
-    assert "It changes over-fitting (last PPL / best PPL; Student's over replicates) of A 0.0 %" in phase1
+    assert "Over-fitting (last PPL / best PPL; Student's over replicates) changes, of A 0.0 %" in phase1
     assert "of A −20.0 % (−20.0 % to −20.0 %)." in zero
     found = reasons.ablation_effects(kept, reasons.OVERFITTING)["A"]
     assert [effect.estimate for effect in found] == pytest.approx([0, math.log(1.2 / 1.5)])

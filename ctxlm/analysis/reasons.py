@@ -561,8 +561,8 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
             rates = _ablated(runs, suffix, OVERFITTING)
             how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
             said.append(
-                f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text, changes PPL of "
-                f"{'; '.join(parts)}. It changes over-fitting (last PPL / best PPL; {how}) of "
+                f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text: PPL changes, of "
+                f"{'; '.join(parts)}. Over-fitting (last PPL / best PPL; {how}) changes, of "
                 f"{'; '.join(f'{e.name} {_effect(e)}' for e in rates)}."
             )
     shuffled = {effect.name: effect for effect in _ablated(runs, "random", val_by_sample=val_by_sample)}
