@@ -47,6 +47,21 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     assert {label.get_text() for label in panels[1].get_yticklabels()} == {"B", "KN-3", "KN-4"}
 
 
+@pytest.mark.parametrize(
+    ("parameters", "more"),
+    [
+        ({"phase2_freeze_embedding": False}, 50_257 * 128),
+        ({"phase2_freeze_embedding": False, "output_bias": "unigram"}, 50_257 * 129),
+        ({"use_weight_tying": False}, 50_257 * 129),
+        ({"use_weight_tying": False, "output_bias": "unigram"}, 50_257 * 129),
+    ],
+)
+def test_what_else_is_trained_counts(outputs, parameters, more):
+    (ours, losses), _ = both(outputs, {"KN-3": (-0.3, 1200)})
+    rows = ranking.ranking([(ours.assign(embed_dim=128, **parameters), losses)]).set_index("experiment")
+    assert rows.loc["A", "parameters"].tolist() == [7000 * 128 + more] * 2
+
+
 def test_networks_keep_states_or_a_window(outputs):
     ours, (networks, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 750)})
     shape = {"num_layers": 2, "hidden_dim": 100, "window": 32}

@@ -9,6 +9,7 @@ from ctxlm.analysis import findings
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import percent
 from ctxlm.analysis.scaling import paired_difference
+from ctxlm.corpus import VOCABULARY
 
 MORE = " (it counts text beside the training tokens: the corpus's second half, which A and B know by their embedding)"
 
@@ -46,9 +47,13 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
 
 
 def _parameters(run: pd.Series) -> int:
-    """Trained parameters; an n-gram has none."""
+    """Trained parameters; an n-gram has none. A context model may train its embedding, head and output bias too."""
     if run["model"] == "context":
-        return int(run["context_block_params"] + run["token_block_params_trained"])
+        blocks = run["context_block_params"] + run["token_block_params_trained"]
+        embedding = 0 if run["phase2_freeze_embedding"] else run["embed_dim"]
+        head = 0 if run["use_weight_tying"] else run["embed_dim"] + 1  # it has a bias of its own
+        bias = run["use_weight_tying"] and run["output_bias"] != "none"
+        return int(blocks + VOCABULARY * (embedding + head + bias))
     return 0 if run["model"] == "kneser-ney" else int(run["trained_params"])
 
 
