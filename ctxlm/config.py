@@ -75,7 +75,7 @@ class Experiment(BaseModel):
         "constant", description="width of the layers: constant, or falling in an arithmetic progression"
     )
     num_layers: int = Field(6, ge=1, le=1024, description="layers of each block, L")
-    context_dim: Annotated[int, Field(ge=2, le=65_536)] = Field(768, description="width of the context, C")
+    context_dim: int = Field(768, ge=2, le=65_536, description="width of the context, C")
     embed_dim: Width = Field(768, description="width of a token embedding, d")
     num_input_tokens: Few = Field(2, description="tokens read at a time, n")
     use_weight_tying: bool = Field(True, description="the head is the embedding matrix")
@@ -185,9 +185,9 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
-        fixed = {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
-        fixed |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
-        for name, value in fixed.items():
+        of_context_models = ["use_weight_tying", "phase2_freeze_embedding", "phase2_shuffle", "phase2_init_std"]
+        for name in [*of_context_models, "design", "context_ablation"]:
+            value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r} is not possible for model = {self.model!r}: set it to {value!r}"

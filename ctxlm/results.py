@@ -33,15 +33,13 @@ from ctxlm.files import ROOT, atomic, lock, resolve, source_hash
 SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
 """What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
 
-SMALL_FILES = ("metrics.json", "history.csv", "val_by_sample.csv")
-"""The files of a run that are committed when the run took long."""
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
 """What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
 TABLES = {
     "history.csv": {"phase": str, "step": int, "metric": str, "value": float},
     "val_by_sample.csv": {"sample": int, "loss_sum": float, "tokens": int},
 }
-"""The columns of those that are tables."""
+"""The columns of a run's tables, which are committed beside its metrics.json when it took long."""
 
 
 def code_hash(model: str = "context") -> str:
