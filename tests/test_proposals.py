@@ -56,6 +56,40 @@ def test_half_the_learning_rate(outputs, best, last, verdict):
     assert proposals.learning_rate([("here", more)]) == proposals.learning_rate([("here", quick)])
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(-0.05, "predicts better"), (0.05, "predicts worse")])
+def test_lower_rates_in_pairs_of_single_runs(outputs, gain, verdict):
+    """At full size: the study's runs stand in for its own rate, which the grid lacks at one of two sizes."""
+    sizes = {"A": (86_925,), "B": (86_925,)}
+    grid, study = [], []
+    for rate, grids in ((0.002, [study]), (0.001, [grid]), (0.0005, [grid])):
+        change = gain * (rate == 0.001)
+        laws = {label: (-0.3, ppl * math.exp(change)) for label, ppl in (("A", 800), ("B", 900))}
+        runs, history, val = planted(outputs, laws, sizes=sizes, phase2_learning_rate=rate)
+        runs["overfit_rate"] *= math.sqrt(rate / 0.002)
+        names = runs["run"] + f"-{rate}"
+        grids[0].append((runs.assign(run=names), history, val.assign(run=val["run"] + f"-{rate}")))
+    lr = tuple(pd.concat(tables, ignore_index=True) for tables in zip(*grid, strict=True))
+    lr[0]["experiment"] += ", phase2_learning_rate " + lr[0]["phase2_learning_rate"].astype(str)
+    whole = proposals.with_study(lr, study[0])
+    assert len(whole[0]) == 6
+    text = proposals.learning_rate([("at full size", whole)])
+    assert f"at full size a rate of 0.001 {verdict}: best PPL {'−' if gain < 0 else '+'}" in text
+    assert "(2 pairs of single runs, 20 validation samples drawn again, seeds not covered), last PPL / best" in text
+    assert text.count("best PPL lower in 2 of 2 (−") == 2
+    runs, _, val = whole
+    table = proposals.rates_table(runs, val)
+    assert list(table["Learning rate"]) == ["0.0005", "0.001", "0.002"] * 2 and list(table["Against 0.002"])[2] == ""
+    assert table["Best PPL"][2] == f"{runs.loc[runs['phase2_learning_rate'] == 0.002, 'val_ppl'].iloc[0]:.1f}"
+    assert table["Against 0.002"][1].startswith("−4." if gain < 0 else "+5.")
+    elsewhere = val.assign(tokens=val["tokens"] + val["run"].str.endswith("-0.001"))
+    assert "a rate of 0.001 not to be told (" in proposals.learning_rate([("here", (runs, None, elsewhere))])
+    going = runs.assign(epochs_run=runs["best_epoch"])
+    assert "last PPL" not in proposals.learning_rate([("here", (going, None, val))])
+    alone = runs[runs["phase2_learning_rate"] < 0.002]
+    assert "not to be told (" in proposals.learning_rate([("here", (alone, None, val))])
+    assert proposals.rates_table(runs.iloc[:0], val).empty
+
+
 def bent(label, size, *_):
     """B's law bends down beyond the study's sizes, A's up."""
     return (0.1 if label == "A" else -0.1) * math.log(max(size, 183_620) / 183_620)

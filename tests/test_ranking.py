@@ -112,3 +112,17 @@ def test_other_models_stay_out_of_a_grids_own_sections(outputs):
     runs, _, val_by_sample = read_grid("ngrams")
     assert len(summarise("ngrams", runs, val_by_sample)["runs"]) == 2  # but the report counts them
     assert nothing("absent") == "No finished run of grid absent: run `make report GRID=absent`."
+
+
+def test_the_rate_that_held_out_text_prefers(outputs):
+    options = {"shapes": {"L": (1, 1), "T": (1, 1)}, "model": "lstm", "held_out_tokens": 2000}
+    runs = []
+    for rate, ppl in {0.0005: (700, 600), 0.001: (650, 620), 0.002: (690, 640)}.items():
+        laws = {label: (-0.3, p) for label, p in zip("LT", ppl, strict=True)}
+        plant(outputs, laws, (20_000,), "rates", phase2_learning_rate=rate, **options)
+        runs.append(read_grid("rates", models=["lstm"])[0])
+    text = ranking.chosen_rates(pd.concat(runs))
+    assert "the last 2,000 of 20,000 training tokens, held out" in text
+    assert "L 700.0 at 0.0005, 650.0 at 0.001, 690.0 at 0.002: lowest at 0.001;" in text
+    assert text.endswith("640.0 at 0.002: lowest at 0.0005, at the edge of what was tried.")
+    assert ranking.chosen_rates(runs[0].iloc[:0]) == ""

@@ -7,7 +7,7 @@ replicate have HC3 errors (MacKinnon & White, 1985).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,24 +42,28 @@ class Effect:
 
 def paired_effect(
     runs: pd.DataFrame,
-    label: str,
-    against: str,
+    label: Hashable,
+    against: Hashable,
     column: str = "val_loss",
     val_by_sample: pd.DataFrame | None = None,
+    by: str = "experiment",
+    alike: Sequence[str] = (),
 ) -> Effect:
     """Mean difference of `column`, `label` minus `against`, over runs of equal size, seed and training window.
 
     Args:
         runs: one row a run.
-        label, against: of `experiment`.
+        label, against: values of the column `by`.
         column: what is compared.
         val_by_sample: columns run, sample, loss_sum, tokens. With it the column is `val_loss`, and samples are drawn.
+        by: what differs in a pair.
+        alike: what else a pair shares.
 
     Raises:
         NoPair: there is no such pair.
         ValueError: its runs were judged on different tokens.
     """
-    a, b = (runs[runs["experiment"] == name].set_index([*PAIR, "replicate"]) for name in (label, against))
+    a, b = (runs[runs[by] == name].set_index([*PAIR, "replicate", *alike]) for name in (label, against))
     pairs = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b"))
     pairs = pairs.dropna(subset=[f"{column}_a", f"{column}_b"])
     if pairs.empty:
@@ -68,9 +72,9 @@ def paired_effect(
     weights = np.array([(replicate == r) / (replicate == r).sum() for r in replicate.unique()])
     values = weights @ (pairs[f"{column}_a"] - pairs[f"{column}_b"]).to_numpy(float)
     if val_by_sample is None:
-        return _effect(label, values, len(pairs))
+        return _effect(str(label), values, len(pairs))
     sums, tokens = loss_sums(val_by_sample, [*pairs["run_a"], *pairs["run_b"]])
-    return _effect(label, values, len(pairs), weights @ (sums[: len(pairs)] - sums[len(pairs) :]), tokens)
+    return _effect(str(label), values, len(pairs), weights @ (sums[: len(pairs)] - sums[len(pairs) :]), tokens)
 
 
 def _effect(

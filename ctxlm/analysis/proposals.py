@@ -4,7 +4,7 @@ A verdict a proposal, with 95 % intervals; its words follow the intervals. What 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ RATE = 0.002
 """The study's learning rate in Phase 2."""
 HALVED = "a halved learning rate"
 BEST = {-1: "predicts better", 0: "no effect on the best PPL can be told", 1: "predicts worse"}
+RATED = {-1: "{} predicts better", 0: "no effect of {} on the best PPL can be told", 1: "{} predicts worse"}
 LAST = {-1: "over-fits less", 0: "no effect on over-fitting can be told", 1: "over-fits more"}
 DESIGN = {-1: "better", 0: "which is better cannot be told", 1: "worse"}
 FORECAST = {-1: "too low", 0: "no error can be told", 1: "too high"}
@@ -35,6 +36,8 @@ def _halved(where: str, grid: reasons.Grid) -> str:
     runs, _, val_by_sample = grid
     if runs.empty:
         return f"{where} no finished run"
+    if runs["phase2_learning_rate"].nunique() > 1 and runs["replicate"].nunique() == 1:
+        return f"{where} {'; '.join(_lowered(runs, val_by_sample))}"
     runs = runs[runs["phase2_learning_rate"].isin([RATE, RATE / 2])]
     if runs["phase2_learning_rate"].nunique() < 2:
         return f"{where} not to be told, for no runs differ in it"
@@ -57,17 +60,74 @@ def _halved(where: str, grid: reasons.Grid) -> str:
     )
 
 
-def with_study(sizes: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
-    """The grid sizes, and from the study's own the runs that it lacks."""
-    if study[0].empty or sizes[0].empty:
-        return sizes
-    same = ["configuration", *CELL]
-    known = study[0].set_index(same).index.isin(sizes[0].set_index(same).index)
+def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
+    """What every other rate does beside the study's, in pairs of single runs."""
+    for rate in sorted(set(runs["phase2_learning_rate"]) - {RATE}, reverse=True):
+        try:
+            best, last = _rate_effect(runs, rate, val_by_sample)
+        except ValueError as error:  # judged on different tokens, or no pair
+            yield f"a rate of {rate:g} not to be told ({error})"
+            continue
+        verdict = RATED[_side(best.interval)].format(f"a rate of {rate:g}")
+        how = f"{_pairs(best.n)} of single runs, {best.samples} validation samples drawn again, seeds not covered"
+        fitting = ""
+        if len(last):
+            mean = percent(math.expm1(last.mean()))
+            fitting = f", last PPL / best PPL lower in {(last < 0).sum()} of {len(last)} ({mean} on average)"
+        yield f"{verdict}: best PPL {_percents(best)} ({how}){fitting}"
+
+
+def _pairs(n: int) -> str:
+    return f"{n} pair{'' if n == 1 else 's'}"
+
+
+def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:
+    """What `rate` does to log PPL beside the study's, and in every pair that stopped to log(last PPL / best PPL)."""
+    best = explain.paired_effect(
+        runs, rate, RATE, val_by_sample=val_by_sample, by="phase2_learning_rate", alike=["configuration"]
+    )
+    stopped = explain.stopped(runs).set_index(["configuration", *CELL, "phase2_learning_rate"])["overfit_rate"]
+    last = np.log1p(stopped).unstack().reindex(columns=[rate, RATE])
+    return best, (last[rate] - last[RATE]).dropna()
+
+
+def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
+    """A row a configuration, size and learning rate: best epoch, best PPL, against the study's rate, over-fitting."""
+    if runs.empty:
+        return runs
+    rows = []
+    for (label, size, rate), own in runs.groupby(["configuration", "train_tokens", "phase2_learning_rate"]):
+        gap = ""
+        if rate != RATE:
+            try:
+                alike = runs[(runs["configuration"] == label) & (runs["train_tokens"] == size)]
+                gap = _percents(_rate_effect(alike, rate, val_by_sample)[0])
+            except ValueError:
+                gap = "not to be told"
+        row = {
+            "Configuration": label,
+            "Training tokens": f"{size:,}",
+            "Learning rate": f"{rate:g}",
+            "Best epoch": " and ".join(f"{run.best_epoch} of {run.epochs_run}" for run in own.itertuples()),
+            "Best PPL": f"{own['val_ppl'].mean():.1f}",
+            f"Against {RATE:g}": gap,
+            "Over-fitting, %": f"{100 * own['overfit_rate'].mean():+.0f}".replace("-", "−"),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def with_study(grid: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
+    """A grid of the study's configurations, and from the study's own the runs that it lacks."""
+    if study[0].empty or grid[0].empty:
+        return grid
+    same = ["configuration", "phase2_learning_rate", *CELL]
+    known = study[0].set_index(same).index.isin(grid[0].set_index(same).index)
     lacking = study[0][~known]
-    runs = pd.concat([sizes[0], lacking], ignore_index=True)
+    runs = pd.concat([grid[0], lacking], ignore_index=True)
     runs["replicate"] = replicate_of(runs)
     own = runs.set_index("run")["replicate"]
-    tables = [pd.concat([a, b[b["run"].isin(lacking["run"])]]) for a, b in zip(sizes[1:], study[1:], strict=True)]
+    tables = [pd.concat([a, b[b["run"].isin(lacking["run"])]]) for a, b in zip(grid[1:], study[1:], strict=True)]
     return runs, *(table.assign(replicate=table["run"].map(own)) for table in tables)
 
 

@@ -127,6 +127,25 @@ def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
     )
 
 
+def chosen_rates(tried: pd.DataFrame) -> str:
+    """Which learning rate every network of a grid did best with on held-out training text, and whether both its
+    neighbours were tried."""
+    said = []
+    for label, own in tried.groupby("configuration") if len(tried) else ():
+        ppl = own.groupby("phase2_learning_rate")["val_ppl"].mean()
+        best = ppl.idxmin()
+        at = f"{label} {', '.join(f'{value:.1f} at {rate:g}' for rate, value in ppl.items())}"
+        edge = "" if ppl.index.min() < best < ppl.index.max() else ", at the edge of what was tried"
+        said.append(f"{at}: lowest at {best:g}{edge}")
+    if not said:
+        return ""
+    held, tokens = tried["held_out_tokens"].iloc[0], tried["train_tokens"].iloc[0]
+    return (
+        f"**Learning rates.** PPL of the last {held:,} of {tokens:,} training tokens, held out, by learning rate: "
+        f"{'; '.join(said)}."
+    )
+
+
 def _against(row: pd.Series, other: str) -> str:
     gap = f"{_percent(row['difference'])} {_between(row['interval'])} against {other}"
     verdict = findings.against(row["interval"], row["replicates"], other)
