@@ -126,21 +126,27 @@ def test_the_studys_runs_stand_in_where_sizes_lacks_them(outputs):
     assert proposals.with_study((pd.DataFrame(),) * 3, study)[0].empty
 
 
+def falling(runs, val):
+    text = proposals.falling_widths([("at the quick scale", (runs, None, val)), ("here", (runs.iloc[:0], None, val))])
+    assert text.endswith("; here no finished pair of runs.")
+    return text.removesuffix("; here no finished pair of runs.")
+
+
 @pytest.mark.parametrize(("ppl", "verdict"), [(700, "better"), (900, "worse")])
 def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     shapes = {"A": (6, 128), "A-arithmetic": (6, 256), "B": (3, 256), "B-arithmetic-small": (3, 200)}
     laws = {"A": (-0.3, 800), "A-arithmetic": (-0.3, ppl), "B": (-0.3, 800), "B-arithmetic-small": (-0.3, 801)}
     options = {"shapes": shapes, "pairs": REPLICATES, "chance": noise(0.01), "spread": 0.05}
     runs, _, val = planted(outputs, laws, **options)
-    text = proposals.falling_widths(runs, val)
+    text = falling(runs, val)
     shapes = [f"context {width}, {7000 * width:,} parameters" for width in (256, 128)]
     assert f"A-arithmetic ({shapes[0]}) against A ({shapes[1]}): PPL " in text
     assert "(n = 12 pairs, 20 validation samples drawn again, " in text
     assert f"d.o.f., crossed with 3 replicates): {verdict}; B-arithmetic-small (context 200" in text
-    assert text.endswith("which is better cannot be told.")
+    assert text.endswith("which is better cannot be told")
     one = runs[runs["seed"] == 42]
-    assert " d.o.f., seeds not covered)" in proposals.falling_widths(one, val)
+    assert " d.o.f., seeds not covered)" in falling(one, val)
     alone = runs[~runs["experiment"].isin(["A", "B"])]
-    assert proposals.falling_widths(alone, val).endswith("no finished pair of runs.")
+    assert falling(alone, val).endswith("no finished pair of runs")
     apart = runs[runs["experiment"].isin(["A", "B"]) == (runs["seed"] == 42)]
-    assert proposals.falling_widths(apart, val).endswith("no finished pair of runs.")
+    assert falling(apart, val).endswith("no finished pair of runs")

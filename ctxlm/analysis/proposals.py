@@ -176,17 +176,20 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     ).rstrip()
 
 
-def falling_widths(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
-    """Are layers whose widths fall better than layers of one width?"""
-    lead = "**3. Widths that fall in an arithmetic progression**"
+def falling_widths(grids: Sequence[tuple[str, reasons.Grid]]) -> str:
+    """Are layers whose widths fall better than layers of one width? From (where, grid) that have both."""
+    said = [f"{where} {_falling(runs, val_by_sample)}" for where, (runs, _, val_by_sample) in grids]
+    return f"**3. Widths that fall in an arithmetic progression**: {'; '.join(said)}."
+
+
+def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     parts = []
     for effect in falling_effects(runs, val_by_sample):
         over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
         over += ", seeds not covered" if effect.replicates == 1 else f", crossed with {effect.replicates} replicates"
-        parts.append(
-            f"{effect.name}: PPL {_percents(effect)} (n = {effect.n} pairs, {over}): {DESIGN[_side(effect.interval)]}"
-        )
-    return f"{lead}: {'; '.join(parts) or 'no finished pair of runs'}."
+        how = f"n = {_pairs(effect.n)}, {over}"
+        parts.append(f"{effect.name}: PPL {_percents(effect)} ({how}): {DESIGN[_side(effect.interval)]}")
+    return "; ".join(parts) or "no finished pair of runs"
 
 
 def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[explain.Effect]:
