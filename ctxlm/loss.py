@@ -27,7 +27,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.empty(rows, dtype=torch.bool, device=device)
         needs_gradient = backward and any(ctx.needs_input_grad[:3])
         grad_h = torch.empty(rows, h.shape[1], device=device) if needs_gradient and ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if needs_gradient and not frozen else None
+        # gradients of the losses' sum, until backward divides them: every pass over a [V, d] counts
+        grad_weight = None
         grad_bias = torch.zeros_like(bias) if needs_gradient and bias is not None and bias.requires_grad else None
         apart = -(-weight.shape[0] // ALIGNED) * ALIGNED
         size = max(1, LOGIT_BYTES // (weight.shape[0] * products.element_size()))
@@ -42,19 +43,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # logits now hold the softmax p; the gradient of a row's loss is p - onehot(target)
             if grad_h is not None:
                 grad_h[start:stop] = (logits @ back).float() - products[t_block].float()
-            if grad_weight is not None:
-                grad_weight += (logits.T @ h_block).float() / rows
-                grad_weight.index_add_(0, t_block, h_block.float() / -rows)
+            if not frozen:
+                of_block = (logits.T @ h_block).float()
+                grad_weight = of_block if grad_weight is None else grad_weight.add_(of_block)
+                grad_weight.index_add_(0, t_block, h_block.float(), alpha=-1)
             if grad_bias is not None:
-                grad_bias += logits.float().sum(0) / rows
-                grad_bias.index_add_(0, t_block, grad_bias.new_full((stop - start,), -1 / rows))
-        ctx.gradients = (grad_h.div_(rows) if grad_h is not None else None, grad_weight, grad_bias)
+                grad_bias += logits.float().sum(0)
+                grad_bias.index_add_(0, t_block, grad_bias.new_full((stop - start,), -1))
+        ctx.rows, ctx.gradients = rows, (grad_h, grad_weight, grad_bias)
         ctx.mark_non_differentiable(losses, correct)
         return losses.mean(), losses, correct
 
     @staticmethod
     def backward(ctx, grad_mean, _losses, _correct):
-        return *(None if g is None else g * grad_mean for g in ctx.gradients), None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # used up, as autograd's own buffers are
+        if gradients is None:
+            raise RuntimeError("linear_cross_entropy was differentiated before: compute the loss again")
+        return *(None if g is None else g.mul_(grad_mean / ctx.rows) for g in gradients), None, None, None, None
 
 
 def _scratch(name: str, rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
