@@ -64,7 +64,7 @@ def build(experiment: Experiment, streams: Split) -> Baseline:
         losses, accuracy = evaluate(reader, torch.from_numpy(tokens).long().to(device))
         return losses.cpu().numpy(), accuracy
 
-    columns = found.summary() | {"trained_params": sum(p.numel() for p in model.body.parameters())}
+    columns = found.summary() | {"trained_params": sum(p.numel() for p in model.trained().values())}
     if model.recurrent:
         longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
         columns["lstm_residual"] = (longer - found.val_losses).double().mean().item()

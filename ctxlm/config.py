@@ -185,8 +185,7 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
-        of_context_models = ["use_weight_tying", "phase2_freeze_embedding", "phase2_shuffle", "phase2_init_std"]
-        for name in [*of_context_models, "design", "context_ablation"]:
+        for name in ("use_weight_tying", "phase2_shuffle", "phase2_init_std", "design", "context_ablation"):
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(

@@ -64,13 +64,13 @@ class Transformer(nn.Module):
 
 
 class NeuralLM(nn.Module):
-    """One of the two with the frozen embedding, which is the head too."""
+    """One of the two with the embedding, which is the head too, and frozen unless `phase2_freeze_embedding` says no."""
 
     def __init__(self, experiment: Experiment, embedding: Tensor):
         """`embedding` is float32 [V, d]; weights are drawn from the experiment's seed, on the CPU."""
         super().__init__()
         e = experiment
-        self.embedding = nn.Parameter(embedding, requires_grad=False)
+        self.embedding = nn.Parameter(embedding, requires_grad=not e.phase2_freeze_embedding)
         with torch.random.fork_rng([]):  # torch's own initialisation draws from its global generator
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
             if e.model == "lstm":
@@ -94,9 +94,10 @@ class NeuralLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def weights(self) -> dict[str, Tensor]:
-        """What training made: every weight but the embedding, which its own cache holds."""
+        """What training made: every weight but a frozen embedding, which its own cache holds."""
         kept = self.state_dict()
-        del kept["embedding"]
+        if not self.embedding.requires_grad:
+            del kept["embedding"]
         return kept
 
 

@@ -49,6 +49,9 @@ def test_half_the_learning_rate(outputs, best, last, verdict):
     text = proposals.learning_rate([("here", (cut, *quick[1:]))])
     assert "; 6 at a rate of 0.002 that had not stopped are left out; 6 at a rate of 0.001 that had" in text
     assert "(n = 36 runs, Student's" in text and "(n = 48 runs, crossed" in text
+    early = quick[0].assign(epochs_run=quick[0]["best_epoch"].where(quick[0]["phase2_learning_rate"] < 0.002, 5))
+    text = proposals.learning_rate([("here", (early, *quick[1:]))])
+    assert text.endswith(": here not to be told (at one of the two rates no run has come to its early stop).")
     third = [table.assign(run=table["run"] + "-third") for table in quick]
     third[0]["phase2_learning_rate"] /= 4  # not what was proposed, however well it does
     third[0]["val_loss"] -= 1
@@ -73,7 +76,7 @@ def test_lower_rates_in_pairs_of_single_runs(outputs, gain, verdict):
     whole = proposals.with_study(lr, study[0])
     assert len(whole[0]) == 6
     text = proposals.learning_rate([("at full size", whole)])
-    assert f"at full size a rate of 0.001 {verdict}: best PPL {'−' if gain < 0 else '+'}" in text
+    assert f"at full size a rate of 0.001 {verdict}, in single runs: best PPL {'−' if gain < 0 else '+'}" in text
     assert "(2 pairs of single runs, 20 validation samples drawn again, seeds not covered), last PPL / best" in text
     assert text.count("best PPL lower in 2 of 2 (−") == 2
     runs, _, val = whole
@@ -101,13 +104,22 @@ def test_forecasts_of_larger_sizes(outputs):
     runs, _, val = planted(outputs, laws, sizes=sizes, chance=lambda *run: bent(*run) * (run[0] != "C"))
     text = proposals.more_sizes(runs, val)
     a, b = (100 * math.expm1(sign * 0.1 * math.log(2)) for sign in (-1, 1))
-    assert f"A −{-a:.1f} % (" in text and f"B +{b:.1f} % (" in text and "at 367,240 tokens, too low (chance" in text
-    assert ", too high (chance in a run counts 2.4 times); C 0.0 % (" in text and "tokens, no error can be told" in text
+    assert (
+        f"A −{-a:.1f} % (" in text
+        and f"B +{b:.1f} % (" in text
+        and "at 367,240 tokens, too low, in single runs (chance" in text
+    )
+    assert (
+        ", too high, in single runs (chance in a run counts 2.4 times); C 0.0 % (" in text
+        and "tokens, no error can be told" in text
+    )
     assert "(single runs, seeds not covered, 20 validation samples drawn again)" in text
     assert text.count("**Slopes of ") == 3
     straight, _, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)}, sizes=sizes, seeds=(1, 2))
     text = proposals.more_sizes(straight, val)
     assert "A 0.0 % (" in text and "not covered" not in text
+    crossed = straight.assign(replicate=0)  # seeds crossed with texts are one replicate, however many runs they are
+    assert "(single runs, seeds not covered" in proposals.more_sizes(crossed, val)
     changed = val.assign(tokens=val["tokens"] + (val["train_tokens"] > 200_000))
     assert "A at 367,240 tokens not to be told (the runs were judged on diff" in proposals.more_sizes(straight, changed)
     two = proposals.more_sizes(straight[straight["train_tokens"] < 200_000], val)
@@ -145,7 +157,7 @@ def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     assert f"d.o.f., crossed with 3 replicates): {verdict}; B-arithmetic-small (context 200" in text
     assert text.endswith("which is better cannot be told")
     one = runs[runs["seed"] == 42]
-    assert " d.o.f., seeds not covered)" in falling(one, val)
+    assert f" d.o.f., seeds not covered): {verdict}, in single runs; " in falling(one, val)
     alone = runs[~runs["experiment"].isin(["A", "B"])]
     assert falling(alone, val).endswith("no finished pair of runs")
     apart = runs[runs["experiment"].isin(["A", "B"]) == (runs["seed"] == 42)]

@@ -84,6 +84,8 @@ def test_a_model_that_reads_more_is_set_apart(outputs):
     text = ranking.beside_others(ranking.ranking([ours, (ngrams, losses)]))
     assert text.index("KN-3, 700.0") < text.index("KN-4, 300.0")
     assert text.count("counts text beside the training tokens") == 2
+    models = ranking.ranking_table(ranking.ranking([ours, (ngrams, losses)]))["Model"]
+    assert set(models) == {"A", "B", "KN-3", "KN-4 (reads more)"}
 
 
 def test_models_on_other_tokens_are_not_ranked(outputs):
@@ -121,8 +123,12 @@ def test_the_rate_that_held_out_text_prefers(outputs):
         laws = {label: (-0.3, p) for label, p in zip("LT", ppl, strict=True)}
         plant(outputs, laws, (20_000,), "rates", phase2_learning_rate=rate, **options)
         runs.append(read_grid("rates", models=["lstm"])[0])
-    text = ranking.chosen_rates(pd.concat(runs))
+        if rate == 0.0005:
+            runs[0].loc[runs[0]["experiment"] == "T", "epochs_run"] = runs[0]["best_epoch"]
+    text = ranking.chosen_rates(pd.concat(runs, ignore_index=True))
     assert "the last 2,000 of 20,000 training tokens, held out" in text
     assert "L 700.0 at 0.0005, 650.0 at 0.001, 690.0 at 0.002: lowest at 0.001;" in text
-    assert text.endswith("640.0 at 0.002: lowest at 0.0005, at the edge of what was tried.")
+    assert text.endswith(
+        "640.0 at 0.002: lowest at 0.0005, at the edge of what was tried (not yet at its early stop: 0.0005)."
+    )
     assert ranking.chosen_rates(runs[0].iloc[:0]) == ""

@@ -27,7 +27,10 @@ def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned, v
     assert f"tuned-A at 20,000 tokens has a PPL of {tuned}.0: {change} (" in text
     assert f"), did {verdict} than KN-4, in single runs; " in text
     assert f"), did {verdict} than A, in single runs; it ends +10.0 % above its best, 2 epochs later" in text
-    assert "20 validation samples drawn again in pairs, of single runs without seeds" in text and "absent" not in text
+    assert (
+        "20 validation samples drawn again in pairs; of single runs they do not cover seeds" in text
+        and "absent" not in text
+    )
     assert recipe.recipe(NOTHING, others, ["A"]) == ""
     assert recipe.recipe(mine, [NOTHING], ["A"]).count("has a PPL of") == 2
     assert "than A" not in recipe.recipe(mine, [NOTHING], ["A"])
@@ -39,8 +42,23 @@ def test_several_tuned_runs_against_a_single_one_are_single_runs(outputs):
         recipe.recipe(mine, [grid(outputs, name, {"A": (-0.3, 800)}, **pairs)], ["A"])
         for name, pairs in (("study", {}), ("again", {"pairs": ((42, 0), (43, 1))}))
     )
-    assert "did better than A, in single runs" in once and "of single runs without seeds" in once
+    assert "did better than A, in single runs" in once and "of single runs they do not cover" in once
     assert "better than A;" in twice and "single runs" not in twice
+
+
+def test_runs_of_two_grids_pair_by_the_seed_they_share(outputs):
+    """Each grid numbers its replicates for itself; run 42 of one is not to be set against run 43 of the other."""
+    hard = {42: 0.0, 43: 0.3, 44: -0.2}  # nats that a seed adds to every model
+
+    def laws(label, ppl, name, seeds):
+        chance = {"chance": lambda _, size, seed, __: hard[seed]}
+        return grid(outputs, name, {label: (-0.3, ppl)}, pairs=[(seed, seed - 42) for seed in seeds], **chance)
+
+    mine, study = laws("tuned-A", 400, "tuned", (42, 43)), laws("A", 800, "study", (43, 44, 42))
+    assert recipe.recipe(mine, [study], ["A"]).count(": −50.0 % (") == 2
+    less = laws("tuned-A-without", 600, "less", (43,))
+    (effect,) = recipe.ingredients(mine, less)["effect"]
+    assert effect.estimate == pytest.approx(math.log(1.5)) and effect.n == 2  # a pair a size
 
 
 def test_runs_on_other_text_and_runs_that_end_at_their_best(outputs):

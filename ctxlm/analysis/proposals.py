@@ -12,7 +12,7 @@ import pandas as pd
 
 from ctxlm.analysis import crossing, explain, reasons
 from ctxlm.analysis.findings import percent
-from ctxlm.analysis.replicates import replicate_of
+from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss
 
 FITTED = (86_925, 183_620)
@@ -20,6 +20,7 @@ FITTED = (86_925, 183_620)
 RATE = 0.002
 """The study's learning rate in Phase 2."""
 HALVED = "a halved learning rate"
+SINGLE = ", in single runs"
 BEST = {-1: "predicts better", 0: "no effect on the best PPL can be told", 1: "predicts worse"}
 RATED = {-1: "{} predicts better", 0: "no effect of {} on the best PPL can be told", 1: "{} predicts worse"}
 LAST = {-1: "over-fits less", 0: "no effect on over-fitting can be told", 1: "over-fits more"}
@@ -42,10 +43,12 @@ def _halved(where: str, grid: reasons.Grid) -> str:
     if runs["phase2_learning_rate"].nunique() < 2:
         return f"{where} not to be told, for no runs differ in it"
     try:
-        (last,) = (e for e in explain.overfitting_effects(runs) if e.name == HALVED)
-        (best,) = (e for e in explain.overfitting_effects(runs, True, val_by_sample) if e.name == HALVED)
+        last = next((e for e in explain.overfitting_effects(runs) if e.name == HALVED), None)
+        best = next(e for e in explain.overfitting_effects(runs, True, val_by_sample) if e.name == HALVED)
     except ValueError as error:
         return f"{where} not to be told ({error})"
+    if last is None:
+        return f"{where} not to be told (at one of the two rates no run has come to its early stop)"
     left = runs.drop(explain.stopped(runs).index)["phase2_learning_rate"].value_counts()
     out = "".join(f"; {n} at a rate of {rate:g} that had not stopped are left out" for rate, n in left.items())
     how = f"Student's over {last.replicates} replicates, {last.dof} d.o.f."
@@ -68,7 +71,7 @@ def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
         except ValueError as error:  # judged on different tokens, or no pair
             yield f"a rate of {rate:g} not to be told ({error})"
             continue
-        verdict = RATED[_side(best.interval)].format(f"a rate of {rate:g}")
+        verdict = _said(RATED, best.interval, best.replicates).format(f"a rate of {rate:g}")
         how = f"{_pairs(best.n)} of single runs, {best.samples} validation samples drawn again, seeds not covered"
         fitting = ""
         if len(last):
@@ -124,11 +127,7 @@ def with_study(grid: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
     same = ["configuration", "phase2_learning_rate", *CELL]
     known = study[0].set_index(same).index.isin(grid[0].set_index(same).index)
     lacking = study[0][~known]
-    runs = pd.concat([grid[0], lacking], ignore_index=True)
-    runs["replicate"] = replicate_of(runs)
-    own = runs.set_index("run")["replicate"]
-    tables = [pd.concat([a, b[b["run"].isin(lacking["run"])]]) for a, b in zip(grid[1:], study[1:], strict=True)]
-    return runs, *(table.assign(replicate=table["run"].map(own)) for table in tables)
+    return together([grid, (lacking, *study[1:])])
 
 
 def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -143,6 +142,7 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         return f"{lead}: no finished run."
     parts, covered = [], set()
     for label, own in runs.groupby("experiment"):
+        replicate = own.drop_duplicates(["seed", "data_seed"]).set_index(["seed", "data_seed"])["replicate"]
         table = own.pivot_table(index=["seed", "data_seed"], columns="train_tokens", values="run", aggfunc="first")
         larger = [size for size in table if size > FITTED[1]] if set(FITTED) <= set(table) else []
         forecasts = []
@@ -157,11 +157,13 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
             except ValueError as error:
                 forecasts.append(f"at {size:,} tokens not to be told ({error})")
                 continue
-            found = mean_loss(np.einsum("k,rks->rs", weights, sums.reshape(len(members), 3, -1)), tokens)
-            covered.add(len(members))
+            errors = np.einsum("k,rks->rs", weights, sums.reshape(len(members), 3, -1))
+            errors = pd.DataFrame(errors).groupby(replicate[members.index].to_numpy()).mean().to_numpy()
+            found = mean_loss(errors, tokens)
+            covered.add(len(errors))
             chance = f"chance in a run counts {math.sqrt(np.square(weights).sum()):.1f} times"
             gap = f"{percent(math.expm1(found.value))} {_ends(found.interval)} at {size:,} tokens"
-            forecasts.append(f"{gap}, {FORECAST[_side(found.interval)]} ({chance})")
+            forecasts.append(f"{gap}, {_said(FORECAST, found.interval, len(errors))} ({chance})")
         if forecasts:
             parts.append(f"{label} {', '.join(forecasts)}")
     if not parts:
@@ -188,7 +190,9 @@ def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
         over += ", seeds not covered" if effect.replicates == 1 else f", crossed with {effect.replicates} replicates"
         how = f"n = {_pairs(effect.n)}, {over}"
-        parts.append(f"{effect.name}: PPL {_percents(effect)} ({how}): {DESIGN[_side(effect.interval)]}")
+        parts.append(
+            f"{effect.name}: PPL {_percents(effect)} ({how}): {_said(DESIGN, effect.interval, effect.replicates)}"
+        )
     return "; ".join(parts) or "no finished pair of runs"
 
 
@@ -219,6 +223,12 @@ def _side(interval: tuple[float, float] | None) -> int:
     """The sign of an interval that excludes 0; otherwise 0."""
     low, high = interval or (0, 0)
     return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def _said(words: dict[int, str], interval: tuple[float, float] | None, replicates: int) -> str:
+    """The word for an interval's side; of single runs, which other seeds may turn round, it is said to be of those."""
+    side = _side(interval)
+    return words[side] + (SINGLE if side and replicates == 1 else "")
 
 
 def _ends(interval: tuple[float, float] | None) -> str:

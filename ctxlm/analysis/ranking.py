@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ctxlm.analysis import findings
-from ctxlm.analysis.explain import Effect
+from ctxlm.analysis.explain import Effect, stopped
 from ctxlm.analysis.findings import percent
+from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.corpus import VOCABULARY
 
@@ -25,7 +26,7 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
         against: label of the model that all are set against.
     """
-    runs, val_by_sample = (pd.concat(tables) for tables in zip(*grids, strict=True))
+    runs, val_by_sample = together(grids)
     rows = []
     for size, here in runs.groupby("train_tokens"):
         tables = dict(iter(val_by_sample[val_by_sample["train_tokens"] == size].groupby("experiment")))
@@ -47,7 +48,7 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
 
 
 def _parameters(run: pd.Series) -> int:
-    """Trained parameters; an n-gram has none. A context model may train its embedding, head and output bias too."""
+    """Trained parameters, those of embedding, head and output bias with them; an n-gram has none."""
     if run["model"] == "context":
         blocks = run["context_block_params"] + run["token_block_params_trained"]
         embedding = 0 if run["phase2_freeze_embedding"] else run["embed_dim"]
@@ -83,7 +84,7 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
     ]
     table = {
         "Training tokens": ranked["train_tokens"].map("{:,}".format),
-        "Model": ranked["experiment"],
+        "Model": ranked["experiment"] + ranked["reads_more"].map({True: " (reads more)", False: ""}),
         "Validation PPL": ranked["ppl"].map("{:.1f}".format),
         f"PPL against {against}": gaps,
         "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format),
@@ -117,7 +118,7 @@ def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
     for size, group in ranked[ranked["experiment"] != against].groupby("train_tokens"):
         same, more = group[~group["reads_more"]], group[group["reads_more"]]
         parts = [f"{_against(part.iloc[0], against)}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
-        said.append(f"At {size:,} tokens the lowest PPL is that of {'; '.join(parts)}")
+        said.append(f"At {size:,} tokens the lowest PPL of an ordinary model is that of {'; '.join(parts)}")
     if not said:
         return f"No other model was judged on the same tokens as {against}."
     samples = ranked["samples"].iloc[0]
@@ -136,7 +137,9 @@ def chosen_rates(tried: pd.DataFrame) -> str:
         best = ppl.idxmin()
         at = f"{label} {', '.join(f'{value:.1f} at {rate:g}' for rate, value in ppl.items())}"
         edge = "" if ppl.index.min() < best < ppl.index.max() else ", at the edge of what was tried"
-        said.append(f"{at}: lowest at {best:g}{edge}")
+        going = own.drop(stopped(own).index)["phase2_learning_rate"].unique()
+        early = f" (not yet at its early stop: {', '.join(f'{rate:g}' for rate in going)})" if len(going) else ""
+        said.append(f"{at}: lowest at {best:g}{edge}{early}")
     if not said:
         return ""
     held, tokens = tried["held_out_tokens"].iloc[0], tried["train_tokens"].iloc[0]

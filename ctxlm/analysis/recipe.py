@@ -7,6 +7,7 @@ import pandas as pd
 
 from ctxlm.analysis import explain, reasons
 from ctxlm.analysis.findings import against, percent
+from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.config import Experiment
 
@@ -15,16 +16,16 @@ NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "
 
 def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence[str]) -> str:
     """The tuned runs' PPL at every size, in pairs against each of the labels `models` of the grids `others`."""
-    runs, _, val_by_sample = tuned
-    if runs.empty:
+    if tuned[0].empty:
         return ""
-    known = pd.concat([grid[2] for grid in others])
+    runs, _, known = together([tuned, *others])
+    runs, val_by_sample, known = runs[runs["grid"] == 0], known[known["grid"] == 0], known[known["grid"] > 0]
     said, replicates = [], []
     for (size, label), group in runs.groupby(["train_tokens", "experiment"]):
         mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
         gaps = []
         for other in models:
-            theirs = known[(known["experiment"] == other) & (known["train_tokens"] == size)] if len(known) else known
+            theirs = known[(known["experiment"] == other) & (known["train_tokens"] == size)]
             if theirs.empty:
                 continue
             try:
@@ -39,11 +40,11 @@ def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence
         ends = ends if later.any() else "ends at its best"
         versus = f": {'; '.join(gaps)}" if gaps else ""
         said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}; it {ends}")
-    single = "" if min(replicates, default=1) > 1 else ", of single runs without seeds and training texts"
+    single = "" if min(replicates, default=1) > 1 else "; of single runs they do not cover seeds and training texts"
     samples = val_by_sample["sample"].nunique()
     return (
         f"**The tuned recipe.** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again "
-        f"in pairs{single}. It was chosen on held-out training text alone."
+        f"in pairs{single}. It was chosen on held-out training text alone, but for the epoch, which validation chooses."
     )
 
 
@@ -62,7 +63,7 @@ def ingredients(tuned: reasons.Grid, without: reasons.Grid) -> pd.DataFrame:
     rows = []
     if tuned[0].empty or without[0].empty:
         return pd.DataFrame()
-    runs, val_by_sample = (pd.concat([tuned[k], without[k]], ignore_index=True) for k in (0, 2))
+    runs, _, val_by_sample = together([tuned, without])
     for label, group in without[0].groupby("experiment"):
         whole = max((base for base in tuned[0]["experiment"].unique() if label.startswith(base)), key=len, default="")
         try:

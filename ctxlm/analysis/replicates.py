@@ -8,7 +8,7 @@ Frison & Pocock, 1992). Nothing need then be assumed of the errors inside a repl
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,26 @@ def replicate_of(runs: pd.DataFrame) -> pd.Series:
     graph = sparse.coo_matrix((np.ones(len(ends[0])), ends), shape=(nodes, nodes))
     _, found = sparse.csgraph.connected_components(graph, directed=False)
     return pd.Series(pd.factorize(found[: len(runs)])[0], runs.index)
+
+
+def together(grids: Sequence[tuple[pd.DataFrame, ...]]) -> tuple[pd.DataFrame, ...]:
+    """Several grids' runs, and tables by run, as if they were one grid's.
+
+    Replicates are numbered anew over all of them, so that runs of two grids pair by the seed and text that they share;
+    a column `grid` holds the grid's place in `grids`, which the name of a run is led by.
+    """
+    marked = [
+        [table.assign(grid=k, run=f"{k}:" + table["run"]) for table in grid]
+        for k, grid in enumerate(grids)
+        if len(grid[0])
+    ]
+    if not marked:
+        return grids[0]
+    runs, *others = (pd.concat(tables, ignore_index=True) for tables in zip(*marked, strict=True))
+    runs["replicate"] = replicate_of(runs)
+    own = runs.set_index("run")["replicate"]
+    others = (table[table["run"].isin(own.index)] for table in others)
+    return runs, *(table.assign(replicate=table["run"].map(own)) for table in others)
 
 
 def balanced(runs: pd.DataFrame, *columns: str) -> bool:
