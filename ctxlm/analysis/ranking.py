@@ -18,7 +18,7 @@ MORE = " (it counts text beside the training tokens: the corpus's second half, w
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
 
-    Columns train_tokens, experiment, ppl, accuracy, seconds, parameters (trained), kept (numbers carried from token to
+    Columns train_tokens, experiment, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers carried from token to
     token), n (runs), replicates, samples, difference, interval (None: it cannot be given), reads_more (text beside the
     training tokens). Sizes without a run of `against`, and runs judged on other tokens, are left out.
 
@@ -36,13 +36,14 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
             except (KeyError, ValueError):
                 continue
             row = {"train_tokens": size, "experiment": label, "ppl": own["val_ppl"].mean(), "n": len(own)}
+            row["test_ppl"] = own["test_ppl"].mean()
             row |= {"accuracy": own["val_accuracy"].mean(), "seconds": own["total_seconds"].mean()}
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
             row["replicates"] = found.replicates
             row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
             row["reads_more"] = bool(own["ngram_second_half"].any())
             rows.append(row)
-    columns = ["train_tokens", "experiment", "ppl", "accuracy", "seconds", "parameters", "kept", "n"]
+    columns = ["train_tokens", "experiment", "ppl", "test_ppl", "accuracy", "seconds", "parameters", "kept", "n"]
     columns += ["replicates", "samples", "difference", "interval", "reads_more"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
@@ -87,6 +88,7 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
         "Model": ranked["experiment"] + ranked["reads_more"].map({True: " (reads more)", False: ""}),
         "Validation PPL": ranked["ppl"].map("{:.1f}".format),
         f"PPL against {against}": gaps,
+        "Test PPL": ranked["test_ppl"].map("{:.1f}".format),
         "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format),
         "Trained parameters": ranked["parameters"].map("{:,}".format),
         "Numbers kept from token to token": ranked["kept"].map("{:,}".format),
