@@ -18,9 +18,10 @@ MORE = " (it counts text beside the training tokens: the corpus's second half, w
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
 
-    Columns train_tokens, experiment, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers carried from token to
-    token), n (runs), replicates, samples, difference, interval (None: it cannot be given), reads_more (text beside the
-    training tokens). Sizes without a run of `against`, and runs judged on other tokens, are left out.
+    Columns train_tokens, experiment, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers carried from
+    token to token), n (runs), replicates, samples, difference, interval (None: it cannot be given),
+    reads_more (text beside the training tokens). Sizes without a run of `against`, and runs judged on other tokens, are
+    left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.

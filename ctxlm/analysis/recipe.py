@@ -11,14 +11,17 @@ from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.config import Experiment
 
+CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
-def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence[str]) -> str:
-    """The tuned runs' PPL at every size, in pairs against each of the labels `models` of the grids `others`."""
-    if tuned[0].empty:
+def recipe(
+    grid: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence[str], lead: str = "The tuned recipe."
+) -> str:
+    """The grid's PPL at every size, in pairs against each of the labels `models` of the grids `others`."""
+    if grid[0].empty:
         return ""
-    runs, _, known = together([tuned, *others])
+    runs, _, known = together([grid, *others])
     runs, val_by_sample, known = runs[runs["grid"] == 0], known[known["grid"] == 0], known[known["grid"] > 0]
     said, replicates = [], []
     for (size, label), group in runs.groupby(["train_tokens", "experiment"]):
@@ -43,8 +46,8 @@ def recipe(tuned: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence
     single = "" if min(replicates, default=1) > 1 else "; of single runs they do not cover seeds and training texts"
     samples = val_by_sample["sample"].nunique()
     return (
-        f"**The tuned recipe.** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again "
-        f"in pairs{single}. It was chosen on held-out training text alone, but for the epoch, which validation chooses."
+        f"**{lead}** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again in "
+        f"pairs{single}."
     )
 
 
