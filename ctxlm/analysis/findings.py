@@ -324,6 +324,28 @@ def percent(fraction: float) -> str:
     return f"{signed(100 * fraction, 1)} %"
 
 
+def percents(interval: Sequence[float] | None) -> str:
+    """An interval in nats as one of per cent of PPL."""
+    if interval is None or not all(map(math.isfinite, interval)):
+        return "no interval"
+    return " to ".join(percent(math.expm1(x)) for x in interval)
+
+
+def change(nats: float, interval: Sequence[float] | None) -> str:
+    """A difference of log PPL as per cent of PPL, with its interval."""
+    return f"{percent(math.expm1(nats))} ({percents(interval)})"
+
+
+def side(interval: Sequence[float] | None) -> int:
+    """The sign of an interval that excludes 0; otherwise 0."""
+    low, high = interval or (0, 0)
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def signed(value: float, digits: int = 3) -> str:
     """With its sign, unless it rounds to 0."""
     rounded = round(value, digits)

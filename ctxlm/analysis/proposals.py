@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import crossing, explain, reasons
-from ctxlm.analysis.findings import percent
+from ctxlm.analysis.findings import change, count, percent, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss
 
@@ -58,8 +58,9 @@ def _halved(where: str, grid: reasons.Grid) -> str:
     if best.samples:
         drawn = f"crossed with {best.samples} validation samples drawn again, {best.dof:.1f} d.o.f. by Satterthwaite"
     return (
-        f"{where} it {LAST[_side(last.interval)]} and {BEST[_side(best.interval)]}: last PPL / best PPL "
-        f"{_percents(last)} (n = {last.n} runs, {how}{out}), best PPL {_percents(best)} (n = {best.n} runs, {drawn})"
+        f"{where} it {LAST[side(last.interval)]} and {BEST[side(best.interval)]}: last PPL / best PPL "
+        f"{reasons.effect_text(last)} (n = {last.n} runs, {how}{out}), "
+        f"best PPL {reasons.effect_text(best)} (n = {best.n} runs, {drawn})"
     )
 
 
@@ -72,16 +73,14 @@ def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
             yield f"a rate of {rate:g} not to be told ({error})"
             continue
         verdict = _said(RATED, best.interval, best.replicates).format(f"a rate of {rate:g}")
-        how = f"{_pairs(best.n)} of single runs, {best.samples} validation samples drawn again, seeds not covered"
+        how = (
+            f"{count(best.n, 'pair')} of single runs, {best.samples} validation samples drawn again, seeds not covered"
+        )
         fitting = ""
         if len(last):
             mean = percent(math.expm1(last.mean()))
             fitting = f", last PPL / best PPL lower in {(last < 0).sum()} of {len(last)} ({mean} on average)"
-        yield f"{verdict}: best PPL {_percents(best)} ({how}){fitting}"
-
-
-def _pairs(n: int) -> str:
-    return f"{n} pair{'' if n == 1 else 's'}"
+        yield f"{verdict}: best PPL {reasons.effect_text(best)} ({how}){fitting}"
 
 
 def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:
@@ -104,7 +103,7 @@ def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame
         if rate != RATE:
             try:
                 alike = runs[(runs["configuration"] == label) & (runs["train_tokens"] == size)]
-                gap = _percents(_rate_effect(alike, rate, val_by_sample)[0])
+                gap = reasons.effect_text(_rate_effect(alike, rate, val_by_sample)[0])
             except ValueError:
                 gap = "not to be told"
         row = {
@@ -162,7 +161,7 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
             found = mean_loss(errors, tokens)
             covered.add(len(errors))
             chance = f"chance in a run counts {math.sqrt(np.square(weights).sum()):.1f} times"
-            gap = f"{percent(math.expm1(found.value))} {_ends(found.interval)} at {size:,} tokens"
+            gap = f"{change(found.value, found.interval)} at {size:,} tokens"
             forecasts.append(f"{gap}, {_said(FORECAST, found.interval, len(errors))} ({chance})")
         if forecasts:
             parts.append(f"{label} {', '.join(forecasts)}")
@@ -189,10 +188,9 @@ def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     for effect in falling_effects(runs, val_by_sample):
         over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
         over += ", seeds not covered" if effect.replicates == 1 else f", crossed with {effect.replicates} replicates"
-        how = f"n = {_pairs(effect.n)}, {over}"
-        parts.append(
-            f"{effect.name}: PPL {_percents(effect)} ({how}): {_said(DESIGN, effect.interval, effect.replicates)}"
-        )
+        how = f"n = {count(effect.n, 'pair')}, {over}"
+        verdict = _said(DESIGN, effect.interval, effect.replicates)
+        parts.append(f"{effect.name}: PPL {reasons.effect_text(effect)} ({how}): {verdict}")
     return "; ".join(parts) or "no finished pair of runs"
 
 
@@ -219,21 +217,7 @@ def _shape(runs: pd.DataFrame, label: str) -> str:
     return f"context {run['context_dim']}, {parameters:,.0f} parameters"
 
 
-def _side(interval: tuple[float, float] | None) -> int:
-    """The sign of an interval that excludes 0; otherwise 0."""
-    low, high = interval or (0, 0)
-    return 1 if low > 0 else -1 if high < 0 else 0
-
-
 def _said(words: dict[int, str], interval: tuple[float, float] | None, replicates: int) -> str:
     """The word for an interval's side; of single runs, which other seeds may turn round, it is said to be of those."""
-    side = _side(interval)
-    return words[side] + (SINGLE if side and replicates == 1 else "")
-
-
-def _ends(interval: tuple[float, float] | None) -> str:
-    return "(no interval)" if interval is None else f"({' to '.join(percent(math.expm1(x)) for x in interval)})"
-
-
-def _percents(effect: explain.Effect) -> str:
-    return f"{percent(math.expm1(effect.estimate))} {_ends(effect.interval)}"
+    found = side(interval)
+    return words[found] + (SINGLE if found and replicates == 1 else "")

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ctxlm.analysis import findings
 from ctxlm.analysis.explain import Effect, stopped
-from ctxlm.analysis.findings import percent
+from ctxlm.analysis.findings import change
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.corpus import VOCABULARY
@@ -81,8 +81,7 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
     if ranked.empty:
         return ranked
     gaps = [
-        "" if row.experiment == against else f"{_percent(row.difference)} {_between(row.interval)}"
-        for row in ranked.itertuples()
+        "" if row.experiment == against else f"{change(row.difference, row.interval)}" for row in ranked.itertuples()
     ]
     table = {
         "Training tokens": ranked["train_tokens"].map("{:,}".format),
@@ -153,14 +152,6 @@ def chosen_rates(tried: pd.DataFrame) -> str:
 
 
 def _against(row: pd.Series, other: str) -> str:
-    gap = f"{_percent(row['difference'])} {_between(row['interval'])} against {other}"
+    gap = f"{change(row['difference'], row['interval'])} against {other}"
     verdict = findings.against(row["interval"], row["replicates"], other)
     return f"{row['experiment']}, {row['ppl']:.1f}, {gap}: {verdict}"
-
-
-def _percent(nats: float) -> str:
-    return percent(math.expm1(nats))
-
-
-def _between(interval: tuple[float, float] | None) -> str:
-    return "(no interval)" if interval is None else f"({' to '.join(map(_percent, interval))})"

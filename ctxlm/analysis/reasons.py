@@ -15,7 +15,18 @@ import pandas as pd
 from scipy import stats
 
 from ctxlm.analysis import explain, ranking, variance
-from ctxlm.analysis.findings import percent, shapes_text, signed, sizes_text, tokens_text, winner
+from ctxlm.analysis.findings import (
+    change,
+    count,
+    percent,
+    percents,
+    shapes_text,
+    side,
+    signed,
+    sizes_text,
+    tokens_text,
+    winner,
+)
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import effective, summarise
 from ctxlm.config import Experiment
@@ -85,10 +96,10 @@ def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
     answer = f"{a} {better} than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}"
     every = "every one of " if len(won) > 1 else ""
     if not any(won):
-        answer = f"{a} and {b} cannot be told apart at {every and 'any of '}{_count(len(won), 'size')}"
+        answer = f"{a} and {b} cannot be told apart at {every and 'any of '}{count(len(won), 'size')}"
     elif len(set(won)) == 1:
         other = b if won[0] == a else a
-        answer = f"{won[0]} {better} than {other} at {every}{_count(len(won), 'size')}"
+        answer = f"{won[0]} {better} than {other} at {every}{count(len(won), 'size')}"
     tested = "" if len(won) == 1 else ", each size tested by itself"
     alone = "" if several else "; single runs, so that another seed may say otherwise"
     order = "" if len(won) == 1 else ", from the smallest size to the largest"
@@ -101,8 +112,8 @@ def _crossed_in_short(grid: Grid) -> str:
         depth, width, *_ = explain.factorial_effects(runs, val_by_sample=val_by_sample)
     except (ValueError, KeyError):
         return ""
-    parts = " and ".join(f"{_effect(effect)} with {effect.name}" for effect in (depth, width))
-    runs_in = f"{depth.n} runs in {_count(depth.replicates, 'replicate')}"
+    parts = " and ".join(f"{effect_text(effect)} with {effect.name}" for effect in (depth, width))
+    runs_in = f"{depth.n} runs in {count(depth.replicates, 'replicate')}"
     return f"with depth and width crossed ({runs_in}), PPL changes by {parts} (plus: worse)"
 
 
@@ -130,7 +141,7 @@ def _slopes_in_short(found: dict[str, Any]) -> str:
     if interval is None:
         return ""
     a, b = found["a"], found["b"]
-    tested = f"p {_p(found['p_value'])}, {found['n']} runs in {_count(found['replicates'], 'replicate')}"
+    tested = f"p {_p(found['p_value'])}, {found['n']} runs in {count(found['replicates'], 'replicate')}"
     verdict = _slope_verdict(found)
     if not verdict.endswith("from more text"):
         return f"{verdict} ({tested}): no crossover can be claimed"
@@ -161,16 +172,16 @@ def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
     rates = ended.groupby("configuration")["overfit_rate"].mean()
     at = " at the study's learning rate" if study.any() else ""
     said = [
-        f"Phase 2 over-fits: when it stops{at} ({_count(len(ended), 'run')} on {_sizes(ended)}), "
+        f"Phase 2 over-fits: when it stops{at} ({count(len(ended), 'run')} on {_sizes(ended)}), "
         "PPL is above its best by " + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
     ]
     changes = []
     with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
-        changes += [(e.name, _effect(e)) for e in explain.overfitting_effects(runs) if e.name.startswith("a ")]
+        changes += [(e.name, effect_text(e)) for e in explain.overfitting_effects(runs) if e.name.startswith("a ")]
         found = explain.overfitting_effects(runs, True, val_by_sample)
         best = {effect.name: effect for effect in found}.get("a halved learning rate")
         if best:
-            changes[-1] = (f"{best.name} (which changes the best PPL by {_effect(best)})", changes[-1][1])
+            changes[-1] = (f"{best.name} (which changes the best PPL by {effect_text(best)})", changes[-1][1])
     said += [f"{name} changes last PPL / best PPL by {change}" for name, change in changes]
     zeros = [effect.name for effect in _ablated(ablated, "zero", OVERFITTING)]
     if zeros:
@@ -196,7 +207,7 @@ def _ablations_in_short(grid: Grid) -> str:
     for suffix, (what, *meaning) in ABLATIONS.items():
         found = _ablated(runs, suffix, val_by_sample=val_by_sample)
         if found:
-            changes = " and ".join(f"{_effect(effect)} ({effect.name})" for effect in found)
+            changes = " and ".join(f"{effect_text(effect)} ({effect.name})" for effect in found)
             verdicts = {effect.name: _verdict(effect, *meaning) for effect in found}
             said = "; ".join(dict.fromkeys(verdicts.values()))
             if len(set(verdicts.values())) > 1:
@@ -226,7 +237,7 @@ def signs(drawn: Grid, fixed: Grid) -> str:
     if not effects:
         return ""
     verdicts = "they raise it", "they lower it"
-    parts = [f"{e.name} {_effect(e)} {_drawn(e)}: {_verdict(e, *verdicts)}" for e in effects]
+    parts = [f"{e.name} {effect_text(e)} {_drawn(e)}: {_verdict(e, *verdicts)}" for e in effects]
     text = (
         "**The embedding's signs.** A singular vector may be turned round, so that the signs of ppmi's dimensions are "
         "arbitrary; a convention fixes them in all other grids. Signs drawn at random, others in every replicate, "
@@ -234,7 +245,7 @@ def signs(drawn: Grid, fixed: Grid) -> str:
     )
     if not gaps:
         return text
-    a, b, runs = gaps[0]["a"], gaps[0]["b"], _count(gaps[0]["replicates"], "replicate")
+    a, b, runs = gaps[0]["a"], gaps[0]["b"], count(gaps[0]["replicates"], "replicate")
     then, before = (
         "; ".join(
             f"{percent(math.expm1(g['log_ppl']))} ({percents(g['interval'])}) at {g['train_tokens']:,}" for g in some
@@ -291,7 +302,7 @@ def _scatter(drawn: pd.DataFrame, fixed: pd.DataFrame) -> str:
 def _signs_in_short(drawn: Grid, fixed: Grid) -> str:
     effects, gaps, _ = _signs(drawn, fixed)
     verdicts = "PPL is higher with them", "PPL is lower with them"
-    changes = " and ".join(f"{_effect(e)} ({e.name}: {_verdict(e, *verdicts)})" for e in effects)
+    changes = " and ".join(f"{effect_text(e)} ({e.name}: {_verdict(e, *verdicts)})" for e in effects)
     if not changes:
         return ""
     text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}"
@@ -344,7 +355,7 @@ def slopes(found: dict[str, Any]) -> str:
     low, high = found["slope_interval"]
     verdict = _slope_verdict(found)
     robust = found["slope_interval_robust"]
-    basis = f"{_count(found['replicates'], 'replicate')}, {dof} d.o.f."
+    basis = f"{count(found['replicates'], 'replicate')}, {dof} d.o.f."
     drawn = "replicates and validation samples"
     if found["replicates"] == 1:
         basis, drawn = f"taken as independent, {dof} d.o.f.", "validation samples alone"
@@ -515,7 +526,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
         sure = f", 95 % interval {interval[0]:.1f} to {interval[1]:.1f}" if interval else ", no interval"
         parts.append(
             f"{label} {own['horizon_init'].mean():.1f} tokens before Phase 1 and {own['horizon'].mean():.1f} after it "
-            f"(n = {len(group)} runs in {_count(len(own), 'replicate')}{sure})"
+            f"(n = {len(group)} runs in {count(len(own), 'replicate')}{sure})"
         )
     text = f"**Memory horizon.** Of a disturbance, {100 * FORGOTTEN:.0f} % is left after: {'; '.join(parts)}."
     if len(means) == 2 == runs["experiment"].nunique():
@@ -527,7 +538,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
             low, high = sorted(sign * end for end in interval)
             text += (
                 f" {longer} remembers longer, by {sign * gap.mean():.1f} tokens ({low:.1f} to {high:.1f}, Student's "
-                f"over {_count(len(gap), 'replicate')} in pairs)."
+                f"over {count(len(gap), 'replicate')} in pairs)."
             )
     parts = []
     for label, rows in explain.recency(history).groupby("experiment"):
@@ -557,19 +568,19 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
     for suffix, (what, *meaning) in ABLATIONS.items():
         effects = _ablated(runs, suffix, val_by_sample=val_by_sample)
         if effects:
-            parts = [f"{e.name} {_effect(e)} {_drawn(e)}: {_verdict(e, *meaning)}" for e in effects]
+            parts = [f"{e.name} {effect_text(e)} {_drawn(e)}: {_verdict(e, *meaning)}" for e in effects]
             rates = _ablated(runs, suffix, OVERFITTING)
             how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
             said.append(
                 f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text: PPL changes, of "
                 f"{'; '.join(parts)}. Over-fitting (last PPL / best PPL; {how}) changes, of "
-                f"{'; '.join(f'{e.name} {_effect(e)}' for e in rates)}."
+                f"{'; '.join(f'{e.name} {effect_text(e)}' for e in rates)}."
             )
     shuffled = {effect.name: effect for effect in _ablated(runs, "random", val_by_sample=val_by_sample)}
     burdened = [
         zero.name
         for zero in _ablated(runs, "zero", val_by_sample=val_by_sample)
-        if zero.name in shuffled and _sure(zero) < 0 < _sure(shuffled[zero.name])
+        if zero.name in shuffled and side(zero.interval) < 0 < side(shuffled[zero.name].interval)
     ]
     if burdened:
         said.append(
@@ -625,19 +636,13 @@ def _ablated(
     return found
 
 
-def _sure(effect: explain.Effect) -> int:
-    """The sign of an effect whose interval excludes 0; otherwise 0."""
-    low, high = effect.interval or (0, 0)
-    return 1 if low > 0 else -1 if high < 0 else 0
-
-
 def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
     if effect.replicates == 1:
         return "single runs, no verdict"  # another seed may say otherwise
     if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
         return "the same to 1 %"
-    return {0: "no effect can be told", 1: higher, -1: lower}[_sure(effect)]
+    return {0: "no effect can be told", 1: higher, -1: lower}[side(effect.interval)]
 
 
 def depth_and_width(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
@@ -672,22 +677,16 @@ def _drawn(effect: explain.Effect) -> str:
     """n, and what the interval of a paired effect was drawn over."""
     over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
     if effect.replicates == 1:
-        return f"(n = {_count(effect.n, 'pair')}, {over}, seeds not covered)"
-    return f"(n = {_count(effect.n, 'pair')} in {effect.replicates} replicates, crossed with {over} by Satterthwaite)"
+        return f"(n = {count(effect.n, 'pair')}, {over}, seeds not covered)"
+    return f"(n = {count(effect.n, 'pair')} in {effect.replicates} replicates, crossed with {over} by Satterthwaite)"
 
 
 def _named(effect: explain.Effect) -> str:
-    return f"{effect.name} {_effect(effect)}"
+    return f"{effect.name} {effect_text(effect)}"
 
 
-def _effect(effect: explain.Effect) -> str:
-    return f"{percent(math.expm1(effect.estimate))} ({percents(effect.interval)})"
-
-
-def percents(interval: Sequence[float] | None) -> str:
-    if interval is None or not all(map(math.isfinite, interval)):
-        return "no interval"
-    return " to ".join(percent(math.expm1(x)) for x in interval)
+def effect_text(effect: explain.Effect) -> str:
+    return change(effect.estimate, effect.interval)
 
 
 def _size(nats: float) -> str:
@@ -710,10 +709,6 @@ def _tokens(interval: Sequence[float | None], between: str = " to ") -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _sizes(runs: pd.DataFrame) -> str:

@@ -1,12 +1,11 @@
 """The tuned recipe: what it does beside the study's and beside ordinary models, and what each ingredient is worth."""
 
-import math
 from collections.abc import Sequence
 
 import pandas as pd
 
 from ctxlm.analysis import explain, reasons
-from ctxlm.analysis.findings import against, percent
+from ctxlm.analysis.findings import against, change, percent
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.config import Experiment
@@ -37,7 +36,7 @@ def recipe(
                 continue
             replicates.append(found.replicates)
             verdict = against(found.interval, found.replicates, other)
-            gaps.append(f"{percent(math.expm1(found.log_ppl))} ({reasons.percents(found.interval)}), {verdict}")
+            gaps.append(f"{change(found.log_ppl, found.interval)}, {verdict}")
         later = group["epochs_run"] - group["best_epoch"]
         ends = f"ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
         ends = ends if later.any() else "ends at its best"
@@ -90,7 +89,7 @@ def ingredients_table(found: pd.DataFrame) -> pd.DataFrame:
     table = {
         "Instead of the recipe's": found["changed"],
         "Validation PPL": found["val_ppl"].map("{:.1f}".format),
-        "Change of PPL": [f"{percent(math.expm1(e.estimate))} ({reasons.percents(e.interval)})" for e in effects],
+        "Change of PPL": [change(e.estimate, e.interval) for e in effects],
         "Best epoch": found["best_epoch"].map("{:.3g}".format),
         "Over-fitting, %": (100 * found["overfit_rate"]).map("{:+.0f}".format).str.replace("-", "−"),
         "Pairs": [effect.n for effect in effects],
