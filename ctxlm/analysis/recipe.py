@@ -52,7 +52,8 @@ def recipe(
 
 def _epochs(later: pd.Series) -> str:
     low, high = later.min(), later.max()
-    return f"{low}{'' if low == high else f' to {high}'} epoch{'' if high == 1 else 's'}"
+    # beside n-grams, which have no epochs, the numbers are no longer integers
+    return f"{low:g}{'' if low == high else f' to {high:g}'} epoch{'' if high == 1 else 's'}"
 
 
 def ingredients(tuned: reasons.Grid, without: reasons.Grid) -> pd.DataFrame:
