@@ -20,6 +20,11 @@ FITTED = (86_925, 183_620)
 RATE = 0.002
 """The study's learning rate in Phase 2."""
 HALVED = "a halved learning rate"
+STAND_IN = (
+    "What these full-size grids lack of the study's own settings, the rate of 0.002 and A and B of one width, is taken "
+    "from grid study; its runs may be of another version of the code and another type of products, which moves single "
+    "runs by up to 1 %."
+)
 SINGLE = ", in single runs"
 BEST = {-1: "predicts better", 0: "no effect on the best PPL can be told", 1: "predicts worse"}
 RATED = {-1: "{} predicts better", 0: "no effect of {} on the best PPL can be told", 1: "{} predicts worse"}
