@@ -24,7 +24,7 @@ def planted(outputs, laws, **options):
     [
         (0.05, -0.1, "over-fits less and predicts worse"),
         (-0.05, 0.1, "over-fits more and predicts better"),
-        (0.0, 0.0, "no effect on over-fitting can be told and no effect on the best PPL can be told"),
+        (0.0, 0.0, "has no effect on over-fitting that can be told and has no effect on the best PPL that can be told"),
     ],
 )
 def test_half_the_learning_rate(outputs, best, last, verdict):
@@ -77,8 +77,8 @@ def test_lower_rates_in_pairs_of_single_runs(outputs, gain, verdict):
     assert len(whole[0]) == 6
     text = proposals.learning_rate([("at full size", whole)])
     assert f"at full size a rate of 0.001 {verdict}, in single runs: best PPL {'−' if gain < 0 else '+'}" in text
-    assert "(2 pairs of single runs, 20 validation samples drawn again, seeds not covered), last PPL / best" in text
-    assert text.count("best PPL lower in 2 of 2 (−") == 2
+    assert text.count("(n = 2 pairs, 20 validation samples drawn again, ") == 2
+    assert text.count(" d.o.f., seeds not covered), last PPL / best PPL lower in 2 of 2 (−") == 2
     runs, _, val = whole
     table = proposals.rates_table(runs, val)
     assert list(table["Learning rate"]) == ["0.0005", "0.001", "0.002"] * 2 and list(table["Against 0.002"])[2] == ""
@@ -153,8 +153,8 @@ def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     text = falling(runs, val)
     shapes = [f"context {width}, {7000 * width:,} parameters" for width in (256, 128)]
     assert f"A-arithmetic ({shapes[0]}) against A ({shapes[1]}): PPL " in text
-    assert "(n = 12 pairs, 20 validation samples drawn again, " in text
-    assert f"d.o.f., crossed with 3 replicates): {verdict}; B-arithmetic-small (context 200" in text
+    assert "(n = 12 pairs in 3 replicates, crossed with 20 validation samples drawn again, " in text
+    assert f"d.o.f. by Satterthwaite): {verdict}; B-arithmetic-small (context 200" in text
     assert text.endswith("which is better cannot be told")
     one = runs[runs["seed"] == 42]
     assert f" d.o.f., seeds not covered): {verdict}, in single runs; " in falling(one, val)

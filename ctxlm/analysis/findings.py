@@ -68,7 +68,7 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     if (runs["model"] != "context").any():
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
-    independent = f"{replicates} replicate{'' if replicates == 1 else 's'}"
+    independent = count(replicates, "replicate")
     return (
         f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "
         f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
@@ -79,11 +79,9 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
 def shapes_text(runs: pd.DataFrame) -> str:
     """What each configuration is; of those that are alike, the first."""
     shapes = runs.groupby("configuration")[["num_layers", "context_dim"]].first().drop_duplicates()
-    return ", ".join(f"{label} {_layers(row.num_layers)} of {row.context_dim}" for label, row in shapes.iterrows())
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer{'' if count == 1 else 's'}"
+    return ", ".join(
+        f"{label} {count(row.num_layers, 'layer')} of {row.context_dim}" for label, row in shapes.iterrows()
+    )
 
 
 def sources(runs: pd.DataFrame) -> str:
@@ -143,7 +141,7 @@ def describe(runs: pd.DataFrame) -> dict[str, str]:
     if fewest == most or narrowest == widest:
         kinds = {}
     return {
-        label: f"{label} ({kinds.get((layers, width), '')}{_layers(layers)}, context {width})"
+        label: f"{label} ({kinds.get((layers, width), '')}{count(layers, 'layer')}, context {width})"
         for label, layers, width in shapes.itertuples()
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import crossing, explain, reasons
-from ctxlm.analysis.findings import change, count, percent, side
+from ctxlm.analysis.findings import change, percent, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss
 
@@ -26,9 +26,8 @@ STAND_IN = (
     "runs by up to 1 %."
 )
 SINGLE = ", in single runs"
-BEST = {-1: "predicts better", 0: "no effect on the best PPL can be told", 1: "predicts worse"}
-RATED = {-1: "{} predicts better", 0: "no effect of {} on the best PPL can be told", 1: "{} predicts worse"}
-LAST = {-1: "over-fits less", 0: "no effect on over-fitting can be told", 1: "over-fits more"}
+BEST = {-1: "predicts better", 0: "has no effect on the best PPL that can be told", 1: "predicts worse"}
+LAST = {-1: "over-fits less", 0: "has no effect on over-fitting that can be told", 1: "over-fits more"}
 DESIGN = {-1: "better", 0: "which is better cannot be told", 1: "worse"}
 FORECAST = {-1: "too low", 0: "no error can be told", 1: "too high"}
 
@@ -77,15 +76,12 @@ def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
         except ValueError as error:  # judged on different tokens, or no pair
             yield f"a rate of {rate:g} not to be told ({error})"
             continue
-        verdict = _said(RATED, best.interval, best.replicates).format(f"a rate of {rate:g}")
-        how = (
-            f"{count(best.n, 'pair')} of single runs, {best.samples} validation samples drawn again, seeds not covered"
-        )
+        verdict = f"a rate of {rate:g} {_said(BEST, best.interval, best.replicates)}"
         fitting = ""
         if len(last):
             mean = percent(math.expm1(last.mean()))
             fitting = f", last PPL / best PPL lower in {(last < 0).sum()} of {len(last)} ({mean} on average)"
-        yield f"{verdict}: best PPL {reasons.effect_text(best)} ({how}){fitting}"
+        yield f"{verdict}: best PPL {reasons.effect_text(best)} {reasons.drawn_over(best)}{fitting}"
 
 
 def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:
@@ -146,8 +142,8 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         return f"{lead}: no finished run."
     parts, covered = [], set()
     for label, own in runs.groupby("experiment"):
-        replicate = own.drop_duplicates(["seed", "data_seed"]).set_index(["seed", "data_seed"])["replicate"]
-        table = own.pivot_table(index=["seed", "data_seed"], columns="train_tokens", values="run", aggfunc="first")
+        shared = ["replicate", "seed", "data_seed"]
+        table = own.pivot_table(index=shared, columns="train_tokens", values="run", aggfunc="first")
         larger = [size for size in table if size > FITTED[1]] if set(FITTED) <= set(table) else []
         forecasts = []
         for size in larger:
@@ -162,7 +158,7 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
                 forecasts.append(f"at {size:,} tokens not to be told ({error})")
                 continue
             errors = np.einsum("k,rks->rs", weights, sums.reshape(len(members), 3, -1))
-            errors = pd.DataFrame(errors).groupby(replicate[members.index].to_numpy()).mean().to_numpy()
+            errors = pd.DataFrame(errors).groupby(members.index.get_level_values("replicate")).mean().to_numpy()
             found = mean_loss(errors, tokens)
             covered.add(len(errors))
             chance = f"chance in a run counts {math.sqrt(np.square(weights).sum()):.1f} times"
@@ -191,11 +187,8 @@ def falling_widths(grids: Sequence[tuple[str, reasons.Grid]]) -> str:
 def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     parts = []
     for effect in falling_effects(runs, val_by_sample):
-        over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
-        over += ", seeds not covered" if effect.replicates == 1 else f", crossed with {effect.replicates} replicates"
-        how = f"n = {count(effect.n, 'pair')}, {over}"
         verdict = _said(DESIGN, effect.interval, effect.replicates)
-        parts.append(f"{effect.name}: PPL {reasons.effect_text(effect)} ({how}): {verdict}")
+        parts.append(f"{effect.name}: PPL {reasons.effect_text(effect)} {reasons.drawn_over(effect)}: {verdict}")
     return "; ".join(parts) or "no finished pair of runs"
 
 

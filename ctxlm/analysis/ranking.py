@@ -80,9 +80,7 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
     """`ranking` as it is shown."""
     if ranked.empty:
         return ranked
-    gaps = [
-        "" if row.experiment == against else f"{change(row.difference, row.interval)}" for row in ranked.itertuples()
-    ]
+    gaps = ["" if row.experiment == against else change(row.difference, row.interval) for row in ranked.itertuples()]
     table = {
         "Training tokens": ranked["train_tokens"].map("{:,}".format),
         "Model": ranked["experiment"] + ranked["reads_more"].map({True: " (reads more)", False: ""}),

@@ -182,7 +182,7 @@ def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
         best = {effect.name: effect for effect in found}.get("a halved learning rate")
         if best:
             changes[-1] = (f"{best.name} (which changes the best PPL by {effect_text(best)})", changes[-1][1])
-    said += [f"{name} changes last PPL / best PPL by {change}" for name, change in changes]
+    said += [f"{name} changes last PPL / best PPL by {by}" for name, by in changes]
     zeros = [effect.name for effect in _ablated(ablated, "zero", OVERFITTING)]
     if zeros:
         rates = ablated.groupby("experiment")["overfit_rate"].mean()
@@ -237,7 +237,7 @@ def signs(drawn: Grid, fixed: Grid) -> str:
     if not effects:
         return ""
     verdicts = "they raise it", "they lower it"
-    parts = [f"{e.name} {effect_text(e)} {_drawn(e)}: {_verdict(e, *verdicts)}" for e in effects]
+    parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {_verdict(e, *verdicts)}" for e in effects]
     text = (
         "**The embedding's signs.** A singular vector may be turned round, so that the signs of ppmi's dimensions are "
         "arbitrary; a convention fixes them in all other grids. Signs drawn at random, others in every replicate, "
@@ -568,7 +568,7 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
     for suffix, (what, *meaning) in ABLATIONS.items():
         effects = _ablated(runs, suffix, val_by_sample=val_by_sample)
         if effects:
-            parts = [f"{e.name} {effect_text(e)} {_drawn(e)}: {_verdict(e, *meaning)}" for e in effects]
+            parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {_verdict(e, *meaning)}" for e in effects]
             rates = _ablated(runs, suffix, OVERFITTING)
             how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
             said.append(
@@ -673,7 +673,7 @@ def _how(effects: Sequence[explain.Effect]) -> str:
     return f"(n = {first.n} runs taken as independent, HC3 errors, {first.dof} d.o.f.)"
 
 
-def _drawn(effect: explain.Effect) -> str:
+def drawn_over(effect: explain.Effect) -> str:
     """n, and what the interval of a paired effect was drawn over."""
     over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
     if effect.replicates == 1:
