@@ -156,6 +156,8 @@ def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     assert "(n = 12 pairs in 3 replicates, crossed with 20 validation samples drawn again, " in text
     assert f"d.o.f. by Satterthwaite): {verdict}; B-arithmetic-small (context 200" in text
     assert text.endswith("which is better cannot be told")
+    names = [effect.name for effect in proposals.falling_effects(runs, val)]  # a figure has no room for the shapes
+    assert names == ["A-arithmetic against A", "B-arithmetic-small against B"]
     one = runs[runs["seed"] == 42]
     assert f" d.o.f., seeds not covered): {verdict}, in single runs; " in falling(one, val)
     alone = runs[~runs["experiment"].isin(["A", "B"])]

@@ -188,7 +188,8 @@ def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     parts = []
     for effect in falling_effects(runs, val_by_sample):
         verdict = _said(DESIGN, effect.interval, effect.replicates)
-        parts.append(f"{effect.name}: PPL {reasons.effect_text(effect)} {reasons.drawn_over(effect)}: {verdict}")
+        name = " against ".join(f"{label} ({_shape(runs, label)})" for label in effect.name.split(" against "))
+        parts.append(f"{name}: PPL {reasons.effect_text(effect)} {reasons.drawn_over(effect)}: {verdict}")
     return "; ".join(parts) or "no finished pair of runs"
 
 
@@ -204,8 +205,7 @@ def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[exp
             effect = explain.paired_effect(runs, label, base, val_by_sample=val_by_sample)
         except explain.NoPair:  # runs of both, but no two that belong together yet
             continue
-        name = f"{label} ({_shape(runs, label)}) against {base} ({_shape(runs, base)})"
-        found.append(replace(effect, name=name))
+        found.append(replace(effect, name=f"{label} against {base}"))
     return found
 
 
