@@ -54,7 +54,10 @@ def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype)
         "params_hash": experiment.params_hash,
         "code_hash": code_hash(experiment.model),
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        # torch's own word says which build it is; the package's metadata may leave "+cu132" out
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages}
+        | {"torch": str(torch.__version__)},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
