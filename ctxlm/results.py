@@ -49,7 +49,7 @@ def code_hash(model: str = "context") -> str:
 
 def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Every resolved parameter, and the code, versions and machine a run was made with."""
-    packages = ("torch", "numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
+    packages = ("numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
     return experiment.model_dump() | {
         "params_hash": experiment.params_hash,
         "code_hash": code_hash(experiment.model),
