@@ -41,10 +41,10 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again
 	$(BIN)/snakemake --cores 1 --unlock --config 'grid=$(GRID)'
 
-test: $(VENV)/.ready  ## check the code's style and run the tests
+test: $(VENV)/.ready  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadgroup
 
 lab: $(VENV)/.ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

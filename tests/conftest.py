@@ -2,13 +2,14 @@
 
 import os
 
-# Before torch is imported: tests run side by side with others and their products are tiny.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported: tests' products are tiny, and side by side on all cores threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from snakemake.utils import available_cpu_count
 
 from ctxlm.config import Experiment
 from ctxlm.model import ContextLM
@@ -45,6 +46,11 @@ def outputs(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
     yield tmp_path / "outputs"
     plt.close("all")
+
+
+def pytest_xdist_auto_num_workers():
+    """As many as `make report` has cores (psutil would count the whole machine's); more than eight find no work."""
+    return min(8, available_cpu_count())
 
 
 def pytest_collection_modifyitems(items):
