@@ -13,12 +13,14 @@ import platform
 import subprocess
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -243,6 +245,23 @@ def load_history(grid: str) -> pd.DataFrame:
 def load_val_by_sample(grid: str) -> pd.DataFrame:
     """val_by_sample.csv of every finished run, with columns run, experiment, train_tokens and seed before its own."""
     return _load_table(grid, "val_by_sample.csv")
+
+
+def load_val_losses(grid: str, run: str) -> pd.DataFrame | None:
+    """val_losses.npz of a finished run, columns loss (nats) and sample; None where it was not kept (large, it is
+    committed for few runs).
+
+    Raises:
+        ConfigError: it is not readable.
+    """
+    folder, source = run_folders(grid)[run]
+    if not (folder / "val_losses.npz").exists():
+        return None
+    try:
+        with np.load(folder / "val_losses.npz") as file:
+            return pd.DataFrame({"loss": file["loss"].astype(np.float64), "sample": file["sample"]})
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise _damaged(grid, run, source, "val_losses.npz", error) from None
 
 
 def check_runs(grid: str) -> None:

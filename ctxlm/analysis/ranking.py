@@ -8,6 +8,7 @@ import pandas as pd
 from ctxlm.analysis import findings
 from ctxlm.analysis.explain import Effect, stopped
 from ctxlm.analysis.findings import change
+from ctxlm.analysis.mixture import MIXED_ORDER
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.corpus import VOCABULARY
@@ -64,16 +65,16 @@ def _kept(run: pd.Series) -> int:
     """Numbers that a model carries from one token to the next when it generates.
 
     The context and all but the newest input token; an LSTM's two states a layer; a Transformer's keys and values of a
-    window; an n-gram's last tokens.
+    window; an n-gram's last tokens; of a mixture what both need.
     """
-    return int(
-        {
-            "context": run["context_dim"] + run["num_input_tokens"] - 1,
-            "lstm": 2 * run["num_layers"] * run["hidden_dim"],
-            "transformer": 2 * run["num_layers"] * run["hidden_dim"] * run["window"],
-            "kneser-ney": run["ngram_order"] - 1,
-        }[run["model"]]
-    )
+    kept, reads = {
+        "context": (run["context_dim"], run["num_input_tokens"]),
+        "lstm": (2 * run["num_layers"] * run["hidden_dim"], 1),
+        "transformer": (2 * run["num_layers"] * run["hidden_dim"] * run["window"], 1),
+        "kneser-ney": (0, run["ngram_order"]),
+    }[run["model"]]
+    mixed = run.get(MIXED_ORDER, 1)
+    return int(kept + max(reads, 1 if pd.isna(mixed) else mixed) - 1)
 
 
 def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
@@ -86,8 +87,8 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
         "Model": ranked["experiment"] + ranked["reads_more"].map({True: " (reads more)", False: ""}),
         "Validation PPL": ranked["ppl"].map("{:.1f}".format),
         f"PPL against {against}": gaps,
-        "Test PPL": ranked["test_ppl"].map("{:.1f}".format),
-        "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format),
+        "Test PPL": ranked["test_ppl"].map("{:.1f}".format).replace("nan", ""),
+        "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format).replace("nan", ""),
         "Trained parameters": ranked["parameters"].map("{:,}".format),
         "Numbers kept from token to token": ranked["kept"].map("{:,}".format),
         "Runs": ranked["n"],

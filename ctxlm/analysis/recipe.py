@@ -39,9 +39,10 @@ def recipe(
             gaps.append(f"{change(found.log_ppl, found.interval)}, {verdict}")
         later = group["epochs_run"] - group["best_epoch"]
         ends = f"ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
-        ends = ends if later.any() else "ends at its best"
+        ends = f"; it {ends}" if later.any() else "; it ends at its best"
+        ends = "" if later.isna().any() else ends  # a mixture has no epochs
         versus = f": {'; '.join(gaps)}" if gaps else ""
-        said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}; it {ends}")
+        said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}{ends}")
     single = "" if min(replicates, default=1) > 1 else "; of single runs they do not cover seeds and training texts"
     samples = val_by_sample["sample"].nunique()
     return (

@@ -1,0 +1,90 @@
+"""A model and an n-gram in equal shares: the mean of their probabilities, token by token."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctxlm.analysis import mixture, ranking, recipe
+from ctxlm.analysis.scaling import read_grid
+from ctxlm.config import ConfigError
+from tests.planted import plant
+
+SIZES = (20_000, 40_000)
+
+
+@pytest.fixture
+def planted(outputs):
+    """A grid of A, one of two n-grams, and what each gave to every validation token."""
+    plant(outputs, {"A": (-0.3, 800)}, SIZES)
+    shapes = {"KN-3": (1, 1), "KN-4": (1, 1)}
+    ngrams = {"KN-3": (-0.3, 900), "KN-4": (-0.3, 850)}
+    plant(outputs, ngrams, SIZES, "ngrams", shapes=shapes, model="kneser-ney", ngram_order=4, total_seconds=2.0)
+    return outputs
+
+
+def leave_losses(folder, seed):
+    """Write val_losses.npz beside a planted run, with its lengths of samples; returns the tokens' probabilities."""
+    table = pd.read_csv(folder / "val_by_sample.csv")
+    sample = np.repeat(table["sample"], table["tokens"]).to_numpy(np.int32)
+    p = np.random.default_rng(seed).uniform(1e-6, 1, len(sample))
+    np.savez_compressed(folder / "val_losses.npz", loss=-np.log(p).astype(np.float32), sample=sample)
+    return p, sample
+
+
+def grids():
+    return [("planted", read_grid("planted"))], ("ngrams", read_grid("ngrams", models=["kneser-ney"]))
+
+
+def test_probabilities_are_averaged_token_by_token(planted):
+    p, sample = leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
+    q, _ = leave_losses(planted / "ngrams" / "KN-4_train_tokens-20000_seed-42", 2)
+    leave_losses(planted / "ngrams" / "KN-3_train_tokens-20000_seed-42", 3)  # not asked for
+    leave_losses(planted / "ngrams" / "KN-4_train_tokens-40000_seed-42", 4)  # A's of that size are not kept
+    runs, history, by_sample = mixture.mixtures(*grids(), ["KN-4"])
+    assert runs[["experiment", "train_tokens"]].to_numpy().tolist() == [["A + KN-4", 20_000]] and history.empty
+    surprise = -np.log((p + q) / 2)
+    assert runs["val_ppl"].item() == pytest.approx(np.exp(surprise.mean()), rel=1e-5)
+    sums = [surprise[sample == s].sum() for s in by_sample["sample"]]
+    np.testing.assert_allclose(by_sample["loss_sum"], sums, rtol=1e-5)
+    assert by_sample["tokens"].sum() == len(p) and runs[list(mixture.UNKNOWN)].isna().all(axis=None)
+    seconds = json.loads((planted / "planted" / "A_train_tokens-20000_seed-42" / "metrics.json").read_text())
+    assert runs["total_seconds"].item() == seconds["total_seconds"] + 2
+
+
+def test_a_mixture_is_ranked_and_described_beside_its_parts(planted):
+    leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
+    leave_losses(planted / "ngrams" / "KN-4_train_tokens-20000_seed-42", 2)
+    models, ngrams = grids()
+    mixed = mixture.mixtures(models, ngrams, ["KN-4"])
+    ranked = ranking.ranking([models[0][1][::2], ngrams[1][::2], mixed[::2]])
+    row = ranked.set_index(["train_tokens", "experiment"]).loc[(20_000, "A + KN-4")]
+    assert row["parameters"] == 7000 * 128 and row["kept"] == 128 + 3 and row["ppl"] < 10
+    assert ranked.set_index("experiment").loc["A", "kept"].tolist() == [129, 129]
+    table = ranking.ranking_table(ranked).set_index("Model").loc["A + KN-4"]
+    assert table["Test PPL"] == "" and table["Accuracy, %"] == ""
+    text = recipe.recipe(mixed, [models[0][1], ngrams[1]], ["A", "KN-4"], "In equal shares.")
+    assert text.startswith("**In equal shares.** A + KN-4 at 20,000 tokens has a PPL of ")
+    assert "did better than A, in single runs" in text and "did better than KN-4, in single runs" in text
+    assert "above its best" not in text and "nan" not in text
+
+
+def test_nothing_is_mixed_without_both_or_on_other_tokens(planted):
+    assert all(table.empty for table in mixture.mixtures(*grids(), ["KN-4"]))
+    assert recipe.recipe(mixture.mixtures(*grids(), ["KN-4"]), [], ["A"]) == ""
+    leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
+    folder = planted / "ngrams" / "KN-4_train_tokens-20000_seed-42"
+    _, sample = leave_losses(folder, 2)
+    np.savez_compressed(folder / "val_losses.npz", loss=np.ones(len(sample)), sample=sample[::-1])
+    assert mixture.mixtures(*grids(), ["KN-4"])[0].empty
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"no zip"])
+def test_a_damaged_file_is_named(planted, damage):
+    leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
+    path = planted / "ngrams" / "KN-4_train_tokens-20000_seed-42" / "val_losses.npz"
+    leave_losses(path.parent, 2)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match=r"KN-4_train_tokens-20000_seed-42/val_losses.npz of grid ngrams is damaged"):
+        mixture.mixtures(*grids(), ["KN-4"])
