@@ -23,6 +23,7 @@ from ctxlm.results import (
     load_history,
     load_runs,
     load_val_by_sample,
+    load_val_losses,
     losses_by_sample,
     provenance,
     run_folder,
@@ -230,6 +231,9 @@ def test_every_committed_result_loads(tmp_path, monkeypatch):
         runs, tables = load_runs(folder.name), [load_history(folder.name), load_val_by_sample(folder.name)]
         assert len(runs) == len(list(folder.iterdir())) > 0 and set(runs["source"]) == {"committed"}
         assert set(tables[1]["run"]) == set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history
+        for run in runs.itertuples():
+            by_token = load_val_losses(folder.name, run.run)  # committed for few
+            assert by_token is None or by_token["loss"].mean() == pytest.approx(run.val_loss, rel=1e-6)
 
 
 HOLD = """
