@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
@@ -17,7 +18,7 @@ import yaml
 from ctxlm.config import NOTEBOOKS, ConfigError, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import source_hash
+from ctxlm.files import digest, source_hash
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
@@ -38,14 +39,25 @@ try:  # everything that can be said before any work starts is said here, in one 
     for run in {run.embedding: run for run in GRID.runs.values()}.values():
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
-    if os.path.isdir(f"{OUTPUTS}/{GRID.name}"):  # before the new runs are paid for, not after
-        from ctxlm.results import check_runs
+    for name in sorted({GRID.name} | set(glob_wildcards("params/grids/{name}.yaml").name)):
+        if os.path.isdir(f"{OUTPUTS}/{name}"):  # a report reads them all: said before new runs are paid for, not after
+            from ctxlm.results import check_runs
 
-        check_runs(GRID.name)
+            check_runs(name)
 except ConfigError as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"
+
+
+def read_besides() -> str:
+    """Digest of what the analysis reads beside its own grid's runs: other grids and their results, published tables."""
+    results = Path(os.environ.get("CTXLM_RESULTS") or "data/results")
+    files = [*Path("params/grids").glob("*.yaml"), *Path("data/reference").rglob("*.csv"), *results.glob("*/*/*")]
+    files += [path for path in Path(OUTPUTS).glob("*/*/metrics.json") if path.parts[-3] != GRID.name]
+    return digest(*(part for path in sorted(files) for part in (path.as_posix(), path.read_bytes())))
+
+
 RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv"]  # what the analysis reads
 
 
@@ -189,6 +201,7 @@ rule analysis:
         text=f"{HOME}/analysis.log",
     params:
         values=papermill_yaml({"grid": GRID_FILE, "output_dir": HOME}),
+        besides=read_besides(),
     message:
         "Analysing the grid"
     shell:

@@ -169,6 +169,17 @@ def test_what_was_deleted_is_made_again(folder, name):
         assert re.search(rf"^{rule} +1$", output, re.MULTILINE), output
 
 
+def test_another_grids_new_result_is_a_new_report(folder):
+    path = folder / "none" / "lr" / "A" / "metrics.json"  # where this pipeline's committed results are
+    path.parent.mkdir(parents=True)
+    path.write_text("{}", encoding="utf-8")
+    code, output = finished(snakemake(folder, "--dry-run"))
+    shutil.rmtree(folder / "none")
+    assert code == 0 and re.search(r"^analysis +1$", output, re.MULTILINE), output
+    assert not re.search(r"^experiment +", output, re.MULTILINE), output
+    assert "Nothing to be done" in finished(snakemake(folder, "--dry-run"))[1]
+
+
 def test_a_failing_run_says_why_and_leaves_the_others(folder):
     before = {name: path.read_bytes() for name, path in metrics(folder).items()}
     grid = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
