@@ -70,7 +70,8 @@ class NeuralLM(nn.Module):
         """`embedding` is float32 [V, d]; weights are drawn from the experiment's seed, on the CPU."""
         super().__init__()
         e = experiment
-        self.embedding = nn.Parameter(embedding, requires_grad=not e.phase2_freeze_embedding)
+        own = embedding if e.phase2_freeze_embedding else embedding.clone()  # training must not change the caller's
+        self.embedding = nn.Parameter(own, requires_grad=not e.phase2_freeze_embedding)
         with torch.random.fork_rng([]):  # torch's own initialisation draws from its global generator
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
             if e.model == "lstm":

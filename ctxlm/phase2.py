@@ -338,5 +338,6 @@ def _finite(loss: float, e: Experiment, epoch: int, update: int) -> None:
     if not math.isfinite(perplexity(loss)):  # also where the loss is a number, but no longer one of a language model
         remedy = f"lower phase2_learning_rate = {e.phase2_learning_rate}"
         if update == 1:  # this loss is from before the first update
-            remedy = f"lower logit_scale = {e.logit_scale} or phase2_init_std = {e.phase2_init_std}"
+            start = f" or phase2_init_std = {e.phase2_init_std}" if e.model == "context" else ""
+            remedy = f"lower logit_scale = {e.logit_scale}{start}"
         raise NonFiniteLoss(f"Phase 2's loss is {loss} in epoch {epoch} by update {update}: {remedy}")

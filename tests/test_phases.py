@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ctxlm.config import Experiment
+from ctxlm.model import ContextLM
 from ctxlm.phase1 import NonFiniteLoss, shape_contexts, train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import chunked, sequential
@@ -65,6 +66,15 @@ def test_phase2_learns_from_kept_layers_as_from_recomputed_ones():
         return values(train_token_block(model, train, sequential(model, val.tokens), settings), "val_loss")
 
     assert losses(torch.float32) == pytest.approx(losses(None), rel=1e-4)
+
+
+def test_a_trained_embedding_is_the_models_own():
+    settings, _, train, val = prepared(phase2_freeze_embedding=False)
+    given = 0.1 * torch.randn(60, 8)
+    before = given.clone()
+    model = ContextLM(settings, given)
+    train_token_block(model, train, val, settings)
+    assert torch.equal(given, before) and not torch.equal(model.embedding, before)
 
 
 def test_training_on_keeps_the_embedding_that_contexts_read():
