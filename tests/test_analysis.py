@@ -17,15 +17,16 @@ from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import findings, gaps, material, prose, signed, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
-from tests.planted import SIZES, noise, plant
+from tests.planted import SHAPES, SIZES, noise, plant
 
-STUDY = {"sizes": (86_925, 183_620), "shapes": {"A": (6, 768), "B": (3, 1536)}, "samples": 50}
+STUDY = {"sizes": (86_925, 183_620), "shapes": {"A": (6, 768), "B": (3, 1536)}, "samples": 50, "embed_dim": 768}
 
 
 def plan(folder, labels, sizes, seeds):
     """The grid file that asks for planted runs."""
     content = {
-        "experiments": {label: {} for label in labels},
+        "common": {"embed_dim": 128},
+        "experiments": {k: {"num_layers": SHAPES[k][0], "context_dim": SHAPES[k][1]} for k in labels},
         "sweep": {"train_tokens": list(sizes), "seed": list(seeds)},
     }
     (folder / "planted.yaml").write_text(json.dumps(content))

@@ -164,3 +164,5 @@ def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     assert falling(alone, val).endswith("no finished pair of runs")
     apart = runs[runs["experiment"].isin(["A", "B"]) == (runs["seed"] == 42)]
     assert falling(apart, val).endswith("no finished pair of runs")
+    other_text = val.assign(tokens=val["tokens"] + val["experiment"].str.contains("-"))
+    assert falling(runs, other_text).endswith("no finished pair of runs")

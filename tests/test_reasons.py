@@ -212,6 +212,8 @@ def test_who_remembers_longest_is_read_off_the_runs(outputs):
     text = reasons.memory(unknown, history)[0]
     assert "B more than can be told in 4 of 8 runs" in text and "remembers longer" not in text
     assert "remembers longer" not in reasons.memory(runs[runs["seed"] == 1], history)[0]  # nothing to judge it by
+    unknown = runs.assign(horizon_init=runs["horizon_init"].where(runs["experiment"] == "A"))
+    assert "B more than can be told in 8 of 8 runs" in reasons.memory(unknown, history)[0]
     equal = reasons.memory(runs.assign(horizon=5 + runs["seed"] * (runs["experiment"] == "A")), history)[0]
     assert "remembers longer" not in equal
     assert reasons.memory(runs.drop(columns="horizon"), history) == []
@@ -251,6 +253,10 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     assert "**Together**" not in "".join(reasons.ablations(runs, val))
     apart = runs[(runs["experiment"] == "A") == (runs["seed"] == 1)]  # of each, but no two that belong together
     assert reasons.ablations(apart, val) == [] and reasons.ablation_effects(apart) == {}
+    assert (
+        reasons.ablation_effects(runs, val_by_sample=val.assign(tokens=val["tokens"] + (val["experiment"] == "A")))
+        == {}
+    )
 
 
 def test_contexts_that_tell_something_may_still_cost_more(outputs):
@@ -281,6 +287,30 @@ def test_depth_and_width_are_told_apart(outputs, sign):
     )
     (text,) = reasons.depth_and_width(runs[runs["num_layers"] == 3], val)
     assert "Not taken apart" in text
+
+
+def test_in_short_says_of_a_halved_rate_what_belongs_to_it(outputs):
+    nothing = tuple(pd.DataFrame() for _ in range(3))
+    one = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
+    rates = [
+        one[0],
+        one[0].assign(phase2_learning_rate=0.001, run=one[0]["run"] + "-low", val_loss=one[0]["val_loss"] + 0.1),
+    ]
+    losses = pd.concat(
+        [one[2], one[2].assign(run=one[2]["run"] + "-low", loss_sum=one[2]["loss_sum"] + 0.1 * one[2]["tokens"])]
+    )
+
+    def said(last_epoch):
+        runs = pd.concat([rates[0], rates[1].assign(best_epoch=last_epoch)])
+        grids = dict.fromkeys(
+            ("variance", "ablations", "ablations-full", "study", "baselines", "factorial", "signs"), nothing
+        )
+        return reasons.in_short({"paired_differences": []}, [], grids | {"overfitting": (runs, one[1], losses)})
+
+    assert "a halved learning rate (which changes the best PPL by +10.5 % (" in said(3)
+    assert "which changes the best PPL" not in said(5) and "a doubling of the training tokens changes last PPL" in said(
+        5
+    )
 
 
 @pytest.mark.parametrize("first", ["A", "B"])

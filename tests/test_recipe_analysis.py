@@ -32,7 +32,9 @@ def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned, v
         "20 validation samples drawn again in pairs; of single runs they do not cover seeds" in text
         and "absent" not in text
     )
-    assert recipe.recipe(NOTHING, others, ["A"]) == ""
+    assert recipe.recipe(NOTHING, others, ["A"]) == "" and "another embedding" not in text
+    apart = (mine[0].assign(embedding="random"), *mine[1:])
+    assert recipe.recipe(apart, others, ["KN-4", "A"]).count("A, in single runs (which reads another embedding)") == 2
     assert recipe.recipe(mine, [NOTHING], ["A"]).count("has a PPL of") == 2
     assert "than A" not in recipe.recipe(mine, [NOTHING], ["A"])
 

@@ -24,6 +24,7 @@ from ctxlm.analysis.scaling import (
     write_summary,
 )
 from ctxlm.analysis.tables import read_published
+from ctxlm.config import Experiment
 from tests.planted import SIZES, plant
 
 
@@ -331,10 +332,28 @@ def test_summary_of_incomplete_grids_says_why_there_is_no_crossover(outputs, law
 
 def test_a_run_that_the_grid_no_longer_asks_for_is_not_read(outputs):
     plant(outputs, {"A": (-0.3, 800)}, (20_000, 30_000))
-    names = ["A_train_tokens-20000_seed-42", "A_train_tokens-45000_seed-42"]
-    for table in read_grid("planted", names):
-        assert set(table["run"]) == {names[0]}
-    assert [len(table) for table in read_grid("planted", ["B"])] == [0, 0, 0]
+    planted = {"num_layers": 6, "context_dim": 128, "embed_dim": 128}
+    plan = {
+        f"A_train_tokens-{size}_seed-42": Experiment.from_mapping(planted, {"train_tokens": size})
+        for size in (20_000, 45_000)
+    }
+    for table in read_grid("planted", plan):
+        assert set(table["run"]) == {"A_train_tokens-20000_seed-42"}
+    assert [len(table) for table in read_grid("planted", {"B": plan.popitem()[1]})] == [0, 0, 0]
+
+
+def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, (20_000, 30_000))
+    planted = {"num_layers": 6, "context_dim": 128, "embed_dim": 128}
+    sizes = {20_000: {}, 30_000: {"embedding": "random"}}
+    plan = {
+        f"A_train_tokens-{size}_seed-42": Experiment.from_mapping(planted, {"train_tokens": size, "device": "cpu"}, own)
+        for size, own in sizes.items()
+    }
+    runs, _, val_by_sample = read_grid("planted", plan)
+    assert runs["train_tokens"].tolist() == [20_000] and val_by_sample["run"].nunique() == 1
+    assert "1 more run of other parameters than the grid file's left out." in findings.origin("planted", runs)
+    assert "left out" not in findings.origin("planted", read_grid("planted")[0])
 
 
 def test_runs_that_differ_in_more_than_size_and_seed_are_configurations_of_their_own(outputs):

@@ -15,14 +15,9 @@ import pandas as pd
 import statsmodels.api as sm
 
 from ctxlm.analysis.replicates import student
-from ctxlm.analysis.scaling import loss_sums, mean_loss, robust_interval
+from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss, robust_interval
 
-PAIR = ["train_tokens", "seed", "data_seed"]
-"""What two runs share that are compared in a pair."""
-
-
-class NoPair(ValueError):
-    """Two configurations have no runs that belong together."""
+HALVED = "a halved learning rate"
 
 
 @dataclass(frozen=True)
@@ -60,14 +55,13 @@ def paired_effect(
         alike: what else a pair shares.
 
     Raises:
-        NoPair: there is no such pair.
-        ValueError: its runs were judged on different tokens.
+        ValueError: there is no such pair, or its runs were judged on different tokens.
     """
-    a, b = (runs[runs[by] == name].set_index([*PAIR, "replicate", *alike]) for name in (label, against))
+    a, b = (runs[runs[by] == name].set_index([*CELL, "replicate", *alike]) for name in (label, against))
     pairs = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b"))
     pairs = pairs.dropna(subset=[f"{column}_a", f"{column}_b"])
     if pairs.empty:
-        raise NoPair(f"{label} and {against} have no runs of equal size, seed and training window")
+        raise ValueError(f"{label} and {against} have no runs of equal size, seed and training window")
     replicate = pairs.index.get_level_values("replicate")
     weights = np.array([(replicate == r) / (replicate == r).sum() for r in replicate.unique()])
     values = weights @ (pairs[f"{column}_a"] - pairs[f"{column}_b"]).to_numpy(float)
@@ -111,7 +105,7 @@ def overfitting_effects(
     first, *others = sorted(done["configuration"].unique()) or [""]
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     if done["phase2_learning_rate"].nunique() > 1:
-        columns["a halved learning rate"] = -np.log2(done["phase2_learning_rate"])
+        columns[HALVED] = -np.log2(done["phase2_learning_rate"])
     if not best:
         return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
     drawn = None if val_by_sample is None else loss_sums(val_by_sample, done["run"])

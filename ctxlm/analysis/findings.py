@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ctxlm.analysis.scaling import power_of_ten
+from ctxlm.analysis.scaling import LEFT_OUT, power_of_ten
 from ctxlm.results import load_runs
 
 VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
@@ -17,7 +17,8 @@ LEAD = "**Deep and narrow, or shallow and wide?** "
 
 def nothing(grid: str) -> str:
     """The sentence for a grid without a finished run of the context model."""
-    if len(load_runs(grid)):
+    runs = load_runs(grid)
+    if len(runs) and (runs["model"] != "context").any():
         return (
             f"Grid {grid} has no finished run of the context model; other models have their own section of the report."
         )
@@ -69,10 +70,12 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = count(replicates, "replicate")
+    stale = runs.attrs.get(LEFT_OUT, 0)
+    stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
     return (
         f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "
         f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
-        f"Source: {sources(runs)}.{one_kind(runs)}"
+        f"Source: {sources(runs)}.{stale}{one_kind(runs)}"
     )
 
 
@@ -189,12 +192,17 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         )
 
 
+def unconverged(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs whose Phase 1 ran out of iterations; where it was left out (a single one, without learning) none did."""
+    short = runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]
+    return runs[short & (runs["phase1_max_iterations"] > 1)]
+
+
 def _unfinished(runs: pd.DataFrame) -> str:
     """What the answer must be read with: configurations whose Phase 1 ran out of iterations."""
-    unfinished = runs[runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]]
-    if unfinished.empty:
+    labels = " and ".join(sorted(unconverged(runs)["experiment"].unique()))
+    if not labels:
         return ""
-    labels = " and ".join(sorted(unfinished["experiment"].unique()))
     return f" Phase 1 of {labels} ran out of iterations before it converged."
 
 
@@ -284,7 +292,7 @@ def _convergence(runs: pd.DataFrame) -> str:
         phase1_iterations=str,
         phase1_converged_ratio=lambda x: f"{100 * x:.1f} %",
     )
-    short = int((runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]).sum())
+    short = len(unconverged(runs))
     more = f" In {short} of {len(runs)} runs the iterations ran out before enough tokens had." if short else ""
     return f"**Convergence.** Phase 1 ends {ends}.{more}"
 

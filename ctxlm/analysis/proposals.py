@@ -14,12 +14,15 @@ from ctxlm.analysis import crossing, explain, reasons
 from ctxlm.analysis.findings import change, percent, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss
+from ctxlm.config import Experiment
+from ctxlm.corpus import ULTRACHAT_SIZES
 
-FITTED = (86_925, 183_620)
+FITTED = tuple(ULTRACHAT_SIZES.values())
 """The study's sizes, training tokens."""
-RATE = 0.002
+RATE = Experiment.model_fields["phase2_learning_rate"].default
 """The study's learning rate in Phase 2."""
-HALVED = "a halved learning rate"
+READ = ["corpus", "embedding", "embed_dim", "val_samples"]
+"""What runs must have in common to stand beside one another."""
 STAND_IN = (
     "What these full-size grids lack of the study's own settings, the rate of 0.002 and A and B of one width, is taken "
     "from grid study; its runs may be of another version of the code and another type of products, which moves single "
@@ -47,8 +50,8 @@ def _halved(where: str, grid: reasons.Grid) -> str:
     if runs["phase2_learning_rate"].nunique() < 2:
         return f"{where} not to be told, for no runs differ in it"
     try:
-        last = next((e for e in explain.overfitting_effects(runs) if e.name == HALVED), None)
-        best = next(e for e in explain.overfitting_effects(runs, True, val_by_sample) if e.name == HALVED)
+        last = next((e for e in explain.overfitting_effects(runs) if e.name == explain.HALVED), None)
+        best = next(e for e in explain.overfitting_effects(runs, True, val_by_sample) if e.name == explain.HALVED)
     except ValueError as error:
         return f"{where} not to be told ({error})"
     if last is None:
@@ -121,12 +124,13 @@ def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame
 
 
 def with_study(grid: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
-    """A grid of the study's configurations, and from the study's own the runs that it lacks."""
+    """A grid of the study's configurations, and from the study's own the runs that it lacks, read alike."""
     if study[0].empty or grid[0].empty:
         return grid
     same = ["configuration", "phase2_learning_rate", *CELL]
     known = study[0].set_index(same).index.isin(grid[0].set_index(same).index)
-    lacking = study[0][~known]
+    alike = study[0].set_index(READ).index.isin(grid[0].set_index(READ).index)
+    lacking = study[0][alike & ~known]
     return together([grid, (lacking, *study[1:])])
 
 
@@ -203,7 +207,7 @@ def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[exp
             continue
         try:
             effect = explain.paired_effect(runs, label, base, val_by_sample=val_by_sample)
-        except explain.NoPair:  # runs of both, but no two that belong together yet
+        except ValueError:  # runs of both, but no two that belong together yet, or judged on other text
             continue
         found.append(replace(effect, name=f"{label} against {base}"))
     return found

@@ -41,12 +41,12 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
             row["test_ppl"] = own["test_ppl"].mean()
             row |= {"accuracy": own["val_accuracy"].mean(), "seconds": own["total_seconds"].mean()}
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
-            row["replicates"] = found.replicates
+            row |= {"replicates": found.replicates, "dof": found.dof}
             row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
             row["reads_more"] = bool(own["ngram_second_half"].any())
             rows.append(row)
     columns = ["train_tokens", "experiment", "ppl", "test_ppl", "accuracy", "seconds", "parameters", "kept", "n"]
-    columns += ["replicates", "samples", "difference", "interval", "reads_more"]
+    columns += ["replicates", "dof", "samples", "difference", "interval", "reads_more"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
 
@@ -105,7 +105,7 @@ def ranking_effects(ranked: pd.DataFrame, against: str = "A") -> dict[str, list[
     others = ranked[(ranked["experiment"] != against) & (ranked["difference"] < math.log(2))]
     return {
         f"{size:,} tokens": [
-            Effect(row.experiment, row.difference, row.interval, row.n, row.replicates, row.samples - 1, row.samples)
+            Effect(row.experiment, row.difference, row.interval, row.n, row.replicates, row.dof, row.samples)
             for row in group.itertuples()
         ]
         for size, group in others.groupby("train_tokens")

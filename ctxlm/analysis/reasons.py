@@ -25,10 +25,11 @@ from ctxlm.analysis.findings import (
     signed,
     sizes_text,
     tokens_text,
+    unconverged,
     winner,
 )
 from ctxlm.analysis.replicates import student
-from ctxlm.analysis.scaling import effective, summarise
+from ctxlm.analysis.scaling import differences, effective
 from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
@@ -175,14 +176,14 @@ def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
         f"Phase 2 over-fits: when it stops{at} ({count(len(ended), 'run')} on {_sizes(ended)}), "
         "PPL is above its best by " + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
     ]
-    changes = []
     with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
-        changes += [(e.name, effect_text(e)) for e in explain.overfitting_effects(runs) if e.name.startswith("a ")]
-        found = explain.overfitting_effects(runs, True, val_by_sample)
-        best = {effect.name: effect for effect in found}.get("a halved learning rate")
-        if best:
-            changes[-1] = (f"{best.name} (which changes the best PPL by {effect_text(best)})", changes[-1][1])
-    said += [f"{name} changes last PPL / best PPL by {by}" for name, by in changes]
+        best = {effect.name: effect for effect in explain.overfitting_effects(runs, True, val_by_sample)}
+        for effect in explain.overfitting_effects(runs):  # of one rate alone, if no run of the others has stopped
+            too = ""
+            if effect.name == explain.HALVED:
+                too = f" (which changes the best PPL by {effect_text(best[effect.name])})"
+            if effect.name.startswith("a "):
+                said.append(f"{effect.name}{too} changes last PPL / best PPL by {effect_text(effect)}")
     zeros = [effect.name for effect in _ablated(ablated, "zero", OVERFITTING)]
     if zeros:
         rates = ablated.groupby("experiment")["overfit_rate"].mean()
@@ -273,11 +274,11 @@ def _signs(drawn: Grid, fixed: Grid) -> tuple[list[explain.Effect], list[dict[st
     runs, val_by_sample = pd.concat([here.dropna(subset="replicate"), fixed[0]]), pd.concat(val)
     effects = []
     for label in sorted(drawn[0]["experiment"].unique()):
-        with contextlib.suppress(explain.NoPair):
+        with contextlib.suppress(ValueError):  # no two that belong together, or judged on other text
             found = explain.paired_effect(runs, label + DRAWN_SIGNS, label, val_by_sample=val_by_sample)
             effects.append(replace(found, name=label))
     sizes = set(drawn[0]["train_tokens"])
-    gaps = [summarise("", *grid[::2])["paired_differences"] for grid in (drawn, fixed)]
+    gaps = [differences(grid[2])[0] for grid in (drawn, fixed)]
     return effects, gaps[0], [gap for gap in gaps[1] if gap["train_tokens"] in sizes]
 
 
@@ -516,7 +517,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
         return []
     parts, means = [], {}
     for label, group in runs.groupby("experiment"):
-        never = int(group["horizon"].isna().sum())
+        never = int(group[["horizon_init", "horizon"]].isna().any(axis=1).sum())
         if never:
             parts.append(f"{label} more than can be told in {never} of {len(group)} runs")
             continue
@@ -589,7 +590,7 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
             "tested: learning rates, for one, are the same with contexts and without."
         )
     bases = runs[runs["experiment"].isin([e.name for e in _ablated(runs, "without-phase1")])]
-    short = bases[bases["phase1_converged_ratio"] < bases["phase1_min_converged_ratio"]] if len(bases) else bases
+    short = unconverged(bases)
     if len(short):
         counts = ", ".join(f"{n} runs of {label}" for label, n in short["experiment"].value_counts().items())
         said.append(f"Phase 1 ran out of iterations in {counts}: what a finished one does there is not known.")
@@ -631,7 +632,7 @@ def _ablated(
         try:
             effect = explain.paired_effect(runs, f"{base}-{suffix}", base, column, val_by_sample)
             found.append(replace(effect, name=base))
-        except explain.NoPair:  # runs of both, but no two that belong together yet
+        except ValueError:  # runs of both, but no two that belong together yet, or judged on other text
             continue
     return found
 

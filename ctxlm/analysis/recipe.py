@@ -21,7 +21,8 @@ def recipe(
     if grid[0].empty:
         return ""
     runs, _, known = together([grid, *others])
-    runs, val_by_sample, known = runs[runs["grid"] == 0], known[known["grid"] == 0], known[known["grid"] > 0]
+    val_by_sample, known = known[known["grid"] == 0], known[known["grid"] > 0]
+    reads, runs = runs[runs["grid"] > 0].set_index("run")[["model", "embedding", "embed_dim"]], runs[runs["grid"] == 0]
     said, replicates = [], []
     for (size, label), group in runs.groupby(["train_tokens", "experiment"]):
         mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
@@ -36,7 +37,8 @@ def recipe(
                 continue
             replicates.append(found.replicates)
             verdict = against(found.interval, found.replicates, other)
-            gaps.append(f"{change(found.log_ppl, found.interval)}, {verdict}")
+            apart = _other_embedding(group, reads.loc[theirs["run"].unique()])
+            gaps.append(f"{change(found.log_ppl, found.interval)}, {verdict}{apart}")
         later = group["epochs_run"] - group["best_epoch"]
         ends = f"ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
         ends = f"; it {ends}" if later.any() else "; it ends at its best"
@@ -49,6 +51,15 @@ def recipe(
         f"**{lead}** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again in "
         f"pairs{single}."
     )
+
+
+def _other_embedding(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """A reminder where a difference is one of embeddings too; n-grams have none."""
+    shapes = theirs.loc[theirs["model"] != "kneser-ney", ["embedding", "embed_dim"]].drop_duplicates()
+    mine = ours[["embedding", "embed_dim"]].drop_duplicates()
+    if shapes.empty or (len(shapes) == len(mine) == 1 and shapes.to_numpy().tolist() == mine.to_numpy().tolist()):
+        return ""
+    return " (which reads another embedding)"
 
 
 def _epochs(later: pd.Series) -> str:
@@ -72,7 +83,7 @@ def ingredients(tuned: reasons.Grid, without: reasons.Grid) -> pd.DataFrame:
         whole = max((base for base in tuned[0]["experiment"].unique() if label.startswith(base)), key=len, default="")
         try:
             effect = explain.paired_effect(runs, label, whole, val_by_sample=val_by_sample)
-        except explain.NoPair:
+        except ValueError:  # no two that belong together, or judged on other text
             continue
         base = tuned[0][tuned[0]["experiment"] == whole].iloc[0]
         names = [n for n in Experiment.model_fields if n not in NO_INGREDIENTS]

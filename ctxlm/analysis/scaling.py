@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ FEWEST_CLUSTERS = 10
 MOST_TOKENS = 1e15
 """A crossover beyond this many tokens (or below one) is an artefact of two slopes that hardly differ."""
 CELL = ["train_tokens", "seed", "data_seed"]
+RESOLVED = ("device", "dtype")
+"""Parameters of which a run holds what `auto` became."""
+LEFT_OUT = "left_out"
+"""Runs of a name that the plan has, but of other parameters."""
 MEASURED = {"train_loss_after_epoch", "val_every_steps"}
 REPLICATES = {"experiment", "train_samples", "device", *CELL, *DRAWN, *MEASURED}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
@@ -70,6 +74,8 @@ class PairedDifference:
     tokens: int
     replicates: int
     """Replicates that both have; from two up, the interval covers other seeds and texts too."""
+    dof: float
+    """Satterthwaite's, of samples and replicates together."""
 
 
 def fit_power_law(tokens: Sequence[float], ppl: Sequence[float], replicates: Sequence[int] | None = None) -> PowerLaw:
@@ -264,7 +270,7 @@ def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFra
     if len(pairs) < 2:  # no replicates that both have: all that there is on either side
         pairs = (a.mean() - b.mean()).to_numpy()[None]
     found = mean_loss(pairs, tokens.to_numpy(float))
-    return PairedDifference(found.value, found.interval, len(tokens), int(tokens.sum()), len(pairs))
+    return PairedDifference(found.value, found.interval, len(tokens), int(tokens.sum()), len(pairs), found.dof)
 
 
 def _by_replicate(val_by_sample: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
@@ -383,19 +389,24 @@ def expanded_level(dof: float) -> float:
 
 
 def read_grid(
-    grid: str, names: Collection[str] | None = None, models: Collection[str] = ("context",)
+    grid: str, plan: Mapping[str, Experiment] | None = None, models: Collection[str] = ("context",)
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Runs, histories and validation losses of a grid, with one label in `experiment` for each configuration.
 
-    Only runs of these `models` are read, and only those called `names`, if given: one that the grid file no longer asks
-    for may be of other parameters.
+    Only runs of these `models` are read and, given the grid's `plan` (name → experiment), only those that it asks for
+    with the parameters that they have: others are an earlier grid file's; `attrs` counts them under `LEFT_OUT`.
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
     tables = load_runs(grid), load_history(grid), load_val_by_sample(grid)
     if tables[0].empty:
         return tables
-    asked = tables[0]["model"].isin(models) & (tables[0]["run"].isin(names) if names is not None else True)
+    asked = tables[0]["model"].isin(models)
+    if plan is not None:
+        asked &= tables[0]["run"].isin(plan)
+        same = pd.Series([_as_planned(run, plan) for _, run in tables[0].iterrows()])
+        left_out, asked = int((asked & ~same).sum()), asked & same
+        tables[0].attrs[LEFT_OUT] = left_out
     kept = tables[0].loc[asked, "run"]
     tables = tuple(table[table["run"].isin(kept)].reset_index(drop=True) for table in tables)
     runs, history, val_by_sample = tables
@@ -412,9 +423,18 @@ def read_grid(
     return runs, *(table.assign(**{c: table["run"].map(own[c]) for c in own}) for table in (history, val_by_sample))
 
 
+def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
+    """Whether a run has the parameters that the plan gives to one of its name."""
+    if run["run"] not in plan:
+        return False
+    wanted = plan[run["run"]].model_dump(exclude=set(RESOLVED), exclude_none=True)
+    return all(run[name] == value for name, value in wanted.items())
+
+
 def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
     """What `analysis.json` holds: a law a configuration, crossovers and differences by pair, and the runs' sources."""
-    laws, configurations, crossovers, differences, unpaired = {}, {}, [], [], []
+    laws, configurations, crossovers = {}, {}, []
+    paired, unpaired = differences(val_by_sample) if len(runs) else ([], [])
     for label, group in runs.groupby("experiment") if len(runs) else ():
         try:
             laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"], group["replicate"])
@@ -428,13 +448,6 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
             Crossover(None, None, f"no law for {' and '.join(unfitted)}") if unfitted else crossover(laws[a], laws[b])
         )
         crossovers.append({"a": a, "b": b} | asdict(found))
-        of_a, of_b = (dict(iter(_of(val_by_sample, label))) for label in (a, b))
-        for tokens in sorted(of_a.keys() & of_b.keys()):
-            pair = {"a": a, "b": b, "train_tokens": int(tokens)}
-            try:
-                differences.append(pair | asdict(paired_difference(of_a[tokens], of_b[tokens])))
-            except ValueError as error:  # a grid may sweep the corpus or the validation samples
-                unpaired.append(pair | {"reason": str(error)})
     several = f"{len(configurations)} configurations: see crossovers" if crossovers else "fewer than two configurations"
     first = crossovers[0] if len(crossovers) == 1 else asdict(Crossover(None, None, several))
     return {
@@ -444,10 +457,24 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
         "crossover_extrapolated": first["extrapolated"],
         "crossover_reason": first["reason"],
         "crossovers": crossovers,
-        "paired_differences": differences,
+        "paired_differences": paired,
         "unpaired": unpaired,
         "runs": _listed(grid, runs),
     }
+
+
+def differences(val_by_sample: pd.DataFrame) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`paired_difference` of every two configurations at every size that both have, and the pairs without, and why."""
+    paired, unpaired = [], []
+    tables = {label: dict(iter(own.groupby("train_tokens"))) for label, own in val_by_sample.groupby("experiment")}
+    for a, b in itertools.combinations(tables, 2):
+        for tokens in sorted(tables[a].keys() & tables[b].keys()):
+            pair = {"a": a, "b": b, "train_tokens": int(tokens)}
+            try:
+                paired.append(pair | asdict(paired_difference(tables[a][tokens], tables[b][tokens])))
+            except ValueError as error:  # a grid may sweep the corpus or the validation samples
+                unpaired.append(pair | {"reason": str(error)})
+    return paired, unpaired
 
 
 def _listed(grid: str, runs: pd.DataFrame) -> list[dict[str, str]]:
@@ -457,10 +484,6 @@ def _listed(grid: str, runs: pd.DataFrame) -> list[dict[str, str]]:
         return []
     taken = everything["run"].isin([] if runs.empty else runs["run"]) | (everything["model"] != "context")
     return everything.loc[taken, ["run", "source"]].to_dict("records")
-
-
-def _of(val_by_sample: pd.DataFrame, label: str) -> Any:
-    return val_by_sample[val_by_sample["experiment"] == label].groupby("train_tokens")
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:
