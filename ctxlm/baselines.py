@@ -48,7 +48,7 @@ def build(experiment: Experiment, streams: Split) -> Baseline:
     """The experiment's `model`, counted or trained on its training tokens; networks stop early by validation.
 
     Raises:
-        NonFiniteLoss: as `phase2.fit`.
+        NonFiniteLoss, ConfigError: as `phase2.fit`.
     """
     if experiment.model == "kneser-ney":
         ngrams = kneser_ney(experiment, streams)

@@ -199,7 +199,7 @@ def train_network(
     """Train `model` in place on the stream `train` [T] until `val` gets no better; the best epoch's weights are kept.
 
     Raises:
-        NonFiniteLoss: as `phase2.fit`.
+        NonFiniteLoss, ConfigError: as `phase2.fit`.
     """
     e, targets = experiment, len(train) - 1
     if model.output_bias is not None:

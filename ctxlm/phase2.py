@@ -163,6 +163,7 @@ def fit(
 
     Raises:
         NonFiniteLoss: the loss, or its exponential, is no longer finite.
+        ConfigError: the warm-up would outlast the training.
     """
     e, device = experiment, next(iter(trained.values())).device
     optimiser, schedule = _optimiser(trained, e, updates)

@@ -136,6 +136,8 @@ def test_the_studys_runs_stand_in_where_sizes_lacks_them(outputs):
     assert len(kept) == 2 + 7 and kept["A", 86_925, 42] > kept["A", 86_925, 43]  # its own, not the study's
     assert set(val["run"]) == set(history["run"]) == set(runs["run"]) and runs["replicate"].nunique() == 2
     assert proposals.with_study((pd.DataFrame(),) * 3, study)[0].empty
+    assert proposals.stood_in({"lr": study}, {"lr": study}) == ""
+    assert "taken from grid study" in proposals.stood_in({"lr": (study[0].iloc[:1], *study[1:])}, {"lr": study})
 
 
 def falling(runs, val):

@@ -4,7 +4,7 @@ A verdict a proposal, with 95 % intervals; its words follow the intervals. What 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -132,6 +132,11 @@ def with_study(grid: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
     alike = study[0].set_index(READ).index.isin(grid[0].set_index(READ).index)
     lacking = study[0][alike & ~known]
     return together([grid, (lacking, *study[1:])])
+
+
+def stood_in(before: Mapping[str, reasons.Grid], after: Mapping[str, reasons.Grid]) -> str:
+    """A word on the study's runs where `with_study` took any."""
+    return STAND_IN if any(len(grid[0]) > len(before[name][0]) for name, grid in after.items()) else ""
 
 
 def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
