@@ -14,7 +14,7 @@ import pytest
 from ctxlm.analysis import explain, plots, tables
 from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.findings import findings, gaps, material, prose, signed, what_differs
+from ctxlm.analysis.findings import findings, gaps, material, prose, signed, unconverged, what_differs
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
 from tests.planted import SHAPES, SIZES, noise, plant
@@ -415,6 +415,14 @@ def test_no_figure_is_wider_than_the_others(outputs, longer):
         figure.canvas.draw()
         box = figure.get_tightbbox()
         assert figure.get_figwidth() == plots.WIDTH and box.x0 >= 0 and box.x1 <= plots.WIDTH
+
+
+def test_phase1_left_out_has_not_run_out_of_iterations(outputs):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, SIZES)
+    runs = read_grid("planted")[0].assign(phase1_converged_ratio=0.5)
+    assert len(unconverged(runs)) == len(runs) == 8
+    left_out = runs.assign(phase1_max_iterations=runs["experiment"].map({"A": 1, "B": 10}))
+    assert set(unconverged(left_out)["experiment"]) == {"B"}
 
 
 # The notebook

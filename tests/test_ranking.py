@@ -113,6 +113,8 @@ def test_other_models_stay_out_of_a_grids_own_sections(outputs):
     assert read_grid("ngrams")[0].empty and "no finished run of the context model" in nothing("ngrams")
     runs, _, val_by_sample = read_grid("ngrams")
     assert len(summarise("ngrams", runs, val_by_sample)["runs"]) == 2  # but the report counts them
+    plant(outputs, {"A": (-0.3, 800)}, (20_000,), "stale")  # a run that the grid file no longer asks for
+    assert nothing("stale") == "No finished run of grid stale: run `make report GRID=stale`."
     assert nothing("absent") == "No finished run of grid absent: run `make report GRID=absent`."
 
 
