@@ -3,7 +3,7 @@
 import os
 
 # Before torch is imported: tests' products are tiny, and side by side on all cores threads would wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib
 import matplotlib.pyplot as plt
