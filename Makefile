@@ -44,7 +44,7 @@ unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again
 test: $(VENV)/.ready  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadfile
 
 lab: $(VENV)/.ready  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -14,7 +14,7 @@ import yaml
 
 from ctxlm.files import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]  # its steps follow each other
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
