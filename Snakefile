@@ -39,10 +39,11 @@ try:  # everything that can be said before any work starts is said here, in one 
     for run in {run.embedding: run for run in GRID.runs.values()}.values():
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
-    for name in sorted({GRID.name} | set(glob_wildcards("params/grids/{name}.yaml").name)):
-        if os.path.isdir(f"{OUTPUTS}/{name}"):  # a report reads them all: said before new runs are paid for, not after
-            from ctxlm.results import check_runs
+    read = {GRID.name, *glob_wildcards("params/grids/{name}.yaml").name}  # by a report, whatever its grid
+    if begun := [name for name in sorted(read) if os.path.isdir(f"{OUTPUTS}/{name}")]:
+        from ctxlm.results import check_runs
 
+        for name in begun:  # before the new runs are paid for, not after
             check_runs(name)
 except ConfigError as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence

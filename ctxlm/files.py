@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
     Of several processes that want the same file, one builds it and the others wait for it.
     """
     with lock(path):
-        if (arrays := _read_arrays(path)) is not None:
+        if (arrays := read_arrays(path)) is not None:
             return arrays
         arrays = build()
         try:
@@ -80,13 +80,14 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
     return arrays
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] | None:
+    """The arrays `names` of an .npz file, or those it lists under "names"; None where any is damaged or missing."""
     try:
         with zipfile.ZipFile(path) as whole:  # numpy alone stops checking where a damaged header says an array ends
             if whole.testzip() is not None:
                 return None
         with np.load(path) as file:  # a damaged directory can lose an array: each must be there
-            return {str(name): file[str(name)] for name in file["names"]}
+            return {str(name): file[str(name)] for name in names or file["names"]}
     except Exception:  # a flipped bit can raise nearly anything
         return None
 

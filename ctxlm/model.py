@@ -227,10 +227,8 @@ class ContextLM(nn.Module):
             )
         input_dim = e.num_input_tokens * e.embed_dim
         self.num_input_tokens = e.num_input_tokens
-        # what Phase 2 trains in place must not be the caller's
-        own = embedding if e.phase2_freeze_embedding else embedding.clone()
-        self.embedding = nn.Parameter(own, requires_grad=False)
-        # Once Phase 2 trains the embedding: a copy of Phase 1's, which contexts keep reading.
+        self.embedding = nn.Parameter(embedding, requires_grad=False)
+        # Once Phase 2 trains a copy of the embedding: Phase 1's own, which contexts keep reading.
         self.register_buffer("context_embedding", None)
         self.design = e.design
         self.context_block = ContextBlock(

@@ -240,8 +240,10 @@ def fit(
 def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tensor]:
     """What Phase 2 trains, by name; the output's bias is started."""
     if not e.phase2_freeze_embedding:
-        if model.context_embedding is None:  # training may go on: contexts keep reading Phase 1's
-            model.context_embedding = model.embedding.detach().clone()
+        if model.context_embedding is None:  # else training goes on
+            # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
+            model.context_embedding = model.embedding.detach()
+            model.embedding.data = model.embedding.detach().clone()
         model.embedding.requires_grad_(True)
     trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
     if model.head is not None:

@@ -13,14 +13,12 @@ import platform
 import subprocess
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -30,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment
-from ctxlm.files import ROOT, atomic, lock, resolve, source_hash
+from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve, source_hash
 
 SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
 """What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
@@ -247,21 +245,21 @@ def load_val_by_sample(grid: str) -> pd.DataFrame:
     return _load_table(grid, "val_by_sample.csv")
 
 
-def load_val_losses(grid: str, run: str) -> pd.DataFrame | None:
-    """val_losses.npz of a finished run, columns loss (nats) and sample; None where it was not kept (large, it is
-    committed for few runs).
+def load_val_losses(grid: str, run: str) -> dict[str, np.ndarray] | None:
+    """val_losses.npz of a finished run: `loss`, nats, and `sample` of every validation token.
+
+    None where it was not kept: it is large, and committed for few runs.
 
     Raises:
-        ConfigError: it is not readable.
+        ConfigError: it is damaged.
     """
     folder, source = run_folders(grid)[run]
     if not (folder / "val_losses.npz").exists():
         return None
-    try:
-        with np.load(folder / "val_losses.npz") as file:
-            return pd.DataFrame({"loss": file["loss"].astype(np.float64), "sample": file["sample"]})
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-        raise _damaged(grid, run, source, "val_losses.npz", error) from None
+    arrays = read_arrays(folder / "val_losses.npz", ("loss", "sample"))
+    if arrays is None:
+        raise _damaged(grid, run, source, "val_losses.npz", ValueError("an array of it is not whole"))
+    return arrays
 
 
 def check_runs(grid: str) -> None:

@@ -80,7 +80,15 @@ def test_nothing_is_mixed_without_both_or_on_other_tokens(planted):
     assert mixture.mixtures(*grids(), ["KN-4"])[0].empty
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"no zip"])
+def flipped(content):
+    """One bit in the middle of an array, whose length and names stay as they are."""
+    at = len(content) // 3
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"no zip", flipped]
+)
 def test_a_damaged_file_is_named(planted, damage):
     leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
     path = planted / "ngrams" / "KN-4_train_tokens-20000_seed-42" / "val_losses.npz"

@@ -342,10 +342,11 @@ def test_a_run_that_the_grid_no_longer_asks_for_is_not_read(outputs):
     assert [len(table) for table in read_grid("planted", {"B": plan.popitem()[1]})] == [0, 0, 0]
 
 
-def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(outputs):
+@pytest.mark.parametrize("other", [{"embedding": "random"}, {"train_capacity_tokens": 40_000}, {"seed": 43}])
+def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(outputs, other):
     plant(outputs, {"A": (-0.3, 800)}, (20_000, 30_000))
     planted = {"num_layers": 6, "context_dim": 128, "embed_dim": 128}
-    sizes = {20_000: {}, 30_000: {"embedding": "random"}}
+    sizes = {20_000: {}, 30_000: other}
     plan = {
         f"A_train_tokens-{size}_seed-42": Experiment.from_mapping(planted, {"train_tokens": size, "device": "cpu"}, own)
         for size, own in sizes.items()
@@ -354,6 +355,18 @@ def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(o
     assert runs["train_tokens"].tolist() == [20_000] and val_by_sample["run"].nunique() == 1
     assert "1 more run of other parameters than the grid file's left out." in findings.origin("planted", runs)
     assert "left out" not in findings.origin("planted", read_grid("planted")[0])
+
+
+def test_a_parameter_that_the_grid_file_leaves_open_must_be_open_in_the_run(outputs):
+    plant(outputs, {"A": (-0.3, 800)}, (20_000,), train_capacity_tokens=30_000)
+    wanted = {"num_layers": 6, "context_dim": 128, "embed_dim": 128, "train_tokens": 20_000}
+    name = "A_train_tokens-20000_seed-42"
+    assert read_grid("planted", {name: Experiment.from_mapping(wanted)})[0].empty
+    plan = {name: Experiment.from_mapping(wanted, {"train_capacity_tokens": 30_000})}
+    assert len(read_grid("planted", plan)[0]) == 1
+    plant(outputs, {"A": (-0.3, 800)}, (20_000,), train_samples=25)  # asked for in samples, kept with its tokens
+    wanted |= {"train_tokens": None, "train_samples": 25}
+    assert len(read_grid("planted", {name: Experiment.from_mapping(wanted)})[0]) == 1
 
 
 def test_runs_that_differ_in_more_than_size_and_seed_are_configurations_of_their_own(outputs):

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
+from ctxlm.analysis.scaling import Grid
 from ctxlm.results import load_val_losses, losses_by_sample
-
-Grid = tuple[pd.DataFrame, ...]
 
 UNKNOWN = ("val_accuracy", "test_loss", "test_ppl", "test_accuracy")
 UNKNOWN += ("best_epoch", "epochs_run", "last_val_ppl", "overfit_rate")
@@ -41,7 +40,7 @@ def mixtures(grids: Sequence[tuple[str, Grid]], ngrams: tuple[str, Grid], labels
         ours, theirs = load_val_losses(grid, model["run"]), load_val_losses(ngrams[0], ngram["run"])
         if ours is None or theirs is None or not np.array_equal(ours["sample"], theirs["sample"]):
             continue
-        loss = np.log(2) - np.logaddexp(-ours["loss"], -theirs["loss"])
+        loss = np.log(2) - np.logaddexp(-ours["loss"].astype(float), -theirs["loss"].astype(float))
         label = f"{model['experiment']} + {ngram['experiment']}"
         mixed = model.to_dict() | dict.fromkeys(UNKNOWN, np.nan)
         mixed |= {"experiment": label, "configuration": label, "run": f"{grid}: {model['run']} + {ngram['run']}"}
@@ -50,7 +49,7 @@ def mixtures(grids: Sequence[tuple[str, Grid]], ngrams: tuple[str, Grid], labels
         mixed["total_seconds"] += ngram["total_seconds"]
         runs.append(mixed)
         own = {name: mixed[name] for name in ("run", "experiment", "train_tokens", "seed", "replicate")}
-        tables.append(losses_by_sample(loss.to_numpy(), ours["sample"]).assign(**own))
+        tables.append(losses_by_sample(loss, ours["sample"]).assign(**own))
     if not runs:
         return pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
     return pd.DataFrame(runs), pd.DataFrame(columns=["run"]), pd.concat(tables, ignore_index=True)

@@ -13,7 +13,7 @@ import pandas as pd
 from ctxlm.analysis import crossing, explain, reasons
 from ctxlm.analysis.findings import change, percent, side
 from ctxlm.analysis.replicates import together
-from ctxlm.analysis.scaling import CELL, loss_sums, mean_loss
+from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
 from ctxlm.config import Experiment
 from ctxlm.corpus import ULTRACHAT_SIZES
 
@@ -35,12 +35,12 @@ DESIGN = {-1: "better", 0: "which is better cannot be told", 1: "worse"}
 FORECAST = {-1: "too low", 0: "no error can be told", 1: "too high"}
 
 
-def learning_rate(grids: Sequence[tuple[str, reasons.Grid]]) -> str:
+def learning_rate(grids: Sequence[tuple[str, Grid]]) -> str:
     """Does half of the study's learning rate over-fit less, and predict better? From (where, grid) that have both."""
     return f"**1. Half the learning rate in Phase 2**: {'; '.join(_halved(*grid) for grid in grids)}."
 
 
-def _halved(where: str, grid: reasons.Grid) -> str:
+def _halved(where: str, grid: Grid) -> str:
     runs, _, val_by_sample = grid
     if runs.empty:
         return f"{where} no finished run"
@@ -123,7 +123,7 @@ def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def with_study(grid: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
+def with_study(grid: Grid, study: Grid) -> Grid:
     """A grid of the study's configurations, and from the study's own the runs that it lacks, read alike."""
     if study[0].empty or grid[0].empty:
         return grid
@@ -134,7 +134,7 @@ def with_study(grid: reasons.Grid, study: reasons.Grid) -> reasons.Grid:
     return together([grid, (lacking, *study[1:])])
 
 
-def stood_in(before: Mapping[str, reasons.Grid], after: Mapping[str, reasons.Grid]) -> str:
+def stood_in(before: Mapping[str, Grid], after: Mapping[str, Grid]) -> str:
     """A word on the study's runs where `with_study` took any."""
     return STAND_IN if any(len(grid[0]) > len(before[name][0]) for name, grid in after.items()) else ""
 
@@ -187,7 +187,7 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     ).rstrip()
 
 
-def falling_widths(grids: Sequence[tuple[str, reasons.Grid]]) -> str:
+def falling_widths(grids: Sequence[tuple[str, Grid]]) -> str:
     """Are layers whose widths fall better than layers of one width? From (where, grid) that have both."""
     said = [f"{where} {_falling(runs, val_by_sample)}" for where, (runs, _, val_by_sample) in grids]
     return f"**3. Widths that fall in an arithmetic progression**: {'; '.join(said)}."

@@ -29,12 +29,9 @@ from ctxlm.analysis.findings import (
     winner,
 )
 from ctxlm.analysis.replicates import student
-from ctxlm.analysis.scaling import differences, effective
+from ctxlm.analysis.scaling import Grid, differences, effective
 from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
-
-Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
-"""Runs, histories and losses by validation sample, as `scaling.read_grid` gives them."""
 
 SAMPLES = 50
 """Validation samples of the study."""

@@ -4,19 +4,17 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ctxlm.analysis import explain, reasons
+from ctxlm.analysis import explain
 from ctxlm.analysis.findings import against, change, percent
 from ctxlm.analysis.replicates import together
-from ctxlm.analysis.scaling import paired_difference
+from ctxlm.analysis.scaling import Grid, paired_difference
 from ctxlm.config import Experiment
 
 CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
-def recipe(
-    grid: reasons.Grid, others: Sequence[reasons.Grid], models: Sequence[str], lead: str = "The tuned recipe."
-) -> str:
+def recipe(grid: Grid, others: Sequence[Grid], models: Sequence[str], lead: str = "The tuned recipe.") -> str:
     """The grid's PPL at every size, in pairs against each of the labels `models` of the grids `others`."""
     if grid[0].empty:
         return ""
@@ -40,9 +38,11 @@ def recipe(
             apart = _other_embedding(group, reads.loc[theirs["run"].unique()])
             gaps.append(f"{change(found.log_ppl, found.interval)}, {verdict}{apart}")
         later = group["epochs_run"] - group["best_epoch"]
-        ends = f"ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
-        ends = f"; it {ends}" if later.any() else "; it ends at its best"
-        ends = "" if later.isna().any() else ends  # a mixture has no epochs
+        ends = f"; it ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
+        if not later.any():
+            ends = "; it ends at its best"
+        if later.isna().any():  # a mixture has no epochs
+            ends = ""
         versus = f": {'; '.join(gaps)}" if gaps else ""
         said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}{ends}")
     single = "" if min(replicates, default=1) > 1 else "; of single runs they do not cover seeds and training texts"
@@ -55,11 +55,9 @@ def recipe(
 
 def _other_embedding(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
     """A reminder where a difference is one of embeddings too; n-grams have none."""
-    shapes = theirs.loc[theirs["model"] != "kneser-ney", ["embedding", "embed_dim"]].drop_duplicates()
-    mine = ours[["embedding", "embed_dim"]].drop_duplicates()
-    if shapes.empty or (len(shapes) == len(mine) == 1 and shapes.to_numpy().tolist() == mine.to_numpy().tolist()):
-        return ""
-    return " (which reads another embedding)"
+    networks = theirs[theirs["model"] != "kneser-ney"]
+    read, reads = (set(runs.groupby(["embedding", "embed_dim"]).groups) for runs in (networks, ours))
+    return " (which reads another embedding)" if read - reads else ""
 
 
 def _epochs(later: pd.Series) -> str:
@@ -68,7 +66,7 @@ def _epochs(later: pd.Series) -> str:
     return f"{low:g}{'' if low == high else f' to {high:g}'} epoch{'' if high == 1 else 's'}"
 
 
-def ingredients(tuned: reasons.Grid, without: reasons.Grid) -> pd.DataFrame:
+def ingredients(tuned: Grid, without: Grid) -> pd.DataFrame:
     """What happens to PPL when one ingredient is left out: a row a label of `without`, the worst loss first.
 
     Columns experiment, changed (parameters and their values), against (the label of `tuned` it is a pair with), ppl,

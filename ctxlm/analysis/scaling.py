@@ -23,6 +23,8 @@ FEWEST_CLUSTERS = 10
 """Cluster-robust errors of fewer clusters are too small."""
 MOST_TOKENS = 1e15
 """A crossover beyond this many tokens (or below one) is an artefact of two slopes that hardly differ."""
+Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+"""Runs, histories and losses by validation sample, as `read_grid` gives them."""
 CELL = ["train_tokens", "seed", "data_seed"]
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
@@ -388,9 +390,7 @@ def expanded_level(dof: float) -> float:
     return 1 - 2 * stats.norm.cdf(-math.sqrt((dof + 1) / dof) * stats.t.ppf((1 + CONFIDENCE) / 2, dof))
 
 
-def read_grid(
-    grid: str, plan: Mapping[str, Experiment] | None = None, models: Collection[str] = ("context",)
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: Collection[str] = ("context",)) -> Grid:
     """Runs, histories and validation losses of a grid, with one label in `experiment` for each configuration.
 
     Only runs of these `models` are read and, given the grid's `plan` (name → experiment), only those that it asks for
@@ -427,8 +427,10 @@ def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
     """Whether a run has the parameters that the plan gives to one of its name."""
     if run["run"] not in plan:
         return False
-    wanted = plan[run["run"]].model_dump(exclude=set(RESOLVED), exclude_none=True)
-    return all(run[name] == value for name, value in wanted.items())
+    wanted = plan[run["run"]]
+    size = "train_samples" if wanted.train_samples is None else "train_tokens"  # what follows from the other one
+    values = wanted.model_dump(exclude={*RESOLVED, size})
+    return all(pd.isna(run[name]) if value is None else run[name] == value for name, value in values.items())
 
 
 def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
