@@ -519,6 +519,10 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
 
 def test_notebook_is_stripped_and_short():
     for cell in (cell for cell in CELLS if cell.cell_type == "code"):
+        # figures come where a cell ends, so that two headings in one cell would part them from their text
+        assert len(re.findall(r"(?<!def )\bbegin\(", cell.source)) <= 1 and not re.search(
+            r"^ .*begin\(", cell.source, re.M
+        )
         assert cell.outputs == [] and cell.execution_count is None and len(cell.source.splitlines()) <= 12
     assert len({cell.id for cell in CELLS}) == len(CELLS)
 
