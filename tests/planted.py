@@ -2,21 +2,39 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ctxlm.analysis.scaling import Grid, read_grid
+
 SHAPES = {"A": (6, 128), "B": (3, 256), "C": (4, 192)}
 """Layers and context width of the planted configurations."""
 SIZES = (20_000, 30_000, 45_000, 67_500)
+NESTED = [(42 + k, k // 2) for k in range(10)]
+"""Five windows of training text, each with two seeds of its own."""
 
 
 def noise(sd: float, seed: int = 0) -> Callable[..., float]:
     """Independent errors of runs, for `chance`."""
     rng = np.random.default_rng(seed)
     return lambda *_: sd * rng.standard_normal()
+
+
+def effects_of(rng: np.random.Generator, sd_seed: float, sd_window: float) -> Callable[..., float]:
+    """Effects that last across sizes: of a seed on a configuration, and of a window on both."""
+    drawn = {}
+
+    def chance(label, size, seed, window):
+        for key, sd in (((label, "s", seed), sd_seed), (("w", window), sd_window)):
+            drawn.setdefault(key, sd * rng.standard_normal())
+        return drawn[label, "s", seed] + drawn["w", window] + 0.002 * rng.standard_normal()
+
+    return chance
 
 
 def plant(
@@ -144,3 +162,10 @@ def _history(run: dict, loss: float) -> pd.DataFrame:
             ("recent_tokens", k, "val_ppl", math.exp(loss + extra)),
         ]
     return pd.DataFrame(rows, columns=["phase", "step", "metric", "value"])
+
+
+def planted(outputs: Path, laws: Mapping[str, tuple[float, float]], **options: Any) -> Grid:
+    """The grid `planted`, anew, as `read_grid` gives it."""
+    shutil.rmtree(outputs / "planted", ignore_errors=True)
+    plant(outputs, laws, **options)
+    return read_grid("planted")

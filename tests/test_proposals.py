@@ -1,22 +1,15 @@
 """Verdicts on the study's proposals: planted the other way round, they say the other thing."""
 
 import math
-import shutil
 
 import pandas as pd
 import pytest
 
 from ctxlm.analysis import proposals
 from ctxlm.analysis.scaling import read_grid
-from tests.planted import noise, plant
+from tests.planted import noise, plant, planted
 
 REPLICATES = [(42, 0), (44, 1), (46, 2)]
-
-
-def planted(outputs, laws, **options):
-    shutil.rmtree(outputs / "planted", ignore_errors=True)
-    plant(outputs, laws, **options)
-    return read_grid("planted")
 
 
 @pytest.mark.parametrize(

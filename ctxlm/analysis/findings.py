@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ctxlm.analysis.scaling import LEFT_OUT, power_of_ten
+from ctxlm.analysis.phrases import count, percent, signed, sizes_text, span, tokens_text, winner
+from ctxlm.analysis.scaling import LEFT_OUT
 from ctxlm.results import load_runs
 
 VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
@@ -53,10 +54,10 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     if runs.empty:
         return ""
     read = " and ".join(sorted(set(runs["corpus"] + " with " + runs["embedding"] + " embeddings")))
-    samples = _span(val_by_sample.groupby("run")["sample"].nunique())
+    samples = span(val_by_sample.groupby("run")["sample"].nunique())
     return (
-        f"**Runs.** {len(runs)}, on {read}: {_span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
-        f"{_span(runs['val_tokens'] - 1, '{:,}'.format)} tokens of {samples} validation samples. "
+        f"**Runs.** {len(runs)}, on {read}: {span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
+        f"{span(runs['val_tokens'] - 1, '{:,}'.format)} tokens of {samples} validation samples. "
         f"Source: {sources(runs)}.{one_kind(runs)}"
     )
 
@@ -74,7 +75,7 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
     return (
         f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "
-        f"embeddings of {_span(runs['embed_dim'])} dimensions, {_span(runs['val_samples'])} validation samples. "
+        f"embeddings of {span(runs['embed_dim'])} dimensions, {span(runs['val_samples'])} validation samples. "
         f"Source: {sources(runs)}.{stale}{one_kind(runs)}"
     )
 
@@ -149,20 +150,6 @@ def describe(runs: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def winner(difference: dict[str, Any]) -> str | None:
-    """The label whose PPL is lower by more than the interval of a paired difference; None where it includes 0."""
-    low, high = difference["interval"] or (-math.inf, math.inf)
-    return difference["a"] if high < 0 else difference["b"] if low > 0 else None
-
-
-def against(interval: Sequence[float] | None, replicates: int, other: str) -> str:
-    """What an interval of log PPL minus that of `other` says; single runs get no general verdict."""
-    if interval is None or interval[0] <= 0 <= interval[1]:
-        return f"which of the two, it or {other}, is better cannot be told"
-    how = "better" if interval[1] < 0 else "worse"
-    return f"{how} than {other}" if replicates > 1 else f"did {how} than {other}, in single runs"
-
-
 def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
     names = describe(runs)
     shapes = len(runs.groupby(["num_layers", "context_dim"]))
@@ -177,13 +164,13 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
     for pair in summary["unpaired"]:
         yield f"At {pair['train_tokens']:,} tokens {pair['a']} and {pair['b']} are not compared: {pair['reason']}."
     if summary["paired_differences"]:
-        samples = _span(d["samples"] for d in summary["paired_differences"])
+        samples = span(d["samples"] for d in summary["paired_differences"])
         counts = [d["replicates"] for d in summary["paired_differences"]]
         varied = [what for name, what in VARIED.items() if runs[name].nunique() > 1]
-        each = f"{_span(runs.groupby(['experiment', 'train_tokens']).size())} for each configuration and size"
+        each = f"{span(runs.groupby(['experiment', 'train_tokens']).size())} for each configuration and size"
         limits = f"They do not cover the seed (runs: {each})."
         if min(counts) > 1:
-            limits = f"They cover other {' and '.join(varied)} too (runs: {each}, in {_span(counts)} replicates)."
+            limits = f"They cover other {' and '.join(varied)} too (runs: {each}, in {span(counts)} replicates)."
         elif max(counts) > 1:
             limits = f"They cover other {' and '.join(varied)} only where both have several replicates (runs: {each})."
         yield (
@@ -278,7 +265,7 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any
 def _overfitting(runs: pd.DataFrame) -> str:
     rates = _by_label(runs, "{overfit_rate}", overfit_rate=lambda x: f"{100 * x:.1f} %")
     text = (
-        f"**Over-fitting.** The best epoch is {_span(runs['best_epoch'])} (n = {len(runs)}); "
+        f"**Over-fitting.** The best epoch is {span(runs['best_epoch'])} (n = {len(runs)}); "
         f"by the last epoch, validation PPL is above its best by {rates}."
     )
     growing = int((runs["best_epoch"] == runs["epochs_run"]).sum())
@@ -310,59 +297,8 @@ def _rank(runs: pd.DataFrame) -> str:
 def _by_label(runs: pd.DataFrame, template: str, **texts: Callable[[float], str]) -> str:
     """`template` filled with the range of each column in `texts`, for every configuration."""
     groups = runs.groupby("experiment")
-    filled = (template.format(**{name: _span(g[name], text) for name, text in texts.items()}) for _, g in groups)
+    filled = (template.format(**{name: span(g[name], text) for name, text in texts.items()}) for _, g in groups)
     return "; ".join(f"{words} for {label}" for (label, _), words in zip(groups, filled, strict=True))
-
-
-def _span(values: Iterable[float], text: Callable[[float], str] = str) -> str:
-    """One text where all values read the same, otherwise "lowest to highest"."""
-    ordered = sorted(values)
-    low, high = text(ordered[0]), text(ordered[-1])
-    return low if low == high else f"{low} to {high}"
-
-
-def sizes_text(sizes: list[int]) -> str:
-    words = [f"{size:,}" for size in sizes]
-    return f"{', '.join(words[:-1])} and {words[-1]} tokens" if len(words) > 1 else f"{''.join(words)} tokens"
-
-
-def percent(fraction: float) -> str:
-    return f"{signed(100 * fraction, 1)} %"
-
-
-def percents(interval: Sequence[float] | None) -> str:
-    """An interval in nats as one of per cent of PPL."""
-    if interval is None or not all(map(math.isfinite, interval)):
-        return "no interval"
-    return " to ".join(percent(math.expm1(x)) for x in interval)
-
-
-def change(nats: float, interval: Sequence[float] | None) -> str:
-    """A difference of log PPL as per cent of PPL, with its interval."""
-    return f"{percent(math.expm1(nats))} ({percents(interval)})"
-
-
-def side(interval: Sequence[float] | None) -> int:
-    """The sign of an interval that excludes 0; otherwise 0."""
-    low, high = interval or (0, 0)
-    return 1 if low > 0 else -1 if high < 0 else 0
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """With its sign, unless it rounds to 0."""
-    rounded = round(value, digits)
-    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
-
-
-def tokens_text(tokens: float) -> str:
-    if tokens >= 1e9:
-        mantissa, exponent = f"{tokens:.1e}".split("e+")
-        return f"{mantissa} · {power_of_ten(int(exponent))}"
-    return f"{float(f'{tokens:.3g}'):,.0f}"
 
 
 def audited(audit: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import crossing, explain, reasons
-from ctxlm.analysis.findings import change, percent, side
+from ctxlm.analysis.phrases import change, drawn_over, effect_text, percent, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
 from ctxlm.config import Experiment
@@ -66,8 +66,8 @@ def _halved(where: str, grid: Grid) -> str:
         drawn = f"crossed with {best.samples} validation samples drawn again, {best.dof:.1f} d.o.f. by Satterthwaite"
     return (
         f"{where} it {LAST[side(last.interval)]} and {BEST[side(best.interval)]}: last PPL / best PPL "
-        f"{reasons.effect_text(last)} (n = {last.n} runs, {how}{out}), "
-        f"best PPL {reasons.effect_text(best)} (n = {best.n} runs, {drawn})"
+        f"{effect_text(last)} (n = {last.n} runs, {how}{out}), "
+        f"best PPL {effect_text(best)} (n = {best.n} runs, {drawn})"
     )
 
 
@@ -84,7 +84,7 @@ def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
         if len(last):
             mean = percent(math.expm1(last.mean()))
             fitting = f", last PPL / best PPL lower in {(last < 0).sum()} of {len(last)} ({mean} on average)"
-        yield f"{verdict}: best PPL {reasons.effect_text(best)} {reasons.drawn_over(best)}{fitting}"
+        yield f"{verdict}: best PPL {effect_text(best)} {drawn_over(best)}{fitting}"
 
 
 def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:
@@ -107,7 +107,7 @@ def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame
         if rate != RATE:
             try:
                 alike = runs[(runs["configuration"] == label) & (runs["train_tokens"] == size)]
-                gap = reasons.effect_text(_rate_effect(alike, rate, val_by_sample)[0])
+                gap = effect_text(_rate_effect(alike, rate, val_by_sample)[0])
             except ValueError:
                 gap = "not to be told"
         row = {
@@ -198,7 +198,7 @@ def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     for effect in falling_effects(runs, val_by_sample):
         verdict = _said(DESIGN, effect.interval, effect.replicates)
         name = " against ".join(f"{label} ({_shape(runs, label)})" for label in effect.name.split(" against "))
-        parts.append(f"{name}: PPL {reasons.effect_text(effect)} {reasons.drawn_over(effect)}: {verdict}")
+        parts.append(f"{name}: PPL {effect_text(effect)} {drawn_over(effect)}: {verdict}")
     return "; ".join(parts) or "no finished pair of runs"
 
 

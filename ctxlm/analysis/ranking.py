@@ -5,28 +5,28 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ctxlm.analysis import findings
 from ctxlm.analysis.explain import Effect, stopped
-from ctxlm.analysis.findings import change
 from ctxlm.analysis.mixture import MIXED_ORDER
+from ctxlm.analysis.phrases import against, change
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
 from ctxlm.corpus import VOCABULARY
 
+BASE = "A"
+"""Label of the model that all others are set against."""
 MORE = " (it counts text beside the training tokens: the corpus's second half, which A and B know by their embedding)"
 
 
-def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "A") -> pd.DataFrame:
-    """One row a label and size, best first: its mean PPL, and its log PPL minus that of `against` with its interval.
+def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
+    """One row a label and size, best first: its mean PPL, and its log PPL minus that of `BASE` with its interval.
 
     Columns train_tokens, experiment, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers carried from
     token to token), n (runs), replicates, samples, difference, interval (None: it cannot be given),
-    reads_more (text beside the training tokens). Sizes without a run of `against`, and runs judged on other tokens, are
+    reads_more (text beside the training tokens). Sizes without a run of `BASE`, and runs judged on other tokens, are
     left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
-        against: label of the model that all are set against.
     """
     runs, val_by_sample = together(grids)
     rows = []
@@ -34,7 +34,7 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]], against: str = "
         tables = dict(iter(val_by_sample[val_by_sample["train_tokens"] == size].groupby("experiment")))
         for label, own in here.groupby("experiment"):
             try:
-                found = paired_difference(tables[label], tables[against])
+                found = paired_difference(tables[label], tables[BASE])
             except (KeyError, ValueError):
                 continue
             row = {"train_tokens": size, "experiment": label, "ppl": own["val_ppl"].mean(), "n": len(own)}
@@ -77,16 +77,16 @@ def _kept(run: pd.Series) -> int:
     return int(kept + max(reads, 1 if pd.isna(mixed) else mixed) - 1)
 
 
-def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
+def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
     """`ranking` as it is shown."""
     if ranked.empty:
         return ranked
-    gaps = ["" if row.experiment == against else change(row.difference, row.interval) for row in ranked.itertuples()]
+    gaps = ["" if row.experiment == BASE else change(row.difference, row.interval) for row in ranked.itertuples()]
     table = {
         "Training tokens": ranked["train_tokens"].map("{:,}".format),
         "Model": ranked["experiment"] + ranked["reads_more"].map({True: " (reads more)", False: ""}),
         "Validation PPL": ranked["ppl"].map("{:.1f}".format),
-        f"PPL against {against}": gaps,
+        f"PPL against {BASE}": gaps,
         "Test PPL": ranked["test_ppl"].map("{:.1f}".format).replace("nan", ""),
         "Accuracy, %": (100 * ranked["accuracy"]).map("{:.2f}".format).replace("nan", ""),
         "Trained parameters": ranked["parameters"].map("{:,}".format),
@@ -97,12 +97,12 @@ def ranking_table(ranked: pd.DataFrame, against: str = "A") -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def ranking_effects(ranked: pd.DataFrame, against: str = "A") -> dict[str, list[Effect]]:
+def ranking_effects(ranked: pd.DataFrame) -> dict[str, list[Effect]]:
     """Training tokens → what every other model does to PPL, for `plots.plot_effects`.
 
     Models of more than twice the PPL are left out, so that the others can be seen.
     """
-    others = ranked[(ranked["experiment"] != against) & (ranked["difference"] < math.log(2))]
+    others = ranked[(ranked["experiment"] != BASE) & (ranked["difference"] < math.log(2))]
     return {
         f"{size:,} tokens": [
             Effect(row.experiment, row.difference, row.interval, row.n, row.replicates, row.dof, row.samples)
@@ -112,16 +112,16 @@ def ranking_effects(ranked: pd.DataFrame, against: str = "A") -> dict[str, list[
     }
 
 
-def beside_others(ranked: pd.DataFrame, against: str = "A") -> str:
-    """The best of the others at every size against the context model `against`: of those that read the same training
+def beside_others(ranked: pd.DataFrame) -> str:
+    """The best of the others at every size against the context model `BASE`: of those that read the same training
     tokens, and, apart, of those that read more."""
     said = []
-    for size, group in ranked[ranked["experiment"] != against].groupby("train_tokens"):
+    for size, group in ranked[ranked["experiment"] != BASE].groupby("train_tokens"):
         same, more = group[~group["reads_more"]], group[group["reads_more"]]
-        parts = [f"{_against(part.iloc[0], against)}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
+        parts = [f"{_beside_base(part.iloc[0])}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
         said.append(f"At {size:,} tokens the lowest PPL of an ordinary model is that of {'; '.join(parts)}")
     if not said:
-        return f"No other model was judged on the same tokens as {against}."
+        return f"No other model was judged on the same tokens as {BASE}."
     samples = ranked["samples"].iloc[0]
     return (
         f"**Beside ordinary models.** {'. '.join(said)}. Intervals are 95 %, over {samples} "
@@ -150,7 +150,6 @@ def chosen_rates(tried: pd.DataFrame) -> str:
     )
 
 
-def _against(row: pd.Series, other: str) -> str:
-    gap = f"{change(row['difference'], row['interval'])} against {other}"
-    verdict = findings.against(row["interval"], row["replicates"], other)
-    return f"{row['experiment']}, {row['ppl']:.1f}, {gap}: {verdict}"
+def _beside_base(row: pd.Series) -> str:
+    gap = f"{change(row['difference'], row['interval'])} against {BASE}"
+    return f"{row['experiment']}, {row['ppl']:.1f}, {gap}: {against(row['interval'], row['replicates'], BASE)}"

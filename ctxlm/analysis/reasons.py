@@ -6,7 +6,7 @@ interval and what that was drawn over.
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,23 +14,24 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ctxlm.analysis import explain, ranking, variance
-from ctxlm.analysis.findings import (
-    change,
+from ctxlm.analysis import explain, variance
+from ctxlm.analysis.findings import unconverged
+from ctxlm.analysis.phrases import (
     count,
+    drawn_over,
+    effect_text,
+    magnitude,
+    p_text,
     percent,
     percents,
-    shapes_text,
     side,
     signed,
-    sizes_text,
+    span,
     tokens_text,
-    unconverged,
     winner,
 )
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import Grid, differences, effective
-from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
 SAMPLES = 50
@@ -48,108 +49,7 @@ OVERFITTING = "log last / best PPL"
 """A response of ablations that is no column of the runs."""
 
 
-def in_short(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> str:
-    """The answer of the grid that is reported, and below it in five lines what the other grids know; what can be given.
-
-    Args:
-        summary: `scaling.summarise` of the grid that is reported.
-        pooled: of `crossing.errors`, from the runs that say most about slopes.
-        grids: of the names study, baselines, variance, signs, overfitting, ablations, ablations-full and factorial.
-    """
-    many, _, many_val = grids["variance"]
-    quick = [
-        [caution(many, many_val), _signs_in_short(grids["signs"], grids["variance"])],
-        [_crossed_in_short(grids["factorial"]), *(_slopes_in_short(found) for found in pooled if len(pooled) == 1)],
-        [_overfitting_in_short(grids["overfitting"], grids["ablations"][0])],
-        [_contexts_in_short(many, grids["ablations"])],
-    ]
-    lines = ["; ".join(filter(None, parts)) for parts in quick]
-    shapes = _shapes(many)
-    lines = [line and f"at the quick scale{shapes if not n else ''}: {line}" for n, line in enumerate(lines)]
-    at_full_size = _ablations_in_short(grids["ablations-full"])
-    if at_full_size:
-        alone = "" if grids["ablations-full"][0]["replicate"].nunique() > 1 else " (single runs, seeds not covered)"
-        lines[-1] = "; ".join(filter(None, [lines[-1], f"at full size{alone}: {at_full_size}"]))
-    others = _others_in_short(grids["study"], grids["baselines"])
-    lines.append(others and f"at full size{_shapes(grids['study'][0])}: {others}")
-    bullets = [f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line]
-    answer = _verdicts(summary["paired_differences"])
-    answer = [f"**{answer[0].upper()}{answer[1:]}.**"] if answer else []
-    besides = ["What other grids of this repository say:", "", *bullets] if bullets else []
-    return "\n".join([*answer, *([""] if answer and besides else []), *besides])
-
-
-def _shapes(runs: pd.DataFrame) -> str:
-    """What the configurations are, in brackets."""
-    return f" ({shapes_text(runs)})" if len(runs) else ""
-
-
-def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
-    if len({(d["a"], d["b"]) for d in differences}) != 1:
-        return ""
-    a, b = differences[0]["a"], differences[0]["b"]
-    won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
-    several = min(d["replicates"] for d in differences) > 1
-    better = "is better" if several else "did better"
-    answer = f"{a} {better} than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}"
-    every = "every one of " if len(won) > 1 else ""
-    if not any(won):
-        answer = f"{a} and {b} cannot be told apart at {every and 'any of '}{count(len(won), 'size')}"
-    elif len(set(won)) == 1:
-        other = b if won[0] == a else a
-        answer = f"{won[0]} {better} than {other} at {every}{count(len(won), 'size')}"
-    tested = "" if len(won) == 1 else ", each size tested by itself"
-    alone = "" if several else "; single runs, so that another seed may say otherwise"
-    order = "" if len(won) == 1 else ", from the smallest size to the largest"
-    return f"{answer}{tested}{alone}. PPL of {a} against {b}{order}: {', '.join(gaps)}"
-
-
-def _crossed_in_short(grid: Grid) -> str:
-    runs, _, val_by_sample = grid
-    try:
-        depth, width, *_ = explain.factorial_effects(runs, val_by_sample=val_by_sample)
-    except (ValueError, KeyError):
-        return ""
-    parts = " and ".join(f"{effect_text(effect)} with {effect.name}" for effect in (depth, width))
-    runs_in = f"{depth.n} runs in {count(depth.replicates, 'replicate')}"
-    return f"with depth and width crossed ({runs_in}), PPL changes by {parts} (plus: worse)"
-
-
-def _others_in_short(study: Grid, others: Grid) -> str:
-    """The best ordinary model that read the same training tokens, against A at full size."""
-    if study[0].empty or others[0].empty:
-        return ""
-    ranked = ranking.ranking([study[::2], others[::2]])
-    ranked = ranked[~ranked["reads_more"] & ~ranked["experiment"].isin(study[0]["experiment"])]
-    parts = []
-    for size, group in ranked.groupby("train_tokens"):
-        best = group.iloc[0]
-        gap = f"{percent(math.expm1(best['difference']))} ({percents(best['interval'])})"
-        parts.append(f"{best['experiment']} {gap} at {size:,}")
-    if not parts:
-        return ""
-    alone = "" if study[0]["replicate"].nunique() > 1 else "single runs, seeds not covered, "
-    over = f"{alone}{ranked['samples'].max()} validation samples drawn again"
-    models = ranked["experiment"].nunique()
-    return f"the best of {models} ordinary models changes PPL against A ({over}) by: {', '.join(parts)} tokens"
-
-
-def _slopes_in_short(found: dict[str, Any]) -> str:
-    interval = found.get("slope_interval")
-    if interval is None:
-        return ""
-    a, b = found["a"], found["b"]
-    tested = f"p {_p(found['p_value'])}, {found['n']} runs in {count(found['replicates'], 'replicate')}"
-    verdict = _slope_verdict(found)
-    if not verdict.endswith("from more text"):
-        return f"{verdict} ({tested}): no crossover can be claimed"
-    where = ""
-    if found["crossover_tokens"] is not None:
-        where = f"; the laws of {a} and {b} meet at {tokens_text(found['crossover_tokens'])} tokens"
-    return f"{verdict} ({tested}){where}"
-
-
-def _slope_verdict(found: dict[str, Any]) -> str:
+def slope_verdict(found: dict[str, Any]) -> str:
     steeper = found["b"] if found["slope_difference"] < 0 else found["a"]
     here, anywhere = (not low <= 0 <= high for low, high in (found["slope_interval"], found["bootstrap_slope"]))
     if here and anywhere:
@@ -159,87 +59,17 @@ def _slope_verdict(found: dict[str, Any]) -> str:
     return f"the slopes of {found['a']} and {found['b']} cannot be told apart"
 
 
-def _overfitting_in_short(grid: Grid, ablated: pd.DataFrame) -> str:
-    runs, _, val_by_sample = grid
-    if runs.empty or explain.stopped(runs).empty:
-        return ""
-    ended = explain.stopped(runs)
-    study = ended["phase2_learning_rate"] == Experiment.model_fields["phase2_learning_rate"].default
-    if study.any():  # other rates are a treatment
-        ended = ended[study]
-    rates = ended.groupby("configuration")["overfit_rate"].mean()
-    at = " at the study's learning rate" if study.any() else ""
-    said = [
-        f"Phase 2 over-fits: when it stops{at} ({count(len(ended), 'run')} on {_sizes(ended)}), "
-        "PPL is above its best by " + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
-    ]
-    with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
-        best = {effect.name: effect for effect in explain.overfitting_effects(runs, True, val_by_sample)}
-        for effect in explain.overfitting_effects(runs):  # of one rate alone, if no run of the others has stopped
-            too = ""
-            if effect.name == explain.HALVED:
-                too = f" (which changes the best PPL by {effect_text(best[effect.name])})"
-            if effect.name.startswith("a "):
-                said.append(f"{effect.name}{too} changes last PPL / best PPL by {effect_text(effect)}")
-    zeros = [effect.name for effect in _ablated(ablated, "zero", OVERFITTING)]
-    if zeros:
-        rates = ablated.groupby("experiment")["overfit_rate"].mean()
-        parts = [f"{percent(rates[f'{label}-zero'])} instead of {percent(rates[label])} ({label})" for label in zeros]
-        said.append(f"without the contexts it is above its best by {' and '.join(parts)}, on {_sizes(ablated)}")
-    return "; ".join(said)
-
-
-def _contexts_in_short(runs: pd.DataFrame, ablated: Grid) -> str:
-    parts = []
-    if "horizon" in runs and runs["horizon"].notna().all():
-        spans = runs.groupby("experiment")["horizon"].mean()
-        reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
-        parts.append(f"contexts reach back {reach}, until {100 * FORGOTTEN:.0f} % of a disturbance is left")
-    parts.append(_ablations_in_short(ablated))
-    return "; ".join(filter(None, parts))
-
-
-def _ablations_in_short(grid: Grid) -> str:
-    runs, _, val_by_sample = grid
-    parts = []
-    for suffix, (what, *meaning) in ABLATIONS.items():
-        found = _ablated(runs, suffix, val_by_sample=val_by_sample)
-        if found:
-            changes = " and ".join(f"{effect_text(effect)} ({effect.name})" for effect in found)
-            verdicts = {effect.name: _verdict(effect, *meaning) for effect in found}
-            said = "; ".join(dict.fromkeys(verdicts.values()))
-            if len(set(verdicts.values())) > 1:
-                said = ", ".join(f"{verdict} ({name})" for name, verdict in verdicts.items())
-            parts.append(f"with {what}, PPL changes by {changes}: {said}")
-    return "; ".join(parts)
-
-
-def caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
-    """What a reader of single runs must know of chance: nothing where it has not been measured."""
-    if runs.empty:
-        return ""
-    try:
-        sd = variance.components(runs, val_by_sample).set_index("source")["sd"]
-    except ValueError:
-        return ""
-    return (
-        f"much is chance: with other seeds and training texts, PPL scatters about its mean by {_size(sd['run'])} "
-        f"(standard deviation, {len(runs)} runs), the difference of two single runs that share neither by "
-        f"{_size(math.sqrt(2) * sd['run'])}"
-    )
-
-
 def signs(drawn: Grid, fixed: Grid) -> str:
     """What random signs of the embedding's dimensions do to PPL, in pairs with runs of `fixed`, and to the gap."""
-    effects, gaps, as_before = _signs(drawn, fixed)
+    effects, gaps, as_before = signs_effects(drawn, fixed)
     if not effects:
         return ""
     verdicts = "they raise it", "they lower it"
-    parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {_verdict(e, *verdicts)}" for e in effects]
+    parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {effect_verdict(e, *verdicts)}" for e in effects]
     text = (
         "**The embedding's signs.** A singular vector may be turned round, so that the signs of ppmi's dimensions are "
         "arbitrary; a convention fixes them in all other grids. Signs drawn at random, others in every replicate, "
-        f"change PPL, in pairs of equal size, seed and text, by {'; '.join(parts)}.{_scatter(drawn[0], fixed[0])}"
+        f"change PPL, in pairs of equal size, seed and text, by {'; '.join(parts)}.{scatter(drawn[0], fixed[0])}"
     )
     if not gaps:
         return text
@@ -258,7 +88,7 @@ def signs(drawn: Grid, fixed: Grid) -> str:
     )
 
 
-def _signs(drawn: Grid, fixed: Grid) -> tuple[list[explain.Effect], list[dict[str, Any]], list[dict[str, Any]]]:
+def signs_effects(drawn: Grid, fixed: Grid) -> tuple[list[explain.Effect], list[dict[str, Any]], list[dict[str, Any]]]:
     """Effects of drawn signs by configuration, and the gaps between configurations with drawn and with fixed ones."""
     if drawn[0].empty or fixed[0].empty:
         return [], [], []
@@ -279,7 +109,7 @@ def _signs(drawn: Grid, fixed: Grid) -> tuple[list[explain.Effect], list[dict[st
     return effects, gaps[0], [gap for gap in gaps[1] if gap["train_tokens"] in sizes]
 
 
-def _scatter(drawn: pd.DataFrame, fixed: pd.DataFrame) -> str:
+def scatter(drawn: pd.DataFrame, fixed: pd.DataFrame) -> str:
     """How far PPL lies apart between replicates with drawn signs, and with fixed ones for the same seeds and texts."""
     said, key = [], ["experiment", "train_tokens", "seed", "data_seed"]
     both = drawn.merge(fixed, on=key, suffixes=("_drawn", "_fixed"))
@@ -291,26 +121,12 @@ def _scatter(drawn: pd.DataFrame, fixed: pd.DataFrame) -> str:
             continue
         tail = stats.f.sf((apart / before) ** 2, n - 1, n - 1)
         p = 2 * min(tail, 1 - tail)
-        said.append(f"{_size(apart)} instead of {_size(before)} for {label} (n = {n} and {n}, F test, p {_p(p)})")
+        said.append(
+            f"{magnitude(apart)} instead of {magnitude(before)} for {label} (n = {n} and {n}, F test, p {p_text(p)})"
+        )
     if not said:
         return ""
     return f" Between replicates, PPL over all sizes then scatters (standard deviation) by {'; '.join(said)}."
-
-
-def _signs_in_short(drawn: Grid, fixed: Grid) -> str:
-    effects, gaps, _ = _signs(drawn, fixed)
-    verdicts = "PPL is higher with them", "PPL is lower with them"
-    changes = " and ".join(f"{effect_text(e)} ({e.name}: {_verdict(e, *verdicts)})" for e in effects)
-    if not changes:
-        return ""
-    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}"
-    scatter = _scatter(drawn[0], fixed[0]).strip().rstrip(".")
-    text += f"; {scatter[0].lower()}{scatter[1:]}" if scatter else ""
-    if not gaps:
-        return text
-    said = ", ".join(f"{percent(math.expm1(g['log_ppl']))} ({percents(g['interval'])})" for g in gaps)
-    sizes = ", ".join(f"{g['train_tokens']:,}" for g in gaps)
-    return f"{text}; PPL of {gaps[0]['a']} against {gaps[0]['b']} is then {said} at {sizes} tokens"
 
 
 def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
@@ -322,9 +138,9 @@ def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         return f"**Chance.** Not taken apart: {error}."
 
     def sure(source: str, how: str) -> str:
-        low, high = map(_size, found.loc[source, ["low", "high"]])
+        low, high = map(magnitude, found.loc[source, ["low", "high"]])
         dof = f"{found.loc[source, 'dof']:.1f}".removesuffix(".0")
-        return f"{_size(found.loc[source, 'sd'])} ({dof} d.o.f., 95 % interval {low} to {high}, {how})"
+        return f"{magnitude(found.loc[source, 'sd'])} ({dof} d.o.f., 95 % interval {low} to {high}, {how})"
 
     verdict = "which of the two is larger cannot be told"
     if not ratio[0] <= 1 <= ratio[1]:
@@ -351,7 +167,7 @@ def slopes(found: dict[str, Any]) -> str:
             f"{lead} α of {b} minus α of {a} is {difference} (n = {n}, no error can be estimated): no test can be made."
         )
     low, high = found["slope_interval"]
-    verdict = _slope_verdict(found)
+    verdict = slope_verdict(found)
     robust = found["slope_interval_robust"]
     basis = f"{count(found['replicates'], 'replicate')}, {dof} d.o.f."
     drawn = "replicates and validation samples"
@@ -360,7 +176,8 @@ def slopes(found: dict[str, Any]) -> str:
     return (
         f"{lead} Least squares with interaction: α of {b} minus α of {a} is {difference} (n = {n} runs, {basis}; 95 % "
         f"interval {_range((low, high))}{f', with HC3 errors {_range(robust)}' if robust else ''}; bootstrap over "
-        f"{drawn} {_range(found['bootstrap_slope'])}; t test, p {_p(found['p_value'])}): {verdict}. {_meeting(found)}"
+        f"{drawn} {_range(found['bootstrap_slope'])}; t test, p {p_text(found['p_value'])}): {verdict}. "
+        f"{_meeting(found)}"
     )
 
 
@@ -380,7 +197,7 @@ def crossovers(grids: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
             drawn = found["bootstrap_crossover"] if found["fieller"] == "bounded" else None
             text += f"bootstrap {_tokens(drawn)}, " if drawn else ""
             text += f"{100 * found['bootstrap_without']:.1f} % of the bootstrap's draws have none)"
-            said.append(f"{text}: {_slope_verdict(found)}")
+            said.append(f"{text}: {slope_verdict(found)}")
     return f"**Crossovers side by side**, by the fitted laws. {'; '.join(said)}." if said else ""
 
 
@@ -449,10 +266,10 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     ]
     return (
         f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
-        f"{b} where the observed difference is {_size(min(limits))} to {_size(max(limits))} or more (95 % interval, "
+        f"{b} where the observed difference is {span(limits, magnitude)} or more (95 % interval, "
         f"Student's, seeds not counted; their lengths differ so much that they weigh as {weigh:.0f} equal ones, which "
         f"leaves {weigh - 1:.0f} d.o.f.). The study's samples have some {theirs:,.0f} "
-        f"tokens; if errors fall with the square root of length, it takes {_size(limit)} there. Of its gaps, "
+        f"tokens; if errors fall with the square root of length, it takes {magnitude(limit)} there. Of its gaps, "
         f"{' and '.join(said)}."
     )
 
@@ -485,7 +302,7 @@ def overfitting(runs: pd.DataFrame, history: pd.DataFrame, val_by_sample: pd.Dat
     if len(gaps) > 2:
         parts = [
             f"{label} {g['best_gap'].mean():.2f} nats after the best epoch and {g['last_gap'].mean():.2f} after the "
-            f"last ({_between(g['params_per_token'])} trained parameters a token, n = {len(g)})"
+            f"last ({span(g['params_per_token'], '{:,.0f}'.format)} trained parameters a token, n = {len(g)})"
             for label, g in gaps.groupby("configuration")
         ]
         r = np.corrcoef(np.log(gaps["params_per_token"]), gaps["last_gap"])[0, 1]
@@ -497,8 +314,8 @@ def overfitting(runs: pd.DataFrame, history: pd.DataFrame, val_by_sample: pd.Dat
     between = explain.between_epochs(history, runs)
     if len(between):
         parts = [
-            f"{label} at a rate of {rate:g} after {_between(g['epochs'], 1)} epochs, {_size(g['gain'].mean())} better "
-            f"than the best epoch's end (n = {len(g)})"
+            f"{label} at a rate of {rate:g} after {span(g['epochs'], '{:,.1f}'.format)} epochs, "
+            f"{magnitude(g['gain'].mean())} better than the best epoch's end (n = {len(g)})"
             for (label, rate), g in between.groupby(["configuration", "phase2_learning_rate"])
         ]
         said.append(
@@ -564,20 +381,20 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
     """What Phase 1 and the contexts contribute, from runs with and without them in pairs."""
     said = []
     for suffix, (what, *meaning) in ABLATIONS.items():
-        effects = _ablated(runs, suffix, val_by_sample=val_by_sample)
+        effects = ablated(runs, suffix, val_by_sample=val_by_sample)
         if effects:
-            parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {_verdict(e, *meaning)}" for e in effects]
-            rates = _ablated(runs, suffix, OVERFITTING)
+            parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {effect_verdict(e, *meaning)}" for e in effects]
+            rates = ablated(runs, suffix, OVERFITTING)
             how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
             said.append(
                 f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text: PPL changes, of "
                 f"{'; '.join(parts)}. Over-fitting (last PPL / best PPL; {how}) changes, of "
                 f"{'; '.join(f'{e.name} {effect_text(e)}' for e in rates)}."
             )
-    shuffled = {effect.name: effect for effect in _ablated(runs, "random", val_by_sample=val_by_sample)}
+    shuffled = {effect.name: effect for effect in ablated(runs, "random", val_by_sample=val_by_sample)}
     burdened = [
         zero.name
-        for zero in _ablated(runs, "zero", val_by_sample=val_by_sample)
+        for zero in ablated(runs, "zero", val_by_sample=val_by_sample)
         if zero.name in shuffled and side(zero.interval) < 0 < side(shuffled[zero.name].interval)
     ]
     if burdened:
@@ -586,7 +403,7 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
             "input tokens alone, than with them, and worse with contexts that are not the text's own. Why was not "
             "tested: learning rates, for one, are the same with contexts and without."
         )
-    bases = runs[runs["experiment"].isin([e.name for e in _ablated(runs, "without-phase1")])]
+    bases = runs[runs["experiment"].isin([e.name for e in ablated(runs, "without-phase1")])]
     short = unconverged(bases)
     if len(short):
         counts = ", ".join(f"{n} runs of {label}" for label, n in short["experiment"].value_counts().items())
@@ -600,7 +417,7 @@ def ablation_effects(
     """Configuration → the effects of its ablations on `column`, named after what was done."""
     found: dict[str, list[explain.Effect]] = {}
     for suffix, (what, *_) in ABLATIONS.items():
-        for effect in _ablated(runs, suffix, column, val_by_sample):
+        for effect in ablated(runs, suffix, column, val_by_sample):
             found.setdefault(effect.name, []).append(replace(effect, name=f"{effect.name}: {what}"))
     return found
 
@@ -615,7 +432,7 @@ def as_group(
         return {}
 
 
-def _ablated(
+def ablated(
     runs: pd.DataFrame, suffix: str, column: str = "val_loss", val_by_sample: pd.DataFrame | None = None
 ) -> list[explain.Effect]:
     """The effect of one ablation, labelled `<configuration>-<suffix>`, on every configuration that has it.
@@ -634,7 +451,7 @@ def _ablated(
     return found
 
 
-def _verdict(effect: explain.Effect, higher: str, lower: str) -> str:
+def effect_verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
     if effect.replicates == 1:
         return "single runs, no verdict"  # another seed may say otherwise
@@ -665,31 +482,14 @@ def _how(effects: Sequence[explain.Effect]) -> str:
         over = f"Student's over {first.replicates} replicates"
         if first.samples:
             over = f"{first.replicates} replicates crossed with {first.samples} validation samples drawn again"
-            dofs = _between(pd.Series([effect.dof for effect in effects]), 1)
+            dofs = span([effect.dof for effect in effects], "{:,.1f}".format)
             return f"(n = {first.n} runs, {over}, {dofs} d.o.f. by Satterthwaite)"
         return f"(n = {first.n} runs, {over}, {first.dof} d.o.f.)"
     return f"(n = {first.n} runs taken as independent, HC3 errors, {first.dof} d.o.f.)"
 
 
-def drawn_over(effect: explain.Effect) -> str:
-    """n, and what the interval of a paired effect was drawn over."""
-    over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
-    if effect.replicates == 1:
-        return f"(n = {count(effect.n, 'pair')}, {over}, seeds not covered)"
-    return f"(n = {count(effect.n, 'pair')} in {effect.replicates} replicates, crossed with {over} by Satterthwaite)"
-
-
 def _named(effect: explain.Effect) -> str:
     return f"{effect.name} {effect_text(effect)}"
-
-
-def effect_text(effect: explain.Effect) -> str:
-    return change(effect.estimate, effect.interval)
-
-
-def _size(nats: float) -> str:
-    """A difference without its sign."""
-    return f"{100 * math.expm1(abs(nats)):.1f} %"
 
 
 def _range(interval: Sequence[float]) -> str:
@@ -703,16 +503,3 @@ def _tokens(interval: Sequence[float | None], between: str = " to ") -> str:
         + between
         + ("beyond 10¹⁵" if high is None else tokens_text(high))
     )
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
-
-
-def _sizes(runs: pd.DataFrame) -> str:
-    return sizes_text(sorted(set(runs["train_tokens"])))
-
-
-def _between(values: pd.Series, digits: int = 0) -> str:
-    low, high = (f"{x:,.{digits}f}" for x in (values.min(), values.max()))
-    return low if low == high else f"{low} to {high}"

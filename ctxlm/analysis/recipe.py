@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ctxlm.analysis import explain
-from ctxlm.analysis.findings import against, change, percent
+from ctxlm.analysis.phrases import against, change, percent
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import Grid, paired_difference
 from ctxlm.config import Experiment
