@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Split, load_corpus
 from ctxlm.embeddings import load_embedding
-from ctxlm.model import resolve_device, resolve_dtype
+from ctxlm.model import own_weights, resolve_device, resolve_dtype
 from ctxlm.neural import LSTM_WARMUP, NeuralLM, Reader, evaluate, train_network
 
 
@@ -29,6 +29,8 @@ class Baseline:
 
     judge: Callable[[np.ndarray], tuple[np.ndarray, float]]
     """Tokens [T] → every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
+    val: tuple[np.ndarray, float]
+    """The same of the validation stream; of a network, at its best epoch."""
     columns: dict[str, Any]
     """Of metrics.json."""
     history: list[dict]
@@ -53,7 +55,7 @@ def build(experiment: Experiment, streams: Split) -> Baseline:
     if experiment.model == "kneser-ney":
         ngrams = kneser_ney(experiment, streams)
         counts = {"ngrams": sum(map(len, ngrams.keys)), "trained_params": 0}
-        return Baseline(ngrams.judge, counts, [], {})
+        return Baseline(ngrams.judge, ngrams.judge(streams.val.tokens), counts, [], {})
     device, dtype = machine(experiment)
     train, val = (torch.from_numpy(stream.tokens).long().to(device) for stream in (streams.train, streams.val))
     model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
@@ -68,7 +70,8 @@ def build(experiment: Experiment, streams: Split) -> Baseline:
     if model.recurrent:
         longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
         columns["lstm_residual"] = (longer - found.val_losses).double().mean().item()
-    return Baseline(judge, columns, found.history, model.weights())
+    known = found.val_losses.cpu().numpy(), found.val_accuracy
+    return Baseline(judge, known, columns, found.history, own_weights(model))
 
 
 def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":

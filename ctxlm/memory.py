@@ -70,7 +70,7 @@ def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024)
     tables, rows = distinct.tables(block), []
 
     def record(k: int, layers: list[Tensor]) -> None:
-        loss = predict.at(tokens, at, layers)[1].double().mean().item()
+        loss = predict.from_layers(tokens, at, layers)[1].double().mean().item()
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
 

@@ -263,13 +263,6 @@ class ContextLM(nn.Module):
     def _context_embedding(self) -> Tensor:
         return self.embedding if self.context_embedding is None else self.context_embedding
 
-    def weights(self) -> dict[str, Tensor]:
-        """What training made: every weight but a frozen embedding, which its own cache holds."""
-        kept = self.state_dict()
-        if not self.embedding.requires_grad:
-            del kept["embedding"]
-        return kept
-
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the blocks, with the study's count of the TokenBlock beside the true one.
 
@@ -288,6 +281,14 @@ class ContextLM(nn.Module):
             "token_block_params_published": published,
             "token_block_params_trained": trained,
         }
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What training made of a model: every weight but a frozen embedding, which its own cache holds."""
+    kept = model.state_dict()
+    if not model.embedding.requires_grad:
+        del kept["embedding"]
+    return kept
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -94,13 +94,6 @@ class NeuralLM(nn.Module):
         """What training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def weights(self) -> dict[str, Tensor]:
-        """What training made: every weight but a frozen embedding, which its own cache holds."""
-        kept = self.state_dict()
-        if not self.embedding.requires_grad:
-            del kept["embedding"]
-        return kept
-
 
 class Reader:
     """Batches of windows of a stream, and the loss on them; an LSTM's state goes on from one batch to the next."""

@@ -64,14 +64,14 @@ class Predictor:
         Args:
             stream: T tokens and their contexts.
             at: a slice without a step, or int64 [B], of 0 .. T - 2.
-            training: `drop` and `smoothing`, as the method `at` explains them.
+            training: `drop` and `smoothing`, as `from_layers` explains them.
         """
         with autocast(stream.tokens.device, self.dtype):
             layers = stream.layers(self.model.context_block, at)
         positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at
-        return self.at(stream.tokens, positions, layers, **training)
+        return self.from_layers(stream.tokens, positions, layers, **training)
 
-    def at(
+    def from_layers(
         self,
         tokens: Tensor,
         positions: Tensor,

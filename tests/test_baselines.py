@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.baselines import KneserNey, kneser_ney
-from ctxlm.config import Experiment
+from ctxlm.baselines import KneserNey, build, kneser_ney
+from ctxlm.config import BASELINES, Experiment
 from ctxlm.corpus import split
 
 
@@ -125,6 +125,18 @@ def test_the_second_half_is_counted_when_asked():
     large = kneser_ney(Experiment.from_mapping(data, {"ngram_second_half": True}), streams)
     assert len(large.keys[1]) > 50 * len(small.keys[1])
     assert large.judge(streams.val.tokens[:300])[0].mean() < small.judge(streams.val.tokens[:300])[0].mean()
+
+
+@pytest.mark.parametrize("model", BASELINES)
+def test_validation_is_that_of_the_weights_that_are_kept(model):
+    data = {"model": model, "train_tokens": 600, "val_samples": 1, "test_samples": 1, "num_layers": 1, "hidden_dim": 8}
+    data |= {"num_heads": 2, "embedding": "random", "embed_dim": 8, "phase2_epochs": 3, "phase2_weight_average": 0.9}
+    experiment = Experiment.from_mapping(data | {"phase2_learning_rate": 0.1, "device": "cpu", "dtype": "float32"})
+    streams = split(experiment)
+    found = build(experiment, streams)
+    losses, accuracy = found.judge(streams.val.tokens)
+    assert losses == pytest.approx(found.val[0], abs=1e-5) and accuracy == pytest.approx(found.val[1], abs=1e-3)
+    assert len(losses) == len(streams.val) - 1
 
 
 def test_text_is_learnt_and_longer_contexts_help():

@@ -52,7 +52,7 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n):
         for t in positions:
             own = sequential(model, tokens[t - k + 1 : t + 1])
             layers = own.layers(model.context_block, slice(k - 1, k))
-            losses.append(predict.at(tokens, torch.tensor([t]), layers)[0].item())
+            losses.append(predict.from_layers(tokens, torch.tensor([t]), layers)[0].item())
         assert found[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert found[k, "val_ppl"] == pytest.approx(math.exp(found[k, "val_loss"]))
     whole = [predict(contexts, slice(t, t + 1))[0].item() for t in positions]
