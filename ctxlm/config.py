@@ -351,8 +351,8 @@ def load_grid(name: str) -> Grid:
     """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
 
     The file holds `title`, `description`, `common` (a parameter file or values, over `params/base.yaml`), `experiments`
-    (label → a parameter file or values) and `sweep` (parameter → list, or several parameters, as "seed, data_seed" →
-    list of lists, that change together).
+    (label → a parameter file, values, or a list of such, later ones winning) and `sweep` (parameter → list, or several
+    parameters, as "seed, data_seed" → list of lists, that change together).
     A run is called after its label and every swept value, so a longer list adds runs and renames none.
 
     Raises:
@@ -393,15 +393,21 @@ def load_grid(name: str) -> Grid:
     base = read_yaml("params/base.yaml")
     runs: dict[str, Experiment] = {}
     for label, own in experiments.items():
-        values = read_yaml(own) if isinstance(own, str) else (own or {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: experiment {label!r} must be a parameter file or values, but is {values!r}")
-        for name in swept:
-            if name in values and not isinstance(own, str):  # a file's values are defaults, shared among grids
+        values: dict[str, Any] = {}
+        for part in own if isinstance(own, list) else [own or {}]:
+            given = read_yaml(part) if isinstance(part, str) else part
+            if not isinstance(given, dict):
                 raise ConfigError(
-                    f"{path}: {name} = {values[name]!r} of experiment {label!r} would be overridden by 'sweep': "
-                    "remove one of the two"
+                    f"{path}: experiment {label!r} must be a parameter file, values, or a list of such, but holds "
+                    f"{given!r}"
                 )
+            for name in swept:
+                if name in given and given is part:  # a file's values are defaults, shared among grids
+                    raise ConfigError(
+                        f"{path}: {name} = {given[name]!r} of experiment {label!r} would be overridden by 'sweep': "
+                        "remove one of the two"
+                    )
+            values |= given
         for combination in itertools.product(*(_steps(path, names, values) for names, values in sweep.items())):
             step = {name: value for part in combination for name, value in part.items()}
             run = "_".join([str(label), *(f"{key}-{value}" for key, value in step.items())])

@@ -340,6 +340,16 @@ def test_what_is_common_may_be_a_parameter_file(tmp_path):
     assert (runs["narrow"].num_layers, runs["narrow"].context_dim) == (3, 9)
 
 
+def test_an_experiment_may_be_a_list_whose_later_parts_win(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("experiments: {mine: [params/B.yaml, {context_dim: 9}]}\nsweep: {num_layers: [1, 2]}\n")
+    runs = load_grid(str(path)).runs
+    assert [(run.num_layers, run.context_dim) for run in runs.values()] == [(1, 9), (2, 9)]
+    path.write_text("experiments: {mine: [params/B.yaml, {num_layers: 9}]}\nsweep: {num_layers: [1, 2]}\n")
+    complaint = "num_layers = 9 of experiment 'mine' would be overridden by 'sweep'"
+    assert complaint in refusal(load_grid, str(path))
+
+
 @pytest.mark.parametrize("label", ["report", "analysis", "corpus", "corpus-2"])
 def test_a_run_cannot_be_called_as_the_pipelines_own_folders(tmp_path, label):
     with pytest.raises(ConfigError, match=f"a run cannot be called '{label}'"):
@@ -396,7 +406,7 @@ def test_a_longer_sweep_adds_runs_and_changes_none(tmp_path_factory, sizes, data
         ({1: 2, "x": 3}, "is no key of a grid file"),
         ({"experiments": {}}, "'experiments' must map"),
         ({"experiments": ["A", "B"]}, "'experiments' must map"),
-        ({"experiments": {"A": [1]}}, "'A' must be a parameter file or values"),
+        ({"experiments": {"A": [1]}}, "'A' must be a parameter file, values, or a list of such, but holds 1"),
         ({"experiments": {"a b": {}}}, "experiment = 'a b'"),
         ({"common": 5}, "'common' must be a parameter file or map"),
         ({"common": {"num_layer": 3}}, "run A: num_layer = 3 is not a parameter: did you mean num_layers?"),

@@ -12,6 +12,9 @@ from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.scaling import read_grid, summarise
 from tests.planted import NESTED, effects_of, noise, planted
 
+GRIDS = ("study", "baselines", "networks", "tuned", "variance", "signs", "overfitting", "ablations", "ablations-full")
+NOTHING = {name: tuple(pd.DataFrame() for _ in range(3)) for name in (*GRIDS, "factorial")}
+
 
 def test_chance_is_cautioned_of_where_it_was_measured(outputs):
     laws = {"A": (-0.3, 800), "B": (-0.3, 800)}
@@ -23,7 +26,6 @@ def test_chance_is_cautioned_of_where_it_was_measured(outputs):
 
 
 def test_what_is_said_of_a_halved_rate_belongs_to_it(outputs):
-    nothing = tuple(pd.DataFrame() for _ in range(3))
     one = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     rates = [
         one[0],
@@ -35,15 +37,11 @@ def test_what_is_said_of_a_halved_rate_belongs_to_it(outputs):
 
     def said(last_epoch):
         runs = pd.concat([rates[0], rates[1].assign(best_epoch=last_epoch)])
-        grids = dict.fromkeys(
-            ("variance", "ablations", "ablations-full", "study", "baselines", "factorial", "signs"), nothing
-        )
-        return headlines.headlines({"paired_differences": []}, [], grids | {"overfitting": (runs, one[1], losses)})
+        (text,) = headlines.elsewhere([], NOTHING | {"overfitting": (runs, one[1], losses)})["Answer"]
+        return text
 
-    assert "a halved learning rate (which changes the best PPL by +10.5 % (" in said(3)
-    assert "which changes the best PPL" not in said(5) and "a doubling of the training tokens changes last PPL" in said(
-        5
-    )
+    assert "a halved learning rate changes the best PPL by +10.5 % (" in said(3)
+    assert "the best PPL by" not in said(5) and "a doubling of the training tokens changes last PPL" in said(5)
 
 
 @pytest.mark.parametrize("first", ["A", "B"])
@@ -61,36 +59,48 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     options = {"shapes": dict.fromkeys(("KN-3", "KN-4"), (1, 1)), "model": "kneser-ney"}
     planted(outputs, {"KN-3": (-0.3, 640), "KN-4": (-0.3, 700)}, **options)
     grids["baselines"] = read_grid("planted", models=["kneser-ney"])
+    grids["networks"] = NOTHING["networks"]
+    grids["tuned"] = planted(outputs, {"tuned-A": (-0.3, 500)}, shapes={"tuned-A": (6, 128)})
     crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
     grids["signs"] = planted(outputs, {first: (-0.40, 880), second: (-0.30, 900)}, pairs=NESTED[::2], embedding_seed=1)
     summary = summarise("planted", runs, val_by_sample)
-    pooled = errors(runs, val_by_sample)["pooled"]
-    answer, _, whence, _, *lines = headlines.headlines(summary, pooled, grids).splitlines()
-    assert answer.startswith(
+    answer = headlines.answer(summary["paired_differences"])
+    better = (
         f"**{first} is better than {second} at every one of 4 sizes, each size tested by itself. PPL of A against B, "
     )
-    assert whence == "What other grids of this repository say:" and len(lines) == 5
-    assert lines[0].startswith(
-        "- At the quick scale (A 6 layers of 128, B 3 layers of 256): much is chance: with other"
+    assert answer.startswith(better)
+    table = headlines.elsewhere(errors(runs, val_by_sample)["pooled"], grids)
+    scale, names = (table["Scale: grids"].str.split(": ").str[part] for part in (0, 1))
+    assert set(", ".join(names).split(", ")) == set(grids)
+    said = dict(zip(table["Question"] + " " + scale, table["Answer"], strict=True))
+    assert headlines.scales(grids).endswith(
+        "(quick: A 6 layers of 128, B 3 layers of 256; full: A 6 layers of 128, B 3 layers of 256):"
     )
-    assert "PPL scatters about its mean by" in lines[0] and "80 runs)" in lines[0]
-    assert "random signs of the embedding's dimensions, which are arbitrary, change PPL by " in lines[0]
-    assert re.search(rf"change PPL by .*?\+(9|1\d)\.\d % \([^)]*\) \({first}: ", lines[0])
-    assert "; between replicates, PPL over all sizes then scatters (standard deviation) by " in lines[0]
-    assert lines[1].startswith(
-        "- At the quick scale: with depth and width crossed (32 runs in 2 replicates), PPL changes"
+    chance = said["How much is chance? quick"]
+    assert "PPL scatters about its mean by" in chance and "80 runs)" in chance
+    signs = said["Do the signs of the embedding matter? quick"]
+    assert re.search(rf"change PPL: .*?{first} \+(9|1\d)\.\d % \([^)]*\), ", signs)
+    assert "; between replicates, PPL over all sizes then scatters (standard deviation) by " in signs
+    shape = said["What are depth and width worth? quick"]
+    assert shape.startswith("With depth and width crossed (32 runs in 2 replicates), PPL changes by −10.0 % (")
+    assert "with 6 layers against 3 and" in shape
+    more = f"{first} gains more from more text (p < 0.001, 80 runs in 5 replicates)"
+    assert said["Do the curves cross? quick"].startswith(more)
+    assert "a doubling of the training tokens changes last PPL / best PPL by −" in said["Does Phase 2 over-fit? quick"]
+    assert ": A +6.0 % instead of +6.0 %." in said["And without the contexts? quick"]
+    parts, whole = (said[f"What do Phase 1 and the contexts contribute? {scale}"] for scale in ("quick", "full"))
+    assert "With Phase 1 left out, PPL changes, of A +12.5 % (" in parts and ": Phase 1 lowers PPL; " in parts
+    assert "with contexts of zeros, PPL changes, of A +100.0 % (" in parts
+    assert whole.startswith("With contexts of zeros, PPL changes, of A −25.0 % (") and whole.endswith(
+        ": single runs, no verdict."
     )
-    assert "by −10.0 % (" in lines[1] and "with 6 layers against 3 and" in lines[1]
-    assert f"; {first} gains more from more text (p < 0.001, 80 runs in 5 replicates)" in lines[1]
-    assert "a doubling of the training tokens changes last PPL / best PPL by −" in lines[2]
-    assert "without the contexts it is above its best by +6.0 % instead of +6.0 % (A)" in lines[2]
-    assert "with Phase 1 left out, PPL changes by +12.5 % (" in lines[3] and "(A): Phase 1 lowers PPL" in lines[3]
-    assert "with contexts of zeros, PPL changes by +100.0 % (" in lines[3]
-    single = "; at full size (single runs, seeds not covered): with contexts of zeros, PPL changes by −25.0 % ("
-    assert single in lines[3] and lines[3].endswith("(A): single runs, no verdict.")
-    over = "(single runs, seeds not covered, 20 validation samples drawn again)"
-    assert f": the best of 2 ordinary models changes PPL against A {over} by: KN-3 −20.0 % (" in lines[4]
-    empty = {name: (pd.DataFrame(), pd.DataFrame(), pd.DataFrame()) for name in grids}
-    assert headlines.headlines(summarise("planted", *empty["variance"][::2]), [], empty) == ""
+    over = " tokens (20 validation samples drawn again; single runs, seeds not covered)."
+    ordinary = said["What would a user otherwise pick? full"]
+    assert ordinary.startswith("PPL against A, the best of 2 models: KN-3 −20.0 % (") and ordinary.endswith(over)
+    assert ": tuned-A −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
+
+
+def test_without_results_nothing_is_said():
+    assert headlines.elsewhere([], NOTHING).empty and headlines.scales(NOTHING) == headlines.answer([]) == ""

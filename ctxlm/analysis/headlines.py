@@ -1,4 +1,4 @@
-"""The report's first lines: the answer of its own grid, and what the other grids know, each in a line."""
+"""The report's first lines: the answer of its own grid, and what other grids know, a question a row."""
 
 import contextlib
 import math
@@ -10,6 +10,7 @@ import pandas as pd
 from ctxlm.analysis import explain, ranking, reasons, variance
 from ctxlm.analysis.findings import shapes_text
 from ctxlm.analysis.phrases import (
+    change,
     count,
     effect_text,
     magnitude,
@@ -26,40 +27,47 @@ from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
 
-def headlines(summary: dict[str, Any], pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> str:
-    """The answer of the grid that is reported, and below it in five lines what the other grids know; what can be given.
+def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd.DataFrame:
+    """What the grids of this repository know: a row a question that can be answered.
 
     Args:
-        summary: `scaling.summarise` of the grid that is reported.
-        pooled: of `crossing.errors`, from the runs that say most about slopes.
-        grids: of the names study, baselines, variance, signs, overfitting, ablations, ablations-full and factorial.
+        pooled: of `crossing.errors`, from the runs that say most about slopes (grid variance's).
+        grids: of the names study, baselines, networks, tuned, variance, signs, overfitting, ablations, ablations-full
+            and factorial.
     """
     many, _, many_val = grids["variance"]
-    quick = [
-        [_caution(many, many_val), _signs(grids["signs"], grids["variance"])],
-        [_crossed(grids["factorial"]), *(_slopes(found) for found in pooled if len(pooled) == 1)],
-        [_overfitting(grids["overfitting"], grids["ablations"][0])],
-        [_contexts(many, grids["ablations"])],
+    study, ordinary = grids["study"], [grids["baselines"], grids["networks"]]
+    slopes = "; ".join(filter(None, map(_slopes, pooled)))
+    parts = "What do Phase 1 and the contexts contribute?"
+    rows = [
+        ("How much is chance?", _caution(many, many_val), "quick: variance"),
+        ("Do the signs of the embedding matter?", _signs(grids["signs"], grids["variance"]), "quick: signs, variance"),
+        ("What are depth and width worth?", _crossed(grids["factorial"]), "quick: factorial"),
+        ("Do the curves cross?", slopes, "quick: variance"),
+        ("Does Phase 2 over-fit?", _overfitting(grids["overfitting"]), "quick: overfitting"),
+        ("And without the contexts?", _without_contexts(grids["ablations"][0]), "quick: ablations"),
+        ("How far back do contexts reach?", _reach(many), "quick: variance"),
+        (parts, _ablations(grids["ablations"]), "quick: ablations"),
+        (parts, _ablations(grids["ablations-full"]), "full: ablations-full"),
+        ("What would a user otherwise pick?", _beside_study(study, ordinary), "full: study, baselines, networks"),
+        ("What does another recipe for Phase 2 do?", _beside_study(study, [grids["tuned"]]), "full: study, tuned"),
     ]
-    lines = ["; ".join(filter(None, parts)) for parts in quick]
-    shapes = _shapes(many)
-    lines = [line and f"at the quick scale{shapes if not n else ''}: {line}" for n, line in enumerate(lines)]
-    at_full_size = _ablations(grids["ablations-full"])
-    if at_full_size:
-        alone = "" if grids["ablations-full"][0]["replicate"].nunique() > 1 else " (single runs, seeds not covered)"
-        lines[-1] = "; ".join(filter(None, [lines[-1], f"at full size{alone}: {at_full_size}"]))
-    others = _others(grids["study"], grids["baselines"])
-    lines.append(others and f"at full size{_shapes(grids['study'][0])}: {others}")
-    bullets = [f"- {line[0].upper()}{line[1:].rstrip('.')}." for line in lines if line]
-    answer = _verdicts(summary["paired_differences"])
-    answer = [f"**{answer[0].upper()}{answer[1:]}.**"] if answer else []
-    besides = ["What other grids of this repository say:", "", *bullets] if bullets else []
-    return "\n".join([*answer, *([""] if answer and besides else []), *besides])
+    table = pd.DataFrame(rows, columns=["Question", "Answer", "Scale: grids"])
+    table["Answer"] = [answer and f"{answer[0].upper()}{answer[1:].rstrip('.')}." for answer in table["Answer"]]
+    return table[table["Answer"] != ""].reset_index(drop=True)
 
 
-def _shapes(runs: pd.DataFrame) -> str:
-    """What the configurations are, in brackets."""
-    return f" ({shapes_text(runs)})" if len(runs) else ""
+def scales(grids: Mapping[str, Grid]) -> str:
+    """What A and B are at the two scales of `elsewhere`; grids as there."""
+    known = {"quick": grids["variance"][0], "full": grids["study"][0]}
+    said = [f"{scale}: {shapes_text(runs)}" for scale, runs in known.items() if len(runs)]
+    return f"**What other grids of this repository say** ({'; '.join(said)}):" if said else ""
+
+
+def answer(differences: Sequence[dict[str, Any]]) -> str:
+    """The answer of a grid of two configurations, from the `paired_differences` of `scaling.summarise`."""
+    text = _verdicts(differences)
+    return text and f"**{text[0].upper()}{text[1:]}.**"
 
 
 def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
@@ -91,7 +99,7 @@ def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     except ValueError:
         return ""
     return (
-        f"much is chance: with other seeds and training texts, PPL scatters about its mean by {magnitude(sd['run'])} "
+        f"with other seeds and training texts, PPL scatters about its mean by {magnitude(sd['run'])} "
         f"(standard deviation, {len(runs)} runs), the difference of two single runs that share neither by "
         f"{magnitude(math.sqrt(2) * sd['run'])}"
     )
@@ -100,10 +108,10 @@ def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
 def _signs(drawn: Grid, fixed: Grid) -> str:
     effects, gaps, _ = reasons.signs_effects(drawn, fixed)
     verdicts = "PPL is higher with them", "PPL is lower with them"
-    changes = " and ".join(f"{effect_text(e)} ({e.name}: {reasons.effect_verdict(e, *verdicts)})" for e in effects)
+    changes = "; ".join(f"{e.name} {effect_text(e)}, {reasons.effect_verdict(e, *verdicts)}" for e in effects)
     if not changes:
         return ""
-    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL by {changes}"
+    text = f"random signs of its dimensions, which are arbitrary, change PPL: {changes}"
     scatter = reasons.scatter(drawn[0], fixed[0]).strip().rstrip(".")
     text += f"; {scatter[0].lower()}{scatter[1:]}" if scatter else ""
     if not gaps:
@@ -139,7 +147,7 @@ def _slopes(found: dict[str, Any]) -> str:
     return f"{verdict} ({tested}){where}"
 
 
-def _overfitting(grid: Grid, ablated: pd.DataFrame) -> str:
+def _overfitting(grid: Grid) -> str:
     runs, _, val_by_sample = grid
     if runs.empty or explain.stopped(runs).empty:
         return ""
@@ -150,33 +158,35 @@ def _overfitting(grid: Grid, ablated: pd.DataFrame) -> str:
     rates = ended.groupby("configuration")["overfit_rate"].mean()
     at = " at the study's learning rate" if study.any() else ""
     said = [
-        f"Phase 2 over-fits: when it stops{at} ({count(len(ended), 'run')} on {sizes_of(ended)}), "
-        "PPL is above its best by " + " and ".join(f"{percent(rate)} ({label})" for label, rate in rates.items())
+        f"when it stops{at} ({count(len(ended), 'run')} on {sizes_of(ended)}), PPL is above its best: "
+        + ", ".join(f"{label} {percent(rate)}" for label, rate in rates.items())
     ]
     with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
         best = {effect.name: effect for effect in explain.overfitting_effects(runs, True, val_by_sample)}
         for effect in explain.overfitting_effects(runs):  # of one rate alone, if no run of the others has stopped
             too = ""
             if effect.name == explain.HALVED:
-                too = f" (which changes the best PPL by {effect_text(best[effect.name])})"
+                too = f" changes the best PPL by {effect_text(best[effect.name])} and"
             if effect.name.startswith("a "):
                 said.append(f"{effect.name}{too} changes last PPL / best PPL by {effect_text(effect)}")
-    zeros = [effect.name for effect in reasons.ablated(ablated, "zero", OVERFITTING)]
-    if zeros:
-        rates = ablated.groupby("experiment")["overfit_rate"].mean()
-        parts = [f"{percent(rates[f'{label}-zero'])} instead of {percent(rates[label])} ({label})" for label in zeros]
-        said.append(f"without the contexts it is above its best by {' and '.join(parts)}, on {sizes_of(ablated)}")
     return "; ".join(said)
 
 
-def _contexts(runs: pd.DataFrame, ablated: Grid) -> str:
-    parts = []
-    if "horizon" in runs and runs["horizon"].notna().all():
-        spans = runs.groupby("experiment")["horizon"].mean()
-        reach = " and ".join(f"{tokens:.1f} tokens ({label})" for label, tokens in spans.items())
-        parts.append(f"contexts reach back {reach}, until {100 * FORGOTTEN:.0f} % of a disturbance is left")
-    parts.append(_ablations(ablated))
-    return "; ".join(filter(None, parts))
+def _without_contexts(runs: pd.DataFrame) -> str:
+    zeros = [effect.name for effect in reasons.ablated(runs, "zero", OVERFITTING)]
+    if not zeros:
+        return ""
+    rates = runs.groupby("experiment")["overfit_rate"].mean()
+    parts = [f"{label} {percent(rates[f'{label}-zero'])} instead of {percent(rates[label])}" for label in zeros]
+    return f"with zeros in their place, PPL ends above its best on {sizes_of(runs)}: {', '.join(parts)}"
+
+
+def _reach(runs: pd.DataFrame) -> str:
+    if "horizon" not in runs or runs["horizon"].isna().any():
+        return ""
+    spans = runs.groupby("experiment")["horizon"].mean()
+    reach = ", ".join(f"{label} {tokens:.1f} tokens" for label, tokens in spans.items())
+    return f"{reach}, until {100 * FORGOTTEN:.0f} % of a disturbance is left"
 
 
 def _ablations(grid: Grid) -> str:
@@ -185,29 +195,28 @@ def _ablations(grid: Grid) -> str:
     for suffix, (what, *meaning) in ABLATIONS.items():
         found = reasons.ablated(runs, suffix, val_by_sample=val_by_sample)
         if found:
-            changes = " and ".join(f"{effect_text(effect)} ({effect.name})" for effect in found)
+            changes = ", ".join(f"{effect.name} {effect_text(effect)}" for effect in found)
             verdicts = {effect.name: reasons.effect_verdict(effect, *meaning) for effect in found}
             said = "; ".join(dict.fromkeys(verdicts.values()))
             if len(set(verdicts.values())) > 1:
                 said = ", ".join(f"{verdict} ({name})" for name, verdict in verdicts.items())
-            parts.append(f"with {what}, PPL changes by {changes}: {said}")
+            parts.append(f"with {what}, PPL changes, of {changes}: {said}")
     return "; ".join(parts)
 
 
-def _others(study: Grid, others: Grid) -> str:
-    """The best ordinary model that read the same training tokens, against A at full size."""
-    if study[0].empty or others[0].empty:
+def _beside_study(study: Grid, others: Sequence[Grid]) -> str:
+    """The best model of other grids at every size of the study, of those that count no other text, against A."""
+    if study[0].empty:
         return ""
-    ranked = ranking.ranking([study[::2], others[::2]])
+    ranked = ranking.ranking([grid[::2] for grid in (study, *others)])
     ranked = ranked[~ranked["reads_more"] & ~ranked["experiment"].isin(study[0]["experiment"])]
-    parts = []
-    for size, group in ranked.groupby("train_tokens"):
-        best = group.iloc[0]
-        gap = f"{percent(math.expm1(best['difference']))} ({percents(best['interval'])})"
-        parts.append(f"{best['experiment']} {gap} at {size:,}")
+    parts = [
+        f"{best['experiment']} {change(best['difference'], best['interval'])} at {best['train_tokens']:,}"
+        for _, best in ranked.drop_duplicates("train_tokens").iterrows()
+    ]
     if not parts:
         return ""
-    alone = "" if study[0]["replicate"].nunique() > 1 else "single runs, seeds not covered, "
-    over = f"{alone}{ranked['samples'].max()} validation samples drawn again"
-    models = ranked["experiment"].nunique()
-    return f"the best of {models} ordinary models changes PPL against A ({over}) by: {', '.join(parts)} tokens"
+    over = f"{ranked['samples'].max()} validation samples drawn again"
+    over += "" if study[0]["replicate"].nunique() > 1 else "; single runs, seeds not covered"
+    models = count(ranked["experiment"].nunique(), "model")
+    return f"PPL against A, the best of {models}: {', '.join(parts)} tokens ({over})"

@@ -14,14 +14,19 @@ from ctxlm.corpus import VOCABULARY
 
 BASE = "A"
 """Label of the model that all others are set against."""
-MORE = " (it counts text beside the training tokens: the corpus's second half, which A and B know by their embedding)"
+ORDINARY = {
+    "networks": "networks that read through an embedding",
+    "n-grams": "n-grams of the training tokens",
+    "more": "n-grams that count more text (the corpus's second half, which a ppmi embedding knows)",
+}
+"""Kinds of ordinary models, as `beside_others` names them."""
 
 
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `BASE` with its interval.
 
-    Columns train_tokens, experiment, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers carried from
-    token to token), n (runs), replicates, samples, difference, interval (None: it cannot be given),
+    Columns train_tokens, experiment, model, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers
+    carried from token to token), n (runs), replicates, dof, samples, difference, interval (None: it cannot be given),
     reads_more (text beside the training tokens). Sizes without a run of `BASE`, and runs judged on other tokens, are
     left out.
 
@@ -37,16 +42,16 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
                 found = paired_difference(tables[label], tables[BASE])
             except (KeyError, ValueError):
                 continue
-            row = {"train_tokens": size, "experiment": label, "ppl": own["val_ppl"].mean(), "n": len(own)}
-            row["test_ppl"] = own["test_ppl"].mean()
+            row = {"train_tokens": size, "experiment": label, "model": own["model"].iloc[0], "n": len(own)}
+            row |= {"ppl": own["val_ppl"].mean(), "test_ppl": own["test_ppl"].mean()}
             row |= {"accuracy": own["val_accuracy"].mean(), "seconds": own["total_seconds"].mean()}
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
             row |= {"replicates": found.replicates, "dof": found.dof}
             row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
             row["reads_more"] = bool(own["ngram_second_half"].any())
             rows.append(row)
-    columns = ["train_tokens", "experiment", "ppl", "test_ppl", "accuracy", "seconds", "parameters", "kept", "n"]
-    columns += ["replicates", "dof", "samples", "difference", "interval", "reads_more"]
+    columns = "train_tokens experiment model n ppl test_ppl accuracy seconds difference interval samples".split()
+    columns += ["replicates", "dof", "parameters", "kept", "reads_more"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
 
@@ -113,13 +118,15 @@ def ranking_effects(ranked: pd.DataFrame) -> dict[str, list[Effect]]:
 
 
 def beside_others(ranked: pd.DataFrame) -> str:
-    """The best of the others at every size against the context model `BASE`: of those that read the same training
-    tokens, and, apart, of those that read more."""
+    """The best ordinary model of each kind, at every size, against the context model `BASE`."""
+    kinds = ranked["model"].map({"kneser-ney": "n-grams", "context": ""}).fillna("networks")
+    kinds = kinds.mask((kinds == "n-grams") & ranked["reads_more"], "more")
     said = []
-    for size, group in ranked[ranked["experiment"] != BASE].groupby("train_tokens"):
-        same, more = group[~group["reads_more"]], group[group["reads_more"]]
-        parts = [f"{_beside_base(part.iloc[0])}{why}" for part, why in ((same, ""), (more, MORE)) if len(part)]
-        said.append(f"At {size:,} tokens the lowest PPL of an ordinary model is that of {'; '.join(parts)}")
+    for size, group in ranked.groupby("train_tokens"):
+        best = group.assign(kind=kinds).drop_duplicates("kind").set_index("kind")  # they are sorted
+        parts = [f"of {ORDINARY[kind]} {_beside_base(best.loc[kind])}" for kind in ORDINARY if kind in best.index]
+        if parts:
+            said.append(f"At {size:,} tokens the lowest PPL is, {'; '.join(parts)}")
     if not said:
         return f"No other model was judged on the same tokens as {BASE}."
     samples = ranked["samples"].iloc[0]
