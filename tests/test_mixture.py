@@ -64,15 +64,14 @@ def test_a_mixture_is_ranked_and_described_beside_its_parts(planted):
     assert ranked.set_index("experiment").loc["A", "kept"].tolist() == [129, 129]
     table = ranking.ranking_table(ranked).set_index("Model").loc["A + KN-4"]
     assert table["Test PPL"] == "" and table["Accuracy, %"] == ""
-    text = recipe.recipe(mixed, [models[0][1], ngrams[1]], ["A", "KN-4"], "In equal shares.")
-    assert text.startswith("**In equal shares.** A + KN-4 at 20,000 tokens has a PPL of ")
-    assert "did better than A, in single runs" in text and "did better than KN-4, in single runs" in text
-    assert "above its best" not in text and "nan" not in text
+    row = recipe.beside([mixed], [models[0][1], ngrams[1]], ["A", "KN-4"]).iloc[0]
+    assert row["Model"] == "A + KN-4" and row["Last PPL above best"] == "" and row["Runs"] == 1
+    assert row["Against A (ppmi)"].startswith("−") and row["Against KN-4"].startswith("−")
 
 
 def test_nothing_is_mixed_without_both_or_on_other_tokens(planted):
     assert all(table.empty for table in mixture.mixtures(*grids(), ["KN-4"]))
-    assert recipe.recipe(mixture.mixtures(*grids(), ["KN-4"]), [], ["A"]) == ""
+    assert recipe.beside([mixture.mixtures(*grids(), ["KN-4"])], [], ["A"]).empty
     leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
     folder = planted / "ngrams" / "KN-4_train_tokens-20000_seed-42"
     _, sample = leave_losses(folder, 2)

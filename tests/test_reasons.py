@@ -222,7 +222,7 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     kept = runs.assign(overfit_rate=runs["experiment"].map(rates))
     phase1, zero = reasons.ablations(kept, val)
     assert "Over-fitting (last PPL / best PPL; Student's over replicates) changes, of A 0.0 %" in phase1
-    assert "of A −20.0 % (−20.0 % to −20.0 %)." in zero
+    assert "of A −20.0 % (−20.0 to −20.0 %)." in zero
     found = reasons.ablation_effects(kept, reasons.OVERFITTING)["A"]
     assert [effect.estimate for effect in found] == pytest.approx([0, math.log(1.2 / 1.5)])
     assert "**Together**" not in "".join(reasons.ablations(runs, val))

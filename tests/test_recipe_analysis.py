@@ -18,35 +18,24 @@ def grid(outputs, name, laws, shapes=None, **options):
     return read_grid(name)
 
 
-@pytest.mark.parametrize(("tuned", "verdict"), [(500, "better"), (900, "worse")])
-def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned, verdict):
+@pytest.mark.parametrize("tuned", [500, 900])
+def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned):
     mine = grid(outputs, "tuned", {"tuned-A": (-0.3, tuned)})
     others = [grid(outputs, "study", {"A": (-0.3, 800)}), grid(outputs, "baselines", {"KN-4": (-0.3, 700)})]
+    others[1][0]["model"] = "kneser-ney"
     others[1] = (others[1][0].drop(columns=["best_epoch", "epochs_run"]), *others[1][1:])
-    text = recipe.recipe(mine, others, ["KN-4", "A", "absent"])
-    change = f"{100 * (tuned / 700 - 1):+.1f} %".replace("-", "−")
-    assert f"tuned-A at 20,000 tokens has a PPL of {tuned}.0: {change} (" in text
-    assert f"), did {verdict} than KN-4, in single runs; " in text
-    assert f"), did {verdict} than A, in single runs; it ends +10.0 % above its best, 2 epochs later" in text
-    assert (
-        "20 validation samples drawn again in pairs; of single runs they do not cover seeds" in text
-        and "absent" not in text
-    )
-    assert recipe.recipe(NOTHING, others, ["A"]) == "" and "another embedding" not in text
-    apart = (mine[0].assign(embedding="random"), *mine[1:])
-    assert recipe.recipe(apart, others, ["KN-4", "A"]).count("A, in single runs (which reads another embedding)") == 2
-    assert recipe.recipe(mine, [NOTHING], ["A"]).count("has a PPL of") == 2
-    assert "than A" not in recipe.recipe(mine, [NOTHING], ["A"])
-
-
-def test_several_tuned_runs_against_a_single_one_are_single_runs(outputs):
-    mine = grid(outputs, "tuned", {"tuned-A": (-0.3, 500)}, pairs=((42, 0), (43, 1)))
-    once, twice = (
-        recipe.recipe(mine, [grid(outputs, name, {"A": (-0.3, 800)}, **pairs)], ["A"])
-        for name, pairs in (("study", {}), ("again", {"pairs": ((42, 0), (43, 1))}))
-    )
-    assert "did better than A, in single runs" in once and "of single runs they do not cover" in once
-    assert "better than A;" in twice and "single runs" not in twice
+    mine[0]["embedding"] = "random"
+    found = recipe.beside([mine], others, ["KN-4", "A", "absent"])
+    assert list(found)[-2:] == ["Against KN-4", "Against A (ppmi)"] and set(found["Embedding"]) == {"random"}
+    for other, ppl in (("KN-4", 700), ("A (ppmi)", 800)):
+        change = f"{100 * (tuned / ppl - 1):+.1f} %<br>(".replace("-", "−")
+        assert found[f"Against {other}"].str.startswith(change).all()
+    assert found["Training tokens"].tolist() == ["20,000", "30,000"] and set(found["Runs"]) == {1}
+    assert found["Validation PPL"].iloc[0] == f"{tuned}.0"
+    assert found["Last PPL above best"].iloc[0] == "+10.0 %, 2 epochs later"
+    assert recipe.beside([NOTHING], [NOTHING], ["A"]).empty and recipe.beside([NOTHING], others, ["A"]).empty
+    alone = recipe.beside([mine], [NOTHING], ["A"])
+    assert len(alone) == 2 and not any(name.startswith("Against") for name in alone)
 
 
 def test_runs_of_two_grids_pair_by_the_seed_they_share(outputs):
@@ -58,7 +47,9 @@ def test_runs_of_two_grids_pair_by_the_seed_they_share(outputs):
         return grid(outputs, name, {label: (-0.3, ppl)}, pairs=[(seed, seed - 42) for seed in seeds], **chance)
 
     mine, study = laws("tuned-A", 400, "tuned", (42, 43)), laws("A", 800, "study", (43, 44, 42))
-    assert recipe.recipe(mine, [study], ["A"]).count(": −50.0 % (") == 2
+    assert (
+        recipe.beside([mine], [study], ["A"])["Against A (ppmi)"].str.startswith("−50.0 %<br>(").tolist() == [True] * 2
+    )
     less = laws("tuned-A-without", 600, "less", (43,))
     (effect,) = recipe.ingredients(mine, less)["effect"]
     assert effect.estimate == pytest.approx(math.log(1.5)) and effect.n == 2  # a pair a size
@@ -69,8 +60,9 @@ def test_runs_on_other_text_and_runs_that_end_at_their_best(outputs):
     other = grid(outputs, "study", {"A": (-0.3, 800)})
     others = (*other[:2], other[2].assign(tokens=other[2]["tokens"] + 1))
     runs = runs.assign(best_epoch=runs["epochs_run"], overfit_rate=0.0)
-    text = recipe.recipe((runs, history, losses), [others], ["A"])
-    assert "than A" not in text and "it ends at its best" in text
+    found = recipe.beside([(runs, history, losses)], [others], ["A"])
+    assert set(found["Last PPL above best"]) == {"0.0 %, 0 epochs later"}
+    assert not any(name.startswith("Against") for name in found)
 
 
 def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):

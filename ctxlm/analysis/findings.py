@@ -1,6 +1,5 @@
 """What the runs of a grid say, in sentences: every number in them is computed from the runs."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ctxlm.analysis.phrases import count, percent, signed, sizes_text, span, tokens_text, winner
+from ctxlm.analysis.phrases import change, count, percent, signed, sizes_text, span, tokens_text, winner
 from ctxlm.analysis.scaling import LEFT_OUT
 from ctxlm.results import load_runs
 
@@ -129,7 +128,8 @@ def gaps(summary: dict[str, Any], published: pd.DataFrame) -> str:
         if all(key in ppl.index for key in keys):
             theirs = ppl[keys[0]] / ppl[keys[1]] - 1
             agree &= (theirs < 0) == (d["log_ppl"] < 0)
-            said.append(f"{percent(theirs)} published, {_difference(d)} ours at {d['train_tokens']:,} tokens")
+            ours = change(d["log_ppl"], d["interval"])
+            said.append(f"{percent(theirs)} published, {ours} ours at {d['train_tokens']:,} tokens")
     if not said:
         return ""
     a, b = summary["paired_differences"][0]["a"], summary["paired_differences"][0]["b"]
@@ -213,15 +213,10 @@ def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
     else:
         both = ", ".join(f"{names[label]} is better at {sizes_text(won[label])}" for label in winners)
         answer = f"**It depends on the amount of text**: {both}{tied}"
-    values = "; ".join(f"{_difference(d)} at {d['train_tokens']:,}" for d in differences)
+    values = "; ".join(f"{change(d['log_ppl'], d['interval'])} at {d['train_tokens']:,}" for d in differences)
     return (
         f"{answer}. Validation PPL of {a} against {b}, with 95 % intervals (below 0, {a} is better): {values} tokens."
     )
-
-
-def _difference(d: dict[str, Any]) -> str:
-    interval = "no interval" if d["interval"] is None else " to ".join(percent(math.expm1(x)) for x in d["interval"])
-    return f"{percent(math.expm1(d['log_ppl']))} ({interval})"
 
 
 def _laws(summary: dict[str, Any]) -> str:

@@ -28,7 +28,8 @@ def percents(interval: Sequence[float] | None) -> str:
     """An interval in nats as one of per cent of PPL."""
     if interval is None or not all(map(math.isfinite, interval)):
         return "no interval"
-    return " to ".join(percent(math.expm1(x)) for x in interval)
+    low, high = (signed(100 * math.expm1(x), 1) for x in interval)
+    return f"{low} to {high} %"
 
 
 def change(nats: float, interval: Sequence[float] | None) -> str:

@@ -5,65 +5,58 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ctxlm.analysis import explain
-from ctxlm.analysis.phrases import against, change, percent
+from ctxlm.analysis.phrases import change, percent, span
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import Grid, paired_difference
 from ctxlm.config import Experiment
 
-CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
+CHOSEN = (
+    "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run. PPL is "
+    "set against other models' in pairs: below 0 it is lower than the column's; an interval that holds 0 cannot tell "
+    "them apart. Intervals are 95 %, over validation samples drawn again; where either side has a single run, they do "
+    "not cover seeds and training texts. Columns of models that read through an embedding name it."
+)
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
-def recipe(grid: Grid, others: Sequence[Grid], models: Sequence[str], lead: str = "The tuned recipe.") -> str:
-    """The grid's PPL at every size, in pairs against each of the labels `models` of the grids `others`."""
-    if grid[0].empty:
-        return ""
-    runs, _, known = together([grid, *others])
-    val_by_sample, known = known[known["grid"] == 0], known[known["grid"] > 0]
-    reads, runs = runs[runs["grid"] > 0].set_index("run")[["model", "embedding", "embed_dim"]], runs[runs["grid"] == 0]
-    said, replicates = [], []
-    for (size, label), group in runs.groupby(["train_tokens", "experiment"]):
+def beside(grids: Sequence[Grid], others: Sequence[Grid], models: Sequence[str]) -> pd.DataFrame:
+    """A row a label and size of `grids`, with a column for each label `models` of `others`: PPL against it in pairs.
+
+    Runs that were judged on other text, or at no equal size, leave their cell empty, and models without any their
+    column out.
+    """
+    runs, _, val_by_sample = together([*grids, *others])
+    rows = []
+    if runs.empty:
+        return runs
+    ours, theirs = (runs[side] for side in (runs["grid"] < len(grids), runs["grid"] >= len(grids)))
+    for (label, size), group in ours.groupby(["experiment", "train_tokens"], sort=False):
         mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
-        gaps = []
+        row = {"Model": label, "Training tokens": f"{size:,}", "Embedding": group["embedding"].iloc[0]}
+        row |= {"Runs": len(group), "Validation PPL": f"{group['val_ppl'].mean():.1f}"}
+        row["Last PPL above best"] = _end(group)
         for other in models:
-            theirs = known[(known["experiment"] == other) & (known["train_tokens"] == size)]
-            if theirs.empty:
+            known = theirs[(theirs["experiment"] == other) & (theirs["train_tokens"] == size)]
+            if known.empty:
                 continue
             try:
-                found = paired_difference(mine, theirs)
+                found = paired_difference(mine, val_by_sample[val_by_sample["run"].isin(known["run"])])
             except ValueError:  # judged on other text
                 continue
-            replicates.append(found.replicates)
-            verdict = against(found.interval, found.replicates, other)
-            apart = _other_embedding(group, reads.loc[theirs["run"].unique()])
-            gaps.append(f"{change(found.log_ppl, found.interval)}, {verdict}{apart}")
-        later = group["epochs_run"] - group["best_epoch"]
-        ends = f"; it ends {percent(group['overfit_rate'].mean())} above its best, {_epochs(later)} later"
-        if not later.any():
-            ends = "; it ends at its best"
-        if later.isna().any():  # a mixture has no epochs
-            ends = ""
-        versus = f": {'; '.join(gaps)}" if gaps else ""
-        said.append(f"{label} at {size:,} tokens has a PPL of {group['val_ppl'].mean():.1f}{versus}{ends}")
-    single = "" if min(replicates, default=1) > 1 else "; of single runs they do not cover seeds and training texts"
-    samples = val_by_sample["sample"].nunique()
-    return (
-        f"**{lead}** {'. '.join(said)}. Intervals are 95 %, over {samples} validation samples drawn again in "
-        f"pairs{single}."
-    )
+            read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
+            row[f"Against {other}{read}"] = change(found.log_ppl, found.interval).replace(" (", "<br>(")
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
 
 
-def _other_embedding(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
-    """A reminder where a difference is one of embeddings too; n-grams have none."""
-    networks = theirs[theirs["model"] != "kneser-ney"]
-    read, reads = (set(runs.groupby(["embedding", "embed_dim"]).groups) for runs in (networks, ours))
-    return " (which reads another embedding)" if read - reads else ""
-
-
-def _epochs(later: pd.Series) -> str:
-    low, high = later.min(), later.max()
+def _end(runs: pd.DataFrame) -> str:
+    """How far above its best PPL ends, and how many epochs later; of a mixture, which has no epochs, nothing."""
+    later = runs["epochs_run"] - runs["best_epoch"]
+    if later.isna().any():
+        return ""
     # beside n-grams, which have no epochs, the numbers are no longer integers
-    return f"{low:g}{'' if low == high else f' to {high:g}'} epoch{'' if high == 1 else 's'}"
+    epochs = span(later, "{:g}".format)
+    return f"{percent(runs['overfit_rate'].mean())}, {epochs} epoch{'' if epochs == '1' else 's'} later"
 
 
 def ingredients(tuned: Grid, without: Grid) -> pd.DataFrame:
