@@ -6,7 +6,7 @@ A grid file names several experiments and the values to sweep; `load_grid` expan
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -347,12 +347,23 @@ class Grid(BaseModel):
     runs: dict[str, Experiment]
 
 
+def _layers(path: Path, where: str, given: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Values of a parameter file, of a mapping or of each in a list of such, and whether they are a file's."""
+    for part in given if isinstance(given, list) else [given or {}]:
+        values = read_yaml(part) if isinstance(part, str) else part
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: {where} must be a parameter file, values, or a list of such, but holds {values!r}"
+            )
+        yield values, isinstance(part, str)
+
+
 def load_grid(name: str) -> Grid:
     """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
 
-    The file holds `title`, `description`, `common` (a parameter file or values, over `params/base.yaml`), `experiments`
-    (label → a parameter file, values, or a list of such, later ones winning) and `sweep` (parameter → list, or several
-    parameters, as "seed, data_seed" → list of lists, that change together).
+    The file holds `title`, `description`, `common` (over `params/base.yaml`), `experiments` (by label) and `sweep`
+    (parameter → list, or several parameters, as "seed, data_seed" → list of lists, that change together). What is
+    common, and an experiment, is a parameter file, values, or a list of such of which later ones win.
     A run is called after its label and every swept value, so a longer list adds runs and renames none.
 
     Raises:
@@ -372,14 +383,10 @@ def load_grid(name: str) -> Grid:
     unknown = set(content) - {"title", "description", "common", "experiments", "sweep"}
     if unknown:
         raise ConfigError(f"{path}: {min(map(str, unknown))!r} is no key of a grid file: see params/grids/quick.yaml")
-    experiments, common, sweep = (content.get(key) or {} for key in ("experiments", "common", "sweep"))
+    experiments, sweep = (content.get(key) or {} for key in ("experiments", "sweep"))
     if not isinstance(experiments, dict) or not experiments:
         raise ConfigError(f"{path}: 'experiments' must map at least one label to a parameter file or to values")
-    common = read_yaml(common) if isinstance(common, str) else common
-    if not isinstance(common, dict):
-        raise ConfigError(
-            f"{path}: 'common' must be a parameter file or map parameter names to values, but is {common!r}"
-        )
+    common = [values for values, _ in _layers(path, "'common'", content.get("common"))]
     if not isinstance(sweep, dict) or not all(isinstance(values, list) and values for values in sweep.values()):
         raise ConfigError(f"{path}: 'sweep' must map parameter names to non-empty lists of values")
     for key in ("title", "description"):
@@ -393,26 +400,20 @@ def load_grid(name: str) -> Grid:
     base = read_yaml("params/base.yaml")
     runs: dict[str, Experiment] = {}
     for label, own in experiments.items():
-        values: dict[str, Any] = {}
-        for part in own if isinstance(own, list) else [own or {}]:
-            given = read_yaml(part) if isinstance(part, str) else part
-            if not isinstance(given, dict):
-                raise ConfigError(
-                    f"{path}: experiment {label!r} must be a parameter file, values, or a list of such, but holds "
-                    f"{given!r}"
-                )
+        layers = list(_layers(path, f"experiment {label!r}", own))
+        for values, from_file in layers:
             for name in swept:
-                if name in given and given is part:  # a file's values are defaults, shared among grids
+                if name in values and not from_file:  # a file's values are defaults, shared among grids
                     raise ConfigError(
-                        f"{path}: {name} = {given[name]!r} of experiment {label!r} would be overridden by 'sweep': "
+                        f"{path}: {name} = {values[name]!r} of experiment {label!r} would be overridden by 'sweep': "
                         "remove one of the two"
                     )
-            values |= given
+        own = [values for values, _ in layers]
         for combination in itertools.product(*(_steps(path, names, values) for names, values in sweep.items())):
             step = {name: value for part in combination for name, value in part.items()}
             run = "_".join([str(label), *(f"{key}-{value}" for key, value in step.items())])
             try:
-                runs[run] = Experiment.from_mapping(base, common, values, {"experiment": str(label)}, step)
+                runs[run] = Experiment.from_mapping(base, *common, *own, {"experiment": str(label)}, step)
             except ConfigError as error:
                 raise ConfigError(f"{path}, run {run}: {error}") from None
             if run in ("report", "analysis") or run.startswith("corpus"):

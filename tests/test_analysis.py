@@ -484,7 +484,12 @@ SIDE = {  # the grids that explain: shapes of their configurations, and which ru
     "ablations": ({"A": (6, 128), "A-zero": (6, 128), "A-without-phase1": (6, 128)}, (20_000,), NESTED[::2]),
     "ablations-full": ({"A": (6, 768), "A-zero": (6, 768)}, (86_925,), NESTED[:1]),
     "factorial": ({f"L{d}-C{w}": (d, w) for d in (3, 6) for w in (128, 256)}, (14_000, 28_000), NESTED[::2]),
+    "study": ({"A": (6, 768), "B": (3, 1536)}, (86_925,), NESTED[:1]),
+    "baselines": ({"KN-4": (1, 1)}, (86_925,), NESTED[:1]),
+    "networks": ({"LSTM": (1, 1)}, (86_925,), NESTED[:1]),
+    "tuned": ({"tuned-A": (6, 768)}, (86_925,), NESTED[:1]),
 }
+MODELS = {"baselines": "kneser-ney", "networks": "lstm"}
 
 
 @pytest.mark.parametrize("missing", ["nothing", "one run", "all but one", "a configuration"])
@@ -493,7 +498,7 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
     for grid, (shapes, sizes, pairs) in SIDE.items():
         laws = {label: (-0.3, 800 + 20 * k) for k, label in enumerate(shapes)}
-        options = {"pairs": pairs, "shapes": shapes, "chance": noise(0.01)}
+        options = {"pairs": pairs, "shapes": shapes, "chance": noise(0.01), "model": MODELS.get(grid, "context")}
         folder = plant(outputs, laws, sizes, grid, **options)
         found = sorted(folder.iterdir())
         gone = {"nothing": [], "one run": found[:1], "all but one": found[1:]}
@@ -514,8 +519,17 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
     if missing == "nothing":
         assert "Not " not in text and text.count("nan") == 0
         assert text.startswith("**A did better than B at every one of 2 sizes, each size tested by itself; single runs")
-        (known,) = (part for part in shown if isinstance(part, pd.DataFrame) and "Question" in part)
-        assert len(known) == 9  # no other models and no recipe here
+        shown = [part for part in shown if isinstance(part, pd.DataFrame)]
+        known, ranked, compared = (
+            next(part for part in shown if column in part)
+            for column in ("Question", "PPL against A", "Last PPL above best")
+        )
+        assert len(known) == 11 and known["Answer"].iloc[-2].startswith("PPL against A: KN-4 (best of 2) ")
+        assert known["Scale: grids"].iloc[-2] == "full: study, baselines, networks"
+        assert set(ranked["Model"]) == {"A", "B", "KN-4", "LSTM", "tuned-A"}
+        against = [name for name in compared if name.startswith("Against")]
+        assert against == ["Against A (ppmi)", "Against KN-4", "Against LSTM (ppmi)"]
+        assert "of networks (which know of" in text and "of n-grams of the training tokens KN-4" in text
 
 
 def test_notebook_is_stripped_and_short():

@@ -334,8 +334,9 @@ def test_a_grid_crosses_experiments_with_swept_values(tmp_path):
 
 def test_what_is_common_may_be_a_parameter_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("common: params/B.yaml\nexperiments: {wide: {}, narrow: {context_dim: 9}}\n")
+    path.write_text("common: [params/B.yaml, {seed: 7}]\nexperiments: {wide: {}, narrow: {context_dim: 9}}\n")
     runs = load_grid(str(path)).runs
+    assert {run.seed for run in runs.values()} == {7}
     assert (runs["wide"].num_layers, runs["wide"].context_dim) == (3, 1536)
     assert (runs["narrow"].num_layers, runs["narrow"].context_dim) == (3, 9)
 
@@ -408,7 +409,7 @@ def test_a_longer_sweep_adds_runs_and_changes_none(tmp_path_factory, sizes, data
         ({"experiments": ["A", "B"]}, "'experiments' must map"),
         ({"experiments": {"A": [1]}}, "'A' must be a parameter file, values, or a list of such, but holds 1"),
         ({"experiments": {"a b": {}}}, "experiment = 'a b'"),
-        ({"common": 5}, "'common' must be a parameter file or map"),
+        ({"common": 5}, "'common' must be a parameter file, values, or a list of such, but holds 5"),
         ({"common": {"num_layer": 3}}, "run A: num_layer = 3 is not a parameter: did you mean num_layers?"),
         ({"sweep": {"seed": 3}}, "'sweep' must map parameter names to non-empty lists"),
         ({"sweep": {"seed": []}}, "'sweep' must map parameter names to non-empty lists"),

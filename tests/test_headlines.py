@@ -73,7 +73,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert answer.startswith(better)
     table = headlines.elsewhere(errors(runs, val_by_sample)["pooled"], grids)
     scale, names = (table["Scale: grids"].str.split(": ").str[part] for part in (0, 1))
-    assert set(", ".join(names).split(", ")) == set(grids)
+    assert set(", ".join(names).split(", ")) == set(grids) - {"networks"}  # it has no run
     said = dict(zip(table["Question"] + " " + scale, table["Answer"], strict=True))
     assert headlines.scales(grids).endswith(
         "(quick: A 6 layers of 128, B 3 layers of 256; full: A 6 layers of 128, B 3 layers of 256):"
@@ -89,7 +89,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     more = f"{first} gains more from more text (p < 0.001, 80 runs in 5 replicates)"
     assert said["Do the curves cross? quick"].startswith(more)
     assert "a doubling of the training tokens changes last PPL / best PPL by −" in said["Does Phase 2 over-fit? quick"]
-    assert ": A +6.0 % instead of +6.0 %." in said["And without the contexts? quick"]
+    assert ": A +6.0 % instead of +6.0 %." in said["Does it over-fit without the contexts? quick"]
     parts, whole = (said[f"What do Phase 1 and the contexts contribute? {scale}"] for scale in ("quick", "full"))
     assert "With Phase 1 left out, PPL changes, of A +12.5 % (" in parts and ": Phase 1 lowers PPL; " in parts
     assert "with contexts of zeros, PPL changes, of A +100.0 % (" in parts
@@ -98,9 +98,21 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     )
     over = " tokens (20 validation samples drawn again; single runs, seeds not covered)."
     ordinary = said["What would a user otherwise pick? full"]
-    assert ordinary.startswith("PPL against A, the best of 2 models: KN-3 −20.0 % (") and ordinary.endswith(over)
-    assert ": tuned-A −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
+    assert ordinary.startswith("PPL against A: KN-3 (best of 2) −20.0 % (") and ordinary.endswith(over)
+    assert ": tuned-A (best of 1) −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
 
 
 def test_without_results_nothing_is_said():
-    assert headlines.elsewhere([], NOTHING).empty and headlines.scales(NOTHING) == headlines.answer([]) == ""
+    assert headlines.elsewhere([], NOTHING).empty and headlines.answer([]) == ""
+    assert headlines.scales(NOTHING) == "**What other grids of this repository say**:"
+
+
+def test_the_best_is_of_the_models_at_its_size_and_counts_no_other_text(outputs):
+    study = planted(outputs, {"A": (-0.3, 800)}, sizes=(20_000, 30_000), pairs=NESTED[::2])
+    tuned = planted(outputs, {"X": (-0.3, 500), "Y": (-0.3, 400)}, sizes=(20_000,), shapes=dict.fromkeys("XY", (1, 1)))
+    more = planted(outputs, {"Z": (-0.3, 300)}, sizes=(20_000,), shapes={"Z": (1, 1)}, ngram_second_half=True)
+    late = planted(outputs, {"W": (-0.3, 600)}, sizes=(30_000,), shapes={"W": (1, 1)}, pairs=NESTED[::2])
+    text = headlines._best(study, [tuned, more, late])
+    assert text.startswith("PPL against A: Y (best of 2) −50.0 % (") and ", W (best of 1) −25.0 % (" in text
+    assert text.endswith(" at 30,000 tokens (20 validation samples drawn again; single runs, seeds not covered)")
+    assert headlines._best(study, [late]).endswith("(20 validation samples drawn again)")

@@ -70,7 +70,10 @@ def test_networks_keep_states_or_a_window(outputs):
     assert rows.loc["KN-3", ["parameters", "kept"]].to_numpy().tolist() == [[5000, 400]] * 2
     assert rows.loc["KN-4", ["parameters", "kept"]].to_numpy().tolist() == [[5000, 400 * 32]] * 2
     text = ranking.beside_others(ranking.ranking([ours, (networks, losses)]))
-    assert text.count("of networks that read through an embedding KN-3, ") == 2 and "n-grams" not in text
+    assert (
+        text.count("of networks (which know of the corpus's second half where their embedding is ppmi) KN-3, ") == 2
+        and "n-grams" not in text
+    )
 
 
 def test_what_cannot_be_told_is_said(outputs):
@@ -133,4 +136,5 @@ def test_the_rate_that_held_out_text_prefers(outputs):
     assert text.endswith(
         "640.0 at 0.002: lowest at 0.0005, at the edge of what was tried (not yet at its early stop: 0.0005)."
     )
+    assert "L 700.0 at 0.0005, the only rate so far; T 600.0 at 0.0005, the only" in ranking.chosen_rates(runs[0])
     assert ranking.chosen_rates(runs[0].iloc[:0]) == ""

@@ -28,7 +28,7 @@ def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned):
     found = recipe.beside([mine], others, ["KN-4", "A", "absent"])
     assert list(found)[-2:] == ["Against KN-4", "Against A (ppmi)"] and set(found["Embedding"]) == {"random"}
     for other, ppl in (("KN-4", 700), ("A (ppmi)", 800)):
-        change = f"{100 * (tuned / ppl - 1):+.1f} %<br>(".replace("-", "−")
+        change = f"{100 * (tuned / ppl - 1):+.1f} %*<br>(".replace("-", "−")
         assert found[f"Against {other}"].str.startswith(change).all()
     assert found["Training tokens"].tolist() == ["20,000", "30,000"] and set(found["Runs"]) == {1}
     assert found["Validation PPL"].iloc[0] == f"{tuned}.0"
@@ -36,6 +36,15 @@ def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned):
     assert recipe.beside([NOTHING], [NOTHING], ["A"]).empty and recipe.beside([NOTHING], others, ["A"]).empty
     alone = recipe.beside([mine], [NOTHING], ["A"])
     assert len(alone) == 2 and not any(name.startswith("Against") for name in alone)
+
+
+def test_several_tuned_runs_against_a_single_one_are_single_runs(outputs):
+    mine = grid(outputs, "tuned", {"tuned-A": (-0.3, 500)}, pairs=((42, 0), (43, 1)))
+    once, twice = (
+        recipe.beside([mine], [grid(outputs, name, {"A": (-0.3, 800)}, **pairs)], ["A"])["Against A (ppmi)"]
+        for name, pairs in (("study", {}), ("again", {"pairs": ((42, 0), (43, 1))}))
+    )
+    assert once.str.startswith("−37.5 %*<br>(").all() and twice.str.startswith("−37.5 %<br>(").all()
 
 
 def test_runs_of_two_grids_pair_by_the_seed_they_share(outputs):

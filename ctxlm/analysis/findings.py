@@ -15,9 +15,14 @@ VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "sig
 LEAD = "**Deep and narrow, or shallow and wide?** "
 
 
-def nothing(grid: str) -> str:
-    """The sentence for a grid without a finished run of the context model."""
+def nothing(grid: str, left_out: int = 0) -> str:
+    """The sentence for a grid without a finished run of the models asked for, or with none of its own parameters."""
     runs = load_runs(grid)
+    if left_out:
+        return (
+            f"Grid {grid} has {count(left_out, 'finished run')}, of other parameters than the grid file's: run `make "
+            f"report GRID={grid}` again."
+        )
     if len(runs) and (runs["model"] != "context").any():
         return (
             f"Grid {grid} has no finished run of the context model; other models have their own section of the report."
@@ -63,14 +68,14 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
 
 def origin(grid: str, runs: pd.DataFrame) -> str:
     """Which grid a section is made from, of how many runs of what, and where they lie."""
+    stale = runs.attrs.get(LEFT_OUT, 0)
     if runs.empty:
-        return nothing(grid)
+        return nothing(grid, stale)
     models = shapes_text(runs)
     if (runs["model"] != "context").any():
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = count(replicates, "replicate")
-    stale = runs.attrs.get(LEFT_OUT, 0)
     stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
     return (
         f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "

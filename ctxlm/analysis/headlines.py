@@ -36,32 +36,49 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             and factorial.
     """
     many, _, many_val = grids["variance"]
-    study, ordinary = grids["study"], [grids["baselines"], grids["networks"]]
+    study = grids["study"]
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
-    parts = "What do Phase 1 and the contexts contribute?"
+    ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute?"
     rows = [
-        ("How much is chance?", _caution(many, many_val), "quick: variance"),
-        ("Do the signs of the embedding matter?", _signs(grids["signs"], grids["variance"]), "quick: signs, variance"),
-        ("What are depth and width worth?", _crossed(grids["factorial"]), "quick: factorial"),
-        ("Do the curves cross?", slopes, "quick: variance"),
-        ("Does Phase 2 over-fit?", _overfitting(grids["overfitting"]), "quick: overfitting"),
-        ("And without the contexts?", _without_contexts(grids["ablations"][0]), "quick: ablations"),
-        ("How far back do contexts reach?", _reach(many), "quick: variance"),
-        (parts, _ablations(grids["ablations"]), "quick: ablations"),
-        (parts, _ablations(grids["ablations-full"]), "full: ablations-full"),
-        ("What would a user otherwise pick?", _beside_study(study, ordinary), "full: study, baselines, networks"),
-        ("What does another recipe for Phase 2 do?", _beside_study(study, [grids["tuned"]]), "full: study, tuned"),
+        ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
+        (
+            "Do the signs of the embedding matter?",
+            _signs(grids["signs"], grids["variance"]),
+            "quick",
+            ("signs", "variance"),
+        ),
+        ("What are depth and width worth?", _crossed(grids["factorial"]), "quick", ("factorial",)),
+        ("Do the curves cross?", slopes, "quick", ("variance",)),
+        ("Does Phase 2 over-fit?", _overfitting(grids["overfitting"]), "quick", ("overfitting",)),
+        ("Does it over-fit without the contexts?", _without_contexts(grids["ablations"][0]), "quick", ("ablations",)),
+        ("How far back do contexts reach?", _reach(many), "quick", ("variance",)),
+        (parts, _ablations(grids["ablations"]), "quick", ("ablations",)),
+        (parts, _ablations(grids["ablations-full"]), "full", ("ablations-full",)),
+        (
+            "What would a user otherwise pick?",
+            _best(study, [grids[name] for name in ordinary]),
+            "full",
+            ("study", *ordinary),
+        ),
+        ("What does another recipe for Phase 2 do?", _best(study, [grids["tuned"]]), "full", ("study", "tuned")),
     ]
-    table = pd.DataFrame(rows, columns=["Question", "Answer", "Scale: grids"])
-    table["Answer"] = [answer and f"{answer[0].upper()}{answer[1:].rstrip('.')}." for answer in table["Answer"]]
-    return table[table["Answer"] != ""].reset_index(drop=True)
+    said = [
+        (
+            question,
+            f"{text[0].upper()}{text[1:].rstrip('.')}.",
+            f"{scale}: {', '.join(n for n in names if len(grids[n][0]))}",
+        )
+        for question, text, scale, names in rows
+        if text
+    ]
+    return pd.DataFrame(said, columns=["Question", "Answer", "Scale: grids"])
 
 
 def scales(grids: Mapping[str, Grid]) -> str:
-    """What A and B are at the two scales of `elsewhere`; grids as there."""
+    """What A and B are at the two scales of `elsewhere`, as its heading; grids as there."""
     known = {"quick": grids["variance"][0], "full": grids["study"][0]}
-    said = [f"{scale}: {shapes_text(runs)}" for scale, runs in known.items() if len(runs)]
-    return f"**What other grids of this repository say** ({'; '.join(said)}):" if said else ""
+    said = "; ".join(f"{scale}: {shapes_text(runs)}" for scale, runs in known.items() if len(runs))
+    return f"**What other grids of this repository say**{said and f' ({said})'}:"
 
 
 def answer(differences: Sequence[dict[str, Any]]) -> str:
@@ -141,10 +158,10 @@ def _slopes(found: dict[str, Any]) -> str:
     verdict = reasons.slope_verdict(found)
     if not verdict.endswith("from more text"):
         return f"{verdict} ({tested}): no crossover can be claimed"
-    where = ""
+    where = f"the laws of {a} and {b} do not cross: {found['reason']}"
     if found["crossover_tokens"] is not None:
-        where = f"; the laws of {a} and {b} meet at {tokens_text(found['crossover_tokens'])} tokens"
-    return f"{verdict} ({tested}){where}"
+        where = f"the laws of {a} and {b} meet at {tokens_text(found['crossover_tokens'])} tokens"
+    return f"{verdict} ({tested}); {where}"
 
 
 def _overfitting(grid: Grid) -> str:
@@ -204,19 +221,21 @@ def _ablations(grid: Grid) -> str:
     return "; ".join(parts)
 
 
-def _beside_study(study: Grid, others: Sequence[Grid]) -> str:
+def _best(study: Grid, others: Sequence[Grid]) -> str:
     """The best model of other grids at every size of the study, of those that count no other text, against A."""
     if study[0].empty:
         return ""
     ranked = ranking.ranking([grid[::2] for grid in (study, *others)])
     ranked = ranked[~ranked["reads_more"] & ~ranked["experiment"].isin(study[0]["experiment"])]
-    parts = [
-        f"{best['experiment']} {change(best['difference'], best['interval'])} at {best['train_tokens']:,}"
-        for _, best in ranked.drop_duplicates("train_tokens").iterrows()
-    ]
-    if not parts:
+    best = ranked.drop_duplicates("train_tokens")  # they are sorted
+    if best.empty:
         return ""
-    over = f"{ranked['samples'].max()} validation samples drawn again"
-    over += "" if study[0]["replicate"].nunique() > 1 else "; single runs, seeds not covered"
-    models = count(ranked["experiment"].nunique(), "model")
-    return f"PPL against A, the best of {models}: {', '.join(parts)} tokens ({over})"
+    models = ranked["train_tokens"].value_counts()
+    parts = [
+        f"{row.experiment} (best of {models[row.train_tokens]}) {change(row.difference, row.interval)} at "
+        f"{row.train_tokens:,}"
+        for row in best.itertuples()
+    ]
+    over = f"{best['samples'].max()} validation samples drawn again"
+    over += "" if best["replicates"].min() > 1 else "; single runs, seeds not covered"
+    return f"PPL against A: {', '.join(parts)} tokens ({over})"

@@ -1,4 +1,4 @@
-"""Numbers as the report words them, all in one place: per cent of PPL, intervals and their verdicts, sizes, counts."""
+"""Numbers as the report words them: per cent of PPL, intervals and their verdicts, sizes, counts."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from matplotlib_inline.config import InlineBackend
 
 from ctxlm.analysis.explain import Effect
+from ctxlm.analysis.phrases import span
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval
 from ctxlm.analysis.variance import components
@@ -98,13 +99,9 @@ def _says(sentence: str) -> Figure:
     return figure
 
 
-def _span(numbers: Sequence[int]) -> str:
-    return " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
-
-
 def _count(numbers: Sequence[int], what: str) -> str:
     """How many: "1 run", "3 runs", "2 to 5 runs"."""
-    return f"{_span(numbers)} {what}{'' if max(numbers) == 1 else 's'}"
+    return f"{span(numbers, '{:,}'.format)} {what}{'' if max(numbers) == 1 else 's'}"
 
 
 def _headline(figure: Figure, text: str) -> None:
@@ -114,7 +111,7 @@ def _headline(figure: Figure, text: str) -> None:
 def _say_n(figure: Figure, runs: pd.DataFrame, how: str = "") -> None:
     """Over the figure: how many runs it shows (a row a run, or several), of each configuration and size."""
     each = runs.groupby(["experiment", "train_tokens"])["run"].nunique()
-    _headline(figure, f"n = {_count([each.sum()], 'run')}, {_span(each)} of a configuration and size{how}")
+    _headline(figure, f"n = {_count([each.sum()], 'run')}, {span(each)} of a configuration and size{how}")
 
 
 def _how(runs: pd.DataFrame) -> str:

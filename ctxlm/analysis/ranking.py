@@ -15,7 +15,7 @@ from ctxlm.corpus import VOCABULARY
 BASE = "A"
 """Label of the model that all others are set against."""
 ORDINARY = {
-    "networks": "networks that read through an embedding",
+    "networks": "networks (which know of the corpus's second half where their embedding is ppmi)",
     "n-grams": "n-grams of the training tokens",
     "more": "n-grams that count more text (the corpus's second half, which a ppmi embedding knows)",
 }
@@ -142,6 +142,9 @@ def chosen_rates(tried: pd.DataFrame) -> str:
     said = []
     for label, own in tried.groupby("configuration") if len(tried) else ():
         ppl = own.groupby("phase2_learning_rate")["val_ppl"].mean()
+        if len(ppl) == 1:
+            said.append(f"{label} {ppl.iloc[0]:.1f} at {ppl.index[0]:g}, the only rate so far")
+            continue
         best = ppl.idxmin()
         at = f"{label} {', '.join(f'{value:.1f} at {rate:g}' for rate, value in ppl.items())}"
         edge = "" if ppl.index.min() < best < ppl.index.max() else ", at the edge of what was tried"

@@ -1,6 +1,7 @@
 """The tuned recipe: what it does beside the study's and beside ordinary models, and what each ingredient is worth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -10,12 +11,15 @@ from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import Grid, paired_difference
 from ctxlm.config import Experiment
 
-CHOSEN = (
-    "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run. PPL is "
-    "set against other models' in pairs: below 0 it is lower than the column's; an interval that holds 0 cannot tell "
-    "them apart. Intervals are 95 %, over validation samples drawn again; where either side has a single run, they do "
-    "not cover seeds and training texts. Columns of models that read through an embedding name it."
+CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
+SINGLE = "*"
+LEGEND = (
+    "PPL against other models', in pairs: below 0 it is lower than the column's; an interval that holds 0 cannot tell "
+    "them apart. Intervals are 95 %, over validation samples drawn again and over replicates; where both have fewer "
+    f"than two in common, marked by {SINGLE}, they do not cover seeds and training texts. A label with a + is a "
+    "mixture in equal shares with an n-gram, token by token; columns of models that read through an embedding name it."
 )
+"""How to read `beside`."""
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
@@ -25,12 +29,13 @@ def beside(grids: Sequence[Grid], others: Sequence[Grid], models: Sequence[str])
     Runs that were judged on other text, or at no equal size, leave their cell empty, and models without any their
     column out.
     """
-    runs, _, val_by_sample = together([*grids, *others])
-    rows = []
-    if runs.empty:
-        return runs
-    ours, theirs = (runs[side] for side in (runs["grid"] < len(grids), runs["grid"] >= len(grids)))
-    for (label, size), group in ours.groupby(["experiment", "train_tokens"], sort=False):
+    return pd.DataFrame([row for grid in grids if len(grid[0]) for row in _rows(grid, others, models)]).fillna("")
+
+
+def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    runs, _, val_by_sample = together([grid, *others])
+    ours, theirs = (runs[side] for side in (runs["grid"] == 0, runs["grid"] > 0))
+    for (label, size), group in ours.groupby(["experiment", "train_tokens"]):
         mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
         row = {"Model": label, "Training tokens": f"{size:,}", "Embedding": group["embedding"].iloc[0]}
         row |= {"Runs": len(group), "Validation PPL": f"{group['val_ppl'].mean():.1f}"}
@@ -44,9 +49,9 @@ def beside(grids: Sequence[Grid], others: Sequence[Grid], models: Sequence[str])
             except ValueError:  # judged on other text
                 continue
             read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
-            row[f"Against {other}{read}"] = change(found.log_ppl, found.interval).replace(" (", "<br>(")
-        rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+            mark = SINGLE if found.replicates < 2 else ""
+            row[f"Against {other}{read}"] = change(found.log_ppl, found.interval).replace(" (", f"{mark}<br>(")
+        yield row
 
 
 def _end(runs: pd.DataFrame) -> str:

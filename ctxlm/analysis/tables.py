@@ -115,6 +115,7 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     """
     if table.empty:
         return Markdown(otherwise)
+    table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
     wrapped = {"white-space": "normal", "text-align": "left", "min-width": "11em"}
     left = {column: [{"selector": "th.col_heading", "props": "text-align: left"}] for column in prose}
     table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
@@ -235,6 +236,6 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
         "Published": audit["published"].map(as_printed),
         "Recomputed": audit.apply(number, axis=1),
         "Difference, %": audit["difference"].map(difference),
-        "Why": audit["why"].str.replace(" %", "\u00a0%").str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
+        "Why": audit["why"].str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
     }
     return pd.DataFrame(table)
