@@ -34,7 +34,7 @@ def test_the_recipe_is_set_against_each_of_the_others_in_pairs(outputs, tuned):
     assert found["Validation PPL"].iloc[0] == f"{tuned}.0"
     assert found["Last PPL above best"].iloc[0] == "+10.0 %, 2 epochs later"
     assert recipe.beside([NOTHING], [NOTHING], ["A"]).empty and recipe.beside([NOTHING], others, ["A"]).empty
-    alone = recipe.beside([mine], [NOTHING], ["A"])
+    alone = recipe.beside([mine], [mine, NOTHING], ["A", "tuned-A"])  # no model is set against itself
     assert len(alone) == 2 and not any(name.startswith("Against") for name in alone)
 
 

@@ -42,7 +42,7 @@ def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator
         row["Last PPL above best"] = _end(group)
         for other in models:
             known = theirs[(theirs["experiment"] == other) & (theirs["train_tokens"] == size)]
-            if known.empty:
+            if known.empty or other == label:
                 continue
             try:
                 found = paired_difference(mine, val_by_sample[val_by_sample["run"].isin(known["run"])])
