@@ -78,7 +78,7 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     independent = count(replicates, "replicate")
     stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
     return (
-        f"Grid {grid}: {len(runs)} runs in {independent}, trained on {sizes}: {models}; "
+        f"Grid {grid}: {count(len(runs), 'run')} in {independent}, trained on {sizes}: {models}; "
         f"embeddings of {span(runs['embed_dim'])} dimensions, {span(runs['val_samples'])} validation samples. "
         f"Source: {sources(runs)}.{stale}{one_kind(runs)}"
     )
