@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ctxlm.analysis.phrases import change, count, percent, signed, sizes_text, span, tokens_text, winner
+from ctxlm.analysis.phrases import change, count, p_text, percent, signed, sizes_text, span, tokens_text, winner
 from ctxlm.analysis.scaling import LEFT_OUT
 from ctxlm.results import load_runs
 
@@ -17,12 +17,12 @@ LEAD = "**Deep and narrow, or shallow and wide?** "
 
 def nothing(grid: str, left_out: int = 0) -> str:
     """The sentence for a grid without a finished run of the models asked for, or with none of its own parameters."""
-    runs = load_runs(grid)
     if left_out:
         return (
             f"Grid {grid} has {count(left_out, 'finished run')}, of other parameters than the grid file's: run `make "
             f"report GRID={grid}` again."
         )
+    runs = load_runs(grid)
     if len(runs) and (runs["model"] != "context").any():
         return (
             f"Grid {grid} has no finished run of the context model; other models have their own section of the report."
@@ -254,7 +254,7 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any
     meet = f"the fitted laws of {a} and {b} meet at about {tokens_text(pair['tokens'])} tokens, {where}"
     interval = tested.get("slope_interval")
     if interval and interval[0] <= 0 <= interval[1]:
-        p = f"p = {tested['p_value']:.3f}"
+        p = f"p {p_text(tested['p_value'])}"
         return f"**Crossover.** None can be claimed: {meet}, but their slopes cannot be told apart ({p})."
     text = f"**Crossover.** {meet[0].upper()}{meet[1:]}: by them, {below} is better below, {above} above."
     if interval is None:

@@ -83,28 +83,23 @@ def scales(grids: Mapping[str, Grid]) -> str:
 
 def answer(differences: Sequence[dict[str, Any]]) -> str:
     """The answer of a grid of two configurations, from the `paired_differences` of `scaling.summarise`."""
-    text = _verdicts(differences)
-    return text and f"**{text[0].upper()}{text[1:]}.**"
-
-
-def _verdicts(differences: Sequence[dict[str, Any]]) -> str:
     if len({(d["a"], d["b"]) for d in differences}) != 1:
         return ""
     a, b = differences[0]["a"], differences[0]["b"]
     won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
     several = min(d["replicates"] for d in differences) > 1
     better = "is better" if several else "did better"
-    answer = f"{a} {better} than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}"
+    text = f"{a} {better} than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}"
     every = "every one of " if len(won) > 1 else ""
     if not any(won):
-        answer = f"{a} and {b} cannot be told apart at {every and 'any of '}{count(len(won), 'size')}"
+        text = f"{a} and {b} cannot be told apart at {every and 'any of '}{count(len(won), 'size')}"
     elif len(set(won)) == 1:
         other = b if won[0] == a else a
-        answer = f"{won[0]} {better} than {other} at {every}{count(len(won), 'size')}"
+        text = f"{won[0]} {better} than {other} at {every}{count(len(won), 'size')}"
     tested = "" if len(won) == 1 else ", each size tested by itself"
     alone = "" if several else "; single runs, so that another seed may say otherwise"
     order = "" if len(won) == 1 else ", from the smallest size to the largest"
-    return f"{answer}{tested}{alone}. PPL of {a} against {b}{order}: {', '.join(gaps)}"
+    return f"**{text[0].upper()}{text[1:]}{tested}{alone}. PPL of {a} against {b}{order}: {', '.join(gaps)}.**"
 
 
 def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:

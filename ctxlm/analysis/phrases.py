@@ -67,16 +67,15 @@ def side(interval: Sequence[float] | None) -> int:
 
 def against(interval: Sequence[float] | None, replicates: int, other: str) -> str:
     """What an interval of log PPL minus that of `other` says; single runs get no general verdict."""
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    if not side(interval):
         return f"which of the two, it or {other}, is better cannot be told"
-    how = "better" if interval[1] < 0 else "worse"
+    how = "better" if side(interval) < 0 else "worse"
     return f"{how} than {other}" if replicates > 1 else f"did {how} than {other}, in single runs"
 
 
 def winner(difference: dict[str, Any]) -> str | None:
     """The label whose PPL is lower by more than the interval of a paired difference; None where it includes 0."""
-    low, high = difference["interval"] or (-math.inf, math.inf)
-    return difference["a"] if high < 0 else difference["b"] if low > 0 else None
+    return {-1: difference["a"], 1: difference["b"]}.get(side(difference["interval"]))
 
 
 def tokens_text(tokens: float) -> str:
