@@ -100,6 +100,10 @@ class Experiment(BaseModel):
     output_bias: Literal["none", "unigram"] = Field(
         "none", description="a trained bias of the output that starts at the training tokens' log frequencies (unigram)"
     )
+    phase1_init_std: Positive = Field(0.1, description="sd of the ContextBlock's initial weights (of biases a tenth)")
+    phase2_context_window: int = Field(
+        0, ge=0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
+    )
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
     phase2_shuffle: bool = Field(False, description="updates read the tokens in random order, not in the stream's")
@@ -159,6 +163,17 @@ class Experiment(BaseModel):
                 f"phase1_min_iterations = {self.phase1_min_iterations} is above phase1_max_iterations = "
                 f"{self.phase1_max_iterations}: lower the first or raise the second"
             )
+        window = self.phase2_context_window
+        if window and self.phase2_batch_size % window:
+            raise ValueError(
+                f"phase2_batch_size = {self.phase2_batch_size} is not a multiple of phase2_context_window = {window}, "
+                "and a batch holds whole windows: make it one"
+            )
+        if window and self.context_ablation != "none":
+            raise ValueError(
+                f"phase2_context_window = {window} trains contexts, which context_ablation = "
+                f"{self.context_ablation} does not show: set one of the two to its default (0, none)"
+            )
         targets = (self.train_tokens or 0) - self.held_out_tokens - 1
         if self.model == "context" and targets > 0:  # otherwise only the corpus tells how many updates there are
             self.check_warmup(-(-targets // self.phase2_batch_size))
@@ -185,7 +200,8 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
-        for name in ("use_weight_tying", "phase2_shuffle", "phase2_init_std", "design", "context_ablation"):
+        alone = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase1_init_std", "phase2_init_std")
+        for name in (*alone, "design", "context_ablation"):
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(

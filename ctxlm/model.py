@@ -114,13 +114,21 @@ class ContextBlock(_Layers):
     first layer alone reads u_t.
     """
 
-    def __init__(self, design: str, num_layers: int, context_dim: int, input_dim: int, init: torch.Generator):
+    def __init__(
+        self,
+        design: str,
+        num_layers: int,
+        context_dim: int,
+        input_dim: int,
+        init: torch.Generator,
+        std: float = 0.1,
+    ):
         shapes = [(context_dim, input_dim, context_dim, 0)] * num_layers
         if design == "arithmetic":
             widths = _falling(context_dim + input_dim, context_dim, num_layers)
             shapes = [(context_dim, input_dim, widths[1], context_dim if widths[1] != context_dim else 0)]
             shapes += [(a, 0, b, a if a != b else 0) for a, b in itertools.pairwise(widths[1:])]
-        super().__init__(shapes, init)
+        super().__init__(shapes, init, std)
 
     def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
         """Every layer's output, L tensors [B, width] (the last is c_t).
@@ -231,9 +239,8 @@ class ContextLM(nn.Module):
         # Once Phase 2 trains a copy of the embedding: Phase 1's own, which contexts keep reading.
         self.register_buffer("context_embedding", None)
         self.design = e.design
-        self.context_block = ContextBlock(
-            e.design, e.num_layers, e.context_dim, input_dim, generator(e.seed, "init", "context_block")
-        )
+        draws = generator(e.seed, "init", "context_block")
+        self.context_block = ContextBlock(e.design, e.num_layers, e.context_dim, input_dim, draws, e.phase1_init_std)
         draws = generator(e.seed, "init", "token_block")
         self.token_block = TokenBlock(
             e.design, self.context_block.widths, e.embed_dim, input_dim, draws, e.phase2_init_std

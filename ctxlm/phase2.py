@@ -1,4 +1,4 @@
-"""Phase 2: freeze the contexts and train the TokenBlock to predict the next token."""
+"""Phase 2: freeze the contexts (or train them on) and train the TokenBlock to predict the next token."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from ctxlm.loss import Score, autocast
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
 from ctxlm.model import ContextLM, generator, sent
 from ctxlm.phase1 import NonFiniteLoss
-from ctxlm.recurrence import Contexts
+from ctxlm.recurrence import Contexts, chunked
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ def train_token_block(
     each update. Training stops after `phase2_patience` epochs without a better validation loss; the best epoch's
     weights are kept.
 
+    With `phase2_context_window` the ContextBlock is trained too: batches are windows of so many consecutive tokens,
+    shuffled as windows, and gradients go back through each (`Contexts.unrolled`). Every epoch begins with contexts
+    made anew, and what is judged reads contexts of the weights that are judged. What `train` and `val` hold is then
+    out of date.
+
     Args:
         model: on the device of the streams.
         train, val: the streams with their contexts.
@@ -127,17 +132,38 @@ def train_token_block(
     e, device, targets = experiment, train.tokens.device, len(train.tokens) - 1
     trained = _trained(model, train.tokens, e)
     predict = Predictor(model, dtype)
-    starts = range(0, targets, e.phase2_batch_size)
+    window = e.phase2_context_window
+
+    def order(epoch: int, count: int) -> Tensor:
+        return torch.randperm(count, generator=generator(e.seed, "phase2_order", epoch))
 
     def batches(epoch: int) -> Iterator[slice | Tensor]:
-        order = None
-        if e.phase2_shuffle:
-            order = sent(torch.randperm(targets, generator=generator(e.seed, "phase2_order", epoch)), device)
-        for start in starts:
+        shuffled = sent(order(epoch, targets), device) if e.phase2_shuffle else None
+        for start in range(0, targets, e.phase2_batch_size):
             stop = min(start + e.phase2_batch_size, targets)
-            yield slice(start, stop) if order is None else order[start:stop]
+            yield slice(start, stop) if shuffled is None else shuffled[start:stop]
 
-    return fit(trained, partial(predict, train), partial(evaluate, predict), batches, len(starts), train, val, e)
+    def windows(epoch: int) -> Iterator[Tensor]:
+        if epoch > 1:  # the ContextBlock has moved on
+            train.values.copy_(chunked(model, train.tokens).values)
+        starts = torch.arange(0, targets, window)
+        if e.phase2_shuffle:
+            starts = starts[order(epoch, len(starts))]
+        for rows in starts.split(e.phase2_batch_size // window):
+            yield rows[:, None] + torch.arange(window)
+
+    def predict_windows(windows: Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with autocast(device, dtype):
+            positions, layers = train.unrolled(model, windows)
+        return predict.from_layers(train.tokens, positions, layers, **training)
+
+    def judge(stream: Contexts) -> tuple[Tensor, float]:
+        return evaluate(predict, chunked(model, stream.tokens) if window else stream)
+
+    updates = -(-targets // e.phase2_batch_size)
+    if window:
+        return fit(trained, predict_windows, judge, windows, updates, train, val, e)
+    return fit(trained, partial(predict, train), judge, batches, updates, train, val, e)
 
 
 def fit(
@@ -246,6 +272,8 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
             model.embedding.data = model.embedding.detach().clone()
         model.embedding.requires_grad_(True)
     trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
+    if e.phase2_context_window:
+        trained |= {f"context_block.{name}": p for name, p in model.context_block.named_parameters()}
     if model.head is not None:
         trained |= {f"head.{name}": p for name, p in model.head.named_parameters()}
     if model.output_bias is not None:

@@ -16,7 +16,7 @@ from tqdm import trange
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import cache_dir
-from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, generator, look_up
+from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, generator, look_up, sent
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
@@ -57,6 +57,33 @@ class Contexts:
         positions = torch.arange(at.start, at.stop, device=self.tokens.device) if isinstance(at, slice) else at
         before = self.values[(positions - 1).clamp(min=0)] * (positions > 0).unsqueeze(1)  # zero before the stream
         return block(before, look_up(self.tables, self.distinct.places(positions)))
+
+    def unrolled(self, model: ContextLM, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The contexts of `windows`, computed anew with gradients, each going on from the context held before it.
+
+        Back-propagation through time, truncated at the windows' starts (Williams & Peng, 1990). The last layer's
+        contexts take the place of those in `values`, as Phase 1's do: the windows after read them.
+
+        Args:
+            model: its ContextBlock reads the stream.
+            windows: int64 [R, W] on the CPU, consecutive positions in a row; what is beyond T - 2 is left out.
+
+        Returns:
+            The positions, int64 [B], and every layer's contexts there, L tensors [B, width]; B is R·W, or less.
+        """
+        last, device = len(self.tokens) - 2, self.tokens.device
+        kept = sent((windows <= last).flatten().nonzero()[:, 0], device)
+        at = sent(windows.clamp(max=last), device)
+        block, shares = model.context_block, model.context_block.shares(model.context_inputs(self.tokens, at))
+        context = self.values[(at[:, 0] - 1).clamp(min=0)] * (at[:, :1] > 0)  # zero before the stream
+        steps = []
+        for offset in range(at.shape[1]):
+            steps.append(block(context, [share[:, offset] for share in shares]))
+            context = steps[-1][-1]
+        positions = at.flatten()[kept]
+        layers = [torch.stack(layer, 1).flatten(0, 1)[kept] for layer in zip(*steps, strict=True)]
+        self.values[positions] = layers[-1].detach()
+        return positions, layers
 
 
 @torch.no_grad()

@@ -197,9 +197,14 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
     Returns a dict: `epochs` (a record each), `steps` (every update's training loss), `best_epoch` (from 1) and
     `val_losses` (the best epoch's, one for each validation target, [N - 1]).
     With `weights.input_norm` that affine is trained too, and contexts are folded anew with it as it moves.
+    With `phase2_context_window` the ContextBlock is trained too, through so many tokens at a time from the context held
+    before them; an epoch begins with contexts folded anew, and what is validated has contexts of its own weights.
     """
     snapshot = weights.embedding.detach().clone()  # contexts keep Phase 1's embedding
     parameters = [tensor for layer in weights.token_layers for tensor in layer.values()]
+    window = settings["phase2_context_window"]
+    if window:
+        parameters += [tensor for layer in weights.context_layers for tensor in layer.values()]
     if weights.head is not None:
         parameters += weights.head.values()
     if weights.input_norm is not None:
@@ -220,11 +225,19 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
     epochs, steps, best, best_tensors = [], [], None, None
     for epoch in range(1, settings["phase2_epochs"] + 1):
         loss_sum, hits, c = 0.0, 0, zero_context(weights)
+        if window:
+            held = [outputs[-1] for outputs in run_contexts(weights, train_tokens, n, snapshot)]
         for start in range(0, targets, settings["phase2_batch_size"]):
             positions = range(start, min(start + settings["phase2_batch_size"], targets))
-            rows = []
+            rows, anew = [], {}
             for t in positions:
                 contexts = train_contexts[t]
+                if window:
+                    if t % window == 0:
+                        c = held[t - 1] if t else zero_context(weights).detach()
+                    contexts = context_step(weights, c, token_input(snapshot, train_tokens, t, n))
+                    c = contexts[-1]
+                    anew[t] = c.detach()
                 if weights.input_norm is not None:
                     with torch.no_grad():
                         u = token_input(snapshot, train_tokens, t, n, weights.input_norm)
@@ -238,10 +251,12 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings["phase2_gradient_clip"])
             optimiser.step()
+            for t, context in anew.items():
+                held[t] = context
             steps.append(loss.item())
             loss_sum += loss.item() * len(positions)
             hits += int((logits.argmax(dim=1) == following).sum())
-        if weights.input_norm is not None:
+        if window or weights.input_norm is not None:
             val_contexts = run_contexts(weights, val_tokens, n, snapshot)
         with torch.no_grad():
             logits = torch.stack([predict(val_tokens, t, val_contexts[t]) for t in range(len(val_tokens) - 1)])

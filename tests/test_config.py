@@ -104,6 +104,8 @@ def test_every_bad_value_is_named():
         ({"train_capacity_tokens": 9, "train_capacity_samples": 8}, "give at most one"),
         ({"phase1_min_iterations": 5, "phase1_max_iterations": 4}, "lower the first or raise the second"),
         ({"phase2_warmup_updates": 1700, "phase2_epochs": 10}, "of 170 updates each: lower it"),  # 86,924 / 512
+        ({"phase2_batch_size": 512, "phase2_context_window": 7}, "a batch holds whole windows: make it one"),
+        ({"phase2_context_window": 8, "context_ablation": "zero"}, "set one of the two to its default"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values, remedy):
@@ -167,9 +169,16 @@ def parameters(draw) -> dict:
     if values["model"] in ("lstm", "transformer"):
         values |= {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
         values |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
+        values |= {"phase1_init_std": 0.1}
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
         values["num_heads"] = draw(st.integers(1, 64))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))
+        values["phase2_context_window"] = 0
+    elif draw(st.booleans()):
+        values["phase2_batch_size"] = values["phase2_context_window"] * draw(st.integers(1, 10))
+        values["context_ablation"] = "none"
+    else:
+        values["phase2_context_window"] = 0
     values["embedding_seed"] *= values["embedding"] != "gpt2"
     values["ngram_second_half"] &= values["model"] == "kneser-ney"
     targets = (values["train_tokens"] or 0) - values["held_out_tokens"] - 1

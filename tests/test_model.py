@@ -56,8 +56,8 @@ def test_parameter_counts_of_other_shapes_are_the_twins(layers, width, d, n):
 
 @pytest.mark.parametrize("std", [0.1, 0.02])
 def test_initialisation_has_the_designs_spread(std):
-    model = tiny(embed_dim=64, context_dim=128, num_layers=2, phase2_init_std=std)
-    for block, spread in ((model.context_block, 0.1), (model.token_block, std)):
+    model = tiny(embed_dim=64, context_dim=128, num_layers=2, phase1_init_std=std / 2, phase2_init_std=std)
+    for block, spread in ((model.context_block, std / 2), (model.token_block, std)):
         for left, right, norm in zip(block.from_context, block.from_other, block.norms, strict=True):
             assert left.weight.std().item() == pytest.approx(spread, rel=0.03)
             assert right.weight.std().item() == pytest.approx(spread, rel=0.03)

@@ -8,13 +8,20 @@ import sys
 import nbformat
 import pandas as pd
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from ctxlm.analysis.plots import WIDTH
 from ctxlm.analysis.report import build_page
-from ctxlm.config import BASELINES
+from ctxlm.config import BASELINES, Experiment
+from ctxlm.corpus import split
+from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT
+from ctxlm.metrics import effective_rank_pct, singular_values
+from ctxlm.model import ContextLM
+from ctxlm.phase2 import Predictor, evaluate
+from ctxlm.recurrence import sequential
 
 SMALL = {
     "embedding": "random",
@@ -80,6 +87,26 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
     assert (metrics["phase1_cached"], again["phase1_cached"]) == (False, True)
     assert again["phase1_computed_seconds"] == metrics["phase1_computed_seconds"]
     assert again["init_er_pct"] == metrics["init_er_pct"] and again["train_er_pct"] == metrics["train_er_pct"]
+
+
+def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
+    """What is written about contexts is of the ContextBlock as Phase 2 left it, and the weights written are those."""
+    own = SMALL | {"phase2_context_window": 8, "phase1_init_std": 0.05, "corpus": str(text)}
+    process, _ = papermill(tmp_path, output_dir=str(tmp_path / "run"), **own)
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    settings = Experiment.from_mapping(own)
+    model = ContextLM(settings, torch.from_numpy(load_embedding(settings)))
+    before = model.context_block.norms[0].weight.clone()
+    model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=False)
+    assert not torch.equal(model.context_block.norms[0].weight, before)
+    streams = split(settings)
+    train, val = (sequential(model, torch.from_numpy(s.tokens).long()) for s in (streams.train, streams.val))
+    losses, _ = evaluate(Predictor(model, torch.float32), val)
+    assert losses.mean().item() == pytest.approx(metrics["val_loss"], rel=1e-4)
+    for name, contexts in (("train_er_noiseless", train), ("val_er", val)):
+        found = effective_rank_pct(singular_values(contexts.values))
+        assert found == pytest.approx(metrics[f"{name}_pct"], rel=1e-4)
 
 
 def test_every_promised_metric_is_written_and_explained(tmp_path, text):

@@ -122,8 +122,9 @@ def test_validating_between_epochs_changes_nothing_else():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen):
-    settings, model, train, val = prepared(phase2_freeze_embedding=frozen)
+@pytest.mark.parametrize("window", [0, 8])
+def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window):
+    settings, model, train, val = prepared(phase2_freeze_embedding=frozen, phase2_context_window=window)
     before = model.embedding.clone()
     phase2 = train_token_block(model, train, val, settings)
     assert torch.equal(model.embedding, before) == frozen

@@ -25,6 +25,7 @@ EVERYTHING = {
     "phase2_dropout": 0.2,
     "phase2_label_smoothing": 0.1,
     "phase2_weight_average": 0.9,
+    "phase2_context_window": 4,
 }
 
 
@@ -45,6 +46,8 @@ def by_hand(settings, model, train, val):
     if e.output_bias == "unigram":
         counts = torch.tensor([1.0 + (tokens == v).sum() for v in range(VOCABULARY)])
         bias = torch.log(counts / counts.sum())
+    if e.phase2_context_window:
+        weights += model.context_block.parameters()
     learns = e.output_bias == "unigram" or model.head is not None
     if learns:
         bias.requires_grad_(True)
@@ -57,22 +60,40 @@ def by_hand(settings, model, train, val):
     updates = math.ceil(targets / e.phase2_batch_size)
     losses, update = [], 0
 
-    def logits(of, positions, drop):
+    def logits(of, positions, drop, layers=None):
         u = model.inputs(of.tokens, positions)
-        h = model.token_block(drop(u), [drop(c) for c in of.layers(model.context_block, positions)])
+        if layers is None:
+            layers = of.layers(model.context_block, positions)
+        h = model.token_block(drop(u), [drop(c) for c in layers])
         return e.logit_scale * h @ head.T + bias
 
+    def through(at, held, window):
+        """Every layer's contexts at `at`, token by token from the one held before each window; then held anew."""
+        rows = []
+        for t in at.tolist():
+            if t % window == 0:
+                c = held[t - 1 : t].clone() if t else torch.zeros(1, held.shape[1])
+            inputs = model.context_inputs(tokens, torch.tensor([t]))
+            rows.append(model.context_block(c, model.context_block.shares(inputs)))
+            c = rows[-1][-1]
+        layers = [torch.cat(layer) for layer in zip(*rows, strict=True)]
+        held[at] = layers[-1].detach()
+        return layers
+
     for epoch in range(1, e.phase2_epochs + 1):
-        order = torch.arange(targets)
+        window = e.phase2_context_window or 1
+        order = torch.arange(math.ceil(targets / window))  # of windows
         if e.phase2_shuffle:
-            order = torch.randperm(targets, generator=generator(e.seed, "phase2_order", epoch))
+            order = torch.randperm(len(order), generator=generator(e.seed, "phase2_order", epoch))
+        held = sequential(model, tokens).values
         draws = generator(e.seed, "phase2_dropout", epoch)
 
         def drop(x, draws=draws):
             kept = torch.empty(x.shape).bernoulli_(1 - e.phase2_dropout, generator=draws) if e.phase2_dropout else 1
             return x * kept / (1 - e.phase2_dropout)
 
-        for at in order.split(e.phase2_batch_size):
+        for windows in order.split(e.phase2_batch_size // window):
+            at = torch.cat([torch.arange(w * window, min((w + 1) * window, targets)) for w in windows.tolist()])
             rise, total = e.phase2_warmup_updates, updates * e.phase2_epochs
             rate = e.phase2_learning_rate * min(1, (update + 1) / (rise + 1))
             cosine = (1 + math.cos(math.pi * max(update - rise, 0) / (total - rise))) / 2
@@ -80,9 +101,9 @@ def by_hand(settings, model, train, val):
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.zero_grad()
-            F.cross_entropy(
-                logits(train, at, drop), tokens[at + 1], label_smoothing=e.phase2_label_smoothing
-            ).backward()
+            layers = through(at, held, window) if e.phase2_context_window else None
+            found = logits(train, at, drop, layers)
+            F.cross_entropy(found, tokens[at + 1], label_smoothing=e.phase2_label_smoothing).backward()
             torch.nn.utils.clip_grad_norm_(weights, e.phase2_gradient_clip)
             optimiser.step()
             update += 1
@@ -92,7 +113,8 @@ def by_hand(settings, model, train, val):
         with torch.no_grad():
             for w, mean in zip(weights, means, strict=True):
                 w.copy_(mean)
-            judged = logits(val, torch.arange(len(val.tokens) - 1), lambda x: x)
+            anew = sequential(model, val.tokens) if e.phase2_context_window else val
+            judged = logits(anew, torch.arange(len(val.tokens) - 1), lambda x: x)
             losses.append(F.cross_entropy(judged, val.tokens[1:]).item())
             for w, kept in zip(weights, own, strict=True):
                 w.copy_(kept)
@@ -114,7 +136,7 @@ def test_phase2_is_the_plain_loops(changed):
 def test_averaged_weights_are_those_that_are_kept():
     settings, model, train, val = prepared(**EVERYTHING)
     found = train_token_block(model, train, val, settings)
-    losses, _ = evaluate(Predictor(model, torch.float32), val)
+    losses, _ = evaluate(Predictor(model, torch.float32), sequential(model, val.tokens))
     torch.testing.assert_close(losses, found.val_losses)
 
 

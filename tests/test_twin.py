@@ -75,10 +75,13 @@ def test_phase1_stops_as_soon_as_enough_tokens_converged():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_phase2_is_the_twins(shape, tied, frozen, monkeypatch):
+@pytest.mark.parametrize("window", [0, 1, 8])
+def test_phase2_is_the_twins(shape, tied, frozen, window, monkeypatch):
+    # through a ContextBlock that trains, 0.01 makes rounding grow until the twin's float32 and float64 part ways
     settings = Experiment.from_mapping(
         {"embed_dim": 8, "phase2_batch_size": 16, "phase2_epochs": 3, "phase2_patience": 1},
-        {"use_weight_tying": tied, "phase2_freeze_embedding": frozen, "phase2_learning_rate": 0.01},
+        {"use_weight_tying": tied, "phase2_freeze_embedding": frozen},
+        {"phase2_context_window": window, "phase2_learning_rate": 0.003 if window else 0.01},
         shape,
     )
     model, train, val = tiny(**shape, use_weight_tying=tied), stream(70), stream(40, seed=1)
@@ -107,5 +110,7 @@ def test_phase2_is_the_twins(shape, tied, frozen, monkeypatch):
         values = {row["metric"]: row["value"] for row in ours.history if row["step"] == epoch}
         for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
             assert values[name] == pytest.approx(record[name], rel=1e-4), (name, epoch)
-    for layer, expected in zip(literal.copied(model).token_layers, weights.token_layers, strict=True):
+    found = literal.copied(model)
+    pairs = [*zip(found.token_layers, weights.token_layers, strict=True)]
+    for layer, expected in [*pairs, *zip(found.context_layers, weights.context_layers, strict=True)]:
         torch.testing.assert_close(layer["weight"], expected["weight"], atol=1e-3, rtol=0)

@@ -286,7 +286,7 @@ def _convergence(runs: pd.DataFrame) -> str:
 
 def _rank(runs: pd.DataFrame) -> str:
     template = (
-        "{init_er_pct} before Phase 1 and {train_er_noiseless_pct} after it ({val_er_pct} on validation text, "
+        "{init_er_pct} before Phase 1 and {train_er_noiseless_pct} after training ({val_er_pct} on validation text, "
         "{train_er_pct} with the noise of training)"
     )
     names = ("init_er_pct", "train_er_noiseless_pct", "val_er_pct", "train_er_pct")

@@ -50,7 +50,7 @@ RANKS = {
 }
 """What a run's effective ranks and spectra are of."""
 FORGETTING = {
-    "forgetting_init": ("before Phase 1", {"linestyle": ":", "mfc": "white", "markersize": 7, "markevery": (0, 6)}),
+    "forgetting_init": ("before training", {"linestyle": ":", "mfc": "white", "markersize": 7, "markevery": (0, 6)}),
     "forgetting": ("after it", {"linestyle": "-", "markersize": 4, "markevery": (3, 6)}),
 }
 """Phases of a history that follow a disturbance; sparse markers, in turns, leave both curves to be seen."""
@@ -482,7 +482,7 @@ def _convergence_axes(left: Axes, right: Axes) -> None:
 
 
 def plot_effective_rank(runs: pd.DataFrame) -> Figure:
-    """Effective rank before and after Phase 1, a panel a configuration, in per cent of the context's dimensions."""
+    """Effective rank before Phase 1 and after training, a panel a configuration, in per cent of the context."""
     if runs.empty:
         return _says("No finished run.")
     labels = sorted(runs["experiment"].unique())

@@ -326,7 +326,7 @@ def overfitting(runs: pd.DataFrame, history: pd.DataFrame, val_by_sample: pd.Dat
 
 
 def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
-    """How far back contexts reach, before and after Phase 1, and how many tokens are enough."""
+    """How far back contexts reach, before and after training, and how many tokens are enough."""
     if "horizon" not in runs:
         return []
     parts, means = [], {}
@@ -340,7 +340,7 @@ def memory(runs: pd.DataFrame, history: pd.DataFrame) -> list[str]:
         interval = student(own["horizon"].to_numpy())
         sure = f", 95 % interval {interval[0]:.1f} to {interval[1]:.1f}" if interval else ", no interval"
         parts.append(
-            f"{label} {own['horizon_init'].mean():.1f} tokens before Phase 1 and {own['horizon'].mean():.1f} after it "
+            f"{label} {own['horizon_init'].mean():.1f} tokens before training and {own['horizon'].mean():.1f} after it "
             f"(n = {len(group)} runs in {count(len(own), 'replicate')}{sure})"
         )
     text = f"**Memory horizon.** Of a disturbance, {100 * FORGOTTEN:.0f} % is left after: {'; '.join(parts)}."
