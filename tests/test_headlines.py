@@ -12,7 +12,18 @@ from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.scaling import read_grid, summarise
 from tests.planted import NESTED, effects_of, noise, planted
 
-GRIDS = ("study", "baselines", "networks", "tuned", "variance", "signs", "overfitting", "ablations", "ablations-full")
+GRIDS = (
+    "study",
+    "baselines",
+    "networks",
+    "tuned",
+    "joint",
+    "variance",
+    "signs",
+    "overfitting",
+    "ablations",
+    "ablations-full",
+)
 NOTHING = {name: tuple(pd.DataFrame() for _ in range(3)) for name in (*GRIDS, "factorial")}
 
 
@@ -61,6 +72,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     grids["baselines"] = read_grid("planted", models=["kneser-ney"])
     grids["networks"] = NOTHING["networks"]
     grids["tuned"] = planted(outputs, {"tuned-A": (-0.3, 500)}, shapes={"tuned-A": (6, 128)})
+    grids["joint"] = planted(outputs, {"joint-A": (-0.3, 400)}, shapes={"joint-A": (6, 128)})
     crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
@@ -100,6 +112,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     ordinary = said["What would a user otherwise pick? full"]
     assert ordinary.startswith("PPL against A: KN-3 (best of 2) −20.0 % (") and ordinary.endswith(over)
     assert ": tuned-A (best of 1) −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
+    assert ": joint-A (best of 1) −50.0 % (" in said["And if contexts learn to predict, too? full"]
 
 
 def test_without_results_nothing_is_said():

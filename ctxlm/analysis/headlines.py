@@ -32,8 +32,8 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
 
     Args:
         pooled: of `crossing.errors`, from the runs that say most about slopes (grid variance's).
-        grids: of the names study, baselines, networks, tuned, variance, signs, overfitting, ablations, ablations-full
-            and factorial.
+        grids: of the names study, baselines, networks, tuned, joint, variance, signs, overfitting, ablations,
+            ablations-full and factorial.
     """
     many, _, many_val = grids["variance"]
     study = grids["study"]
@@ -61,6 +61,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             ("study", *ordinary),
         ),
         ("What does another recipe for Phase 2 do?", _best(study, [grids["tuned"]]), "full", ("study", "tuned")),
+        ("And if contexts learn to predict, too?", _best(study, [grids["joint"]]), "full", ("study", "joint")),
     ]
     said = [
         (
