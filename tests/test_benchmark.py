@@ -98,7 +98,13 @@ def test_headlines_are_the_worse_configurations_at_the_studys_size():
 
 
 @pytest.mark.parametrize(
-    "other", [{"design": "arithmetic"}, {"use_weight_tying": False}, {"phase2_freeze_embedding": False}]
+    "other",
+    [
+        {"design": "arithmetic"},
+        {"use_weight_tying": False},
+        {"phase2_freeze_embedding": False},
+        {"phase2_context_window": 1},
+    ],
 )
 def test_what_the_floor_does_not_count_is_refused(other):
     (name,) = other

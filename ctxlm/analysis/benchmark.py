@@ -169,10 +169,11 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
-        ConfigError: the floor of its design, head or embedding is not counted.
+        ConfigError: the floor of its design, head, embedding or trained contexts is not counted.
         RuntimeError: it failed; the message is its last line.
     """
     counted = {"design": "constant", "use_weight_tying": True, "phase2_freeze_embedding": True}
+    counted |= {"phase2_context_window": 0}
     for name, value in counted.items():
         if getattr(experiment, name) != value:
             own = getattr(experiment, name)
