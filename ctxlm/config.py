@@ -80,6 +80,7 @@ class Experiment(BaseModel):
     num_input_tokens: Few = Field(2, description="tokens read at a time, n")
     use_weight_tying: bool = Field(True, description="the head is the embedding matrix")
     # Phase 1
+    phase1_init_std: Positive = Field(0.1, description="sd of the ContextBlock's initial weights (of biases a tenth)")
     dist_reg_weight: Fraction = Field(0.5, description="weight of diversity in Phase 1's loss")
     phase1_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 1")
     phase1_batch_size: Count = Field(4096, description="tokens per accumulated block")
@@ -100,13 +101,14 @@ class Experiment(BaseModel):
     output_bias: Literal["none", "unigram"] = Field(
         "none", description="a trained bias of the output that starts at the training tokens' log frequencies (unigram)"
     )
-    phase1_init_std: Positive = Field(0.1, description="sd of the ContextBlock's initial weights (of biases a tenth)")
     phase2_context_window: int = Field(
         0, ge=0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
     )
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
-    phase2_shuffle: bool = Field(False, description="updates read the tokens in random order, not in the stream's")
+    phase2_shuffle: bool = Field(
+        False, description="updates read tokens (or whole windows of them) in random order, not the stream's"
+    )
     phase2_warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
     phase2_final_rate: float = Field(
         1.0,
@@ -163,7 +165,7 @@ class Experiment(BaseModel):
                 f"phase1_min_iterations = {self.phase1_min_iterations} is above phase1_max_iterations = "
                 f"{self.phase1_max_iterations}: lower the first or raise the second"
             )
-        window = self.phase2_context_window
+        window = self.phase2_context_window if self.model == "context" else 0
         if window and self.phase2_batch_size % window:
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is not a multiple of phase2_context_window = {window}, "
@@ -200,7 +202,7 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
-        alone = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase1_init_std", "phase2_init_std")
+        alone = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase2_init_std")
         for name in (*alone, "design", "context_ablation"):
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:

@@ -64,7 +64,7 @@ class _Layers(nn.Module):
         """
         super().__init__()
         # Linear(concat(context, other)) is held as two: autograd then skips the gradient of the part that needs none
-        # (the tokens in Phase 1, the contexts in Phase 2), and the tokens' part can be had from a table.
+        # (the tokens in Phase 1, frozen contexts in Phase 2), and the tokens' part can be had from a table.
         self.from_context = nn.ModuleList(nn.Linear(c, out, bias=not other) for c, other, out, _ in shapes)
         self.from_other = nn.ModuleList(nn.Linear(other, out) for _, other, out, _ in shapes if other)
         self.residuals = nn.ModuleList(nn.Linear(r, out) if r else _Last(out) for _, _, out, r in shapes)

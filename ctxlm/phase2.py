@@ -49,7 +49,7 @@ class Phase2:
 
 
 class Predictor:
-    """The model's next-token loss on a stream with frozen contexts, batch by batch."""
+    """The model's next-token loss on a stream, from contexts that are there, batch by batch."""
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
@@ -115,10 +115,10 @@ def train_token_block(
     each update. Training stops after `phase2_patience` epochs without a better validation loss; the best epoch's
     weights are kept.
 
-    With `phase2_context_window` the ContextBlock is trained too: batches are windows of so many consecutive tokens,
-    shuffled as windows, and gradients go back through each (`Contexts.unrolled`). Every epoch begins with contexts
-    made anew, and what is judged reads contexts of the weights that are judged. What `train` and `val` hold is then
-    out of date.
+    With `phase2_context_window` the ContextBlock is trained too: batches are windows of so many consecutive tokens, in
+    stream order or shuffled as windows, and gradients go back through each (`Contexts.unrolled`). Every epoch begins
+    with contexts made anew, in `train.values`, and what is judged has contexts of the weights that are judged. Once it
+    is over, the streams' contexts are no longer the model's.
 
     Args:
         model: on the device of the streams.
@@ -131,8 +131,7 @@ def train_token_block(
     """
     e, device, targets = experiment, train.tokens.device, len(train.tokens) - 1
     trained = _trained(model, train.tokens, e)
-    predict = Predictor(model, dtype)
-    window = e.phase2_context_window
+    predict, window = Predictor(model, dtype), e.phase2_context_window
 
     def order(epoch: int, count: int) -> Tensor:
         return torch.randperm(count, generator=generator(e.seed, "phase2_order", epoch))
@@ -144,26 +143,23 @@ def train_token_block(
             yield slice(start, stop) if shuffled is None else shuffled[start:stop]
 
     def windows(epoch: int) -> Iterator[Tensor]:
-        if epoch > 1:  # the ContextBlock has moved on
-            train.values.copy_(chunked(model, train.tokens).values)
+        train.values.copy_(chunked(model, train.tokens).values)
         starts = torch.arange(0, targets, window)
         if e.phase2_shuffle:
             starts = starts[order(epoch, len(starts))]
         for rows in starts.split(e.phase2_batch_size // window):
             yield rows[:, None] + torch.arange(window)
 
-    def predict_windows(windows: Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def unrolled(batch: Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
         with autocast(device, dtype):
-            positions, layers = train.unrolled(model, windows)
+            positions, layers = train.unrolled(model, batch)
         return predict.from_layers(train.tokens, positions, layers, **training)
 
     def judge(stream: Contexts) -> tuple[Tensor, float]:
-        return evaluate(predict, chunked(model, stream.tokens) if window else stream)
+        return evaluate(predict, chunked(model, stream.tokens, keep=dtype) if window else stream)
 
-    updates = -(-targets // e.phase2_batch_size)
-    if window:
-        return fit(trained, predict_windows, judge, windows, updates, train, val, e)
-    return fit(trained, partial(predict, train), judge, batches, updates, train, val, e)
+    read, learn = (windows, unrolled) if window else (batches, partial(predict, train))
+    return fit(trained, learn, judge, read, -(-targets // e.phase2_batch_size), train, val, e)
 
 
 def fit(

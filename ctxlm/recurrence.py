@@ -1,8 +1,8 @@
 """Contexts of a token stream: c_t = ContextBlock(c_{t-1}, u_t), c_{-1} = 0.
 
 `sequential` is the definition. `chunked` computes the same contexts many tokens at a time: the ContextBlock
-forgets where it started after some tens of tokens (it contracts), so chunks of the stream can be run side by side
-and then joined.
+forgets where it started after some tens of tokens (it contracts; with small initial weights after hundreds), so chunks
+of the stream can be run side by side and then joined.
 """
 
 import os
@@ -62,7 +62,7 @@ class Contexts:
         """The contexts of `windows`, computed anew with gradients, each going on from the context held before it.
 
         Back-propagation through time, truncated at the windows' starts (Williams & Peng, 1990). The last layer's
-        contexts take the place of those in `values`, as Phase 1's do: the windows after read them.
+        contexts take the place of those in `values`, as Phase 1's do: windows of later calls read them.
 
         Args:
             model: its ContextBlock reads the stream.

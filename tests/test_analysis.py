@@ -354,7 +354,7 @@ def test_one_run_is_drawn_by_phase(outputs):
 def test_singular_values_are_normalised():
     axes = plots.plot_singular_values({"init_er": [4, 3, 1], "val_er": np.array([1.0, 1.0])}).axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.375, 0.125], [0.5, 0.5]]
-    assert [line.get_label() for line in axes.lines] == ["before Phase 1", "after it, on validation text"]
+    assert [line.get_label() for line in axes.lines] == ["before Phase 1", "after training, on validation text"]
     assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
 
 
@@ -528,6 +528,8 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         assert len(known) == 12 and known["Answer"].iloc[-3].startswith("PPL against A: KN-4 (best of 2) ")
         assert known["Scale: grids"].iloc[-3] == "full: study, baselines, networks"
         assert set(ranked["Model"]) == {"A", "B", "KN-4", "LSTM", "tuned-A", "joint-A"}
+        (pairs,) = (part for part in shown if "Its PPL" in part)
+        assert (pairs["Model"].tolist(), pairs["Counterpart"].tolist()) == (["joint-A"], ["tuned-A"])
         against = [name for name in compared if name.startswith("Against")]
         assert against == ["Against A (ppmi)", "Against KN-4", "Against LSTM (ppmi)"]
         assert "of networks (which know of" in text and "of n-grams of the training tokens KN-4" in text

@@ -112,7 +112,8 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     ordinary = said["What would a user otherwise pick? full"]
     assert ordinary.startswith("PPL against A: KN-3 (best of 2) −20.0 % (") and ordinary.endswith(over)
     assert ": tuned-A (best of 1) −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
-    assert ": joint-A (best of 1) −50.0 % (" in said["And if contexts learn to predict, too? full"]
+    joint = said["And if contexts learn to predict, too? full"]
+    assert ": joint-A −20.0 % (" in joint and joint.endswith(" tokens (single runs, seeds not covered).")
 
 
 def test_without_results_nothing_is_said():

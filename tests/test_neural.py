@@ -279,6 +279,7 @@ def test_bfloat16_gives_nearly_the_same(kind):
         ({"model": "lstm", "window": 30}, "phase2_batch_size = 512 is no multiple of window = 30"),
         ({"model": "lstm", "use_weight_tying": False}, "use_weight_tying = False is not possible for model = 'lstm'"),
         ({"model": "lstm", "phase2_init_std": 0.01}, "phase2_init_std = 0.01 is not possible for model = 'lstm': set"),
+        ({"model": "lstm", "phase2_context_window": 8}, "phase2_context_window = 8 is not possible for model = 'lstm'"),
         ({"model": "transformer", "phase2_shuffle": True}, "phase2_shuffle = True is not possible for model = 'tran"),
         ({"model": "lstm", "design": "arithmetic"}, "design = 'arithmetic' is not possible for model = 'lstm'"),
         ({"model": "lstm", "ngram_second_half": True}, "ngram_second_half = True is not possible for model = 'lstm'"),

@@ -91,7 +91,8 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
 
 def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
     """What is written about contexts is of the ContextBlock as Phase 2 left it, and the weights written are those."""
-    own = SMALL | {"phase2_context_window": 8, "phase1_init_std": 0.05, "corpus": str(text)}
+    own = SMALL | {"phase2_context_window": 8, "phase1_init_std": 0.05, "corpus": str(text), "dtype": "float32"}
+    own |= {"phase1_min_iterations": 1, "phase1_max_iterations": 1}
     process, _ = papermill(tmp_path, output_dir=str(tmp_path / "run"), **own)
     assert process.returncode == 0, process.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))

@@ -107,11 +107,13 @@ def test_phase1_in_bfloat16_rounds_products_only(design):
     assert (exact - rounded).norm() < 0.4 * exact.norm()  # Adam takes full steps on gradients of either sign
 
 
-def test_validating_between_epochs_changes_nothing_else():
-    settings, model, train, val = prepared()
+@pytest.mark.parametrize("window", [0, 8])
+def test_validating_between_epochs_changes_nothing_else(window):
+    own = {"phase2_context_window": window, "phase2_weight_average": 0.9}
+    settings, model, train, val = prepared(**own)
     often = Experiment.from_mapping(settings.model_dump(), {"val_every_steps": 3})
     plain = train_token_block(model, train, val, settings)
-    _, model, train, val = prepared()
+    _, model, train, val = prepared(**own)
     watched = train_token_block(model, train, val, often)
     updates = [row for row in watched.history if row["phase"] == "phase2_updates"]
     assert [row["step"] for row in updates[:3]] == [3, 6, 9]
@@ -119,6 +121,23 @@ def test_validating_between_epochs_changes_nothing_else():
     assert len(updates) == watched.epochs_run * per_epoch // 3
     for metric in ("train_loss", "val_loss"):
         assert values(watched, metric) == pytest.approx(values(plain, metric), rel=1e-6)
+
+
+@pytest.mark.parametrize("window", [8, 256])  # the second holds the whole stream
+def test_contexts_that_are_out_of_date_or_in_a_file_are_made_anew(window, monkeypatch):
+    """Training goes on where it ended, whatever the stream still holds."""
+
+    def losses(spoil):
+        settings, model, train, val = prepared(phase2_context_window=window, phase2_batch_size=256)
+        for _ in range(2):
+            if spoil:
+                train.values.fill_(9)
+            phase2 = train_token_block(model, train, val, settings)
+        return phase2.val_losses
+
+    expected = losses(spoil=False)
+    monkeypatch.setattr("ctxlm.recurrence.IN_MEMORY", 0)
+    torch.testing.assert_close(losses(spoil=True), expected)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -182,11 +201,13 @@ def test_a_loss_that_is_not_finite_stops_phase1():
         train_context_block(model, train.tokens, train.values, settings)
 
 
-def test_bfloat16_products_follow_float32():
+@pytest.mark.parametrize("window", [0, 8])
+def test_bfloat16_products_follow_float32(window):
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        settings, model, train, val = prepared(phase2_epochs=2)
+        settings, model, train, val = prepared(phase2_epochs=2, phase2_context_window=window)
         results.append(train_token_block(model, train, val, settings, dtype))
+        assert train.values.dtype == torch.float32
     exact, rounded = (phase2.val_losses.mean().item() for phase2 in results)
     assert rounded == pytest.approx(exact, abs=0.02)
 
@@ -276,14 +297,17 @@ def test_a_phase1_that_failed_is_not_kept(empty_cache, monkeypatch):
     assert not any(empty_cache.iterdir())
 
 
-def test_the_training_loss_after_an_epoch_is_that_of_its_weights_and_changes_nothing_else():
-    settings, model, train, val = prepared(phase2_epochs=1)
+@pytest.mark.parametrize("window", [0, 8])
+def test_the_training_loss_after_an_epoch_is_that_of_its_weights_and_changes_nothing_else(window):
+    settings, model, train, val = prepared(phase2_epochs=1, phase2_context_window=window)
     plain = train_token_block(model, train, val, settings)
     _, model, train, val = prepared()
     also = Experiment.from_mapping(settings.model_dump(), {"train_loss_after_epoch": True})
     measured = train_token_block(model, train, val, also)
     assert values(measured, "val_loss") == pytest.approx(values(plain, "val_loss"), rel=1e-6)
-    losses, _ = evaluate(Predictor(model, torch.float32), train)  # one epoch: its weights are the best
+    losses, _ = evaluate(
+        Predictor(model, torch.float32), sequential(model, train.tokens)
+    )  # one epoch: its weights are the best
     assert values(measured, "train_loss_after") == pytest.approx([losses.double().mean().item()])
     assert values(measured, "train_ppl_after") == pytest.approx([losses.double().mean().exp().item()])
     assert values(plain, "train_loss_after") == []

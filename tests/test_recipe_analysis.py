@@ -74,6 +74,23 @@ def test_runs_on_other_text_and_runs_that_end_at_their_best(outputs):
     assert not any(name.startswith("Against") for name in found)
 
 
+def test_the_joint_recipe_is_set_against_the_tuned_one_of_the_same_name(outputs):
+    tuned = grid(
+        outputs, "tuned", {"tuned-A": (-0.3, 500), "tuned-B": (-0.3, 600)}, {"tuned-A": (6, 1), "tuned-B": (3, 1)}
+    )
+    joint = grid(
+        outputs, "joint", {"joint-A": (-0.3, 450), "joint-C": (-0.3, 100)}, {"joint-A": (6, 1), "joint-C": (3, 1)}
+    )
+    found = recipe.counterparts([tuned, joint, NOTHING])
+    assert found["experiment"].tolist() == ["joint-A"] * 2 and found["against"].tolist() == ["tuned-A"] * 2
+    assert found["difference"].tolist() == pytest.approx([math.log(0.9)] * 2)
+    table = recipe.counterparts_table(found)
+    assert table["Change of PPL"].str.startswith("−10.0 %* (").all() and table["Its PPL"].iloc[0] == "500.0"
+    elsewhere = (*joint[:2], joint[2].assign(tokens=joint[2]["tokens"] + 1))
+    for nothing in ([tuned, NOTHING], [NOTHING, NOTHING], [NOTHING, joint], [tuned, elsewhere]):
+        assert recipe.counterparts_table(recipe.counterparts(nothing)).empty
+
+
 def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):
     mine = grid(outputs, "tuned", {"tuned-A": (-0.3, 500)})
     scale, rate = "tuned-A-without-scale", "tuned-A-without-rate"

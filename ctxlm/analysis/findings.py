@@ -273,6 +273,9 @@ def _overfitting(runs: pd.DataFrame) -> str:
 
 
 def _convergence(runs: pd.DataFrame) -> str:
+    runs = runs[runs["phase1_max_iterations"] > 1]
+    if runs.empty:
+        return "**Convergence.** Phase 1 was left out."
     ends = _by_label(
         runs,
         "at iteration {phase1_iterations} with {phase1_converged_ratio} of the tokens converged",
@@ -287,7 +290,7 @@ def _convergence(runs: pd.DataFrame) -> str:
 def _rank(runs: pd.DataFrame) -> str:
     template = (
         "{init_er_pct} before Phase 1 and {train_er_noiseless_pct} after training ({val_er_pct} on validation text, "
-        "{train_er_pct} with the noise of training)"
+        "{train_er_pct} in Phase 1's last iteration, with its noise)"
     )
     names = ("init_er_pct", "train_er_noiseless_pct", "val_er_pct", "train_er_pct")
     ranks = _by_label(runs, template, **dict.fromkeys(names, lambda x: f"{x:.1f} %"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ctxlm.analysis import explain, ranking, reasons, variance
+from ctxlm.analysis import explain, ranking, reasons, recipe, variance
 from ctxlm.analysis.findings import shapes_text
 from ctxlm.analysis.phrases import (
     change,
@@ -61,7 +61,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             ("study", *ordinary),
         ),
         ("What does another recipe for Phase 2 do?", _best(study, [grids["tuned"]]), "full", ("study", "tuned")),
-        ("And if contexts learn to predict, too?", _best(study, [grids["joint"]]), "full", ("study", "joint")),
+        ("And if contexts learn to predict, too?", _joint(grids), "full", ("tuned", "joint")),
     ]
     said = [
         (
@@ -235,3 +235,16 @@ def _best(study: Grid, others: Sequence[Grid]) -> str:
     over = f"{best['samples'].max()} validation samples drawn again"
     over += "" if best["replicates"].min() > 1 else "; single runs, seeds not covered"
     return f"PPL against A: {', '.join(parts)} tokens ({over})"
+
+
+def _joint(grids: Mapping[str, Grid]) -> str:
+    """What training the contexts does, in pairs with the tuned recipe."""
+    found = recipe.counterparts([grids["tuned"], grids["joint"]])
+    parts = [
+        f"{row.experiment} {change(row.difference, row.interval)} against {row.against} at {row.train_tokens:,}"
+        for row in found.itertuples()
+    ]
+    if not parts:
+        return ""
+    alone = "" if found["replicates"].min() > 1 else " (single runs, seeds not covered)"
+    return f"PPL of small contexts that skip Phase 1 and are trained in Phase 2: {', '.join(parts)} tokens{alone}"

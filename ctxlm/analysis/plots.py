@@ -44,9 +44,9 @@ WIDTH = 8.5
 """Of every figure, inches."""
 RANKS = {
     "init_er": "before Phase 1",
-    "train_er": "after it, with training noise",
-    "train_er_noiseless": "after it, without noise",
-    "val_er": "after it, on validation text",
+    "train_er": "in Phase 1, with its noise",
+    "train_er_noiseless": "after training, without noise",
+    "val_er": "after training, on validation text",
 }
 """What a run's effective ranks and spectra are of."""
 FORGETTING = {
@@ -457,6 +457,9 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """Phase 1 of every run by iteration: converged share and mean squared change; fainter lines have fewer tokens."""
     if history.empty:
         return _says("No finished run.")
+    runs = runs[runs["phase1_max_iterations"] > 1]
+    if runs.empty:
+        return _says("Phase 1 was left out.")
     figure, ((left, right),) = _figure(1, 2, 3.4)
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"].unique()
     for axes, metric in ((left, "converged_ratio"), (right, "mse")):

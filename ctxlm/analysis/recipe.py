@@ -20,6 +20,12 @@ LEGEND = (
     "mixture in equal shares with an n-gram, token by token; columns of models that read through an embedding name it."
 )
 """How to read `beside`."""
+JOINT = (
+    "Three things are not as in the tuned recipe, all chosen on held-out training text: the ContextBlock starts from "
+    "small weights, Phase 1 is left out, and Phase 2 trains the ContextBlock together with the TokenBlock. In pairs "
+    "with the tuned recipe's runs, PPL changes as follows; by which of the three is not taken apart "
+    f"({SINGLE}: the interval does not cover seeds and training texts)."
+)
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
@@ -62,6 +68,52 @@ def _end(runs: pd.DataFrame) -> str:
     # beside n-grams, which have no epochs, the numbers are no longer integers
     epochs = span(later, "{:g}".format)
     return f"{percent(runs['overfit_rate'].mean())}, {epochs} epoch{'' if epochs == '1' else 's'} later"
+
+
+def counterparts(grids: Sequence[Grid]) -> pd.DataFrame:
+    """The recipe joint beside the tuned one: a row a label "joint…" and size that "tuned…" has been run at, too.
+
+    Columns experiment, against, train_tokens, n, ppl, ppl_against, difference (of log PPL), interval, replicates,
+    overfit_rate, overfit_rate_against. Pairs that were judged on other text are left out.
+    """
+    rows = []
+    runs, _, val_by_sample = together(grids)
+    for (label, size), mine in runs.groupby(["experiment", "train_tokens"]) if len(runs) else ():
+        other = f"tuned{label.removeprefix('joint')}"
+        known = runs[(runs["experiment"] == other) & (runs["train_tokens"] == size)]
+        if not label.startswith("joint") or known.empty:
+            continue
+        tables = (val_by_sample[val_by_sample["run"].isin(own["run"])] for own in (mine, known))
+        try:
+            found = paired_difference(*tables)
+        except ValueError:
+            continue
+        row = {"experiment": label, "against": other, "train_tokens": size, "n": len(mine)}
+        row |= {"difference": found.log_ppl, "interval": found.interval, "replicates": found.replicates}
+        for suffix, own in (("", mine), ("_against", known)):
+            row |= {f"ppl{suffix}": own["val_ppl"].mean(), f"overfit_rate{suffix}": own["overfit_rate"].mean()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def counterparts_table(found: pd.DataFrame) -> pd.DataFrame:
+    """`counterparts` as it is shown."""
+    if found.empty:
+        return found
+    marks = found["replicates"].map(lambda n: SINGLE if n < 2 else "")
+    changes = [change(row.difference, row.interval) for row in found.itertuples()]
+    table = {
+        "Model": found["experiment"],
+        "Training tokens": found["train_tokens"].map("{:,}".format),
+        "Validation PPL": found["ppl"].map("{:.1f}".format),
+        "Counterpart": found["against"],
+        "Its PPL": found["ppl_against"].map("{:.1f}".format),
+        "Change of PPL": [text.replace(" (", f"{mark} (") for text, mark in zip(changes, marks, strict=True)],
+        "Last PPL above best": found["overfit_rate"].map(percent),
+        "The counterpart's": found["overfit_rate_against"].map(percent),
+        "Runs": found["n"],
+    }
+    return pd.DataFrame(table)
 
 
 def ingredients(tuned: Grid, without: Grid) -> pd.DataFrame:
