@@ -174,8 +174,8 @@ def test_between_epochs_the_gain_is_said_to_be_partly_luck(outputs):
 def test_who_remembers_longest_is_read_off_the_runs(outputs):
     runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     horizon, recent = reasons.memory(runs, history)
-    assert "A 8.0 tokens before Phase 1 and 7.0 after it" in horizon and "n = 8" in horizon
-    assert "B 14.0 tokens before Phase 1 and 12.0 after it" in horizon and horizon.endswith(
+    assert "A 8.0 tokens before training and 7.0 after it" in horizon and "n = 8" in horizon
+    assert "B 14.0 tokens before training and 12.0 after it" in horizon and horizon.endswith(
         "B remembers longer, by 5.0 tokens (5.0 to 5.0, Student's over 2 replicates in pairs)."
     )
     cost = math.expm1(math.exp(-1))
