@@ -202,8 +202,8 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
-        alone = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase2_init_std")
-        for name in (*alone, "design", "context_ablation"):
+        others = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase2_init_std", "design")
+        for name in (*others, "context_ablation"):
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(

@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from ctxlm.analysis.phrases import change, count, p_text, percent, signed, sizes_text, span, tokens_text, winner
-from ctxlm.analysis.scaling import LEFT_OUT
+from ctxlm.analysis.scaling import LEFT_OUT, with_phase1
 from ctxlm.results import load_runs
 
 VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
@@ -185,9 +185,9 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
 
 
 def unconverged(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs whose Phase 1 ran out of iterations; where it was left out (a single one, without learning) none did."""
-    short = runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]
-    return runs[short & (runs["phase1_max_iterations"] > 1)]
+    """The runs whose Phase 1 ran out of iterations."""
+    runs = with_phase1(runs)
+    return runs[runs["phase1_converged_ratio"] < runs["phase1_min_converged_ratio"]]
 
 
 def _unfinished(runs: pd.DataFrame) -> str:
@@ -273,7 +273,7 @@ def _overfitting(runs: pd.DataFrame) -> str:
 
 
 def _convergence(runs: pd.DataFrame) -> str:
-    runs = runs[runs["phase1_max_iterations"] > 1]
+    runs = with_phase1(runs)
     if runs.empty:
         return "**Convergence.** Phase 1 was left out."
     ends = _by_label(

@@ -241,10 +241,15 @@ def _joint(grids: Mapping[str, Grid]) -> str:
     """What training the contexts does, in pairs with the tuned recipe."""
     found = recipe.counterparts([grids["tuned"], grids["joint"]])
     parts = [
-        f"{row.experiment} {change(row.difference, row.interval)} against {row.against} at {row.train_tokens:,}"
+        f"{row.experiment} {change(row.difference.log_ppl, row.difference.interval)} against {row.against} at "
+        f"{row.train_tokens:,}"
         for row in found.itertuples()
     ]
     if not parts:
         return ""
-    alone = "" if found["replicates"].min() > 1 else " (single runs, seeds not covered)"
+    alone = (
+        ""
+        if min(difference.replicates for difference in found["difference"]) > 1
+        else " (single runs, seeds not covered)"
+    )
     return f"PPL of small contexts that skip Phase 1 and are trained in Phase 2: {', '.join(parts)} tokens{alone}"

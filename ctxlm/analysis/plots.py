@@ -25,7 +25,7 @@ from matplotlib_inline.config import InlineBackend
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.phrases import span
 from ctxlm.analysis.replicates import student
-from ctxlm.analysis.scaling import PowerLaw, ppl_interval
+from ctxlm.analysis.scaling import PowerLaw, ppl_interval, with_phase1
 from ctxlm.analysis.variance import components
 from ctxlm.memory import FORGOTTEN
 
@@ -457,7 +457,7 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """Phase 1 of every run by iteration: converged share and mean squared change; fainter lines have fewer tokens."""
     if history.empty:
         return _says("No finished run.")
-    runs = runs[runs["phase1_max_iterations"] > 1]
+    runs = with_phase1(runs)
     if runs.empty:
         return _says("Phase 1 was left out.")
     figure, ((left, right),) = _figure(1, 2, 3.4)

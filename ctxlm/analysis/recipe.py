@@ -1,5 +1,6 @@
 """The tuned recipe: what it does beside the study's and beside ordinary models, and what each ingredient is worth."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 from ctxlm.analysis import explain
 from ctxlm.analysis.phrases import change, percent, span
 from ctxlm.analysis.replicates import together
-from ctxlm.analysis.scaling import Grid, paired_difference
+from ctxlm.analysis.scaling import Grid, PairedDifference, paired_difference
 from ctxlm.config import Experiment
 
 CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
@@ -21,7 +22,7 @@ LEGEND = (
 )
 """How to read `beside`."""
 JOINT = (
-    "Three things are not as in the tuned recipe, all chosen on held-out training text: the ContextBlock starts from "
+    "Three things are not as in the tuned recipe, chosen for A on held-out training text: the ContextBlock starts from "
     "small weights, Phase 1 is left out, and Phase 2 trains the ContextBlock together with the TokenBlock. In pairs "
     "with the tuned recipe's runs, PPL changes as follows; by which of the three is not taken apart "
     f"({SINGLE}: the interval does not cover seeds and training texts)."
@@ -42,22 +43,29 @@ def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator
     runs, _, val_by_sample = together([grid, *others])
     ours, theirs = (runs[side] for side in (runs["grid"] == 0, runs["grid"] > 0))
     for (label, size), group in ours.groupby(["experiment", "train_tokens"]):
-        mine = val_by_sample[val_by_sample["run"].isin(group["run"])]
         row = {"Model": label, "Training tokens": f"{size:,}", "Embedding": group["embedding"].iloc[0]}
         row |= {"Runs": len(group), "Validation PPL": f"{group['val_ppl'].mean():.1f}"}
         row["Last PPL above best"] = _end(group)
         for other in models:
             known = theirs[(theirs["experiment"] == other) & (theirs["train_tokens"] == size)]
-            if known.empty or other == label:
-                continue
-            try:
-                found = paired_difference(mine, val_by_sample[val_by_sample["run"].isin(known["run"])])
-            except ValueError:  # judged on other text
-                continue
-            read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
-            mark = SINGLE if found.replicates < 2 else ""
-            row[f"Against {other}{read}"] = change(found.log_ppl, found.interval).replace(" (", f"{mark}<br>(")
+            found = None if other == label else _paired(group, known, val_by_sample)
+            if found:
+                read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
+                row[f"Against {other}{read}"] = _change(found).replace(" (", "<br>(")
         yield row
+
+
+def _paired(runs: pd.DataFrame, others: pd.DataFrame, val_by_sample: pd.DataFrame) -> PairedDifference | None:
+    """`runs` against `others`; None where there is none of the others, or both were judged on other text."""
+    mine, theirs = (val_by_sample[val_by_sample["run"].isin(own["run"])] for own in (runs, others))
+    with contextlib.suppress(ValueError):
+        return paired_difference(mine, theirs) if len(others) else None
+    return None
+
+
+def _change(found: PairedDifference) -> str:
+    mark = SINGLE if found.replicates < 2 else ""
+    return change(found.log_ppl, found.interval).replace(" (", f"{mark} (")
 
 
 def _end(runs: pd.DataFrame) -> str:
@@ -73,26 +81,22 @@ def _end(runs: pd.DataFrame) -> str:
 def counterparts(grids: Sequence[Grid]) -> pd.DataFrame:
     """The recipe joint beside the tuned one: a row a label "joint…" and size that "tuned…" has been run at, too.
 
-    Columns experiment, against, train_tokens, n, ppl, ppl_against, difference (of log PPL), interval, replicates,
-    overfit_rate, overfit_rate_against. Pairs that were judged on other text are left out.
+    Columns experiment, against, train_tokens, n, difference (a `PairedDifference`), ppl, ppl_against, overfit_rate,
+    overfit_rate_against. Pairs that were judged on other text are left out.
     """
-    rows = []
     runs, _, val_by_sample = together(grids)
-    for (label, size), mine in runs.groupby(["experiment", "train_tokens"]) if len(runs) else ():
+    rows: list[dict[str, Any]] = []
+    if runs.empty:
+        return pd.DataFrame(rows)
+    for (label, size), mine in runs[runs["experiment"].str.startswith("joint")].groupby(["experiment", "train_tokens"]):
         other = f"tuned{label.removeprefix('joint')}"
         known = runs[(runs["experiment"] == other) & (runs["train_tokens"] == size)]
-        if not label.startswith("joint") or known.empty:
-            continue
-        tables = (val_by_sample[val_by_sample["run"].isin(own["run"])] for own in (mine, known))
-        try:
-            found = paired_difference(*tables)
-        except ValueError:
-            continue
-        row = {"experiment": label, "against": other, "train_tokens": size, "n": len(mine)}
-        row |= {"difference": found.log_ppl, "interval": found.interval, "replicates": found.replicates}
-        for suffix, own in (("", mine), ("_against", known)):
-            row |= {f"ppl{suffix}": own["val_ppl"].mean(), f"overfit_rate{suffix}": own["overfit_rate"].mean()}
-        rows.append(row)
+        found = _paired(mine, known, val_by_sample)
+        if found:
+            row = {"experiment": label, "against": other, "train_tokens": size, "n": len(mine), "difference": found}
+            for name, column in (("ppl", "val_ppl"), ("overfit_rate", "overfit_rate")):
+                row |= {name: mine[column].mean(), f"{name}_against": known[column].mean()}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -100,15 +104,13 @@ def counterparts_table(found: pd.DataFrame) -> pd.DataFrame:
     """`counterparts` as it is shown."""
     if found.empty:
         return found
-    marks = found["replicates"].map(lambda n: SINGLE if n < 2 else "")
-    changes = [change(row.difference, row.interval) for row in found.itertuples()]
     table = {
         "Model": found["experiment"],
         "Training tokens": found["train_tokens"].map("{:,}".format),
         "Validation PPL": found["ppl"].map("{:.1f}".format),
         "Counterpart": found["against"],
         "Its PPL": found["ppl_against"].map("{:.1f}".format),
-        "Change of PPL": [text.replace(" (", f"{mark} (") for text, mark in zip(changes, marks, strict=True)],
+        "Change of PPL": found["difference"].map(_change),
         "Last PPL above best": found["overfit_rate"].map(percent),
         "The counterpart's": found["overfit_rate_against"].map(percent),
         "Runs": found["n"],

@@ -252,6 +252,11 @@ def power_of_ten(exponent: float) -> str:
     return f"10{f'{exponent:.0f}'.translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
+def with_phase1(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs whose Phase 1 learnt: of a single iteration, the recurrence alone, it was left out."""
+    return runs[runs["phase1_max_iterations"] > 1]
+
+
 def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame) -> PairedDifference:
     """log PPL of A minus B over the same validation tokens, with a 95 % bootstrap interval.
 
