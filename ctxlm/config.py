@@ -104,6 +104,9 @@ class Experiment(BaseModel):
     phase2_context_window: int = Field(
         0, ge=0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
     )
+    slow_decay: Share = Field(
+        0.0, description="decay a token of a slow context, a decayed sum of embeddings, beside the context; 0: none"
+    )
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
     phase2_shuffle: bool = Field(
@@ -119,6 +122,7 @@ class Experiment(BaseModel):
     )
     phase2_weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
     phase2_dropout: Share = Field(0.0, description="share of context and input entries dropped in training")
+    phase2_token_dropout: Share = Field(0.0, description="share of input tokens blanked in training")
     phase2_label_smoothing: Share = Field(0.0, description="share of the target spread over all tokens")
     phase2_weight_average: Share = Field(
         0.0, description="decay an update of the average of the weights that is judged and kept; 0: none"
@@ -176,6 +180,11 @@ class Experiment(BaseModel):
                 f"phase2_context_window = {window} trains contexts, which context_ablation = "
                 f"{self.context_ablation} does not show: set one of the two to its default (0, none)"
             )
+        if self.slow_decay and self.context_ablation != "none":
+            raise ValueError(
+                f"slow_decay = {self.slow_decay} adds a context that context_ablation = {self.context_ablation} "
+                "does not take away: set one of the two to its default (0, none)"
+            )
         targets = (self.train_tokens or 0) - self.held_out_tokens - 1
         if self.model == "context" and targets > 0:  # otherwise only the corpus tells how many updates there are
             self.check_warmup(-(-targets // self.phase2_batch_size))
@@ -203,7 +212,7 @@ class Experiment(BaseModel):
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
         others = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase2_init_std", "design")
-        for name in (*others, "context_ablation"):
+        for name in (*others, "slow_decay", "context_ablation"):
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(

@@ -55,7 +55,7 @@ def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:
 
 @torch.no_grad()
 def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024) -> list[dict]:
-    """PPL at evenly spaced positions when the context, from zero, has read the last k tokens only.
+    """PPL at evenly spaced positions when the context (and the slow one), from zero, has read the last k tokens only.
 
     The TokenBlock reads its own input tokens as ever. Rows of history.csv: phase `recent_tokens`, step k (0: the whole
     stream), metrics `val_loss` and `val_ppl`. A k that the stream does not hold is left out.
@@ -69,8 +69,8 @@ def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024)
     nothing = torch.arange(distinct.n, device=tokens.device) * len(distinct.rows)  # as before the stream's start
     tables, rows = distinct.tables(block), []
 
-    def record(k: int, layers: list[Tensor]) -> None:
-        loss = predict.from_layers(tokens, at, layers)[1].double().mean().item()
+    def record(k: int, layers: list[Tensor], slow: Tensor | None = None) -> None:
+        loss = predict.from_layers(tokens, at, layers, slow)[1].double().mean().item()
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
 
@@ -80,7 +80,10 @@ def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024)
         for back in range(k - 1, -1, -1):
             places = torch.where(offsets - back > -k, distinct.places(at - back), nothing)
             layers = block(layers[-1], look_up(tables, places))
-        record(k, layers)
+        slow = None
+        if model.slow_gain is not None:
+            slow = sum(model.slow_decay**back * model.slow_inputs(tokens[at - back]) for back in range(k))
+        record(k, layers, slow)
     return rows
 
 

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 from ctxlm.config import ConfigError, Experiment
 
+RARE = 1e-3
+"""A token counts for half in the slow context where it makes up so large a share of the training tokens."""
+SLOW_GAIN = 0.35
+"""What the slow context is multiplied by before it is trained; what it is added to has unit variance, as it has."""
+
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that a draw skipped in one place shifts none in another."""
@@ -254,6 +259,10 @@ class ContextLM(nn.Module):
         own_bias = e.output_bias != "none" and self.head is None
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if own_bias else None
         self.logit_scale = e.logit_scale
+        self.slow_decay, slow = e.slow_decay, e.slow_decay > 0
+        self.slow_gain = nn.Parameter(torch.full((e.embed_dim,), SLOW_GAIN)) if slow else None
+        # Phase 2 sets it by the training tokens' frequencies.
+        self.register_buffer("slow_weights", torch.ones(embedding.shape[0]) if slow else None)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""
@@ -262,6 +271,15 @@ class ContextLM(nn.Module):
     def context_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
         return token_inputs(self._context_embedding(), tokens, positions, self.num_input_tokens)
+
+    def slow_inputs(self, tokens: Tensor) -> Tensor:
+        """What each of `tokens` [...] adds to the slow context, [..., d]; the embedding is the ContextBlock's."""
+        rows = F.layer_norm(F.embedding(tokens, self._context_embedding()), self.embedding.shape[-1:])
+        return self.slow_weights[tokens].unsqueeze(-1) * rows
+
+    def with_slow(self, h: Tensor, slow: Tensor) -> Tensor:
+        """What the head reads, [B, d]: the TokenBlock's h and the slow context, normalised, times a trained gain."""
+        return h + self.slow_gain * F.layer_norm(slow, slow.shape[-1:])
 
     def distinct_tokens(self, tokens: Tensor) -> DistinctTokens:
         """The distinct tokens of the stream `tokens` [T], as the ContextBlock reads them."""

@@ -109,17 +109,19 @@ class Reader:
         positions: Tensor,
         scored: Tensor,
         drop: Callable[[Tensor], Tensor] = lambda x: x,
+        blank: Callable[[Tensor], Tensor] = lambda x: x,
         smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting the tokens after `positions` [R, W] (mean, per token, correct), where `scored` [R, W].
 
         Both lie on the CPU, so that a GPU need not be waited for. `drop` is applied to what is read and to what is
-        predicted from.
+        predicted from, `blank` to the tokens read.
         """
         which = scored.flatten().nonzero()[:, 0]
         after = sent(positions.flatten()[which] + 1, tokens.device)
         with autocast(tokens.device, self.dtype):
-            h, state = self.model.body(drop(self.model.inputs(tokens, sent(positions, tokens.device))), self.state)
+            read = drop(blank(self.model.inputs(tokens, sent(positions, tokens.device))))
+            h, state = self.model.body(read, self.state)
             h = drop(h.flatten(0, 1)[sent(which, tokens.device)])
         self.state = state and tuple(x.detach() for x in state)  # gradients end at the window (Williams & Peng, 1990)
         return self.score(h, tokens[after], smoothing)

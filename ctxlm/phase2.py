@@ -17,9 +17,9 @@ from tqdm import tqdm
 from ctxlm.config import Experiment
 from ctxlm.loss import Score, autocast
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
-from ctxlm.model import ContextLM, generator, sent
+from ctxlm.model import RARE, ContextLM, generator, sent
 from ctxlm.phase1 import NonFiniteLoss
-from ctxlm.recurrence import Contexts, chunked
+from ctxlm.recurrence import Contexts, chunked, slow_contexts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ class Predictor:
         if model.head is not None:
             weight, bias = model.head.weight, model.head.bias
         self.score = Score(weight, bias, model.logit_scale, dtype)
+        self._streams: list[tuple[Tensor, Tensor]] = []
+
+    def slow(self, tokens: Tensor) -> Tensor:
+        """The slow contexts of the stream `tokens` [T], [T, d], made once."""
+        for stream, found in self._streams:
+            if stream is tokens:
+                return found
+        self._streams.append((tokens, slow_contexts(self.model, tokens)))
+        return self._streams[-1][1]
 
     def __call__(self, stream: Contexts, at: slice | Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting the tokens after the positions `at` (mean, per token, correct), as `linear_cross_entropy`.
@@ -64,7 +73,7 @@ class Predictor:
         Args:
             stream: T tokens and their contexts.
             at: a slice without a step, or int64 [B], of 0 .. T - 2.
-            training: `drop` and `smoothing`, as `from_layers` explains them.
+            training: `drop`, `blank` and `smoothing`, as `from_layers` explains them.
         """
         with autocast(stream.tokens.device, self.dtype):
             layers = stream.layers(self.model.context_block, at)
@@ -76,18 +85,25 @@ class Predictor:
         tokens: Tensor,
         positions: Tensor,
         layers: list[Tensor],
+        slow: Tensor | None = None,
         drop: Callable[[Tensor], Tensor] = lambda x: x,
+        blank: Callable[[Tensor], Tensor] = lambda x: x,
         smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, width].
 
         Args:
             tokens, positions, layers: what is read.
+            slow: the slow contexts there, [B, d], where the model has them; None: those of the stream.
             drop: applied to the contexts and the input tokens.
+            blank: applied to the input tokens before, [B, n, d].
             smoothing: of the targets, as `Score` explains it.
         """
         with autocast(tokens.device, self.dtype):
-            h = self.model.token_block(drop(self.model.inputs(tokens, positions)), [drop(c) for c in layers])
+            u = self.model.inputs(tokens, positions).unflatten(-1, (self.model.num_input_tokens, -1))
+            h = self.model.token_block(drop(blank(u).flatten(-2)), [drop(c) for c in layers])
+        if self.model.slow_gain is not None:
+            h = self.model.with_slow(h, self.slow(tokens)[positions] if slow is None else slow)
         return self.score(h, tokens[positions + 1], smoothing)
 
 
@@ -176,7 +192,7 @@ def fit(
 
     Args:
         trained: the weights, on one device.
-        predict: batch, `drop`, `smoothing` → the loss (mean, per token, correct) before an update.
+        predict: batch, `drop`, `blank`, `smoothing` → the loss (mean, per token, correct) before an update.
         judge: a stream → every target's loss, nats, and the accuracy.
         batches: an epoch, from 1 → its batches.
         updates: of an epoch, or nearly: the learning rate's schedule and the progress bar go by it.
@@ -206,11 +222,15 @@ def fit(
         began, targets = time.perf_counter(), 0
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         correct_sum = torch.zeros((), dtype=torch.int64, device=device)
-        drop = _dropout(e.phase2_dropout, generator(e.seed, "phase2_dropout", epoch))
+        training = {
+            "drop": _dropout(e.phase2_dropout, generator(e.seed, "phase2_dropout", epoch)),
+            "blank": _blanking(e.phase2_token_dropout, generator(e.seed, "phase2_token_dropout", epoch)),
+            "smoothing": e.phase2_label_smoothing,
+        }
         with tqdm(batches(epoch), desc=f"Phase 2, epoch {epoch}", total=updates, unit="update", leave=False) as bar:
             for batch in bar:
                 optimiser.zero_grad()
-                loss, losses, correct = predict(batch, drop=drop, smoothing=e.phase2_label_smoothing)
+                loss, losses, correct = predict(batch, **training)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), e.phase2_gradient_clip)
                 optimiser.step()
@@ -260,7 +280,7 @@ def fit(
 
 
 def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tensor]:
-    """What Phase 2 trains, by name; the output's bias is started."""
+    """What Phase 2 trains, by name; the output's bias is started, and tokens get their weights in the slow context."""
     if not e.phase2_freeze_embedding:
         if model.context_embedding is None:  # else training goes on
             # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
@@ -276,6 +296,10 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
         trained["output_bias"] = model.output_bias
     if model.embedding.requires_grad:
         trained["embedding"] = model.embedding
+    if model.slow_gain is not None:
+        # the rarer a token, the more it tells: weights as in Arora, Liang & Ma (2017)
+        model.slow_weights.copy_(RARE / (RARE + unigram(tokens, len(model.embedding)).exp()))
+        trained["slow_gain"] = model.slow_gain
     if e.output_bias == "unigram":
         with torch.no_grad():
             (model.output_bias if model.head is None else model.head.bias).copy_(unigram(tokens, len(model.embedding)))
@@ -322,6 +346,16 @@ def _dropout(share: float, draws: torch.Generator) -> Callable[[Tensor], Tensor]
         return x * sent(kept, x.device) / (1 - share)
 
     return drop if share else lambda x: x
+
+
+def _blanking(share: float, draws: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Sets a share of rows, [..., d], to zero, as before the stream's start; none: leaves all alone."""
+
+    def blank(x: Tensor) -> Tensor:
+        kept = torch.empty(*x.shape[:-1], 1).bernoulli_(1 - share, generator=draws)
+        return x * sent(kept, x.device)
+
+    return blank if share else lambda x: x
 
 
 class _Average:

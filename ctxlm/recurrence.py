@@ -20,6 +20,8 @@ from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, generator, look
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
+SLOW_BLOCK = 256
+"""Tokens of the slow context that one product computes."""
 INNER_KEPT = 2 * 2**30
 """Memory, on a CPU mostly of such a file, that the inner layers' contexts of a stream may take."""
 
@@ -183,6 +185,26 @@ def _chunks(
                 return replace(found, tables=tables), residual
             return replace(found, inner=[layer.flatten(0, 1)[:total] for layer in inner]), residual
     return None, difference
+
+
+@torch.no_grad()
+def slow_contexts(model: ContextLM, tokens: Tensor) -> Tensor:
+    """The slow context after every token of the stream `tokens` [T]: s_t = a·s_{t-1} + x_t, float32 [T, d].
+
+    x_t is the token's weighted embedding, `ContextLM.slow_inputs`, and a `slow_decay`: a context that forgets at a set
+    pace, beside the one that learns to (Mikolov et al., 2015). Being linear, a block of it is one product.
+    """
+    rows = _matrix(len(tokens), model.embedding.shape[1], tokens.device)
+    lags = torch.arange(SLOW_BLOCK + 1, device=tokens.device)
+    powers = model.slow_decay**lags
+    within = torch.where(lags[:-1, None] >= lags[:-1], powers[(lags[:-1, None] - lags[:-1]).clamp(min=0)], 0.0)
+    state = torch.zeros_like(rows[0])
+    for start in range(0, len(tokens), SLOW_BLOCK):
+        x = model.slow_inputs(tokens[start : start + SLOW_BLOCK])
+        block = rows[start : start + len(x)]
+        torch.addmm(torch.outer(powers[1 : len(x) + 1], state), within[: len(x), : len(x)], x, out=block)
+        state = block[-1]
+    return rows
 
 
 @torch.no_grad()

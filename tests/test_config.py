@@ -67,6 +67,8 @@ def refusal(call, *arguments, **keywords) -> str:
         ("phase1_context_noise", float("nan"), "it should be a finite number"),
         ("dist_reg_weight", 1.5, "less than or equal to 1"),
         ("phase2_dropout", 1.0, "less than 1"),
+        ("phase2_token_dropout", 1.0, "less than 1"),
+        ("slow_decay", 1.0, "less than 1"),
         ("phase2_dropout", float("nan"), "it should be a finite number"),
         ("phase2_final_rate", 0.0, "greater than 0"),
         ("phase2_final_rate", float("nan"), "it should be a finite number"),
@@ -106,6 +108,7 @@ def test_every_bad_value_is_named():
         ({"phase2_warmup_updates": 1700, "phase2_epochs": 10}, "of 170 updates each: lower it"),  # 86,924 / 512
         ({"phase2_batch_size": 512, "phase2_context_window": 7}, "a batch holds whole windows: make it one"),
         ({"phase2_context_window": 8, "context_ablation": "zero"}, "set one of the two to its default"),
+        ({"slow_decay": 0.9, "context_ablation": "zero"}, "set one of the two to its default"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values, remedy):
@@ -169,6 +172,7 @@ def parameters(draw) -> dict:
     if values["model"] in ("lstm", "transformer"):
         values |= {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
         values |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
+        values["slow_decay"] = 0.0
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
         values["num_heads"] = draw(st.integers(1, 64))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))
@@ -177,7 +181,7 @@ def parameters(draw) -> dict:
         values["phase2_batch_size"] = values["phase2_context_window"] * draw(st.integers(1, 10))
         values["context_ablation"] = "none"
     else:
-        values["phase2_context_window"] = 0
+        values |= {"phase2_context_window": 0, "slow_decay": 0.0}
     values["embedding_seed"] *= values["embedding"] != "gpt2"
     values["ngram_second_half"] &= values["model"] == "kneser-ney"
     targets = (values["train_tokens"] or 0) - values["held_out_tokens"] - 1

@@ -8,7 +8,7 @@ import torch
 from ctxlm.config import Experiment
 from ctxlm.memory import RECENT, forgetting, horizon, recent_tokens
 from ctxlm.phase2 import Predictor, train_token_block
-from ctxlm.recurrence import ablated, sequential
+from ctxlm.recurrence import ablated, sequential, slow_contexts
 from tests.conftest import stream, tiny
 
 
@@ -39,9 +39,10 @@ def test_the_horizon_lies_between_two_tokens_on_a_logarithmic_scale():
     assert horizon([1, 0.005, 0.02, 0.002]) == pytest.approx(math.log(100) / math.log(200))  # the first time counts
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n):
-    model, tokens = tiny(num_input_tokens=n), stream(90)
+def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, decay):
+    model, tokens = tiny(num_input_tokens=n, slow_decay=decay), stream(90)
     contexts = sequential(model, tokens)
     predict = Predictor(model, torch.float32)
     found = {(row["step"], row["metric"]): row["value"] for row in recent_tokens(predict, contexts, positions=4)}
@@ -52,7 +53,8 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n):
         for t in positions:
             own = sequential(model, tokens[t - k + 1 : t + 1])
             layers = own.layers(model.context_block, slice(k - 1, k))
-            losses.append(predict.from_layers(tokens, torch.tensor([t]), layers)[0].item())
+            slow = slow_contexts(model, own.tokens)[-1:] if decay else None
+            losses.append(predict.from_layers(tokens, torch.tensor([t]), layers, slow)[0].item())
         assert found[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert found[k, "val_ppl"] == pytest.approx(math.exp(found[k, "val_loss"]))
     whole = [predict(contexts, slice(t, t + 1))[0].item() for t in positions]

@@ -26,6 +26,8 @@ EVERYTHING = {
     "phase2_label_smoothing": 0.1,
     "phase2_weight_average": 0.9,
     "phase2_context_window": 4,
+    "phase2_token_dropout": 0.3,
+    "slow_decay": 0.9,
 }
 
 
@@ -48,6 +50,8 @@ def by_hand(settings, model, train, val):
         bias = torch.log(counts / counts.sum())
     if e.phase2_context_window:
         weights += model.context_block.parameters()
+    if e.slow_decay:
+        weights.append(model.slow_gain)
     learns = e.output_bias == "unigram" or model.head is not None
     if learns:
         bias.requires_grad_(True)
@@ -60,11 +64,26 @@ def by_hand(settings, model, train, val):
     updates = math.ceil(targets / e.phase2_batch_size)
     losses, update = [], 0
 
-    def logits(of, positions, drop, layers=None):
-        u = model.inputs(of.tokens, positions)
+    if e.slow_decay:
+        share = torch.tensor([1.0 + (tokens == v).sum() for v in range(VOCABULARY)])
+        share /= share.sum()
+        heavy = (1e-3 / (1e-3 + share))[:, None] * F.layer_norm(model.embedding, (8,))
+
+    def slow(of):
+        """The slow context after every token, one by one."""
+        rows, s = [], torch.zeros(8)
+        for token in of.tokens:
+            s = e.slow_decay * s + heavy[token]
+            rows.append(s)
+        return torch.stack(rows)
+
+    def logits(of, positions, drop, layers=None, blank=lambda u: u):
+        u = blank(model.inputs(of.tokens, positions))
         if layers is None:
             layers = of.layers(model.context_block, positions)
         h = model.token_block(drop(u), [drop(c) for c in layers])
+        if e.slow_decay:
+            h = h + model.slow_gain * F.layer_norm(slow(of)[positions], (8,))
         return e.logit_scale * h @ head.T + bias
 
     def through(at, held, window):
@@ -92,6 +111,14 @@ def by_hand(settings, model, train, val):
             kept = torch.empty(x.shape).bernoulli_(1 - e.phase2_dropout, generator=draws) if e.phase2_dropout else 1
             return x * kept / (1 - e.phase2_dropout)
 
+        blanks = generator(e.seed, "phase2_token_dropout", epoch)
+
+        def blank(u, draws=blanks):
+            if not e.phase2_token_dropout:
+                return u
+            kept = torch.empty(len(u) * e.num_input_tokens).bernoulli_(1 - e.phase2_token_dropout, generator=draws)
+            return u * kept.view(len(u), -1).repeat_interleave(8, dim=1)
+
         for windows in order.split(e.phase2_batch_size // window):
             at = torch.cat([torch.arange(w * window, min((w + 1) * window, targets)) for w in windows.tolist()])
             rise, total = e.phase2_warmup_updates, updates * e.phase2_epochs
@@ -102,7 +129,7 @@ def by_hand(settings, model, train, val):
                 group["lr"] = rate
             optimiser.zero_grad()
             layers = through(at, held, window) if e.phase2_context_window else None
-            found = logits(train, at, drop, layers)
+            found = logits(train, at, drop, layers, blank)
             F.cross_entropy(found, tokens[at + 1], label_smoothing=e.phase2_label_smoothing).backward()
             torch.nn.utils.clip_grad_norm_(weights, e.phase2_gradient_clip)
             optimiser.step()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.model import ContextLM
-from ctxlm.recurrence import chunked, sequential
+from ctxlm.recurrence import SLOW_BLOCK, chunked, sequential, slow_contexts
 from tests.conftest import stream, tiny
 
 
@@ -157,3 +158,25 @@ def test_kept_layers_of_falling_widths(n):
             strict=True,
         )
         assert all((one - other).abs().max() < 1e-4 for one, other in layers)
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 3 * SLOW_BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
+def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
+    model, tokens = tiny(slow_decay=decay, seed=seed), stream(length, seed=seed)
+    model.slow_weights.copy_(torch.rand(len(model.embedding), generator=torch.Generator().manual_seed(seed)))
+    found, s = slow_contexts(model, tokens), torch.zeros(8, dtype=torch.float64)
+    for t, token in enumerate(tokens):
+        row = F.layer_norm(model.embedding[token].double(), (8,))
+        s = decay * s + model.slow_weights[token].double() * row
+        torch.testing.assert_close(found[t].double(), s, atol=1e-5, rtol=1e-4)
+
+
+def test_slow_contexts_read_the_embedding_of_phase_1_and_have_no_gradient():
+    model, tokens = tiny(slow_decay=0.9), stream(30)
+    expected = slow_contexts(model, tokens)
+    model.context_embedding = model.embedding.detach().clone()
+    with torch.no_grad():
+        model.embedding.mul_(torch.rand(model.embedding.shape))
+    found = slow_contexts(model, tokens)
+    assert torch.equal(found, expected) and not found.requires_grad
