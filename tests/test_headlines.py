@@ -18,6 +18,7 @@ GRIDS = (
     "networks",
     "tuned",
     "joint",
+    "slow",
     "variance",
     "signs",
     "overfitting",
@@ -73,6 +74,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     grids["networks"] = NOTHING["networks"]
     grids["tuned"] = planted(outputs, {"tuned-A": (-0.3, 500)}, shapes={"tuned-A": (6, 128)})
     grids["joint"] = planted(outputs, {"joint-A": (-0.3, 400)}, shapes={"joint-A": (6, 128)})
+    grids["slow"] = planted(outputs, {"slow-A": (-0.3, 360)}, shapes={"slow-A": (6, 128)})
     crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
@@ -113,6 +115,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert ordinary.startswith("PPL against A: KN-3 (best of 2) −20.0 % (") and ordinary.endswith(over)
     assert ": tuned-A (best of 1) −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
     joint = said["And if contexts learn to predict, too? full"]
+    assert "PPL with a slow context: slow-A −10.0 % (" in said["What does a longer memory bring? full"]
     assert ": joint-A −20.0 % (" in joint and joint.endswith(" tokens (single runs, seeds not covered).")
 
 

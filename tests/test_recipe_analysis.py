@@ -81,14 +81,18 @@ def test_the_joint_recipe_is_set_against_the_tuned_one_of_the_same_name(outputs)
     joint = grid(
         outputs, "joint", {"joint-A": (-0.3, 450), "joint-C": (-0.3, 100)}, {"joint-A": (6, 1), "joint-C": (3, 1)}
     )
-    found = recipe.counterparts([tuned, joint, NOTHING])
+    found = recipe.counterparts([tuned, joint, NOTHING], "joint")
     assert found["experiment"].tolist() == ["joint-A"] * 2 and found["against"].tolist() == ["tuned-A"] * 2
     assert [found.log_ppl for found in found["difference"]] == pytest.approx([math.log(0.9)] * 2)
     table = recipe.counterparts_table(found)
     assert table["Change of PPL"].str.startswith("−10.0 %* (").all() and table["Its PPL"].iloc[0] == "500.0"
     elsewhere = (*joint[:2], joint[2].assign(tokens=joint[2]["tokens"] + 1))
     for nothing in ([tuned, NOTHING], [NOTHING, NOTHING], [NOTHING, joint], [tuned, elsewhere]):
-        assert recipe.counterparts_table(recipe.counterparts(nothing)).empty
+        assert recipe.counterparts_table(recipe.counterparts(nothing, "joint")).empty
+    slow = grid(outputs, "slow", {"slow-A": (-0.3, 405)}, {"slow-A": (6, 1)})
+    found = recipe.counterparts([tuned, joint, slow], "slow")
+    assert found["against"].tolist() == ["joint-A"] * 2
+    assert [found.log_ppl for found in found["difference"]] == pytest.approx([math.log(0.9)] * 2)
 
 
 def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):

@@ -26,13 +26,15 @@ from ctxlm.analysis.scaling import Grid
 from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
+LEARNING = "small contexts that skip Phase 1 and are trained in Phase 2"
+
 
 def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd.DataFrame:
     """What the grids of this repository know: a row a question that can be answered.
 
     Args:
         pooled: of `crossing.errors`, from the runs that say most about slopes (grid variance's).
-        grids: of the names study, baselines, networks, tuned, joint, variance, signs, overfitting, ablations,
+        grids: of the names study, baselines, networks, tuned, joint, slow, variance, signs, overfitting, ablations,
             ablations-full and factorial.
     """
     many, _, many_val = grids["variance"]
@@ -61,7 +63,8 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             ("study", *ordinary),
         ),
         ("What does another recipe for Phase 2 do?", _best(study, [grids["tuned"]]), "full", ("study", "tuned")),
-        ("And if contexts learn to predict, too?", _joint(grids), "full", ("tuned", "joint")),
+        ("And if contexts learn to predict, too?", _step(grids, "joint", LEARNING), "full", ("tuned", "joint")),
+        ("What does a longer memory bring?", _step(grids, "slow", "a slow context"), "full", ("joint", "slow")),
     ]
     said = [
         (
@@ -237,9 +240,9 @@ def _best(study: Grid, others: Sequence[Grid]) -> str:
     return f"PPL against A: {', '.join(parts)} tokens ({over})"
 
 
-def _joint(grids: Mapping[str, Grid]) -> str:
-    """What training the contexts does, in pairs with the tuned recipe."""
-    found = recipe.counterparts([grids["tuned"], grids["joint"]])
+def _step(grids: Mapping[str, Grid], name: str, what: str) -> str:
+    """What the recipe `name` does, in pairs with the one before."""
+    found = recipe.counterparts([grids[recipe.BEFORE[name]], grids[name]], name)
     parts = [
         f"{row.experiment} {change(row.difference.log_ppl, row.difference.interval)} against {row.against} at "
         f"{row.train_tokens:,}"
@@ -252,4 +255,4 @@ def _joint(grids: Mapping[str, Grid]) -> str:
         if min(difference.replicates for difference in found["difference"]) > 1
         else " (single runs, seeds not covered)"
     )
-    return f"PPL of small contexts that skip Phase 1 and are trained in Phase 2: {', '.join(parts)} tokens{alone}"
+    return f"PPL with {what}: {', '.join(parts)} tokens{alone}"

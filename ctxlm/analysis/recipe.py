@@ -1,4 +1,4 @@
-"""The tuned recipe: what it does beside the study's and beside ordinary models, and what each ingredient is worth."""
+"""Other recipes for Phase 2: beside the study's, ordinary models and one another, and what ingredients are worth."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,23 @@ LEGEND = (
     "mixture in equal shares with an n-gram, token by token; columns of models that read through an embedding name it."
 )
 """How to read `beside`."""
-JOINT = (
-    "Three things are not as in the tuned recipe, chosen for A on held-out training text: the ContextBlock starts from "
-    "small weights, Phase 1 is left out, and Phase 2 trains the ContextBlock together with the TokenBlock. In pairs "
-    "with the tuned recipe's runs, PPL changes as follows; by which of the three is not taken apart "
+BEFORE = {"joint": "tuned", "slow": "joint"}
+"""The recipe that each recipe goes on from."""
+APART = (
+    "In pairs with the {} recipe's runs, PPL changes as follows; by which of the {} is not taken apart "
     f"({SINGLE}: the interval does not cover seeds and training texts)."
 )
+DIFFERENCES = {
+    "joint": "Three things are not as in the tuned recipe, chosen for A on held-out training text: the ContextBlock "
+    "starts from small weights, Phase 1 is left out, and Phase 2 trains the ContextBlock together with the TokenBlock. "
+    + APART.format("tuned", "three"),
+    "slow": "Two things are not as in the joint recipe, chosen for A on held-out training text: the head also reads a "
+    "slow context, a sum of the embeddings of the tokens read that decays by 2 % a token and counts rare tokens for "
+    "more, through a trained gain; and a fifth of the input tokens is blanked in training. It thereby remembers which "
+    "words a conversation has used. A cache would do so for any of the other models, too; they have none here. "
+    + APART.format("joint", "two"),
+}
+"""What is not as in the recipe before."""
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
@@ -78,8 +89,8 @@ def _end(runs: pd.DataFrame) -> str:
     return f"{percent(runs['overfit_rate'].mean())}, {epochs} epoch{'' if epochs == '1' else 's'} later"
 
 
-def counterparts(grids: Sequence[Grid]) -> pd.DataFrame:
-    """The recipe joint beside the tuned one: a row a label "joint…" and size that "tuned…" has been run at, too.
+def counterparts(grids: Sequence[Grid], name: str) -> pd.DataFrame:
+    """The recipe `name` beside the one before: a row a label, as "joint…", and size that "tuned…" has been run at, too.
 
     Columns experiment, against, train_tokens, n, difference (a `PairedDifference`), ppl, ppl_against, overfit_rate,
     overfit_rate_against. Pairs that were judged on other text are left out.
@@ -88,14 +99,14 @@ def counterparts(grids: Sequence[Grid]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     if runs.empty:
         return pd.DataFrame(rows)
-    for (label, size), mine in runs[runs["experiment"].str.startswith("joint")].groupby(["experiment", "train_tokens"]):
-        other = f"tuned{label.removeprefix('joint')}"
+    for (label, size), mine in runs[runs["experiment"].str.startswith(name)].groupby(["experiment", "train_tokens"]):
+        other = f"{BEFORE[name]}{label.removeprefix(name)}"
         known = runs[(runs["experiment"] == other) & (runs["train_tokens"] == size)]
         found = _paired(mine, known, val_by_sample)
         if found:
             row = {"experiment": label, "against": other, "train_tokens": size, "n": len(mine), "difference": found}
-            for name, column in (("ppl", "val_ppl"), ("overfit_rate", "overfit_rate")):
-                row |= {name: mine[column].mean(), f"{name}_against": known[column].mean()}
+            for key, column in (("ppl", "val_ppl"), ("overfit_rate", "overfit_rate")):
+                row |= {key: mine[column].mean(), f"{key}_against": known[column].mean()}
             rows.append(row)
     return pd.DataFrame(rows)
 
