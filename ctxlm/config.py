@@ -105,7 +105,7 @@ class Experiment(BaseModel):
         0, ge=0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
     )
     slow_decay: Share = Field(
-        0.0, description="decay a token of a slow context, a decayed sum of embeddings, beside the context; 0: none"
+        0.0, description="decay a token of a slow context, a decayed sum of embeddings that the head reads too; 0: none"
     )
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
@@ -212,7 +212,7 @@ class Experiment(BaseModel):
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
         others = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase2_init_std", "design")
-        for name in (*others, "slow_decay", "context_ablation"):
+        for name in (*others, "context_ablation"):
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(

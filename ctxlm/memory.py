@@ -81,8 +81,9 @@ def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024)
             places = torch.where(offsets - back > -k, distinct.places(at - back), nothing)
             layers = block(layers[-1], look_up(tables, places))
         slow = None
-        if model.slow_gain is not None:
-            slow = sum(model.slow_decay**back * model.slow_inputs(tokens[at - back]) for back in range(k))
+        if model.slow is not None:
+            embedding, decay = model.read_embedding, model.slow.decay
+            slow = sum(decay**back * model.slow.inputs(embedding, tokens[at - back]) for back in range(k))
         record(k, layers, slow)
     return rows
 

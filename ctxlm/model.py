@@ -16,11 +16,6 @@ from torch import Tensor, nn
 
 from ctxlm.config import ConfigError, Experiment
 
-RARE = 1e-3
-"""A token counts for half in the slow context where it makes up so large a share of the training tokens."""
-SLOW_GAIN = 0.35
-"""What the slow context is multiplied by before it is trained; what it is added to has unit variance, as it has."""
-
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that a draw skipped in one place shifts none in another."""
@@ -227,6 +222,58 @@ def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
     return [F.embedding_bag(places, table, mode="sum") for table in tables]
 
 
+class SlowContext(nn.Module):
+    """A context that forgets at a set pace, which the head reads through a trained gain: s_t = a·s_{t-1} + w(x_t)·u_t.
+
+    u_t is the normalised embedding of the token x_t, and a `slow_decay` (structurally constrained recurrence; Mikolov
+    et al., 2015). The rarer a token, the more it tells: w = RARE / (RARE + its share of the training tokens), the
+    weights of Arora, Liang & Ma (2017).
+    """
+
+    RARE = 1e-3
+    """The share of the training tokens at which a token counts for half."""
+    GAIN = 0.35
+    """The gain before it is trained; what the slow context is added to has unit variance, as it has."""
+    BLOCK = 256
+    """Tokens that one product computes."""
+
+    def __init__(self, decay: float, vocabulary: int, width: int):
+        super().__init__()
+        self.decay = decay
+        self.gain = nn.Parameter(torch.full((width,), self.GAIN))
+        self.register_buffer("weights", torch.ones(vocabulary))
+
+    def weigh(self, shares: Tensor) -> None:
+        """Set the tokens' weights by their `shares` [V] of the training tokens."""
+        self.weights.copy_(self.RARE / (self.RARE + shares))
+
+    def inputs(self, embedding: Tensor, tokens: Tensor) -> Tensor:
+        """What each of `tokens` [...] adds, [..., d]."""
+        rows = F.layer_norm(F.embedding(tokens, embedding), embedding.shape[-1:])
+        return self.weights[tokens].unsqueeze(-1) * rows
+
+    @torch.no_grad()
+    def fill(self, rows: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
+        """Put the slow context after every token of the stream `tokens` [T] into `rows`, float32 [T, d].
+
+        It is linear, so that a block of it is one product.
+        """
+        lags = torch.arange(self.BLOCK, device=tokens.device)
+        powers = self.decay ** torch.arange(self.BLOCK + 1, device=tokens.device)
+        within = powers[(lags[:, None] - lags).clamp(min=0)].tril()
+        state = torch.zeros_like(rows[0])
+        for start in range(0, len(tokens), self.BLOCK):
+            x = self.inputs(embedding, tokens[start : start + self.BLOCK])
+            block = rows[start : start + len(x)]
+            torch.addmm(torch.outer(powers[1 : len(x) + 1], state), within[: len(x), : len(x)], x, out=block)
+            state = block[-1]
+        return rows
+
+    def forward(self, h: Tensor, rows: Tensor) -> Tensor:
+        """What the head reads: h [B, d], and the slow contexts [B, d] there, normalised, times the gain."""
+        return h + self.gain * F.layer_norm(rows, rows.shape[-1:])
+
+
 class ContextLM(nn.Module):
     """ContextBlock, TokenBlock, embedding and head of one experiment."""
 
@@ -259,10 +306,7 @@ class ContextLM(nn.Module):
         own_bias = e.output_bias != "none" and self.head is None
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if own_bias else None
         self.logit_scale = e.logit_scale
-        self.slow_decay, slow = e.slow_decay, e.slow_decay > 0
-        self.slow_gain = nn.Parameter(torch.full((e.embed_dim,), SLOW_GAIN)) if slow else None
-        # Phase 2 sets it by the training tokens' frequencies.
-        self.register_buffer("slow_weights", torch.ones(embedding.shape[0]) if slow else None)
+        self.slow = SlowContext(e.slow_decay, *embedding.shape) if e.slow_decay else None
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""
@@ -270,22 +314,15 @@ class ContextLM(nn.Module):
 
     def context_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
-        return token_inputs(self._context_embedding(), tokens, positions, self.num_input_tokens)
-
-    def slow_inputs(self, tokens: Tensor) -> Tensor:
-        """What each of `tokens` [...] adds to the slow context, [..., d]; the embedding is the ContextBlock's."""
-        rows = F.layer_norm(F.embedding(tokens, self._context_embedding()), self.embedding.shape[-1:])
-        return self.slow_weights[tokens].unsqueeze(-1) * rows
-
-    def with_slow(self, h: Tensor, slow: Tensor) -> Tensor:
-        """What the head reads, [B, d]: the TokenBlock's h and the slow context, normalised, times a trained gain."""
-        return h + self.slow_gain * F.layer_norm(slow, slow.shape[-1:])
+        return token_inputs(self.read_embedding, tokens, positions, self.num_input_tokens)
 
     def distinct_tokens(self, tokens: Tensor) -> DistinctTokens:
         """The distinct tokens of the stream `tokens` [T], as the ContextBlock reads them."""
-        return DistinctTokens(self._context_embedding(), tokens, self.num_input_tokens)
+        return DistinctTokens(self.read_embedding, tokens, self.num_input_tokens)
 
-    def _context_embedding(self) -> Tensor:
+    @property
+    def read_embedding(self) -> Tensor:
+        """What contexts are made from: the embedding as it was in Phase 1."""
         return self.embedding if self.context_embedding is None else self.context_embedding
 
     def parameter_counts(self) -> dict[str, int]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ctxlm.config import Experiment
 from ctxlm.loss import Score, autocast
-from ctxlm.model import generator, sent, token_inputs
+from ctxlm.model import SlowContext, generator, sent, token_inputs
 from ctxlm.phase2 import Phase2, fit, unigram
+from ctxlm.recurrence import SlowReader
 
 LSTM_PART, LSTM_WARMUP = 1024, 256
 """An LSTM is judged on parts of a stream side by side, each read on from so many tokens before it."""
@@ -79,6 +80,9 @@ class NeuralLM(nn.Module):
             else:
                 self.body = Transformer(e.embed_dim, e.hidden_dim, e.num_layers, e.num_heads, e.window)
         self.output_bias = nn.Parameter(torch.zeros(len(embedding))) if e.output_bias == "unigram" else None
+        self.slow = SlowContext(e.slow_decay, *embedding.shape) if e.slow_decay else None
+        # what the slow context is made from: as it was before training
+        self.register_buffer("read_embedding", embedding if self.slow else None, persistent=False)
         self.logit_scale, self.window = e.logit_scale, e.window
 
     @property
@@ -101,6 +105,7 @@ class Reader:
     def __init__(self, model: NeuralLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
         self.score = Score(model.embedding, model.output_bias, model.logit_scale, dtype)
+        self.with_slow = SlowReader(model.slow, model.read_embedding)
         self.state: Any = None
 
     def __call__(
@@ -124,7 +129,7 @@ class Reader:
             h, state = self.model.body(read, self.state)
             h = drop(h.flatten(0, 1)[sent(which, tokens.device)])
         self.state = state and tuple(x.detach() for x in state)  # gradients end at the window (Williams & Peng, 1990)
-        return self.score(h, tokens[after], smoothing)
+        return self.score(self.with_slow(h, tokens, after - 1), tokens[after], smoothing)
 
     def batches(self, targets: int, e: Experiment, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].
@@ -197,9 +202,12 @@ def train_network(
         NonFiniteLoss, ConfigError: as `phase2.fit`.
     """
     e, targets = experiment, len(train) - 1
+    shares = unigram(train, len(model.embedding))
+    if model.slow is not None:
+        model.slow.weigh(shares.exp())
     if model.output_bias is not None:
         with torch.no_grad():
-            model.output_bias.copy_(unigram(train, len(model.embedding)))
+            model.output_bias.copy_(shares)
     reader = Reader(model, dtype)
     length = -(-targets // (e.phase2_batch_size // e.window)) if model.recurrent else targets + e.window
     updates = -(-length // (e.window if model.recurrent else e.phase2_batch_size))

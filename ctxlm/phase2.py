@@ -17,9 +17,9 @@ from tqdm import tqdm
 from ctxlm.config import Experiment
 from ctxlm.loss import Score, autocast
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
-from ctxlm.model import RARE, ContextLM, generator, sent
+from ctxlm.model import ContextLM, generator, sent
 from ctxlm.phase1 import NonFiniteLoss
-from ctxlm.recurrence import Contexts, chunked, slow_contexts
+from ctxlm.recurrence import Contexts, SlowReader, chunked
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,7 @@ class Predictor:
         if model.head is not None:
             weight, bias = model.head.weight, model.head.bias
         self.score = Score(weight, bias, model.logit_scale, dtype)
-        self._streams: list[tuple[Tensor, Tensor]] = []
-
-    def slow(self, tokens: Tensor) -> Tensor:
-        """The slow contexts of the stream `tokens` [T], [T, d], made once."""
-        for stream, found in self._streams:
-            if stream is tokens:
-                return found
-        self._streams.append((tokens, slow_contexts(self.model, tokens)))
-        return self._streams[-1][1]
+        self.with_slow = SlowReader(model.slow, model.read_embedding)
 
     def __call__(self, stream: Contexts, at: slice | Tensor, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting the tokens after the positions `at` (mean, per token, correct), as `linear_cross_entropy`.
@@ -102,9 +94,7 @@ class Predictor:
         with autocast(tokens.device, self.dtype):
             u = self.model.inputs(tokens, positions).unflatten(-1, (self.model.num_input_tokens, -1))
             h = self.model.token_block(drop(blank(u).flatten(-2)), [drop(c) for c in layers])
-        if self.model.slow_gain is not None:
-            h = self.model.with_slow(h, self.slow(tokens)[positions] if slow is None else slow)
-        return self.score(h, tokens[positions + 1], smoothing)
+        return self.score(self.with_slow(h, tokens, positions, slow), tokens[positions + 1], smoothing)
 
 
 @torch.no_grad()
@@ -296,13 +286,13 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
         trained["output_bias"] = model.output_bias
     if model.embedding.requires_grad:
         trained["embedding"] = model.embedding
-    if model.slow_gain is not None:
-        # the rarer a token, the more it tells: weights as in Arora, Liang & Ma (2017)
-        model.slow_weights.copy_(RARE / (RARE + unigram(tokens, len(model.embedding)).exp()))
-        trained["slow_gain"] = model.slow_gain
+    shares = unigram(tokens, len(model.embedding))
+    if model.slow is not None:
+        model.slow.weigh(shares.exp())
+        trained["slow.gain"] = model.slow.gain
     if e.output_bias == "unigram":
         with torch.no_grad():
-            (model.output_bias if model.head is None else model.head.bias).copy_(unigram(tokens, len(model.embedding)))
+            (model.output_bias if model.head is None else model.head.bias).copy_(shares)
     return trained
 
 

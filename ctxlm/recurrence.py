@@ -16,12 +16,10 @@ from tqdm import trange
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import cache_dir
-from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, generator, look_up, sent
+from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, SlowContext, generator, look_up, sent
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
-SLOW_BLOCK = 256
-"""Tokens of the slow context that one product computes."""
 INNER_KEPT = 2 * 2**30
 """Memory, on a CPU mostly of such a file, that the inner layers' contexts of a stream may take."""
 
@@ -187,24 +185,28 @@ def _chunks(
     return None, difference
 
 
-@torch.no_grad()
-def slow_contexts(model: ContextLM, tokens: Tensor) -> Tensor:
-    """The slow context after every token of the stream `tokens` [T]: s_t = a·s_{t-1} + x_t, float32 [T, d].
+class SlowReader:
+    """What a head reads with the slow contexts of streams, each stream's made once."""
 
-    x_t is the token's weighted embedding, `ContextLM.slow_inputs`, and a `slow_decay`: a context that forgets at a set
-    pace, beside the one that learns to (Mikolov et al., 2015). Being linear, a block of it is one product.
-    """
-    rows = _matrix(len(tokens), model.embedding.shape[1], tokens.device)
-    lags = torch.arange(SLOW_BLOCK + 1, device=tokens.device)
-    powers = model.slow_decay**lags
-    within = torch.where(lags[:-1, None] >= lags[:-1], powers[(lags[:-1, None] - lags[:-1]).clamp(min=0)], 0.0)
-    state = torch.zeros_like(rows[0])
-    for start in range(0, len(tokens), SLOW_BLOCK):
-        x = model.slow_inputs(tokens[start : start + SLOW_BLOCK])
-        block = rows[start : start + len(x)]
-        torch.addmm(torch.outer(powers[1 : len(x) + 1], state), within[: len(x), : len(x)], x, out=block)
-        state = block[-1]
-    return rows
+    def __init__(self, slow: SlowContext | None, embedding: Tensor | None):
+        """`embedding` [V, d] is what the slow context is made from; without one, h is read as it is."""
+        self.slow, self.embedding = slow, embedding
+        self._streams: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, h: Tensor, tokens: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
+        """From h [B, d] at `positions` [B] of the stream `tokens` [T], or with other slow contexts `rows` [B, d]."""
+        if self.slow is None:
+            return h
+        return self.slow(h, self.contexts(tokens)[positions] if rows is None else rows)
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        """The slow contexts of the stream `tokens` [T], float32 [T, d]."""
+        for stream, found in self._streams:
+            if stream is tokens:
+                return found
+        rows = _matrix(len(tokens), self.embedding.shape[1], tokens.device)
+        self._streams.append((tokens, self.slow.fill(rows, self.embedding, tokens)))
+        return rows
 
 
 @torch.no_grad()

@@ -172,7 +172,6 @@ def parameters(draw) -> dict:
     if values["model"] in ("lstm", "transformer"):
         values |= {"use_weight_tying": True, "phase2_freeze_embedding": True, "phase2_shuffle": False}
         values |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
-        values["slow_decay"] = 0.0
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
         values["num_heads"] = draw(st.integers(1, 64))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))

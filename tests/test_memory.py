@@ -8,7 +8,7 @@ import torch
 from ctxlm.config import Experiment
 from ctxlm.memory import RECENT, forgetting, horizon, recent_tokens
 from ctxlm.phase2 import Predictor, train_token_block
-from ctxlm.recurrence import ablated, sequential, slow_contexts
+from ctxlm.recurrence import ablated, sequential
 from tests.conftest import stream, tiny
 
 
@@ -53,7 +53,7 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
         for t in positions:
             own = sequential(model, tokens[t - k + 1 : t + 1])
             layers = own.layers(model.context_block, slice(k - 1, k))
-            slow = slow_contexts(model, own.tokens)[-1:] if decay else None
+            slow = predict.with_slow.contexts(own.tokens)[-1:] if decay else None
             losses.append(predict.from_layers(tokens, torch.tensor([t]), layers, slow)[0].item())
         assert found[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert found[k, "val_ppl"] == pytest.approx(math.exp(found[k, "val_loss"]))

@@ -70,6 +70,9 @@ def test_networks_keep_states_or_a_window(outputs):
     rows = ranking.ranking([ours, (networks, losses)]).set_index("experiment")
     assert rows.loc["KN-3", ["parameters", "kept"]].to_numpy().tolist() == [[5000, 400]] * 2
     assert rows.loc["KN-4", ["parameters", "kept"]].to_numpy().tolist() == [[5000, 400 * 32]] * 2
+    slow = [(of.assign(slow_decay=0.98, embed_dim=16), losses) for of, losses in (ours, (networks, losses))]
+    kept = ranking.ranking(slow).set_index("experiment")["kept"]
+    assert (kept - rows["kept"]).tolist() == [16] * len(kept)
     text = ranking.beside_others(ranking.ranking([ours, (networks, losses)]))
     assert (
         text.count("of networks (which know of the corpus's second half where their embedding is ppmi) KN-3, ") == 2

@@ -51,7 +51,7 @@ def by_hand(settings, model, train, val):
     if e.phase2_context_window:
         weights += model.context_block.parameters()
     if e.slow_decay:
-        weights.append(model.slow_gain)
+        weights.append(model.slow.gain)
     learns = e.output_bias == "unigram" or model.head is not None
     if learns:
         bias.requires_grad_(True)
@@ -83,7 +83,7 @@ def by_hand(settings, model, train, val):
             layers = of.layers(model.context_block, positions)
         h = model.token_block(drop(u), [drop(c) for c in layers])
         if e.slow_decay:
-            h = h + model.slow_gain * F.layer_norm(slow(of)[positions], (8,))
+            h = h + model.slow.gain * F.layer_norm(slow(of)[positions], (8,))
         return e.logit_scale * h @ head.T + bias
 
     def through(at, held, window):

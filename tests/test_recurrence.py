@@ -11,8 +11,8 @@ import ctxlm.recurrence
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
-from ctxlm.model import ContextLM
-from ctxlm.recurrence import SLOW_BLOCK, chunked, sequential, slow_contexts
+from ctxlm.model import ContextLM, SlowContext
+from ctxlm.recurrence import SlowReader, chunked, sequential
 from tests.conftest import stream, tiny
 
 
@@ -161,22 +161,29 @@ def test_kept_layers_of_falling_widths(n):
 
 
 @settings(max_examples=20, deadline=None)
-@given(length=st.integers(1, 3 * SLOW_BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
+@given(length=st.integers(1, 3 * SlowContext.BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
 def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
-    model, tokens = tiny(slow_decay=decay, seed=seed), stream(length, seed=seed)
-    model.slow_weights.copy_(torch.rand(len(model.embedding), generator=torch.Generator().manual_seed(seed)))
-    found, s = slow_contexts(model, tokens), torch.zeros(8, dtype=torch.float64)
+    slow, tokens = SlowContext(decay, 60, 8), stream(length, seed=seed)
+    draws = torch.Generator().manual_seed(seed)
+    embedding, shares = torch.randn(60, 8, generator=draws), torch.rand(60, generator=draws)
+    slow.weigh(shares)
+    reader, s = SlowReader(slow, embedding), torch.zeros(8, dtype=torch.float64)
+    found = reader.contexts(tokens)
     for t, token in enumerate(tokens):
-        row = F.layer_norm(model.embedding[token].double(), (8,))
-        s = decay * s + model.slow_weights[token].double() * row
+        s = decay * s + 1e-3 / (1e-3 + shares[token]) * F.layer_norm(embedding[token].double(), (8,))
         torch.testing.assert_close(found[t].double(), s, atol=1e-5, rtol=1e-4)
+    h = torch.randn(1, 8, generator=draws)
+    expected = h.double() + 0.35 * F.layer_norm(s, (8,))
+    torch.testing.assert_close(reader(h, tokens, torch.tensor([length - 1])).double(), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_slow_contexts_read_the_embedding_of_phase_1_and_have_no_gradient():
+def test_slow_contexts_are_made_once_of_the_embedding_before_training_and_have_no_gradient():
     model, tokens = tiny(slow_decay=0.9), stream(30)
-    expected = slow_contexts(model, tokens)
+    expected = SlowReader(model.slow, model.read_embedding).contexts(tokens)
     model.context_embedding = model.embedding.detach().clone()
     with torch.no_grad():
         model.embedding.mul_(torch.rand(model.embedding.shape))
-    found = slow_contexts(model, tokens)
+    reader = SlowReader(model.slow, model.read_embedding)
+    found = reader.contexts(tokens)
     assert torch.equal(found, expected) and not found.requires_grad
+    assert reader.contexts(tokens) is found and reader.contexts(tokens.clone()) is not found
