@@ -34,7 +34,7 @@ DIFFERENCES = {
     "slow": "Two things are not as in the joint recipe, chosen for A on held-out training text: the head also reads a "
     "slow context, a sum of the embeddings of the tokens read that decays by 2 % a token and counts rare tokens for "
     "more, through a trained gain; and a fifth of the input tokens is blanked in training. It thereby remembers which "
-    "words a conversation has used. That helps other models, too: those of grid networks whose label says slow have it. "
+    "words a conversation has used. An LSTM and a Transformer can have it too: labels with slow in grid networks. "
     + APART.format("joint", "two"),
 }
 """What is not as in the recipe before."""
