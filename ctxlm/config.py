@@ -122,7 +122,9 @@ class Experiment(BaseModel):
     )
     phase2_weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
     phase2_dropout: Share = Field(0.0, description="share of context and input entries dropped in training")
-    phase2_token_dropout: Share = Field(0.0, description="share of input tokens blanked in training")
+    phase2_token_dropout: Share = Field(
+        0.0, description="share of input tokens (but for the ContextBlock's) blanked in training"
+    )
     phase2_label_smoothing: Share = Field(0.0, description="share of the target spread over all tokens")
     phase2_weight_average: Share = Field(
         0.0, description="decay an update of the average of the weights that is judged and kept; 0: none"
@@ -180,7 +182,7 @@ class Experiment(BaseModel):
                 f"phase2_context_window = {window} trains contexts, which context_ablation = "
                 f"{self.context_ablation} does not show: set one of the two to its default (0, none)"
             )
-        if self.slow_decay and self.context_ablation != "none":
+        if self.model == "context" and self.slow_decay and self.context_ablation != "none":
             raise ValueError(
                 f"slow_decay = {self.slow_decay} adds a context that context_ablation = {self.context_ablation} "
                 "does not take away: set one of the two to its default (0, none)"

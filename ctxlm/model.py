@@ -226,26 +226,26 @@ class SlowContext(nn.Module):
     """A context that forgets at a set pace, which the head reads through a trained gain: s_t = a·s_{t-1} + w(x_t)·u_t.
 
     u_t is the normalised embedding of the token x_t, and a `slow_decay` (structurally constrained recurrence; Mikolov
-    et al., 2015). The rarer a token, the more it tells: w = RARE / (RARE + its share of the training tokens), the
-    weights of Arora, Liang & Ma (2017).
+    et al., 2015). The rarer a token, the more it tells: w = RARE / (RARE + its frequency), the weights of Arora, Liang
+    & Ma (2017).
     """
 
     RARE = 1e-3
-    """The share of the training tokens at which a token counts for half."""
-    GAIN = 0.35
-    """The gain before it is trained; what the slow context is added to has unit variance, as it has."""
+    """The frequency at which a token counts for half."""
+    GAIN = 0.07
+    """The gain before it is trained, in units of 1 / logit_scale; training moved it little (LOG.md)."""
     BLOCK = 256
     """Tokens that one product computes."""
 
-    def __init__(self, decay: float, vocabulary: int, width: int):
+    def __init__(self, decay: float, logit_scale: float, vocabulary: int, width: int):
         super().__init__()
         self.decay = decay
-        self.gain = nn.Parameter(torch.full((width,), self.GAIN))
+        self.gain = nn.Parameter(torch.full((width,), self.GAIN / logit_scale))
         self.register_buffer("weights", torch.ones(vocabulary))
 
-    def weigh(self, shares: Tensor) -> None:
-        """Set the tokens' weights by their `shares` [V] of the training tokens."""
-        self.weights.copy_(self.RARE / (self.RARE + shares))
+    def weigh(self, frequencies: Tensor) -> None:
+        """Set the tokens' weights by their `frequencies` [V] in the training tokens, counted as in `phase2.unigram`."""
+        self.weights.copy_(self.RARE / (self.RARE + frequencies))
 
     def inputs(self, embedding: Tensor, tokens: Tensor) -> Tensor:
         """What each of `tokens` [...] adds, [..., d]."""
@@ -306,7 +306,7 @@ class ContextLM(nn.Module):
         own_bias = e.output_bias != "none" and self.head is None
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if own_bias else None
         self.logit_scale = e.logit_scale
-        self.slow = SlowContext(e.slow_decay, *embedding.shape) if e.slow_decay else None
+        self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""
@@ -351,6 +351,18 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     if not model.embedding.requires_grad:
         del kept["embedding"]
     return kept
+
+
+def load_own_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a new model of the same experiment and embedding what `own_weights` left of a trained one.
+
+    Raises:
+        RuntimeError: the weights are another model's.
+    """
+    if "context_embedding" in weights:  # a new model has none yet, and its embedding may be the caller's
+        model.context_embedding, own = torch.empty_like(model.embedding), torch.empty_like(model.embedding)
+        model.embedding.data = own
+    model.load_state_dict({"embedding": model.embedding.detach()} | weights)
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

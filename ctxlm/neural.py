@@ -80,7 +80,7 @@ class NeuralLM(nn.Module):
             else:
                 self.body = Transformer(e.embed_dim, e.hidden_dim, e.num_layers, e.num_heads, e.window)
         self.output_bias = nn.Parameter(torch.zeros(len(embedding))) if e.output_bias == "unigram" else None
-        self.slow = SlowContext(e.slow_decay, *embedding.shape) if e.slow_decay else None
+        self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
         # what the slow context is made from: as it was before training
         self.register_buffer("read_embedding", embedding if self.slow else None, persistent=False)
         self.logit_scale, self.window = e.logit_scale, e.window
@@ -175,7 +175,7 @@ def evaluate(reader: Reader, tokens: Tensor, lstm_warmup: int = LSTM_WARMUP) -> 
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction).
 
     A Transformer sees half a window or more before every token but the stream's first ones; an LSTM is read on from
-    `lstm_warmup` tokens or more.
+    `lstm_warmup` tokens or more. A slow context has read the stream from its start.
     """
     half = reader.model.window // 2
     part, warmup = (LSTM_PART, lstm_warmup) if reader.model.recurrent else (reader.model.window - half, half)
@@ -202,12 +202,12 @@ def train_network(
         NonFiniteLoss, ConfigError: as `phase2.fit`.
     """
     e, targets = experiment, len(train) - 1
-    shares = unigram(train, len(model.embedding))
+    log_frequencies = unigram(train, len(model.embedding))
     if model.slow is not None:
-        model.slow.weigh(shares.exp())
+        model.slow.weigh(log_frequencies.exp())
     if model.output_bias is not None:
         with torch.no_grad():
-            model.output_bias.copy_(shares)
+            model.output_bias.copy_(log_frequencies)
     reader = Reader(model, dtype)
     length = -(-targets // (e.phase2_batch_size // e.window)) if model.recurrent else targets + e.window
     updates = -(-length // (e.window if model.recurrent else e.phase2_batch_size))

@@ -114,7 +114,9 @@ def train_token_block(
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
 ) -> Phase2:
-    """Train `model.token_block` (and the untied head, the output's bias, the embedding unless frozen) in place.
+    """Train `model.token_block` in place, and with it what else the model has to train.
+
+    That is the untied head, the output's bias, the slow context's gain, and the embedding unless frozen.
 
     Batches are consecutive tokens in stream order, or with `phase2_shuffle` random ones, every token once an epoch; N
     tokens give N - 1 targets, the short last batch included. The epoch's train loss is the mean of the losses before
@@ -286,13 +288,13 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
         trained["output_bias"] = model.output_bias
     if model.embedding.requires_grad:
         trained["embedding"] = model.embedding
-    shares = unigram(tokens, len(model.embedding))
+    log_frequencies = unigram(tokens, len(model.embedding))
     if model.slow is not None:
-        model.slow.weigh(shares.exp())
+        model.slow.weigh(log_frequencies.exp())
         trained["slow.gain"] = model.slow.gain
     if e.output_bias == "unigram":
         with torch.no_grad():
-            (model.output_bias if model.head is None else model.head.bias).copy_(shares)
+            (model.output_bias if model.head is None else model.head.bias).copy_(log_frequencies)
     return trained
 
 

@@ -186,7 +186,7 @@ def _chunks(
 
 
 class SlowReader:
-    """What a head reads with the slow contexts of streams, each stream's made once."""
+    """What a head reads with the slow contexts of streams, those of the last two kept: training and validation."""
 
     def __init__(self, slow: SlowContext | None, embedding: Tensor | None):
         """`embedding` [V, d] is what the slow context is made from; without one, h is read as it is."""
@@ -205,7 +205,7 @@ class SlowReader:
             if stream is tokens:
                 return found
         rows = _matrix(len(tokens), self.embedding.shape[1], tokens.device)
-        self._streams.append((tokens, self.slow.fill(rows, self.embedding, tokens)))
+        self._streams = [*self._streams[-1:], (tokens, self.slow.fill(rows, self.embedding, tokens))]
         return rows
 
 

@@ -104,6 +104,7 @@ def test_headlines_are_the_worse_configurations_at_the_studys_size():
         {"use_weight_tying": False},
         {"phase2_freeze_embedding": False},
         {"phase2_context_window": 1},
+        {"slow_decay": 0.9},
     ],
 )
 def test_what_the_floor_does_not_count_is_refused(other):

@@ -115,7 +115,8 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert ordinary.startswith("PPL against A: KN-3 (best of 2) −20.0 % (") and ordinary.endswith(over)
     assert ": tuned-A (best of 1) −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
     joint = said["And if contexts learn to predict, too? full"]
-    assert "PPL with a slow context: slow-A −10.0 % (" in said["What does a longer memory bring? full"]
+    longer = said["What does a longer memory bring? full"]
+    assert longer.startswith("PPL with a slow context and ") and "blanked in training: slow-A −10.0 % (" in longer
     assert ": joint-A −20.0 % (" in joint and joint.endswith(" tokens (single runs, seeds not covered).")
 
 
@@ -129,7 +130,8 @@ def test_the_best_is_of_the_models_at_its_size_and_counts_no_other_text(outputs)
     tuned = planted(outputs, {"X": (-0.3, 500), "Y": (-0.3, 400)}, sizes=(20_000,), shapes=dict.fromkeys("XY", (1, 1)))
     more = planted(outputs, {"Z": (-0.3, 300)}, sizes=(20_000,), shapes={"Z": (1, 1)}, ngram_second_half=True)
     late = planted(outputs, {"W": (-0.3, 600)}, sizes=(30_000,), shapes={"W": (1, 1)}, pairs=NESTED[::2])
-    text = headlines._best(study, [tuned, more, late])
+    slow = planted(outputs, {"V": (-0.3, 200)}, sizes=(20_000,), shapes={"V": (1, 1)}, slow_decay=0.98)
+    text = headlines._best(study, [tuned, more, slow, late])
     assert text.startswith("PPL against A: Y (best of 2) −50.0 % (") and ", W (best of 1) −25.0 % (" in text
     assert text.endswith(" at 30,000 tokens (20 validation samples drawn again; single runs, seeds not covered)")
     assert headlines._best(study, [late]).endswith("(20 validation samples drawn again)")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.config import ConfigError, Experiment, read_yaml
-from ctxlm.model import own_weights
+from ctxlm.model import load_own_weights, own_weights
 from ctxlm.neural import NeuralLM, Reader, evaluate, parts, train_network
 from tests.conftest import stream
 
@@ -173,9 +173,16 @@ def test_dropout_and_smoothing_act(kind):
         seen.append(tuple(x.shape))
         return 0 * x
 
+    def blank(x):
+        seen.append(tuple(x.shape))
+        return torch.ones_like(x)
+
     reader = Reader(model, torch.float32)
+    blanked, plain = (reader(tokens, positions, scored, **own)[0] for own in ({"blank": blank}, {}))
+    assert seen == [(2, 8, 8)] and blanked != plain
+    reader.state = None
     _, losses, _ = reader(tokens, positions, scored, drop=drop, smoothing=0.1)
-    assert seen == [(2, 8, 8), (14, 8)]
+    assert seen[1:] == [(2, 8, 8), (14, 8)]
     assert losses.tolist() == pytest.approx([math.log(VOCABULARY)] * 14, rel=1e-5)  # of zeros nothing is predicted
     reader.state = None
     mean, losses, _ = reader(tokens, positions, scored, smoothing=0.1)
@@ -192,7 +199,7 @@ def test_a_networks_head_reads_the_slow_context_too(kind, frozen):
     e, model = small(kind, slow_decay=0.9, phase2_freeze_embedding=frozen)
     before, tokens = model.embedding.detach().clone(), stream(150, VOCABULARY)
     train_network(model, tokens, stream(60, VOCABULARY, seed=1), e)
-    assert "slow.gain" in model.trained() and (model.slow.gain != 0.35).all()
+    assert "slow.gain" in model.trained() and (model.slow.gain != 0.07).all()
     shares = (torch.bincount(tokens, minlength=VOCABULARY) + 1) / (150 + VOCABULARY)
     torch.testing.assert_close(model.slow.weights, 1e-3 / (1e-3 + shares))
     assert torch.equal(model.embedding, before) == frozen
@@ -205,6 +212,10 @@ def test_a_networks_head_reads_the_slow_context_too(kind, frozen):
     positions = torch.arange(8).view(1, 8)
     _, losses, _ = Reader(model, torch.float32)(tokens, positions, positions < 8)
     torch.testing.assert_close(losses, losses_by_hand(model, h, tokens[1:9]), atol=1e-5, rtol=1e-5)
+    new = small(kind, slow_decay=0.9, phase2_freeze_embedding=frozen)[1]
+    load_own_weights(new, own_weights(model))
+    _, again, _ = Reader(new, torch.float32)(tokens, positions, positions < 8)
+    torch.testing.assert_close(again, losses)
 
 
 def test_gradients_end_at_the_window():
@@ -282,7 +293,7 @@ def test_weights_and_order_come_from_the_seed_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_gives_nearly_the_same(kind):
-    _, model = small(kind)
+    _, model = small(kind, slow_decay=0.9)
     tokens = stream(60, VOCABULARY)
     exact, rounded = (evaluate(Reader(model, dtype), tokens)[0] for dtype in (torch.float32, torch.bfloat16))
     assert exact.mean().item() == pytest.approx(rounded.mean().item(), rel=0.02)

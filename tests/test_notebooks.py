@@ -19,7 +19,7 @@ from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT
 from ctxlm.metrics import effective_rank_pct, singular_values
-from ctxlm.model import ContextLM
+from ctxlm.model import ContextLM, load_own_weights
 from ctxlm.phase2 import Predictor, evaluate
 from ctxlm.recurrence import sequential
 
@@ -92,14 +92,15 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
 def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
     """What is written about contexts is of the ContextBlock as Phase 2 left it, and the weights written are those."""
     own = SMALL | {"phase2_context_window": 8, "phase1_init_std": 0.05, "corpus": str(text), "dtype": "float32"}
-    own |= {"phase1_min_iterations": 1, "phase1_max_iterations": 1}
+    own |= {"phase1_min_iterations": 1, "phase1_max_iterations": 1, "phase2_freeze_embedding": False}
+    own |= {"slow_decay": 0.9, "phase2_token_dropout": 0.2}
     process, _ = papermill(tmp_path, output_dir=str(tmp_path / "run"), **own)
     assert process.returncode == 0, process.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     settings = Experiment.from_mapping(own)
     model = ContextLM(settings, torch.from_numpy(load_embedding(settings)))
     before = model.context_block.norms[0].weight.clone()
-    model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=False)
+    load_own_weights(model, load_file(tmp_path / "run" / "model.safetensors"))
     assert not torch.equal(model.context_block.norms[0].weight, before)
     streams = split(settings)
     train, val = (sequential(model, torch.from_numpy(s.tokens).long()) for s in (streams.train, streams.val))

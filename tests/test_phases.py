@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ctxlm.config import Experiment
-from ctxlm.model import ContextLM, own_weights
+from ctxlm.model import ContextLM, load_own_weights, own_weights
 from ctxlm.phase1 import NonFiniteLoss, shape_contexts, train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import chunked, sequential
@@ -17,7 +18,7 @@ SHAPE = {"num_layers": 2, "context_dim": 12, "embed_dim": 8}
 
 def prepared(train=200, val=80, **parameters):
     settings = Experiment.from_mapping(SHAPE, {"phase2_batch_size": 32, "phase2_epochs": 4}, parameters)
-    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k.startswith("use_")})
+    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k.startswith(("use_", "slow_"))})
     tokens, val_tokens = stream(train), stream(val, seed=1)
     return (
         settings,
@@ -141,12 +142,27 @@ def test_contexts_that_are_out_of_date_or_in_a_file_are_made_anew(window, monkey
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("window", [0, 8])
-def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window):
-    settings, model, train, val = prepared(phase2_freeze_embedding=frozen, phase2_context_window=window)
+@pytest.mark.parametrize(("window", "slow"), [(0, 0.0), (8, 0.0), (0, 0.9)])
+def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window, slow):
+    own = {"phase2_freeze_embedding": frozen, "phase2_context_window": window, "slow_decay": slow}
+    settings, model, train, val = prepared(**own)
     before = model.embedding.clone()
     phase2 = train_token_block(model, train, val, settings)
     assert torch.equal(model.embedding, before) == frozen
+    new = ContextLM(settings, before.clone())
+    load_own_weights(new, own_weights(model))
+    for again, expected in zip(new.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(again, expected)
+    if slow:  # made from the embedding before training, whatever became of it
+        s, rows = torch.zeros(before.shape[1]), []
+        for token in val.tokens:
+            row = F.layer_norm(before[token], before.shape[1:])
+            s = slow * s + model.slow.weights[token] * row
+            rows.append(s)
+        found = Predictor(new, torch.float32).with_slow.contexts(val.tokens)
+        torch.testing.assert_close(found, torch.stack(rows))
+    losses, _ = evaluate(Predictor(new, torch.float32), sequential(new, val.tokens))
+    torch.testing.assert_close(losses, phase2.val_losses)
     again, _ = evaluate(Predictor(model, torch.float32), sequential(model, val.tokens))
     torch.testing.assert_close(again, phase2.val_losses)
     assert ("context_embedding" in own_weights(model)) == (not frozen)
@@ -201,11 +217,11 @@ def test_a_loss_that_is_not_finite_stops_phase1():
         train_context_block(model, train.tokens, train.values, settings)
 
 
-@pytest.mark.parametrize("window", [0, 8])
-def test_bfloat16_products_follow_float32(window):
+@pytest.mark.parametrize(("window", "slow"), [(0, 0.0), (8, 0.9)])
+def test_bfloat16_products_follow_float32(window, slow):
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        settings, model, train, val = prepared(phase2_epochs=2, phase2_context_window=window)
+        settings, model, train, val = prepared(phase2_epochs=2, phase2_context_window=window, slow_decay=slow)
         results.append(train_token_block(model, train, val, settings, dtype))
         assert train.values.dtype == torch.float32
     exact, rounded = (phase2.val_losses.mean().item() for phase2 in results)

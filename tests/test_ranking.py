@@ -53,6 +53,7 @@ def test_planted_differences_come_back(outputs, ppl, verdict):
     [
         ({"phase2_freeze_embedding": False}, 50_257 * 128),
         ({"phase2_freeze_embedding": False, "output_bias": "unigram"}, 50_257 * 129),
+        ({"slow_decay": 0.9}, 128),
         ({"use_weight_tying": False}, 50_257 * 129),
         ({"use_weight_tying": False, "output_bias": "unigram"}, 50_257 * 129),
     ],
@@ -73,6 +74,9 @@ def test_networks_keep_states_or_a_window(outputs):
     slow = [(of.assign(slow_decay=0.98, embed_dim=16), losses) for of, losses in (ours, (networks, losses))]
     kept = ranking.ranking(slow).set_index("experiment")["kept"]
     assert (kept - rows["kept"]).tolist() == [16] * len(kept)
+    # which is not what a user would otherwise pick
+    slow = ranking.ranking([ours, (networks.assign(slow_decay=0.98, embed_dim=16), losses)])
+    assert "networks" not in ranking.beside_others(slow)
     text = ranking.beside_others(ranking.ranking([ours, (networks, losses)]))
     assert (
         text.count("of networks (which know of the corpus's second half where their embedding is ppmi) KN-3, ") == 2

@@ -163,7 +163,7 @@ def test_kept_layers_of_falling_widths(n):
 @settings(max_examples=20, deadline=None)
 @given(length=st.integers(1, 3 * SlowContext.BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
 def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
-    slow, tokens = SlowContext(decay, 60, 8), stream(length, seed=seed)
+    slow, tokens = SlowContext(decay, 0.2, 60, 8), stream(length, seed=seed)
     draws = torch.Generator().manual_seed(seed)
     embedding, shares = torch.randn(60, 8, generator=draws), torch.rand(60, generator=draws)
     slow.weigh(shares)

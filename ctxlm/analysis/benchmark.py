@@ -169,10 +169,10 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
-        ConfigError: the floor of its design, head, embedding or trained contexts is not counted.
+        ConfigError: the floor of its design, head, embedding, trained or slow contexts is not counted.
         RuntimeError: it failed; the message is its last line.
     """
-    counted = ("design", "use_weight_tying", "phase2_freeze_embedding", "phase2_context_window")
+    counted = ("design", "use_weight_tying", "phase2_freeze_embedding", "phase2_context_window", "slow_decay")
     for name in counted:  # of these, the study's values
         value = Experiment.model_fields[name].default
         if getattr(experiment, name) != value:

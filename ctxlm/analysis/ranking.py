@@ -27,8 +27,8 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
 
     Columns train_tokens, experiment, model, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers
     carried from token to token), n (runs), replicates, dof, samples, difference, interval (None: it cannot be given),
-    reads_more (text beside the training tokens), mixed (with an n-gram). Sizes without a run of `BASE`, and runs judged
-    on other tokens, are left out.
+    reads_more (text beside the training tokens), slow (has a slow context), mixed (with an n-gram). Sizes without a run
+    of `BASE`, and runs judged on other tokens, are left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
@@ -48,11 +48,11 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
             row |= {"replicates": found.replicates, "dof": found.dof}
             row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
-            row["reads_more"] = bool(own["ngram_second_half"].any())
+            row |= {"reads_more": bool(own["ngram_second_half"].any()), "slow": bool(own["slow_decay"].any())}
             row["mixed"] = MIXED_ORDER in own and bool(own[MIXED_ORDER].notna().any())
             rows.append(row)
     columns = "train_tokens experiment model n ppl test_ppl accuracy seconds difference interval samples".split()
-    columns += ["replicates", "dof", "parameters", "kept", "reads_more", "mixed"]
+    columns += ["replicates", "dof", "parameters", "kept", "reads_more", "slow", "mixed"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
 
@@ -123,7 +123,7 @@ def ranking_effects(ranked: pd.DataFrame) -> dict[str, list[Effect]]:
 def beside_others(ranked: pd.DataFrame) -> str:
     """The best ordinary model of each kind, at every size, against the context model `BASE`."""
     kinds = ranked["model"].map({"kneser-ney": "n-grams", "context": ""}).fillna("networks")
-    kinds = kinds.mask((kinds == "n-grams") & ranked["reads_more"], "more").mask(ranked["mixed"], "")
+    kinds = kinds.mask((kinds == "n-grams") & ranked["reads_more"], "more").mask(ranked["mixed"] | ranked["slow"], "")
     said = []
     for size, group in ranked.groupby("train_tokens"):
         best = group.assign(kind=kinds).drop_duplicates("kind").set_index("kind")  # they are sorted

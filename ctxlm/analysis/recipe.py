@@ -31,10 +31,11 @@ DIFFERENCES = {
     "joint": "Three things are not as in the tuned recipe, chosen for A on held-out training text: the ContextBlock "
     "starts from small weights, Phase 1 is left out, and Phase 2 trains the ContextBlock together with the TokenBlock. "
     + APART.format("tuned", "three"),
-    "slow": "Two things are not as in the joint recipe, chosen for A on held-out training text: the head also reads a "
-    "slow context, a sum of the embeddings of the tokens read that decays by 2 % a token and counts rare tokens for "
-    "more, through a trained gain; and a fifth of the input tokens is blanked in training. It thereby remembers which "
-    "words a conversation has used. An LSTM and a Transformer can have it too: labels with slow in grid networks. "
+    "slow": "Two things are not as in the joint recipe: through a trained gain the head also reads a slow context, a "
+    "sum of the embeddings of the tokens read that decays by 2 % a token and gives rare tokens more weight, so that it "
+    "can carry which words were used a hundred tokens ago; and in training a fifth of the TokenBlock's input tokens is "
+    "blanked. That such a memory is worth having was seen on validation text; its decay was chosen for A on held-out "
+    "training text. An LSTM and a Transformer can have it too: labels with slow in grid networks. "
     + APART.format("joint", "two"),
 }
 """What is not as in the recipe before."""
