@@ -177,16 +177,12 @@ class Experiment(BaseModel):
                 f"phase2_batch_size = {self.phase2_batch_size} is not a multiple of phase2_context_window = {window}, "
                 "and a batch holds whole windows: make it one"
             )
-        if window and self.context_ablation != "none":
-            raise ValueError(
-                f"phase2_context_window = {window} trains contexts, which context_ablation = "
-                f"{self.context_ablation} does not show: set one of the two to its default (0, none)"
-            )
-        if self.model == "context" and self.slow_decay and self.context_ablation != "none":
-            raise ValueError(
-                f"slow_decay = {self.slow_decay} adds a context that context_ablation = {self.context_ablation} "
-                "does not take away: set one of the two to its default (0, none)"
-            )
+        for name in ("phase2_context_window", "slow_decay"):
+            if self.model == "context" and getattr(self, name) and self.context_ablation != "none":
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} trains or adds contexts that context_ablation = "
+                    f"{self.context_ablation} does not replace: set one of the two to its default (0, none)"
+                )
         targets = (self.train_tokens or 0) - self.held_out_tokens - 1
         if self.model == "context" and targets > 0:  # otherwise only the corpus tells how many updates there are
             self.check_warmup(-(-targets // self.phase2_batch_size))

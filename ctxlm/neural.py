@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ctxlm.config import Experiment
 from ctxlm.loss import Score, autocast
 from ctxlm.model import SlowContext, generator, sent, token_inputs
-from ctxlm.phase2 import Phase2, fit, unigram
+from ctxlm.phase2 import Phase2, fit, set_frequencies
 from ctxlm.recurrence import SlowReader
 
 LSTM_PART, LSTM_WARMUP = 1024, 256
@@ -202,12 +202,7 @@ def train_network(
         NonFiniteLoss, ConfigError: as `phase2.fit`.
     """
     e, targets = experiment, len(train) - 1
-    log_frequencies = unigram(train, len(model.embedding))
-    if model.slow is not None:
-        model.slow.weigh(log_frequencies.exp())
-    if model.output_bias is not None:
-        with torch.no_grad():
-            model.output_bias.copy_(log_frequencies)
+    set_frequencies(train, len(model.embedding), model.output_bias, model.slow)
     reader = Reader(model, dtype)
     length = -(-targets // (e.phase2_batch_size // e.window)) if model.recurrent else targets + e.window
     updates = -(-length // (e.window if model.recurrent else e.phase2_batch_size))

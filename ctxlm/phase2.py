@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ctxlm.config import Experiment
 from ctxlm.loss import Score, autocast
 from ctxlm.metrics import loss_summary, overfit_rate, perplexity
-from ctxlm.model import ContextLM, generator, sent
+from ctxlm.model import ContextLM, SlowContext, generator, sent
 from ctxlm.phase1 import NonFiniteLoss
 from ctxlm.recurrence import Contexts, SlowReader, chunked
 
@@ -288,14 +288,21 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
         trained["output_bias"] = model.output_bias
     if model.embedding.requires_grad:
         trained["embedding"] = model.embedding
-    log_frequencies = unigram(tokens, len(model.embedding))
     if model.slow is not None:
-        model.slow.weigh(log_frequencies.exp())
         trained["slow.gain"] = model.slow.gain
-    if e.output_bias == "unigram":
-        with torch.no_grad():
-            (model.output_bias if model.head is None else model.head.bias).copy_(log_frequencies)
+    bias = model.output_bias if model.head is None else model.head.bias
+    set_frequencies(tokens, len(model.embedding), bias if e.output_bias == "unigram" else None, model.slow)
     return trained
+
+
+@torch.no_grad()
+def set_frequencies(tokens: Tensor, vocabulary: int, bias: Tensor | None, slow: SlowContext | None) -> None:
+    """Start what goes by the frequencies of the training `tokens` [T]: an output bias [V], a slow context's weights."""
+    log_frequencies = unigram(tokens, vocabulary)
+    if bias is not None:
+        bias.copy_(log_frequencies)
+    if slow is not None:
+        slow.weigh(log_frequencies.exp())
 
 
 def unigram(tokens: Tensor, vocabulary: int) -> Tensor:

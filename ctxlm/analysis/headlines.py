@@ -254,9 +254,6 @@ def _step(grids: Mapping[str, Grid], name: str, what: str) -> str:
     ]
     if not parts:
         return ""
-    alone = (
-        ""
-        if min(difference.replicates for difference in found["difference"]) > 1
-        else " (single runs, seeds not covered)"
-    )
+    fewest = min(difference.replicates for difference in found["difference"])
+    alone = "" if fewest > 1 else " (single runs, seeds not covered)"
     return f"PPL with {what}: {', '.join(parts)} tokens{alone}"

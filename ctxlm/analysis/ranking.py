@@ -63,9 +63,13 @@ def _parameters(run: pd.Series) -> int:
         embedding = 0 if run["phase2_freeze_embedding"] else run["embed_dim"]
         head = 0 if run["use_weight_tying"] else run["embed_dim"] + 1  # it has a bias of its own
         bias = run["use_weight_tying"] and run["output_bias"] != "none"
-        slow = run["embed_dim"] if run["slow_decay"] else 0
-        return int(blocks + slow + VOCABULARY * (embedding + head + bias))
+        return int(blocks + _slow(run) + VOCABULARY * (embedding + head + bias))
     return 0 if run["model"] == "kneser-ney" else int(run["trained_params"])
+
+
+def _slow(run: pd.Series) -> int:
+    """Width of the slow context, and as many gains; 0 where there is none."""
+    return run["embed_dim"] if run["slow_decay"] and run["model"] != "kneser-ney" else 0
 
 
 def _kept(run: pd.Series) -> int:
@@ -74,15 +78,14 @@ def _kept(run: pd.Series) -> int:
     The context and all but the newest input token; an LSTM's two states a layer; a Transformer's keys and values of a
     window; the slow context, where there is one; an n-gram's last tokens; of a mixture what both need.
     """
-    slow = run["embed_dim"] if run["slow_decay"] else 0
     kept, reads = {
-        "context": (run["context_dim"] + slow, run["num_input_tokens"]),
-        "lstm": (2 * run["num_layers"] * run["hidden_dim"] + slow, 1),
-        "transformer": (2 * run["num_layers"] * run["hidden_dim"] * run["window"] + slow, 1),
+        "context": (run["context_dim"], run["num_input_tokens"]),
+        "lstm": (2 * run["num_layers"] * run["hidden_dim"], 1),
+        "transformer": (2 * run["num_layers"] * run["hidden_dim"] * run["window"], 1),
         "kneser-ney": (0, run["ngram_order"]),
     }[run["model"]]
     mixed = run.get(MIXED_ORDER, 1)
-    return int(kept + max(reads, 1 if pd.isna(mixed) else mixed) - 1)
+    return int(kept + _slow(run) + max(reads, 1 if pd.isna(mixed) else mixed) - 1)
 
 
 def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
