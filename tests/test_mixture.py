@@ -1,14 +1,17 @@
-"""A model and an n-gram in equal shares: the mean of their probabilities, token by token."""
+"""A model and an n-gram in equal shares, or with a cache: the mean of their probabilities, token by token."""
 
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ctxlm.analysis import mixture, ranking, recipe
 from ctxlm.analysis.scaling import read_grid
 from ctxlm.config import ConfigError
+from ctxlm.corpus import Corpus
 from tests.planted import plant
 
 SIZES = (20_000, 40_000)
@@ -70,6 +73,39 @@ def test_a_mixture_is_ranked_and_described_beside_its_parts(planted):
     row = recipe.beside([mixed], [models[0][1], ngrams[1]], ["A", "KN-4"]).iloc[0]
     assert row["Model"] == "A + KN-4" and row["Last PPL above best"] == "" and row["Runs"] == 1
     assert row["Against A (ppmi)"].startswith("−") and row["Against KN-4"].startswith("−")
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.floats(0.3, 1))
+def test_a_cache_is_the_weighted_share_of_what_was_read(tokens, decay):
+    found = mixture.cache_probabilities(np.array(tokens, np.int32), decay)
+    for position in range(1, len(tokens)):
+        weights = [decay ** (position - i) for i in range(position)]
+        same = [w for w, token in zip(weights, tokens, strict=False) if token == tokens[position]]
+        assert found[position - 1] == pytest.approx(sum(same) / sum(weights), abs=1e-12)
+
+
+def test_a_cache_is_mixed_in_by_its_share(planted, monkeypatch):
+    folder = planted / "planted" / "A_train_tokens-20000_seed-42"
+    p, sample = leave_losses(folder, 1)
+    tokens = np.random.default_rng(0).integers(0, 9, len(sample) + 1, dtype=np.int32)
+    starts = np.flatnonzero(np.diff(sample, prepend=-1))
+    starts[1:] += 1  # the stream's first token is not predicted
+    corpus = Corpus(
+        "chitchat", np.concatenate([np.zeros(7, np.int32), tokens]), np.r_[range(7), 7 + starts, 7 + len(tokens)]
+    )
+    monkeypatch.setattr(mixture, "load_corpus", lambda name: corpus)
+    models = [grids()[0][0]]
+    runs, history, by_sample = mixture.cached(models, decay=0.9, share=0.2)
+    assert runs[["experiment", "train_tokens"]].to_numpy().tolist() == [["A + cache", 20_000]] and history.empty
+    surprise = -np.log(0.8 * p + 0.2 * mixture.cache_probabilities(tokens, 0.9))
+    assert runs["val_ppl"].item() == pytest.approx(np.exp(surprise.mean()), rel=1e-5)
+    assert by_sample["loss_sum"].sum() == pytest.approx(surprise.sum(), rel=1e-5)
+    cached = mixture.cached(models)
+    table = recipe.counterparts_table(recipe.counterparts([models[0][1], cached], mixture.CACHED))
+    assert table[["Model", "Counterpart"]].to_numpy().tolist() == [["A + cache", "A"]]
+    assert "Last PPL above best" not in table
+    monkeypatch.setattr(mixture, "load_corpus", lambda name: Corpus(name, corpus.tokens[:-1], corpus.starts))
+    assert mixture.cached(models)[0].empty  # other text than the run was judged on
 
 
 def test_nothing_is_mixed_without_both_or_on_other_tokens(planted):

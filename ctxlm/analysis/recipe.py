@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ctxlm.analysis import explain
+from ctxlm.analysis.mixture import CACHE_DECAY, CACHE_SHARE, CACHED
 from ctxlm.analysis.phrases import change, percent, span
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import Grid, PairedDifference, paired_difference
@@ -21,8 +22,9 @@ LEGEND = (
     "mixture in equal shares with an n-gram, token by token; columns of models that read through an embedding name it."
 )
 """How to read `beside`."""
-BEFORE = {"joint": "tuned", "slow": "joint"}
-"""The recipe that each recipe goes on from."""
+BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", CACHED: ""}
+"""What a part of a label stands in the place of: the recipe that a recipe goes on from; nothing, for a slow context of
+networks (LSTM-slow) and for a cache."""
 APART = (
     "In pairs with the {} recipe's runs, PPL changes as follows; by which of the {} is not taken apart "
     f"({SINGLE}: the interval does not cover seeds and training texts)."
@@ -37,6 +39,12 @@ DIFFERENCES = {
     "blanked. That such a memory is worth having was seen on validation text; its decay was chosen for A on held-out "
     "training text. An LSTM and a Transformer can have it too: labels with slow in grid networks. "
     + APART.format("joint", "two"),
+    CACHED: "A cache gives every token its share of the tokens read, each of which weighs "
+    f"{100 * (1 - CACHE_DECAY):g} % less than the one after it; it is mixed in with {100 * CACHE_SHARE:g} % of every "
+    "token's probability, for all models alike. Nothing is trained, but a number for every token of the vocabulary is "
+    "kept from token to token. Decay and share were chosen for the slow recipe on held-out training text; that a cache "
+    "helps was seen on validation text before. In pairs with the same run without it, PPL changes as follows "
+    f"({SINGLE}: the interval does not cover seeds and training texts).",
 }
 """What is not as in the recipe before."""
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
@@ -91,7 +99,7 @@ def _end(runs: pd.DataFrame) -> str:
 
 
 def counterparts(grids: Sequence[Grid], name: str) -> pd.DataFrame:
-    """The recipe `name` beside the one before: a row a label, as "joint…", and size that "tuned…" has been run at, too.
+    """What `name` of `BEFORE` changes: a row a label that has it in, and size that its counterpart is known at, too.
 
     Columns experiment, against, train_tokens, n, difference (a `PairedDifference`), ppl, ppl_against, overfit_rate,
     overfit_rate_against. Pairs that were judged on other text are left out.
@@ -100,8 +108,9 @@ def counterparts(grids: Sequence[Grid], name: str) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     if runs.empty:
         return pd.DataFrame(rows)
-    for (label, size), mine in runs[runs["experiment"].str.startswith(name)].groupby(["experiment", "train_tokens"]):
-        other = f"{BEFORE[name]}{label.removeprefix(name)}"
+    named = runs[runs["experiment"].str.contains(name, regex=False)]
+    for (label, size), mine in named.groupby(["experiment", "train_tokens"]):
+        other = label.replace(name, BEFORE[name])
         known = runs[(runs["experiment"] == other) & (runs["train_tokens"] == size)]
         found = _paired(mine, known, val_by_sample)
         if found:
@@ -123,11 +132,11 @@ def counterparts_table(found: pd.DataFrame) -> pd.DataFrame:
         "Counterpart": found["against"],
         "Its PPL": found["ppl_against"].map("{:.1f}".format),
         "Change of PPL": found["difference"].map(_change),
-        "Last PPL above best": found["overfit_rate"].map(percent),
-        "The counterpart's": found["overfit_rate_against"].map(percent),
-        "Runs": found["n"],
     }
-    return pd.DataFrame(table)
+    if found["overfit_rate"].notna().all():  # else mixtures, which have no epochs
+        table["Last PPL above best"] = found["overfit_rate"].map(percent)
+        table["The counterpart's"] = found["overfit_rate_against"].map(percent)
+    return pd.DataFrame(table | {"Runs": found["n"]})
 
 
 def ingredients(tuned: Grid, without: Grid) -> pd.DataFrame:
