@@ -182,7 +182,7 @@ def test_the_gap_is_set_beside_the_published_one(outputs):
     plant(outputs, {"A": (-0.3, 846), "B": (-0.3, 900)}, **STUDY)  # A leads by 6 % at both sizes
     text = gaps(read()[-1], tables.published_runs()).replace("\u00a0", " ")
     assert "PPL of A against B: −5.4 % published, −6.0 % (" in text and "+1.7 % published, −6.0 % (" in text
-    assert text.endswith("at 183,620 tokens. Not the same configuration leads at every size.")
+    assert text.endswith("at 183,620 tokens. B leads there, A here, at 183,620 tokens.")
     assert gaps({"paired_differences": []}, tables.published_runs()) == ""
 
 
@@ -282,7 +282,7 @@ def test_paired_figure_shows_the_differences_in_per_cent(outputs):
     runs, _, _, summary = read()
     figure = plots.plot_paired_differences(runs, summary)
     assert figure.axes[0].containers[0][0].get_ydata() == pytest.approx([800 / 850 - 1] * 4)
-    assert figure.get_suptitle() == "n = 8 runs, 1 of a configuration and size"
+    assert figure.get_suptitle() == "Pairs on the same text: n = 8 runs, 1 of a configuration and size"
     unpaired = plots.plot_paired_differences(pd.concat([runs, runs.iloc[:1].assign(train_tokens=1)]), summary)
     assert unpaired.get_suptitle() == figure.get_suptitle()
 
@@ -315,7 +315,7 @@ def test_learning_curves_of_several_runs_are_averaged_as_far_as_all_went(outputs
     assert [len(line.get_xdata()) for line in mean] == [4, 4] and len(thin) == 4
     for k, line in enumerate(mean):
         assert line.get_ydata() == pytest.approx(np.mean([x.get_ydata()[:4] for x in thin[2 * k : 2 * k + 2]], axis=0))
-    assert figure.get_suptitle() == "n = 2 runs, 2 of a configuration and size; thick lines are means"
+    assert figure.get_suptitle() == "PPL by epoch: n = 2 runs, 2 of a configuration and size; thick lines are means"
 
 
 def test_points_are_ranks_and_bars_minutes(outputs):
@@ -381,9 +381,13 @@ def test_memory_shows_all_tokens_before_and_after(outputs):
         assert before.get_xdata()[-1] == after.get_xdata()[-1] == 20 and figure.axes[0].get_xlim()[1] > 20
         assert before.get_ydata()[0] == after.get_ydata()[0] == 100
         assert before.get_markevery() != after.get_markevery()
-        assert figure.get_suptitle().startswith("n = ")
+        assert "n = " in figure.get_suptitle()
     assert "right: over 2 replicates, 95 % intervals" in figure.get_suptitle()
-    assert plots.plot_generalisation(explain.generalisation(history, runs)).get_suptitle().startswith("n = 4 runs")
+    assert (
+        plots.plot_generalisation(explain.generalisation(history, runs))
+        .get_suptitle()
+        .startswith("Generalisation: n = 4 runs")
+    )
 
 
 def test_no_text_of_the_main_figures_overlaps(outputs):
@@ -524,9 +528,9 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         shown = [part for part in shown if isinstance(part, pd.DataFrame)]
         known, ranked, compared = (
             next(part for part in shown if column in part)
-            for column in ("Question", "PPL against A", "Last PPL above best")
+            for column in ("Question", "PPL against A", "Against A (ppmi)")
         )
-        assert len(known) == 13 and known["Answer"].iloc[-4].startswith("PPL against A: KN-4 (best of 2) ")
+        assert len(known) == 13 and known["Answer"].iloc[-4].startswith("PPL against A: KN-4 ")
         assert known["Scale: grids"].iloc[-4] == "full: study, baselines, networks"
         assert set(ranked["Model"]) == {"A", "B", "KN-4", "LSTM", "tuned-A", "joint-A", "slow-A"}
         pairs = pd.concat([part for part in shown if "Its PPL" in part])

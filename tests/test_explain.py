@@ -135,7 +135,10 @@ def test_planted_depth_width_and_interaction_are_recovered():
 
     found = factorial_effects(factorial(loss))
     names = ["6 layers against 3", "context 256 against 128", "interaction"]
-    names += ["6 layers against 3, per doubling", "context 256 against 128, per doubling"]
+    names += [
+        "6 layers against 3: change with twice the tokens",
+        "context 256 against 128: change with twice the tokens",
+    ]
     assert [effect.name for effect in found] == names
     for effect, value in zip(found, (-0.08, 0.05, 0.03, 0.02, -0.01), strict=True):
         assert effect.estimate == pytest.approx(value, abs=0.006)

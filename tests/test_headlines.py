@@ -104,16 +104,17 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert said["Do the curves cross? quick"].startswith(more)
     assert "a doubling of the training tokens changes last PPL / best PPL by −" in said["Does Phase 2 over-fit? quick"]
     assert ": A +6.0 % instead of +6.0 %." in said["Does it over-fit without the contexts? quick"]
-    parts, whole = (said[f"What do Phase 1 and the contexts contribute? {scale}"] for scale in ("quick", "full"))
+    asked = "What do Phase 1 and the contexts contribute"
+    parts, whole = (said[f"{asked}{scale}"] for scale in ("? quick", " at full size? full"))
     assert "With Phase 1 left out, PPL changes, of A +12.5 % (" in parts and ": Phase 1 lowers PPL; " in parts
     assert "with contexts of zeros, PPL changes, of A +100.0 % (" in parts
     assert whole.startswith("With contexts of zeros, PPL changes, of A −25.0 % (") and whole.endswith(
-        ": single runs, no verdict."
+        ", in single runs."
     )
     over = " tokens (20 validation samples drawn again; single runs, seeds not covered)."
     ordinary = said["What would a user otherwise pick? full"]
-    assert ordinary.startswith("PPL against A: KN-3 (best of 2) −20.0 % (") and ordinary.endswith(over)
-    assert ": tuned-A (best of 1) −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
+    assert ordinary.startswith("PPL against A: KN-4 −12.5 % (") and ordinary.endswith(over)
+    assert ": tuned-A −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
     joint = said["And if contexts learn to predict, too? full"]
     longer = said["What does a longer memory bring? full"]
     assert longer.startswith("PPL with a slow context and ") and "blanked in training: slow-A −10.0 % (" in longer
@@ -125,13 +126,14 @@ def test_without_results_nothing_is_said():
     assert headlines.scales(NOTHING) == "**What other grids of this repository say**:"
 
 
-def test_the_best_is_of_the_models_at_its_size_and_counts_no_other_text(outputs):
+def test_models_are_set_against_a_by_name(outputs):
     study = planted(outputs, {"A": (-0.3, 800)}, sizes=(20_000, 30_000), pairs=NESTED[::2])
     tuned = planted(outputs, {"X": (-0.3, 500), "Y": (-0.3, 400)}, sizes=(20_000,), shapes=dict.fromkeys("XY", (1, 1)))
     more = planted(outputs, {"Z": (-0.3, 300)}, sizes=(20_000,), shapes={"Z": (1, 1)}, ngram_second_half=True)
     late = planted(outputs, {"W": (-0.3, 600)}, sizes=(30_000,), shapes={"W": (1, 1)}, pairs=NESTED[::2])
-    slow = planted(outputs, {"V": (-0.3, 200)}, sizes=(20_000,), shapes={"V": (1, 1)}, slow_decay=0.98)
-    text = headlines._best(study, [tuned, more, slow, late])
-    assert text.startswith("PPL against A: Y (best of 2) −50.0 % (") and ", W (best of 1) −25.0 % (" in text
+    text = headlines._beside_a(study, [tuned, more, late], ("W", "Y", "Z"))
+    assert text.startswith("PPL against A: Z (counts more text) −62.5 % (") and "; Y −50.0 % (" in text
+    assert "; W −25.0 % (" in text and "X" not in text
     assert text.endswith(" at 30,000 tokens (20 validation samples drawn again; single runs, seeds not covered)")
-    assert headlines._best(study, [late]).endswith("(20 validation samples drawn again)")
+    assert headlines._beside_a(study, [late]).endswith("(20 validation samples drawn again)")
+    assert headlines._beside_a(study, [late], ("X",)) == ""

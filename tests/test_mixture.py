@@ -71,7 +71,7 @@ def test_a_mixture_is_ranked_and_described_beside_its_parts(planted):
     table = ranking.ranking_table(ranked).set_index("Model").loc["A + KN-4"]
     assert table["Test PPL"] == "" and table["Accuracy, %"] == ""
     row = recipe.beside([mixed], [models[0][1], ngrams[1]], ["A", "KN-4"]).iloc[0]
-    assert row["Model"] == "A + KN-4" and row["Last PPL above best"] == "" and row["Runs"] == 1
+    assert row["Model"] == "A + KN-4" and "Last PPL above best" not in row and row["Runs"] == 1
     assert row["Against A (ppmi)"].startswith("−") and row["Against KN-4"].startswith("−")
 
 

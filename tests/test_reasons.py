@@ -121,12 +121,14 @@ def test_published_gaps_are_held_against_what_samples_resolve(outputs):
     text = reasons.resolved(fine, published)
     weigh = 50 * effective(fine.groupby("sample")["tokens"].first()) / 50
     assert f"as {weigh:.0f} equal ones, which leaves {weigh - 1:.0f} d.o.f." in text
-    assert "−5.4 % at 86,925 tokens exceeds that" in text and "+1.7 % at 183,620 tokens exceeds that" in text
+    assert text.endswith("Of its gaps, −5.4 % at 86,925 tokens and +1.7 % at 183,620 tokens, both exceed that.")
     theirs = (published["train_tokens"] / published["train_samples"]).mean()
     assert f"The study's samples have some {theirs:,.0f} tokens" in text
     _, _, coarse = planted(outputs, laws, samples=50, spread=0.1)
     text = reasons.resolved(coarse, published)
-    assert "+1.7 % at 183,620 tokens does not exceed that" in text
+    assert text.endswith("+1.7 % at 183,620 tokens, neither exceeds that.")
+    _, _, between = planted(outputs, laws, samples=50, spread=0.025)
+    assert reasons.resolved(between, published).endswith("only −5.4 % at 86,925 tokens exceeds that.")
     assert reasons.resolved(coarse.iloc[:0], published) == ""
     assert reasons.resolved(fine[fine["experiment"] == "A"], published) == ""
 
@@ -212,9 +214,8 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     runs, _, val = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
     assert "Phase 1 raises PPL" in reasons.ablations(runs, val)[0]
     one = reasons.ablations(runs[runs["seed"] == 1], val)[0]
-    assert re.search(
-        r"\(n = 4 pairs, 20 validation samples drawn again, [\d.]+ d.o.f., seeds not covered\): single runs, no v", one
-    )
+    drawn = r"\(n = 4 pairs, 20 validation samples drawn again, [\d.]+ d.o.f., seeds not covered\)"
+    assert re.search(rf"{drawn}: Phase 1 raises PPL, in single runs\.", one)
     assert "(last PPL / best PPL; single runs)" in one
     (axes,) = plots.plot_effects(reasons.ablation_effects(runs, val_by_sample=val), "change").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["A: Phase 1 left out", "A: contexts of zeros"]

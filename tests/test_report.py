@@ -98,6 +98,8 @@ def test_index_has_results_but_no_code(outputs):
     assert "secret_call" not in text and "plot();" not in text and "The runs of a grid</h1>" not in text
     assert "2 finished runs · grid mini · written " in text and "commit " in text
     assert 'alt="Main figure"' in text
+    contents = re.findall('<a href="#(section-[0-9]+)">(.*?)</a>', text)
+    assert contents and contents == re.findall('<h2 id="(section-[0-9]+)">(.*?)</h2>', text)
 
 
 def test_index_links_to_every_notebook_with_its_code(outputs):

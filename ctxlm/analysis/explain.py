@@ -136,7 +136,9 @@ def factorial_effects(
     deep, wide = f"{depths[1]} layers against {depths[0]}", f"context {widths[1]} against {widths[0]}"
     columns = {deep: depth, wide: width, "interaction": depth * width}
     if len(sizes) > 1:
-        columns |= {f"{deep}, per doubling": depth * doublings, f"{wide}, per doubling": width * doublings}
+        columns |= {
+            f"{name}: change with twice the tokens": x * doublings for name, x in ((deep, depth), (wide, width))
+        }
     kept = len(columns)
     columns |= {f"size {size}": (runs["train_tokens"] == size).astype(float) for size in sizes[1:]}
     drawn = None if val_by_sample is None else loss_sums(val_by_sample, runs["run"])

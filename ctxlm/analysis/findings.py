@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from ctxlm.analysis.phrases import change, count, p_text, percent, signed, sizes_text, span, tokens_text, winner
-from ctxlm.analysis.scaling import LEFT_OUT, with_phase1
+from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, with_phase1
 from ctxlm.results import load_runs
 
 VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
@@ -76,9 +76,12 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = count(replicates, "replicate")
+    finished, planned = count(len(runs), "run"), runs.attrs.get(PLANNED, len(runs))
+    if planned > len(runs):
+        finished = f"{len(runs)} of {planned} planned runs"
     stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
     return (
-        f"Grid {grid}: {count(len(runs), 'run')} in {independent}, trained on {sizes}: {models}; "
+        f"Grid {grid}: {finished} in {independent}, trained on {sizes}: {models}; "
         f"embeddings of {span(runs['embed_dim'])} dimensions, {span(runs['val_samples'])} validation samples. "
         f"Source: {sources(runs)}.{stale}{one_kind(runs)}"
     )
@@ -127,18 +130,21 @@ def what_differs(runs: pd.DataFrame) -> str:
 def gaps(summary: dict[str, Any], published: pd.DataFrame) -> str:
     """The gap between two configurations, published and ours, at every size of both."""
     ppl = published.set_index(["experiment", "train_tokens"])["val_ppl"]
-    said, agree = [], True
+    said, turned = [], []
     for d in summary["paired_differences"]:
         keys = [(d[side], d["train_tokens"]) for side in ("a", "b")]
         if all(key in ppl.index for key in keys):
-            theirs = ppl[keys[0]] / ppl[keys[1]] - 1
-            agree &= (theirs < 0) == (d["log_ppl"] < 0)
+            theirs, size = ppl[keys[0]] / ppl[keys[1]] - 1, f"{d['train_tokens']:,} tokens"
+            if (theirs < 0) != (d["log_ppl"] < 0):
+                turned.append(
+                    f"{d['a' if theirs < 0 else 'b']} leads there, {d['a' if theirs > 0 else 'b']} here, at {size}"
+                )
             ours = change(d["log_ppl"], d["interval"])
-            said.append(f"{percent(theirs)} published, {ours} ours at {d['train_tokens']:,} tokens")
+            said.append(f"{percent(theirs)} published, {ours} ours at {size}")
     if not said:
         return ""
     a, b = summary["paired_differences"][0]["a"], summary["paired_differences"][0]["b"]
-    verdict = "The same configuration leads" if agree else "Not the same configuration leads at every size"
+    verdict = "; ".join(turned) or "The same configuration leads"
     return f"**The gap.** PPL of {a} against {b}: {'; '.join(said)}. {verdict}."
 
 

@@ -26,6 +26,8 @@ from ctxlm.analysis.scaling import Grid
 from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
+ORDINARY = ("LSTM", "Transformer", "KN-4", "KN-4-second-half")
+"""What a user would otherwise pick, of grids networks and baselines."""
 LEARNING = "small contexts that skip Phase 1 and are trained in Phase 2"
 SLOW = "a slow context and a fifth of the input tokens blanked in training"
 
@@ -41,7 +43,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     many, _, many_val = grids["variance"]
     study = grids["study"]
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
-    ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute?"
+    ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute{}?"
     rows = [
         ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
         (
@@ -55,15 +57,15 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
         ("Does Phase 2 over-fit?", _overfitting(grids["overfitting"]), "quick", ("overfitting",)),
         ("Does it over-fit without the contexts?", _without_contexts(grids["ablations"][0]), "quick", ("ablations",)),
         ("How far back do contexts reach?", _reach(many), "quick", ("variance",)),
-        (parts, _ablations(grids["ablations"]), "quick", ("ablations",)),
-        (parts, _ablations(grids["ablations-full"]), "full", ("ablations-full",)),
+        (parts.format(""), _ablations(grids["ablations"]), "quick", ("ablations",)),
+        (parts.format(" at full size"), _ablations(grids["ablations-full"]), "full", ("ablations-full",)),
         (
             "What would a user otherwise pick?",
-            _best(study, [grids[name] for name in ordinary]),
+            _beside_a(study, [grids[name] for name in ordinary], ORDINARY),
             "full",
             ("study", *ordinary),
         ),
-        ("What does another recipe for Phase 2 do?", _best(study, [grids["tuned"]]), "full", ("study", "tuned")),
+        ("What does another recipe for Phase 2 do?", _beside_a(study, [grids["tuned"]]), "full", ("study", "tuned")),
         ("And if contexts learn to predict, too?", _step(grids, "joint", LEARNING), "full", ("tuned", "joint")),
         ("What does a longer memory bring?", _step(grids, "slow", SLOW), "full", ("joint", "slow")),
     ]
@@ -221,27 +223,25 @@ def _ablations(grid: Grid) -> str:
     return "; ".join(parts)
 
 
-def _best(study: Grid, others: Sequence[Grid]) -> str:
-    """The best model of other grids at every size of the study, against A.
-
-    Those that count other text, or have a slow context, which is not what a user would otherwise pick, are left out.
-    """
+def _beside_a(study: Grid, others: Sequence[Grid], labels: Sequence[str] = ()) -> str:
+    """Models of other grids, all or those of these `labels`, at every size of the study, against A."""
     if study[0].empty:
         return ""
     ranked = ranking.ranking([grid[::2] for grid in (study, *others)])
-    ranked = ranked[~ranked["reads_more"] & ~ranked["slow"] & ~ranked["experiment"].isin(study[0]["experiment"])]
-    best = ranked.drop_duplicates("train_tokens")  # they are sorted
-    if best.empty:
+    ranked = ranked[~ranked["experiment"].isin(study[0]["experiment"])]
+    if labels:
+        ranked = ranked[ranked["experiment"].isin(labels)]
+    if ranked.empty:
         return ""
-    models = ranked["train_tokens"].value_counts()
-    parts = [
-        f"{row.experiment} (best of {models[row.train_tokens]}) {change(row.difference, row.interval)} at "
-        f"{row.train_tokens:,}"
-        for row in best.itertuples()
-    ]
-    over = f"{best['samples'].max()} validation samples drawn again"
-    over += "" if best["replicates"].min() > 1 else "; single runs, seeds not covered"
-    return f"PPL against A: {', '.join(parts)} tokens ({over})"
+    parts = []
+    for label, own in sorted(ranked.groupby("experiment"), key=lambda found: found[1]["ppl"].min()):
+        known = ", ".join(
+            f"{change(row.difference, row.interval)} at {row.train_tokens:,} tokens" for row in own.itertuples()
+        )
+        parts.append(f"{label}{' (counts more text)' if own['reads_more'].any() else ''} {known}")
+    over = f"{ranked['samples'].max()} validation samples drawn again"
+    over += "" if ranked["replicates"].min() > 1 else "; single runs, seeds not covered"
+    return f"PPL against A: {'; '.join(parts)} ({over})"
 
 
 def _step(grids: Mapping[str, Grid], name: str, what: str) -> str:

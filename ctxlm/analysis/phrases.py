@@ -59,6 +59,10 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
+SINGLE = ", in single runs"
+"""Follows a verdict that another seed may turn round."""
+
+
 def side(interval: Sequence[float] | None) -> int:
     """The sign of an interval that excludes 0; otherwise 0."""
     low, high = interval or (0, 0)
@@ -70,7 +74,7 @@ def against(interval: Sequence[float] | None, replicates: int, other: str) -> st
     if not side(interval):
         return f"which of the two, it or {other}, is better cannot be told"
     how = "better" if side(interval) < 0 else "worse"
-    return f"{how} than {other}" if replicates > 1 else f"did {how} than {other}, in single runs"
+    return f"{how} than {other}" if replicates > 1 else f"did {how} than {other}{SINGLE}"
 
 
 def winner(difference: dict[str, Any]) -> str | None:

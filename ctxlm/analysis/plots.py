@@ -108,10 +108,10 @@ def _headline(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
 
 
-def _say_n(figure: Figure, runs: pd.DataFrame, how: str = "") -> None:
-    """Over the figure: how many runs it shows (a row a run, or several), of each configuration and size."""
+def _say_n(figure: Figure, what: str, runs: pd.DataFrame, how: str = "") -> None:
+    """Over the figure: what it shows, and of how many runs, with one row or more in `runs`, of each size and label."""
     each = runs.groupby(["experiment", "train_tokens"])["run"].nunique()
-    _headline(figure, f"n = {_count([each.sum()], 'run')}, {span(each)} of a configuration and size{how}")
+    _headline(figure, f"{what}: n = {_count([each.sum()], 'run')}, {span(each)} of a configuration and size{how}")
 
 
 def _how(runs: pd.DataFrame) -> str:
@@ -226,7 +226,12 @@ def plot_scaling(
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
     several = runs.duplicated(["experiment", "train_tokens"]).any()
     _log_axis(axes, "validation PPL (log)")
-    _say_n(figure, runs, ", a point each" if several else f"; 95 % intervals over {samples} samples")
+    _say_n(
+        figure,
+        "Validation PPL by training tokens",
+        runs,
+        ", a point each" if several else f"; 95 % intervals over {samples} samples",
+    )
     _legend(figure, keys)
     return figure
 
@@ -260,7 +265,11 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
     over = "samples" if differences["replicates"].max() == 1 else "samples and replicates"
     axes.set_title(f"{samples} validation samples, {tokens:,} tokens; 95 % intervals over {over}", loc="left")
     cells = {(row[side], row["train_tokens"]) for _, row in differences.iterrows() for side in "ab"}
-    _say_n(figure, runs[[cell in cells for cell in zip(runs["experiment"], runs["train_tokens"], strict=True)]])
+    _say_n(
+        figure,
+        "Pairs on the same text",
+        runs[[cell in cells for cell in zip(runs["experiment"], runs["train_tokens"], strict=True)]],
+    )
     _legend(figure)
     return figure
 
@@ -291,7 +300,7 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
     for axes in lowest:
         _steps_axis(axes, "epoch")
     several = curves.groupby(["experiment", "train_tokens"])["run"].nunique().max() > 1
-    _say_n(figure, curves, "; thick lines are means" if several else "")
+    _say_n(figure, "PPL by epoch", curves, "; thick lines are means" if several else "")
     keys = [Line2D([], [], color="0.1", marker="o", **look) for look in kinds.values()]
     keys += [Line2D([], [], color="0.1", linewidth=4, alpha=_shade(s, sizes), label=f"{s:,} tokens") for s in sizes]
     _legend(figure, keys)
@@ -315,7 +324,7 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     axes.set_ylabel("last validation PPL\nover the best, minus 1")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
-    _say_n(figure, runs, _how(runs))
+    _say_n(figure, "Over-fitting", runs, _how(runs))
     _legend(figure)
     return figure
 
@@ -342,7 +351,7 @@ def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     windows, samples = runs.groupby("data_seed")["seed"].nunique(), val_by_sample["sample"].nunique()
     texts = f"{_count([len(windows)], 'training text')} with {_count(windows, 'seed')} each"
-    _say_n(figure, runs, f": {texts}; {_count([samples], 'validation sample')}")
+    _say_n(figure, "Chance", runs, f": {texts}; {_count([samples], 'validation sample')}")
     return figure
 
 
@@ -410,7 +419,7 @@ def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     right.set_ylabel("PPL above the whole stream's")
     sure = ", 95 % intervals" if recency["n"].max() > 1 else ""
-    _say_n(figure, shares, f"; means (right: over {_count(recency['n'], 'replicate')}{sure})")
+    _say_n(figure, "Memory", shares, f"; means (right: over {_count(recency['n'], 'replicate')}{sure})")
     _legend(figure, keys)
     return figure
 
@@ -448,7 +457,7 @@ def plot_generalisation(gaps: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     grid.flat[0].set_ylabel("validation − training loss, nats")
-    _say_n(figure, gaps, ", a point each")
+    _say_n(figure, "Generalisation", gaps, ", a point each")
     _legend(figure)
     return figure
 
@@ -470,8 +479,9 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     left.axhline(runs["phase1_min_converged_ratio"].max(), **REFERENCE)
     right.axhline(runs["phase1_convergence_threshold"].max(), **REFERENCE)
     keys = [Line2D([], [], label=label, **look) for label, look in styles.items()]
-    keys.append(Line2D([], [], label="threshold: of all tokens, to stop; of a token, to have converged", **REFERENCE))
-    _say_n(figure, runs, ", a line each")
+    thresholds = "thresholds: share at which Phase 1 ends (left), change below which a token has converged (right)"
+    keys.append(Line2D([], [], label=thresholds, **REFERENCE))
+    _say_n(figure, "Phase 1", runs, ", a line each")
     _legend(figure, keys)
     return figure
 
@@ -502,7 +512,7 @@ def plot_effective_rank(runs: pd.DataFrame) -> Figure:
         axes.set_ylabel("effective rank")
     for axes in lowest:
         _tokens_axis(axes, runs["train_tokens"], math.ceil(math.sqrt(len(labels))))
-    _say_n(figure, runs, _how(runs))
+    _say_n(figure, "Effective rank", runs, _how(runs))
     _legend(figure)
     return figure
 
@@ -528,7 +538,7 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
     axes.set_xlabel("minutes")
-    _say_n(figure, runs, "; means")
+    _say_n(figure, "Time", runs, "; means")
     _legend(figure)
     return figure
 

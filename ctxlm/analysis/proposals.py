@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import crossing, explain, reasons
-from ctxlm.analysis.phrases import change, drawn_over, effect_text, percent, side
+from ctxlm.analysis.phrases import SINGLE, change, drawn_over, effect_text, percent, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
 from ctxlm.config import Experiment
@@ -28,7 +28,6 @@ STAND_IN = (
     "from grid study; its runs may be of another version of the code and another type of products, which moves single "
     "runs by up to 1 %."
 )
-SINGLE = ", in single runs"
 BEST = {-1: "predicts better", 0: "has no effect on the best PPL that can be told", 1: "predicts worse"}
 LAST = {-1: "over-fits less", 0: "has no effect on over-fitting that can be told", 1: "over-fits more"}
 DESIGN = {-1: "better", 0: "which is better cannot be told", 1: "worse"}
@@ -72,19 +71,19 @@ def _halved(where: str, grid: Grid) -> str:
 
 
 def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
-    """What every other rate does beside the study's, in pairs of single runs."""
+    """What every other rate does to each configuration beside the study's, in pairs of single runs."""
     for rate in sorted(set(runs["phase2_learning_rate"]) - {RATE}, reverse=True):
-        try:
-            best, last = _rate_effect(runs, rate, val_by_sample)
-        except ValueError as error:  # judged on different tokens, or no pair
-            yield f"a rate of {rate:g} not to be told ({error})"
-            continue
-        verdict = f"a rate of {rate:g} {_said(BEST, best.interval, best.replicates)}"
-        fitting = ""
-        if len(last):
-            mean = percent(math.expm1(last.mean()))
-            fitting = f", last PPL / best PPL lower in {(last < 0).sum()} of {len(last)} ({mean} on average)"
-        yield f"{verdict}: best PPL {effect_text(best)} {drawn_over(best)}{fitting}"
+        parts = []
+        for label, own in runs.groupby("configuration"):
+            try:
+                best, last = _rate_effect(own, rate, val_by_sample)
+            except ValueError as error:  # judged on different tokens, or no pair
+                parts.append(f"{label} is not to be told ({error})")
+                continue
+            verdict = f"{label} {_said(BEST, best.interval, best.replicates)}"
+            fitting = f", last PPL / best PPL {percent(math.expm1(last.mean()))}" if len(last) else ""
+            parts.append(f"{verdict}: best PPL {effect_text(best)} {drawn_over(best)}{fitting}")
+        yield f"at a rate of {rate:g} {', '.join(parts)}"
 
 
 def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:

@@ -22,6 +22,14 @@ ORDINARY = {
 """Kinds of ordinary models, as `beside_others` names them."""
 
 
+LEGEND = (
+    "(reads more): the n-gram counts the corpus's second half too, which a ppmi embedding knows. Numbers kept from "
+    "token to token are what a model must carry to go on reading. A mixture's test PPL and accuracy are not computed. "
+    "Seconds are those of whatever machine a run was made on, not to be compared."
+)
+"""How to read `ranking_table`."""
+
+
 def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
     """One row a label and size, best first: its mean PPL, and its log PPL minus that of `BASE` with its interval.
 

@@ -17,6 +17,7 @@ from scipy import stats
 from ctxlm.analysis import explain, variance
 from ctxlm.analysis.findings import unconverged
 from ctxlm.analysis.phrases import (
+    SINGLE,
     count,
     drawn_over,
     effect_text,
@@ -260,17 +261,18 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     limit = max(limits) * math.sqrt(max(length / theirs, 1))
     ppl = published.pivot(index="train_tokens", columns="experiment", values="val_ppl")
     gaps = {size: math.log(row[a] / row[b]) for size, row in ppl.iterrows()}
-    said = [
-        f"{percent(math.expm1(gap))} at {size:,} tokens {'exceeds' if abs(gap) > limit else 'does not exceed'} that"
-        for size, gap in gaps.items()
-    ]
+    said = [f"{percent(math.expm1(gap))} at {size:,} tokens" for size, gap in gaps.items()]
+    over = [text for text, gap in zip(said, gaps.values(), strict=True) if abs(gap) > limit]
+    verdict = f"only {' and '.join(over)} exceeds that" if over else "neither exceeds that"
+    if len(over) == len(said):
+        verdict = "both exceed that"
     return (
         f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
         f"{b} where the observed difference is {span(limits, magnitude)} or more (95 % interval, "
         f"Student's, seeds not counted; their lengths differ so much that they weigh as {weigh:.0f} equal ones, which "
         f"leaves {weigh - 1:.0f} d.o.f.). The study's samples have some {theirs:,.0f} "
         f"tokens; if errors fall with the square root of length, it takes {magnitude(limit)} there. Of its gaps, "
-        f"{' and '.join(said)}."
+        f"{' and '.join(said)}, {verdict}."
     )
 
 
@@ -453,11 +455,10 @@ def ablated(
 
 def effect_verdict(effect: explain.Effect, higher: str, lower: str) -> str:
     """What follows from PPL being higher, or lower, with something left out; or that it is the same, or unknown."""
-    if effect.replicates == 1:
-        return "single runs, no verdict"  # another seed may say otherwise
     if effect.interval is not None and max(map(abs, effect.interval)) < WORTH:
         return "the same to 1 %"
-    return {0: "no effect can be told", 1: higher, -1: lower}[side(effect.interval)]
+    verdict = {0: "no effect can be told", 1: higher, -1: lower}[side(effect.interval)]
+    return verdict + (SINGLE if effect.replicates == 1 and side(effect.interval) else "")
 
 
 def depth_and_width(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:

@@ -56,7 +56,8 @@ def beside(grids: Sequence[Grid], others: Sequence[Grid], models: Sequence[str])
     Runs that were judged on other text, or at no equal size, leave their cell empty, and models without any their
     column out.
     """
-    return pd.DataFrame([row for grid in grids if len(grid[0]) for row in _rows(grid, others, models)]).fillna("")
+    table = pd.DataFrame([row for grid in grids if len(grid[0]) for row in _rows(grid, others, models)]).fillna("")
+    return table.loc[:, (table != "").any()]
 
 
 def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -65,6 +66,7 @@ def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator
     for (label, size), group in ours.groupby(["experiment", "train_tokens"]):
         row = {"Model": label, "Training tokens": f"{size:,}", "Embedding": group["embedding"].iloc[0]}
         row |= {"Runs": len(group), "Validation PPL": f"{group['val_ppl'].mean():.1f}"}
+        row["Test PPL"] = "" if group["test_ppl"].isna().any() else f"{group['test_ppl'].mean():.1f}"
         row["Last PPL above best"] = _end(group)
         for other in models:
             known = theirs[(theirs["experiment"] == other) & (theirs["train_tokens"] == size)]

@@ -6,6 +6,7 @@ loads nothing but itself: images and style are inside, and its policy forbids th
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -92,8 +93,8 @@ def build(grid: str, outputs: Path | None = None) -> Path:
             note = "" if path.stem != "experiment" or path.with_name("metrics.json").exists() else " (not finished)"
             link = f'<a href="notebooks/{quote(name)}.html">{escape(name)}</a>{note}'
             rows.append(f"<tr><td>{escape(title)}</td><td>{link}</td></tr>")
-        body = _body(analysis, code=False) + NAVIGATION.format(rows="".join(rows))
-        page = _page(settings.title, _header(settings, runs), body)
+        body, contents = _with_contents(_body(analysis, code=False))
+        page = _page(settings.title, _header(settings, runs) + contents, body + NAVIGATION.format(rows="".join(rows)))
         (staging / "index.html").write_text(page, encoding="utf-8")
         _replace(home / "report", staging)
     finally:
@@ -118,7 +119,17 @@ def build_page(path: Path) -> Path:
 def _header(settings: Grid, runs: int) -> str:
     facts = f"{runs} finished run{'' if runs == 1 else 's'} · grid {settings.name} · {_written()}"
     lines = "".join(f"<p>{escape(line)}</p>" for line in (settings.description, facts))
-    return f'<h1>{escape(settings.title)}</h1>{lines}<p><a href="#notebooks">The notebooks with their code</a></p>'
+    return f"<h1>{escape(settings.title)}</h1>{lines}"
+
+
+def _with_contents(body: str) -> tuple[str, str]:
+    """A page's body, every section of which can now be linked to, and the links."""
+    parts = re.split("<h2>(.*?)</h2>", body, flags=re.DOTALL)
+    before, *sections = parts
+    links = [f'<a href="#section-{k}">{heading}</a>' for k, heading in enumerate(sections[::2], 1)]
+    headed = (f'<h2 id="section-{k}">{sections[2 * k - 2]}</h2>{sections[2 * k - 1]}' for k in range(1, len(links) + 1))
+    links.append('<a href="#notebooks">The notebooks with their code</a>')
+    return before + "".join(headed), f"<p>{' · '.join(links)}</p>"
 
 
 def _written() -> str:

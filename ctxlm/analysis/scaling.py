@@ -28,7 +28,7 @@ Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 CELL = ["train_tokens", "seed", "data_seed"]
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
-LEFT_OUT = "left_out"
+LEFT_OUT, PLANNED = "left_out", "planned"
 """Runs of a name that the plan has, but of other parameters."""
 MEASURED = {"train_loss_after_epoch", "val_every_steps"}
 REPLICATES = {"experiment", "train_samples", "device", *CELL, *DRAWN, *MEASURED}
@@ -399,7 +399,8 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
     """Runs, histories and validation losses of a grid, with one label in `experiment` for each configuration.
 
     Only runs of these `models` are read and, given the grid's `plan` (name → experiment), only those that it asks for
-    with the parameters that they have: others are an earlier grid file's; `attrs` counts them under `LEFT_OUT`.
+    with the parameters that they have: others are an earlier grid file's; `attrs` counts them under `LEFT_OUT`, and
+    under `PLANNED` what the plan asks for.
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
@@ -411,7 +412,7 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
         asked &= tables[0]["run"].isin(plan)
         same = pd.Series([_as_planned(run, plan) for _, run in tables[0].iterrows()])
         left_out, asked = int((asked & ~same).sum()), asked & same
-        tables[0].attrs[LEFT_OUT] = left_out
+        tables[0].attrs |= {LEFT_OUT: left_out, PLANNED: len(plan)}
     kept = tables[0].loc[asked, "run"]
     tables = tuple(table[table["run"].isin(kept)].reset_index(drop=True) for table in tables)
     runs, history, val_by_sample = tables
