@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -502,3 +503,13 @@ def test_the_study_grid_is_the_study():
     runs = list(load_grid("study").runs.values())
     assert sorted(run.params_hash for run in runs) == sorted(run.params_hash for run in expected)
     assert all((run.corpus, run.embed_dim, run.seed) == ("chitchat", 768, 42) for run in runs)
+
+
+def test_the_readme_counts_the_runs_of_every_grid():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| (\d+) \| (\d+) \|$", readme, re.M)
+    said = {name: (int(runs), int(committed)) for name, runs, committed in rows}
+    for name in GRIDS:
+        committed = (ROOT / "data" / "results" / name).glob("*/metrics.json")
+        assert said.pop(name) == (len(load_grid(name).runs), len(list(committed))), name
+    assert not said
