@@ -59,6 +59,25 @@ def test_pooled_model_is_the_formula_and_its_crossover_that_of_two_fits():
     assert swapped.delta_interval == pytest.approx(found.delta_interval)
 
 
+def test_what_runs_of_a_pair_share_is_no_error_of_their_slopes():
+    """Of a single replicate: text moves both configurations alike, and the fit of both takes it for chance."""
+    rng = np.random.default_rng(4)
+    runs = table(rng, 0.003, replicates=1).assign(seed=42, data_seed=0)
+    common = dict(zip(SIZES, 0.1 * rng.standard_normal(len(SIZES)), strict=True))
+    runs["val_loss"] += runs["train_tokens"].map(common)
+    found, apart = pooled(runs, "A", "B"), pooled(runs.drop(columns="seed"), "A", "B")
+    assert (found.n, found.pairs, found.dof) == (8, 4, 2) and (apart.pairs, apart.dof) == (None, 4)
+    assert found.slope_difference == pytest.approx(apart.slope_difference)
+    assert found.crossover_tokens == pytest.approx(apart.crossover_tokens)
+    losses = runs.pivot(index="train_tokens", columns="experiment", values="val_loss")
+    fit = stats.linregress(np.log(losses.index), losses["B"] - losses["A"])
+    assert found.p_value == pytest.approx(fit.pvalue) and found.p_value < 0.01 < 0.2 < apart.p_value
+    half = stats.t.ppf(0.975, 2) * fit.stderr
+    assert found.slope_interval == pytest.approx((fit.slope - half, fit.slope + half))
+    lone = runs[runs["run"] != "A-20000-0"]  # B's run of that size has no partner
+    assert pooled(lone, "A", "B").pairs is None
+
+
 def test_fieller_ends_are_where_the_gap_stops_being_significant():
     runs = table(np.random.default_rng(1), 0.02)
     found = pooled(runs, "A", "B")

@@ -69,7 +69,8 @@ def test_without_degrees_of_freedom_nothing_is_tested(outputs):
 
 def test_single_runs_are_said_to_be_single(outputs):
     text = pair(outputs, {"A": FLAT, "B": STEEP}, chance=noise(0.005))
-    assert "taken as independent, 4 d.o.f.;" in text and "bootstrap over validation samples alone" in text
+    assert "(n = 8 runs, in 4 pairs of equal size, seed and text, taken as independent, 2 d.o.f.;" in text
+    assert "bootstrap over validation samples alone" in text
 
 
 def bent(label, size, *_):

@@ -2,7 +2,9 @@
 
 The pooled model log PPL = a + b·[second] + α·log tokens + δ·[second]·log tokens (Chow, 1960) gives the difference of
 the slopes, δ, and the crossover −b / δ. It is fitted in every replicate by itself; the spread of (b, δ) over the
-replicates gives their errors. A single replicate leaves the residuals, which take runs as independent. The crossover's
+replicates gives their errors. A single replicate leaves the residuals, which take runs as independent, or, where every
+run of one has a partner of equal size, seed and text, the pairs' differences: what a pair shares is no error then. The
+crossover's
 interval comes from the delta method and from Fieller's theorem (Fieller, 1954), which also says when the data put it
 in no single range, and from a bootstrap that draws replicates crossed with validation samples.
 """
@@ -19,6 +21,7 @@ from scipy import stats
 
 from ctxlm.analysis.replicates import balanced, critical, each
 from ctxlm.analysis.scaling import (
+    CELL,
     MOST_TOKENS,
     beyond,
     draw_replicates,
@@ -43,7 +46,9 @@ class Pooled:
     n: int
     replicates: int
     dof: int
-    """Replicates − 1; with a single one, the pooled fit's residual degrees of freedom."""
+    """Replicates − 1; with a single one, the fit's residual degrees of freedom."""
+    pairs: int | None
+    """With a single replicate: of runs of equal size, seed and text, whose differences are fitted; or None."""
     slope_difference: float
     """α of b minus α of a."""
     slope_interval: tuple[float, float] | None
@@ -82,16 +87,22 @@ def pooled(runs: pd.DataFrame, a: str, b: str) -> Pooled:
         columns = np.column_stack([np.ones_like(x), second, x, second * x])
         return sm.OLS(some["val_loss"].to_numpy(float), columns).fit()
 
-    whole = fit(part)
+    pairs = _pairs(part, a, b)
     if balanced(part, "experiment", "train_tokens"):
+        pairs = None
         own = each(part, lambda some: fit(some).params[[1, 3]])
         (shift, slope), count = own.mean(0), len(own)
         cov, dof, robust = np.cov(own.T) / count, count - 1, None
     else:
-        (shift, slope), count, dof = whole.params[[1, 3]], 1, int(whole.df_resid)
-        cov = whole.cov_params()[np.ix_([1, 3], [1, 3])] if dof > 0 else None
-        robust = robust_interval(whole, 3) if dof > 0 else None
+        whole, own = fit(part), [1, 3]
+        if pairs is not None:
+            x = np.log(pairs.index.get_level_values("train_tokens").to_numpy(float)) - middle
+            whole, own = sm.OLS(pairs.to_numpy(), sm.add_constant(x)).fit(), [0, 1]
+        (shift, slope), count, dof = whole.params[own], 1, int(whole.df_resid)
+        cov = whole.cov_params()[np.ix_(own, own)] if dof > 0 else None
+        robust = robust_interval(whole, own[1]) if dof > 0 else None
     found = {"a": a, "b": b, "n": len(part), "replicates": count, "dof": dof, "slope_difference": float(slope)}
+    found["pairs"] = None if pairs is None else len(pairs)
     log_tokens = middle - shift / slope if abs(slope) > 1e-9 else math.inf
     meets = 0 <= log_tokens <= MOST_LOG
     reason = None if meets else "the laws are parallel" if math.isinf(log_tokens) else beyond(log_tokens)
@@ -112,6 +123,14 @@ def pooled(runs: pd.DataFrame, a: str, b: str) -> Pooled:
         fieller=kind,
         fieller_interval=ends and _tokens(middle + ends[0], middle + ends[1]),
     )
+
+
+def _pairs(runs: pd.DataFrame, a: str, b: str) -> pd.Series | None:
+    """log PPL of `b` minus that of `a` by size, seed and text; None unless every run has one partner."""
+    if not set(CELL) <= set(runs) or runs.duplicated(["experiment", *CELL]).any():
+        return None
+    losses = runs.set_index([*CELL, "experiment"])["val_loss"].unstack()
+    return None if losses.isna().any(axis=None) else losses[b] - losses[a]
 
 
 def _fieller(shift: float, slope: float, cov: np.ndarray, t: float) -> tuple[str, tuple[float, float] | None]:

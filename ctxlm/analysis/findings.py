@@ -245,7 +245,7 @@ def _laws(summary: dict[str, Any]) -> str:
         fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['interval_dof']} d.o.f., {interval})")
     exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
     caution = " A line through two points fits them whatever their errors." if exact else ""
-    return f"**Scaling.** Fitted as PPL = A · tokensᵅ. {'; '.join(fitted)}.{caution}"
+    return f"**Scaling.** Fitted as PPL = a · tokensᵅ. {'; '.join(fitted)}.{caution}"
 
 
 def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any]) -> str:

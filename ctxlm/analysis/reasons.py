@@ -170,12 +170,14 @@ def slopes(found: dict[str, Any]) -> str:
     low, high = found["slope_interval"]
     verdict = slope_verdict(found)
     robust = found["slope_interval_robust"]
-    basis = f"{count(found['replicates'], 'replicate')}, {dof} d.o.f."
+    fit, basis = "with interaction", f"{count(found['replicates'], 'replicate')}, {dof} d.o.f."
     drawn = "replicates and validation samples"
     if found["replicates"] == 1:
         basis, drawn = f"taken as independent, {dof} d.o.f.", "validation samples alone"
+        if found["pairs"]:
+            fit, basis = "of differences", f"in {found['pairs']} pairs of equal size, seed and text, {basis}"
     return (
-        f"{lead} Least squares with interaction: α of {b} minus α of {a} is {difference} (n = {n} runs, {basis}; 95 % "
+        f"{lead} Least squares {fit}: α of {b} minus α of {a} is {difference} (n = {n} runs, {basis}; 95 % "
         f"interval {_range((low, high))}{f', with HC3 errors {_range(robust)}' if robust else ''}; bootstrap over "
         f"{drawn} {_range(found['bootstrap_slope'])}; t test, p {p_text(found['p_value'])}): {verdict}. "
         f"{_meeting(found)}"
@@ -225,7 +227,7 @@ def _meeting(found: dict[str, Any]) -> str:
 def forms(found: dict[str, dict[str, Any]]) -> str:
     """Is a power law enough, and does it foretell larger sizes? From `crossing.errors`' `forms`."""
     said = [_form(label, form) for label, form in found.items()]
-    return f"**Form.** The power law against loss = E + B · tokens⁻ᵝ. {'. '.join(said)}." if said else ""
+    return f"**Form.** The power law against loss = E + b · tokens⁻ᵝ. {'. '.join(said)}." if said else ""
 
 
 def _form(label: str, form: dict[str, Any]) -> str:
