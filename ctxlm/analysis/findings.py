@@ -105,7 +105,7 @@ def one_kind(runs: pd.DataFrame) -> str:
     """A warning where runs were made by different versions of the code, or multiply in different types."""
     said, versions = "", runs["code_hash"].nunique()
     if versions > 1:
-        commits = ", ".join(sorted({str(commit)[:12] for commit in runs["git_commit"]}))
+        commits = ", ".join(str(commit)[:12] for commit in runs.groupby("code_hash")["git_commit"].first())
         said = (
             f" **Caution**: {versions} versions of the code made them (commits {commits}); they may not be comparable."
         )
