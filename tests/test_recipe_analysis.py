@@ -93,6 +93,11 @@ def test_the_joint_recipe_is_set_against_the_tuned_one_of_the_same_name(outputs)
     found = recipe.counterparts([tuned, joint, slow], "slow")
     assert found["against"].tolist() == ["joint-A"] * 2
     assert [found.log_ppl for found in found["difference"]] == pytest.approx([math.log(0.9)] * 2)
+    laws = {"LSTM": (-0.3, 500), "LSTM-slow": (-0.3, 440), "Transformer-slow": (-0.3, 450)}
+    networks = grid(outputs, "networks", laws, dict.fromkeys(laws, (6, 1)))
+    found = recipe.counterparts([networks], "-slow")
+    assert found[["experiment", "against"]].to_numpy().tolist() == [["LSTM-slow", "LSTM"]] * 2
+    assert recipe.counterparts([networks], "slow").empty
 
 
 def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):

@@ -44,6 +44,8 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     study = grids["study"]
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
     ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute{}?"
+    memories = (("joint", "slow"), "slow", SLOW), (("networks",), "-slow", "a slow context")
+    longer = "; ".join(filter(None, (_step(grids, *memory) for memory in memories)))
     rows = [
         ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
         (
@@ -66,8 +68,13 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             ("study", *ordinary),
         ),
         ("What does another recipe for Phase 2 do?", _beside_a(study, [grids["tuned"]]), "full", ("study", "tuned")),
-        ("And if contexts learn to predict, too?", _step(grids, "joint", LEARNING), "full", ("tuned", "joint")),
-        ("What does a longer memory bring?", _step(grids, "slow", SLOW), "full", ("joint", "slow")),
+        (
+            "And if contexts learn to predict, too?",
+            _step(grids, ("tuned", "joint"), "joint", LEARNING),
+            "full",
+            ("tuned", "joint"),
+        ),
+        ("What does a longer memory bring?", longer, "full", ("joint", "slow", "networks")),
     ]
     said = [
         (
@@ -244,9 +251,9 @@ def _beside_a(study: Grid, others: Sequence[Grid], labels: Sequence[str] = ()) -
     return f"PPL against A: {'; '.join(parts)} ({over})"
 
 
-def _step(grids: Mapping[str, Grid], name: str, what: str) -> str:
-    """What the recipe `name` does, in pairs with the one before."""
-    found = recipe.counterparts([grids[recipe.BEFORE[name]], grids[name]], name)
+def _step(grids: Mapping[str, Grid], names: Sequence[str], part: str, what: str) -> str:
+    """What `part` of a label in `recipe.BEFORE` does, in pairs of runs of the grids `names` with and without it."""
+    found = recipe.counterparts([grids[name] for name in names], part)
     parts = [
         f"{row.experiment} {change(row.difference.log_ppl, row.difference.interval)} against {row.against} at "
         f"{row.train_tokens:,}"
