@@ -33,6 +33,7 @@ from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve, source_hash
 SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
 """What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
 
+LOSSES = "val_losses.npz"
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
 """What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
 TABLES = {
@@ -163,7 +164,7 @@ def write_run(
         "metrics.json": lambda path: path.write_text(json.dumps(dict(metrics), indent=1) + "\n", encoding="utf-8"),
         "history.csv": lambda path: history.to_csv(path, index=False),
         "val_by_sample.csv": lambda path: losses_by_sample(val_losses, val_samples).to_csv(path, index=False),
-        "val_losses.npz": lambda path: np.savez_compressed(path, loss=val_losses, sample=val_samples),
+        LOSSES: lambda path: np.savez_compressed(path, loss=val_losses, sample=val_samples),
         "model.safetensors": lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
     try:
@@ -231,8 +232,11 @@ def _check_metrics(metrics: Any) -> None:
 
 
 def _damaged(grid: str, run: str, source: str, name: str, error: Exception) -> ConfigError:
-    remedy = {"outputs": "delete the run's metrics.json and run it again", "committed": "restore it by git"}
-    return ConfigError(f"{run}/{name} of grid {grid} is damaged ({' '.join(str(error).split())}): {remedy[source]}")
+    again = (
+        "delete it, for only mixtures need it" if name == LOSSES else "delete the run's metrics.json and run it again"
+    )
+    remedy = again if source == "outputs" else "restore it by git"
+    return ConfigError(f"{run}/{name} of grid {grid} is damaged ({' '.join(str(error).split())}): {remedy}")
 
 
 def load_history(grid: str) -> pd.DataFrame:
@@ -254,11 +258,11 @@ def load_val_losses(grid: str, run: str) -> dict[str, np.ndarray] | None:
         ConfigError: it is damaged.
     """
     folder, source = run_folders(grid)[run]
-    if not (folder / "val_losses.npz").exists():
+    if not (folder / LOSSES).exists():
         return None
-    arrays = read_arrays(folder / "val_losses.npz", ("loss", "sample"))
+    arrays = read_arrays(folder / LOSSES, ("loss", "sample"))
     if arrays is None:
-        raise _damaged(grid, run, source, "val_losses.npz", ValueError("an array of it is not whole"))
+        raise _damaged(grid, run, source, LOSSES, ValueError("an array of it is not whole"))
     return arrays
 
 
@@ -266,9 +270,11 @@ def check_runs(grid: str) -> None:
     """Refuse damage in the files of a grid's finished runs. What is missing is no damage: it is made again.
 
     Raises:
-        ConfigError: as `load_runs`, `load_history` and `load_val_by_sample`.
+        ConfigError: as `load_runs`, `load_history`, `load_val_by_sample` and `load_val_losses`.
     """
     load_runs(grid)
+    for run in run_folders(grid):
+        load_val_losses(grid, run)
     for name in TABLES:
         if all((folder / name).exists() for folder, _ in run_folders(grid).values()):
             _load_table(grid, name)

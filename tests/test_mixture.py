@@ -12,6 +12,7 @@ from ctxlm.analysis import mixture, ranking, recipe
 from ctxlm.analysis.scaling import read_grid
 from ctxlm.config import ConfigError
 from ctxlm.corpus import Corpus
+from ctxlm.results import check_runs
 from tests.planted import plant
 
 SIZES = (20_000, 40_000)
@@ -132,5 +133,9 @@ def test_a_damaged_file_is_named(planted, damage):
     path = planted / "ngrams" / "KN-4_train_tokens-20000_seed-42" / "val_losses.npz"
     leave_losses(path.parent, 2)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ConfigError, match=r"KN-4_train_tokens-20000_seed-42/val_losses.npz of grid ngrams is damaged"):
+    with pytest.raises(
+        ConfigError, match=r"KN-4_train_tokens-20000_seed-42/val_losses.npz of grid ngrams is damaged .*: delete it,"
+    ):
         mixture.mixtures(*grids(), ["KN-4"])
+    with pytest.raises(ConfigError, match=r"val_losses.npz of grid ngrams is damaged"):  # before new runs are paid for
+        check_runs("ngrams")

@@ -39,7 +39,7 @@ def findings(runs: pd.DataFrame, summary: dict[str, Any], pooled: Sequence[dict[
         pooled: of `crossing.errors` of the same runs: whether slopes differ.
     """
     if runs.empty:
-        return [nothing(summary["grid"])]
+        return [nothing(summary["grid"], runs.attrs.get(LEFT_OUT, 0))]
     paragraphs = [*answers(runs, summary), _laws(summary)]
     tested = {(found["a"], found["b"]): found for found in pooled}
     for pair in summary["crossovers"]:
