@@ -354,6 +354,7 @@ def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(o
     runs, _, val_by_sample = read_grid("planted", plan)
     assert runs["train_tokens"].tolist() == [20_000] and val_by_sample["run"].nunique() == 1
     assert "1 more run of other parameters than the grid file's left out." in findings.origin("planted", runs)
+    assert "Grid planted: 1 of 2 planned runs in " in findings.origin("planted", runs)
     assert "left out" not in findings.origin("planted", read_grid("planted")[0])
 
 

@@ -4,9 +4,8 @@ The pooled model log PPL = a + b·[second] + α·log tokens + δ·[second]·log 
 the slopes, δ, and the crossover −b / δ. It is fitted in every replicate by itself; the spread of (b, δ) over the
 replicates gives their errors. A single replicate leaves the residuals, which take runs as independent, or, where every
 run of one has a partner of equal size, seed and text, the pairs' differences: what a pair shares is no error then. The
-crossover's
-interval comes from the delta method and from Fieller's theorem (Fieller, 1954), which also says when the data put it
-in no single range, and from a bootstrap that draws replicates crossed with validation samples.
+crossover's interval comes from the delta method and from Fieller's theorem (Fieller, 1954), which also says when the
+data put it in no single range, and from a bootstrap that draws replicates crossed with validation samples.
 """
 
 import itertools
