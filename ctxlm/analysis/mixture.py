@@ -4,6 +4,7 @@ Language models of different kinds err on different tokens, so that a mixture is
 1980, for n-grams; Mikolov et al., 2010, for networks with n-grams; Kuhn & de Mori, 1990, for a cache).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -62,14 +63,14 @@ def cached(grids: Sequence[tuple[str, Grid]], decay: float = CACHE_DECAY, share:
         decay: of the cache, as `cache_probabilities` explains it.
         share: of the cache in every token's probability.
     """
-    mixed = []
+    mixed, corpus = [], functools.cache(load_corpus)  # read once, for many runs
     for grid, (models, *_) in grids:
         for _, model in models.iterrows():
             ours = load_val_losses(grid, model["run"])
             if ours is None:
                 continue
             sample = ours["sample"]
-            tokens = load_corpus(model["corpus"]).stream(int(sample[0]), int(sample[-1]) + 1).tokens
+            tokens = corpus(model["corpus"]).stream(int(sample[0]), int(sample[-1]) + 1).tokens
             if len(tokens) != len(sample) + 1:
                 continue
             with np.errstate(divide="ignore"):  # what has not been read has no share in the cache

@@ -14,11 +14,11 @@ from ctxlm.analysis.scaling import Grid, PairedDifference, paired_difference
 from ctxlm.config import Experiment
 
 CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
-SINGLE = "*"
+MARK = "*"
 LEGEND = (
     "PPL against other models', in pairs: below 0 it is lower than the column's; an interval that holds 0 cannot tell "
     "them apart. Intervals are 95 %, over validation samples drawn again and over replicates; where both have fewer "
-    f"than two in common, marked by {SINGLE}, they do not cover seeds and training texts. A label with a + is a "
+    f"than two in common, marked by {MARK}, they do not cover seeds and training texts. A label with a + is a "
     "mixture in equal shares with an n-gram, token by token; columns of models that read through an embedding name it."
 )
 """How to read `beside`."""
@@ -27,7 +27,7 @@ BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", CACHED: ""}
 networks (LSTM-slow) and for a cache."""
 APART = (
     "In pairs with the {} recipe's runs, PPL changes as follows; by which of the {} is not taken apart "
-    f"({SINGLE}: the interval does not cover seeds and training texts)."
+    f"({MARK}: the interval does not cover seeds and training texts)."
 )
 DIFFERENCES = {
     "joint": "Three things are not as in the tuned recipe, chosen for A on held-out training text: the ContextBlock "
@@ -44,7 +44,7 @@ DIFFERENCES = {
     "token's probability, for all models alike. Nothing is trained, but a number for every token of the vocabulary is "
     "kept from token to token. Decay and share were chosen for the slow recipe on held-out training text; that a cache "
     "helps was seen on validation text before. In pairs with the same run without it, PPL changes as follows "
-    f"({SINGLE}: the interval does not cover seeds and training texts).",
+    f"({MARK}: the interval does not cover seeds and training texts).",
 }
 """What is not as in the recipe before."""
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
@@ -86,7 +86,7 @@ def _paired(runs: pd.DataFrame, others: pd.DataFrame, val_by_sample: pd.DataFram
 
 
 def _change(found: PairedDifference) -> str:
-    mark = SINGLE if found.replicates < 2 else ""
+    mark = MARK if found.replicates < 2 else ""
     return change(found.log_ppl, found.interval).replace(" (", f"{mark} (")
 
 

@@ -124,12 +124,16 @@ def _header(settings: Grid, runs: int) -> str:
 
 def _with_contents(body: str) -> tuple[str, str]:
     """A page's body, every section of which can now be linked to, and the links."""
-    parts = re.split("<h2>(.*?)</h2>", body, flags=re.DOTALL)
-    before, *sections = parts
-    links = [f'<a href="#section-{k}">{heading}</a>' for k, heading in enumerate(sections[::2], 1)]
-    headed = (f'<h2 id="section-{k}">{sections[2 * k - 2]}</h2>{sections[2 * k - 1]}' for k in range(1, len(links) + 1))
+    links = []
+
+    def numbered(heading: re.Match) -> str:
+        anchor = f"section-{len(links) + 1}"
+        links.append(f'<a href="#{anchor}">{heading[1]}</a>')
+        return f'<h2 id="{anchor}">{heading[1]}</h2>'
+
+    body = re.sub("<h2>(.*?)</h2>", numbered, body, flags=re.DOTALL)
     links.append('<a href="#notebooks">The notebooks with their code</a>')
-    return before + "".join(headed), f"<p>{' · '.join(links)}</p>"
+    return body, f"<p>{' · '.join(links)}</p>"
 
 
 def _written() -> str:
