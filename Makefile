@@ -31,6 +31,7 @@ report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html
 	@$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --keep-going --config 'grid=$(GRID)' || { \
 	  if ls .snakemake/locks/*.lock >/dev/null 2>&1; then \
 	    echo "Locked, though no other make report goes on here? Say first: make unlock GRID=$(GRID)" >&2; fi; exit 1; }
+	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
 
 benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
 	@mkdir -p outputs/benchmark

@@ -120,10 +120,6 @@ wildcard_constraints:
     corpus="|".join(CORPORA),
 
 
-onsuccess:
-    print(f"The report: {HOME}/report/index.html")
-
-
 rule all:
     input:
         f"{HOME}/report/index.html",

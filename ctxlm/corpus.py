@@ -177,11 +177,6 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     val = corpus.stream(capacity, first_test)
     if experiment.held_out_tokens:
         kept = length - experiment.held_out_tokens
-        if kept < 2 or experiment.held_out_tokens < 2:
-            raise ConfigError(
-                f"held_out_tokens = {experiment.held_out_tokens} of {length:,} training tokens: it must leave two "
-                "or more, and hold two or more itself (0: none are held out)"
-            )
         window, held_out = window[:kept], window[kept:]
         val = Stream(region.tokens[held_out], region.samples[held_out])
     return Split(
@@ -245,6 +240,11 @@ def _window(corpus: Corpus, experiment: Experiment, capacity: int) -> tuple[int,
     if experiment.train_samples is not None:
         order = np.arange(start, start + experiment.train_samples) % capacity
         length = int(np.diff(corpus.starts)[order].sum())
+    if experiment.held_out_tokens and not 2 <= experiment.held_out_tokens <= length - 2:
+        raise ConfigError(
+            f"held_out_tokens = {experiment.held_out_tokens} of {length:,} training tokens: it must leave two "
+            "or more, and hold two or more itself (0: none are held out)"
+        )
     return int(corpus.starts[start]), length
 
 

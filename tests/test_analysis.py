@@ -363,7 +363,7 @@ def test_effects_have_their_n_and_intervals_only_where_there_are_any(outputs):
     alone = [Effect("first", 0.1, None, 1, 1, 0)]
     figure = plots.plot_effects({"A": sure, "B": alone, "C": []}, "change of PPL", "by nothing", "pair")
     titles = [axes.get_title("left") for axes in figure.axes]
-    assert titles == ["A: n = 4 to 5 pairs in 4 to 5 replicates, 20 validation samples", "B: n = 1 pair in 1 replicate"]
+    assert titles == ["A: n = 4 to 5 pairs in 4 to 5 replicates, 20 validation samples", "B: single pair"]
     assert figure.get_suptitle() == "Change of PPL by nothing"
     assert figure.axes[1].get_xlabel() == "change of PPL, 95 % interval"
     assert [container.has_xerr for axes in figure.axes for container in axes.containers] == [True, True, False]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import Corpus, split
+from ctxlm.corpus import Corpus, check_data, split
 from ctxlm.model import ContextLM, generator, own_weights
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import sequential
@@ -189,7 +189,7 @@ def test_a_warm_up_that_outlasts_the_training_is_refused():
         train_token_block(model, train, val, settings)
 
 
-def test_held_out_tokens_are_the_last_of_training_and_stand_in_for_validation():
+def test_held_out_tokens_are_the_last_of_training_and_stand_in_for_validation(monkeypatch):
     starts = torch.arange(0, 2001, 10).numpy()
     corpus = Corpus("own.txt", torch.arange(2000).int().numpy() % 50_257, starts)
     data = {"embedding": "random", "train_tokens": 300, "val_samples": 5, "test_samples": 5}
@@ -199,3 +199,6 @@ def test_held_out_tokens_are_the_last_of_training_and_stand_in_for_validation():
     assert len(cut.val) == 100 and cut.test.tokens.tolist() == whole.test.tokens.tolist()
     with pytest.raises(ConfigError, match="held_out_tokens = 299 of 300 training tokens: it must leave two or more"):
         split(Experiment.from_mapping(data, {"held_out_tokens": 299}), corpus)
+    monkeypatch.setattr("ctxlm.corpus.load_corpus", lambda _: corpus)
+    with pytest.raises(ConfigError, match="held_out_tokens = 299 of 300"):  # before a grid's first run
+        check_data([Experiment.from_mapping(data, {"held_out_tokens": 299})])

@@ -386,7 +386,8 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], what: str, cause: str 
 
 
 def _n_of(effects: Sequence[Effect], unit: str) -> str:
-    parts = [f"n = {_count([e.n for e in effects], unit)} in {_count([e.replicates for e in effects], 'replicate')}"]
+    n, replicates, plural = [e.n for e in effects], [e.replicates for e in effects], "s" if len(effects) > 1 else ""
+    parts = [f"n = {_count(n, unit)} in {_count(replicates, 'replicate')}" if max(n) > 1 else f"single {unit}{plural}"]
     if effects[0].samples:
         parts.append(_count([e.samples for e in effects], "validation sample"))
     return ", ".join(parts)
