@@ -69,17 +69,19 @@ def test_lower_rates_in_pairs_of_single_runs(outputs, gain, verdict):
     whole = proposals.with_study(lr, study[0])
     assert len(whole[0]) == 6
     text = proposals.learning_rate([("at full size", whole)])
-    change = f"{verdict}, in single runs: best PPL {'−' if gain < 0 else '+'}"
-    assert f"at full size at a rate of 0.001 A {change}" in text and f", B {change}" in text
-    assert text.count("(n = 1 pair, 20 validation samples drawn again, ") == 4
-    assert text.count(" d.o.f., seeds not covered), last PPL / best PPL −") == 4
+    change = f"at 86,925 tokens {verdict}: best PPL {'−' if gain < 0 else '+'}"
+    assert f"at full size, in single runs, at a rate of 0.001 A {change}" in text and f", B {change}" in text
+    assert text.count("(n = 1 pair, 20 validation samples drawn again, ") == 2  # once a rate
+    assert text.count(" %), last PPL / best PPL −") == 4
     runs, _, val = whole
     table = proposals.rates_table(runs, val)
     assert list(table["Learning rate"]) == ["0.0005", "0.001", "0.002"] * 2 and list(table["Against 0.002"])[2] == ""
     assert table["Best PPL"][2] == f"{runs.loc[runs['phase2_learning_rate'] == 0.002, 'val_ppl'].iloc[0]:.1f}"
     assert table["Against 0.002"][1].startswith("−4." if gain < 0 else "+5.")
     elsewhere = val.assign(tokens=val["tokens"] + val["run"].str.endswith("-0.001"))
-    assert "at a rate of 0.001 A is not to be told (" in proposals.learning_rate([("here", (runs, None, elsewhere))])
+    assert "at a rate of 0.001 A at 86,925 tokens is not to be told (" in proposals.learning_rate(
+        [("here", (runs, None, elsewhere))]
+    )
     going = runs.assign(epochs_run=runs["best_epoch"])
     assert "last PPL" not in proposals.learning_rate([("here", (going, None, val))])
     alone = runs[runs["phase2_learning_rate"] < 0.002]

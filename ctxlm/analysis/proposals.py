@@ -44,7 +44,7 @@ def _halved(where: str, grid: Grid) -> str:
     if runs.empty:
         return f"{where} no finished run"
     if runs["phase2_learning_rate"].nunique() > 1 and runs["replicate"].nunique() == 1:
-        return f"{where} {'; '.join(_lowered(runs, val_by_sample))}"
+        return f"{where}, in single runs, {'; '.join(_lowered(runs, val_by_sample))}"
     runs = runs[runs["phase2_learning_rate"].isin([RATE, RATE / 2])]
     if runs["phase2_learning_rate"].nunique() < 2:
         return f"{where} not to be told, for no runs differ in it"
@@ -71,19 +71,22 @@ def _halved(where: str, grid: Grid) -> str:
 
 
 def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
-    """What every other rate does to each configuration beside the study's, in pairs of single runs."""
+    """What every other rate does to each configuration beside the study's: pairs of single runs, every size its own,
+    for what a rate does depends on the updates that a size gives it."""
     for rate in sorted(set(runs["phase2_learning_rate"]) - {RATE}, reverse=True):
-        parts = []
-        for label, own in runs.groupby("configuration"):
+        parts, best = [], None
+        for (label, size), own in runs.groupby(["configuration", "train_tokens"]):
+            if rate not in set(own["phase2_learning_rate"]):
+                continue
+            name = f"{label} at {size:,} tokens"
             try:
                 best, last = _rate_effect(own, rate, val_by_sample)
             except ValueError as error:  # judged on different tokens, or no pair
-                parts.append(f"{label} is not to be told ({error})")
+                parts.append(f"{name} is not to be told ({error})")
                 continue
-            verdict = f"{label} {_said(BEST, best.interval, best.replicates)}"
             fitting = f", last PPL / best PPL {percent(math.expm1(last.mean()))}" if len(last) else ""
-            parts.append(f"{verdict}: best PPL {effect_text(best)} {drawn_over(best)}{fitting}")
-        yield f"at a rate of {rate:g} {', '.join(parts)}"
+            parts.append(f"{name} {BEST[side(best.interval)]}: best PPL {effect_text(best)}{fitting}")
+        yield f"at a rate of {rate:g} {', '.join(parts)}{f' {drawn_over(best)}' if best else ''}"
 
 
 def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:
