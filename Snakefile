@@ -36,7 +36,7 @@ try:  # everything that can be said before any work starts is said here, in one 
         for run in GRID.runs.values():
             resolve_device(run)
     check_data(GRID.runs.values())
-    for run in {run.embedding: run for run in GRID.runs.values()}.values():
+    for run in {(run.embedding, run.embed_dim): run for run in GRID.runs.values()}.values():
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
     read = {GRID.name, *glob_wildcards("params/grids/{name}.yaml").name}  # by a report, whatever its grid
@@ -45,7 +45,7 @@ try:  # everything that can be said before any work starts is said here, in one 
 
         for name in begun:  # before the new runs are paid for, not after
             check_runs(name)
-except ConfigError as error:
+except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"

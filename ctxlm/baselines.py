@@ -7,7 +7,7 @@ below it, the distinct tokens that come before; D takes three values an order (f
 estimated from how many n-grams occur once to four times; γ hands on what D took.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,25 +119,15 @@ class KneserNey:
 
     def probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """p(token_t | the tokens before it in `tokens`), float64 [T], t = 0 without a context."""
-        tokens = tokens.astype(np.int64)
         p = np.full(len(tokens), 1 / self.vocabulary)
-        ids, known = np.zeros(len(tokens), np.int64), np.ones(len(tokens), bool)
-        for k, level in enumerate(self.levels):
-            at = slice(k, None)  # tokens with k tokens before them
-            contexts, known = ids[: len(tokens) - k], known[: len(tokens) - k]
-            grams, found = _find(self.keys[k], contexts * self.vocabulary + tokens[at])
-            found &= known
-            p[at] = level.interpolate(p[at], np.where(known, contexts, -1), np.where(found, grams, -1))
-            ids, known = grams, found
+        for k, (contexts, grams) in enumerate(self._ids(tokens)):
+            p[k:] = self.levels[k].interpolate(p[k:], contexts[:-1], grams)
         return p
 
     def distribution(self, history: np.ndarray) -> np.ndarray:
         """p(w | history) of every token w, float64 [V]."""
-        p, context = np.full(self.vocabulary, 1 / self.vocabulary), 0
-        history = np.asarray(history, np.int64)
-        for k, level in enumerate(self.levels[: len(history) + 1]):
-            if k:  # the id of the last k tokens, from that of the last k - 1 but the last
-                context = self._id(history[len(history) - k :])
+        p = np.full(self.vocabulary, 1 / self.vocabulary)
+        for k, (level, context) in enumerate(zip(self.levels, [c[-1] for c, _ in self._ids(history)], strict=False)):
             if context < 0 or context >= len(level.handed_on) or not np.isfinite(level.handed_on[context]):
                 break  # a longer context is not known either
             first, last = np.searchsorted(self.keys[k], [context * self.vocabulary, (context + 1) * self.vocabulary])
@@ -145,15 +135,16 @@ class KneserNey:
             p[self.keys[k][first:last] % self.vocabulary] += level.share[first:last]
         return p
 
-    def _id(self, gram: np.ndarray) -> int:
-        """The id of an n-gram among those of its length; -1 if it was never seen."""
-        found = 0
-        for k, token in enumerate(gram):
-            at, there = _find(self.keys[k], np.array([found * self.vocabulary + token]))
-            if not there[0]:
-                return -1
-            found = int(at[0])
-        return found
+    def _ids(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For k = 0, 1, … the ids of the k-grams that end before each of `tokens` [T] and after the last, [T - k + 1],
+        and of the (k+1)-grams that they go on to, [T - k]; -1: never seen."""
+        contexts = np.zeros(len(tokens) + 1, np.int64)  # the empty context has id 0
+        for k, keys in enumerate(self.keys[: len(tokens) + 1]):
+            wanted = np.where(contexts[:-1] < 0, -1, contexts[:-1] * self.vocabulary + tokens[k:])
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            grams = np.where(keys[at] == wanted, at, -1)
+            yield contexts, grams
+            contexts = grams
 
     def judge(self, tokens: np.ndarray) -> tuple[np.ndarray, float]:
         """Every target's loss, nats, float32 [T - 1], and the share of targets that were the most probable token."""
@@ -196,9 +187,3 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     y = n1 / (n1 + 2 * n2)
     found = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
     return np.clip(found, 0, [0, 1, 2, 3])
-
-
-def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each of `wanted` is in the sorted `keys`, and whether it is there."""
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return at, keys[at] == wanted

@@ -19,10 +19,9 @@ Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Few = Annotated[int, Field(ge=1, le=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 BASELINES = ("kneser-ney", "lstm", "transformer")
 """Values of `model` that are what a user would otherwise pick."""
@@ -42,7 +41,7 @@ class ConfigError(ValueError):
 class Experiment(BaseModel):
     """One run of the two-phase context language model. The defaults are the study's settings (`params/base.yaml`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     experiment: str = Field(
         "A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60, description="label of the configuration"
@@ -88,7 +87,7 @@ class Experiment(BaseModel):
     phase1_max_iterations: Count = Field(10, description="Phase 1 ends here at the latest")
     phase1_convergence_threshold: Positive = Field(0.03, description="a token whose context moved less has converged")
     phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that stops Phase 1")
-    phase1_context_noise: float = Field(0.1, ge=0, allow_inf_nan=False, description="sd of the noise on contexts read")
+    phase1_context_noise: float = Field(0.1, ge=0, description="sd of the noise on contexts read")
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
     # Phase 2
     phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
@@ -114,13 +113,9 @@ class Experiment(BaseModel):
     )
     phase2_warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
     phase2_final_rate: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="the learning rate after phase2_epochs as a share of its peak (half a cosine)",
+        1.0, gt=0, le=1, description="the learning rate after phase2_epochs as a share of its peak (half a cosine)"
     )
-    phase2_weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
+    phase2_weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
     phase2_dropout: Share = Field(0.0, description="share of context and input entries dropped in training")
     phase2_token_dropout: Share = Field(
         0.0, description="share of input tokens (but for the ContextBlock's) blanked in training"
@@ -130,13 +125,10 @@ class Experiment(BaseModel):
         0.0, description="decay an update of the average of the weights that is judged and kept; 0: none"
     )
     held_out_tokens: int = Field(
-        0,
-        ge=0,
-        description="for tuning: so many last training tokens are left out, and stand in for validation",
+        0, ge=0, description="for tuning: so many last training tokens are left out, and stand in for validation"
     )
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
-        "none",
-        description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens",
+        "none", description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens"
     )
     train_loss_after_epoch: bool = Field(False, description="measure the training loss also after every epoch")
     val_every_steps: int = Field(0, ge=0, description="validate also every so many updates; 0: after epochs only")

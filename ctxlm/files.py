@@ -1,10 +1,10 @@
 """Where things lie on disk, how a file is replaced whole, what is cached, and what a piece of source hashes to."""
 
-import getpass
 import hashlib
 import json
 import os
 import tempfile
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,12 +45,12 @@ def atomic(path: Path) -> Iterator[Path]:
     only a dot-file behind, and a failed one (a full disk) removes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private; results are for everyone
+        temporary.chmod(mode)  # safetensors makes files private; results are for everyone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -58,8 +58,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def lock(path: Path) -> FileLock:
     """A lock on a file or a folder, kept outside of it; it is let go of when its process dies."""
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container it may have no name
-    name = f"ctxlm-{user}-{digest(str(path.resolve()))}.lock"
+    name = f"ctxlm-{os.getuid()}-{digest(str(path.resolve()))}.lock"
     return FileLock(Path(tempfile.gettempdir()) / name)
 
 
@@ -90,12 +89,6 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] 
             return {str(name): file[str(name)] for name in names or file["names"]}
     except Exception:  # a flipped bit can raise nearly anything
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def digest(*parts: str | bytes) -> str:

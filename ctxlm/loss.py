@@ -145,7 +145,6 @@ class Score:
         self.weight = weight.detach().to(dtype) if frozen else weight
         self.transposed = self.weight.T.contiguous() if frozen and weight.device.type == "cpu" else None
         self.bias, self.scale, self.dtype = bias, scale, dtype
-        self._kept_mean: Tensor | None = None
 
     def __call__(self, h: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of predicting `targets` [B] from `h` [B, d] (mean, per token, correct), as `linear_cross_entropy`.
@@ -157,16 +156,8 @@ class Score:
         mean, losses, correct = linear_cross_entropy(h, self.weight, targets, self.bias, self.dtype, self.transposed)
         if smoothing:
             # Averaged over the vocabulary, -log p exceeds the target's by how far its logit lies above the average one.
-            above = (h * (self.weight[targets].float() - self._mean_row())).sum(1)
+            above = (h * (self.weight[targets].float() - self.weight.mean(0, dtype=torch.float32))).sum(1)
             if self.bias is not None:
                 above = above + self.bias[targets] - self.bias.mean()
             mean = mean + smoothing * above.mean()
         return mean, losses, correct
-
-    def _mean_row(self) -> Tensor:
-        """The mean over the vocabulary of the head's rows, [d]."""
-        if self.weight.requires_grad:
-            return self.weight.mean(0)
-        if self._kept_mean is None:
-            self._kept_mean = self.weight.float().mean(0)
-        return self._kept_mean

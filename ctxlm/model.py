@@ -40,24 +40,13 @@ def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -
     return (rows * (index >= 0).unsqueeze(-1)).flatten(-2)
 
 
-class _Last(nn.Module):
-    """The last `width` entries: the residual where no Linear is called for."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., -self.width :]
-
-
 class _Layers(nn.Module):
     """Layers `LayerNorm(residual + ReLU(Linear(concat(context, other))))`, initialised alike.
 
     Where the design is `arithmetic` and the width changes, the residual goes through a Linear of its own.
     """
 
-    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator, std: float = 0.1):
+    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator, std: float):
         """`shapes`: for each layer the widths of context, other (0: none), output and residual (0: no Linear).
 
         `std`: of the initial weights; of the biases a tenth of it.
@@ -67,7 +56,7 @@ class _Layers(nn.Module):
         # (the tokens in Phase 1, frozen contexts in Phase 2), and the tokens' part can be had from a table.
         self.from_context = nn.ModuleList(nn.Linear(c, out, bias=not other) for c, other, out, _ in shapes)
         self.from_other = nn.ModuleList(nn.Linear(other, out) for _, other, out, _ in shapes if other)
-        self.residuals = nn.ModuleList(nn.Linear(r, out) if r else _Last(out) for _, _, out, r in shapes)
+        self.residuals = nn.ModuleList(nn.Linear(r, out) if r else nn.Identity() for _, _, out, r in shapes)
         self.norms = nn.ModuleList(nn.LayerNorm(out) for _, _, out, _ in shapes)
         self.context_dim = shapes[0][0]
         self.widths = [out for _, _, out, _ in shapes]
@@ -98,8 +87,9 @@ class _Layers(nn.Module):
         read = self.from_context[index](context)
         if share is not None:
             read = read + share
+        residual = self.residuals[index](before)[..., -self.widths[index] :]  # without a Linear the last entries
         # float32, though a residual's Linear gives the type of the products: only products are rounded
-        return self.norms[index](self.residuals[index](before).float() + F.relu(read))
+        return self.norms[index](residual.float() + F.relu(read))
 
 
 def _falling(first: int, last: int, layers: int) -> list[int]:
@@ -114,21 +104,14 @@ class ContextBlock(_Layers):
     first layer alone reads u_t.
     """
 
-    def __init__(
-        self,
-        design: str,
-        num_layers: int,
-        context_dim: int,
-        input_dim: int,
-        init: torch.Generator,
-        std: float = 0.1,
-    ):
-        shapes = [(context_dim, input_dim, context_dim, 0)] * num_layers
-        if design == "arithmetic":
-            widths = _falling(context_dim + input_dim, context_dim, num_layers)
-            shapes = [(context_dim, input_dim, widths[1], context_dim if widths[1] != context_dim else 0)]
+    def __init__(self, e: Experiment):
+        c, u = e.context_dim, e.num_input_tokens * e.embed_dim
+        shapes = [(c, u, c, 0)] * e.num_layers
+        if e.design == "arithmetic":
+            widths = _falling(c + u, c, e.num_layers)
+            shapes = [(c, u, widths[1], c if widths[1] != c else 0)]
             shapes += [(a, 0, b, a if a != b else 0) for a, b in itertools.pairwise(widths[1:])]
-        super().__init__(shapes, init, std)
+        super().__init__(shapes, generator(e.seed, "init", "context_block"), e.phase1_init_std)
 
     def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
         """Every layer's output, L tensors [B, width] (the last is c_t).
@@ -155,24 +138,16 @@ class TokenBlock(_Layers):
     `constant`: h has the embedding's width from the first layer on. `arithmetic`: its width falls from n·d to d.
     """
 
-    def __init__(
-        self,
-        design: str,
-        context_widths: list[int],
-        embed_dim: int,
-        input_dim: int,
-        init: torch.Generator,
-        std: float = 0.1,
-    ):
-        layers = len(context_widths)
-        widths = [input_dim] + [embed_dim] * layers
-        if design == "arithmetic":
-            widths = _falling(input_dim, embed_dim, layers)
+    def __init__(self, e: Experiment, context_widths: list[int]):
+        """`context_widths`: of the ContextBlock's layers."""
+        widths = [e.num_input_tokens * e.embed_dim] + [e.embed_dim] * e.num_layers
+        if e.design == "arithmetic":
+            widths = _falling(widths[0], e.embed_dim, e.num_layers)
         shapes = [
-            (context, a, b, a if design == "arithmetic" and a != b else 0)
+            (context, a, b, a if e.design == "arithmetic" and a != b else 0)
             for context, (a, b) in zip(context_widths, itertools.pairwise(widths), strict=True)
         ]
-        super().__init__(shapes, init, std)
+        super().__init__(shapes, generator(e.seed, "init", "token_block"), e.phase2_init_std)
 
     def forward(self, inputs: Tensor, contexts: list[Tensor]) -> Tensor:
         """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, width]."""
@@ -285,18 +260,13 @@ class ContextLM(nn.Module):
             raise ConfigError(
                 f"embed_dim = {e.embed_dim} does not fit the embedding of width {embedding.shape[1]}: make them equal"
             )
-        input_dim = e.num_input_tokens * e.embed_dim
         self.num_input_tokens = e.num_input_tokens
         self.embedding = nn.Parameter(embedding, requires_grad=False)
         # Once Phase 2 trains a copy of the embedding: Phase 1's own, which contexts keep reading.
         self.register_buffer("context_embedding", None)
         self.design = e.design
-        draws = generator(e.seed, "init", "context_block")
-        self.context_block = ContextBlock(e.design, e.num_layers, e.context_dim, input_dim, draws, e.phase1_init_std)
-        draws = generator(e.seed, "init", "token_block")
-        self.token_block = TokenBlock(
-            e.design, self.context_block.widths, e.embed_dim, input_dim, draws, e.phase2_init_std
-        )
+        self.context_block = ContextBlock(e)
+        self.token_block = TokenBlock(e, self.context_block.widths)
         self.head = None
         if not e.use_weight_tying:
             self.head = nn.Linear(e.embed_dim, embedding.shape[0])

@@ -279,20 +279,10 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
             model.context_embedding = model.embedding.detach()
             model.embedding.data = model.embedding.detach().clone()
         model.embedding.requires_grad_(True)
-    trained = {f"token_block.{name}": p for name, p in model.token_block.named_parameters()}
-    if e.phase2_context_window:
-        trained |= {f"context_block.{name}": p for name, p in model.context_block.named_parameters()}
-    if model.head is not None:
-        trained |= {f"head.{name}": p for name, p in model.head.named_parameters()}
-    if model.output_bias is not None:
-        trained["output_bias"] = model.output_bias
-    if model.embedding.requires_grad:
-        trained["embedding"] = model.embedding
-    if model.slow is not None:
-        trained["slow.gain"] = model.slow.gain
     bias = model.output_bias if model.head is None else model.head.bias
     set_frequencies(tokens, len(model.embedding), bias if e.output_bias == "unigram" else None, model.slow)
-    return trained
+    kept = () if e.phase2_context_window else ("context_block.",)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(kept)}
 
 
 @torch.no_grad()

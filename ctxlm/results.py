@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -97,6 +97,10 @@ def git_commit() -> str | None:
         return None
 
 
+_own_lock = cache(lock)
+"""One and the same lock for all of this process's runs in a folder, so that it may take it again."""
+
+
 def run_folder(path: str | Path | None) -> Path:
     """The folder a run will be written to, made and tried before the work starts, and this process's till it ends.
 
@@ -120,12 +124,6 @@ def run_folder(path: str | Path | None) -> Path:
             "notebook that has it, or name another folder"
         ) from None
     return folder
-
-
-@cache
-def _own_lock(folder: Path) -> FileLock:
-    """One and the same lock for all of this process's runs in a folder, so that it may take it again."""
-    return lock(folder)
 
 
 def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:

@@ -192,11 +192,14 @@ def test_the_benchmark_writes_its_figures(tmp_path, text):
     assert page.count("data:image/png") == 2 and page.count("How fast?</h1>") == 1 and "import" not in page
 
 
-@pytest.mark.parametrize("notebook", ["02_experiment", "06_baseline"])
-def test_cells_can_be_run_again_after_a_change(notebook, tmp_path, text, monkeypatch):
+@pytest.mark.parametrize(
+    ("notebook", "change"),
+    [("02_experiment", {}), ("02_experiment", {"context_ablation": "zero"}), ("06_baseline", {})],
+)
+def test_cells_can_be_run_again_after_a_change(notebook, change, tmp_path, text, monkeypatch):
     """As by hand: what earlier cells left behind is not taken for a parameter."""
     monkeypatch.setattr("matplotlib.pyplot.show", lambda *_: None)
-    own = {**SMALL, "corpus": str(text), "output_dir": str(tmp_path / "run"), "phase2_epochs": 1}
+    own = {**SMALL, "corpus": str(text), "output_dir": str(tmp_path / "run"), "phase2_epochs": 1, **change}
     cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
     namespace: dict = {}
     for _ in range(2):
