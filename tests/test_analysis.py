@@ -63,7 +63,10 @@ def test_the_better_configuration_is_named(outputs):
 
 def test_a_crossing_is_told_by_size_and_as_crossover(outputs):
     texts = said(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)})
-    assert f"depends on the amount of text**: {A} is better at 20,000 and 30,000 tokens, {B} is better at" in texts[0]
+    assert (
+        f"depends on the amount of text**, in single runs: {A} is better at 20,000 and 30,000 tokens, {B} is better at"
+        in texts[0]
+    )
     tokens = float(f"{20_000 * (850 / 800) ** (1 / 0.098):.3g}")
     crossover = next(text for text in texts if text.startswith("**Crossover.**"))
     assert f"about {tokens:,.0f} tokens, inside the measured range (20,000 to 67,500)" in crossover
@@ -141,7 +144,7 @@ def test_a_size_that_cannot_be_compared_is_said_so(outputs):
 def test_slow_or_still_improving_runs_are_counted(outputs):
     options = {"phase1_converged_ratio": 0.9, "epochs_run": 3}
     texts = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, **options)
-    assert any("In 8 of 8 runs the last epoch is the best" in text for text in texts)
+    assert any("8 of the runs had not come to their early stop by then." in text for text in texts)
     assert any("In 8 of 8 runs the iterations ran out" in text for text in texts)
 
 
@@ -150,7 +153,7 @@ def test_every_number_in_the_sentences_comes_from_the_data(outputs):
     for folder in (outputs / "planted").iterdir():
         for file in folder.iterdir():
             file.unlink()
-    changed = {"best_epoch": 4, "phase1_converged_ratio": 0.963, "phase1_iterations": 9}
+    changed = {"best_epoch": 4, "epochs_run": 6, "phase1_converged_ratio": 0.963, "phase1_iterations": 9}
     second = said(
         outputs,
         {"A": (-0.191, 700), "B": (-0.273, 740)},
@@ -182,7 +185,7 @@ def test_the_gap_is_set_beside_the_published_one(outputs):
     plant(outputs, {"A": (-0.3, 846), "B": (-0.3, 900)}, **STUDY)  # A leads by 6 % at both sizes
     text = gaps(read()[-1], tables.published_runs()).replace("\u00a0", " ")
     assert "PPL of A against B: −5.4 % published, −6.0 % (" in text and "+1.7 % published, −6.0 % (" in text
-    assert text.endswith("at 183,620 tokens. B leads there, A here, at 183,620 tokens.")
+    assert text.endswith("at 183,620 tokens. B has the lower PPL there, A here, at 183,620 tokens.")
     assert gaps({"paired_differences": []}, tables.published_runs()) == ""
 
 
@@ -266,6 +269,10 @@ def test_main_figure_shows_points_laws_and_crossover(outputs):
     assert len(dashed) == 4 and all(x[-1] <= 20_001 or x[0] >= 67_499 for x in dashed)
     dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
     assert dotted == [pytest.approx(summary["crossover_tokens"])]
+    for interval, drawn in (((-0.2, 0.1), 0), ((-0.2, -0.1), 1), (None, 1)):  # drawn unless slopes cannot be told apart
+        tested = summary | {"pooled": [{"a": "A", "b": "B", "slope_interval": interval}]}
+        axes = plots.plot_scaling(runs, val_by_sample, tested).axes[0]
+        assert sum(line.get_linestyle() == ":" for line in axes.lines) == drawn
     assert not [line for line in axes.lines if line.get_markerfacecolor() == "white"]
 
 

@@ -152,8 +152,8 @@ def test_replicates_cover_effects_that_last_across_sizes():
             gap = found.fieller_interval
             fieller = gap is None or not (gap[0] or 0) < MEETS < (gap[1] or math.inf)
         drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=300)
-        left, right = drawn.slope_difference("A", "B")
-        assert (drawn.replicates, drawn.dof) == (5, 4)
+        left, right = drawn.slope_difference("A", "B").interval
+        assert drawn.slopes["A"].shape == (5, 40)
         hits.append((low < -0.1 < high, fieller, left < -0.1 < right))
     assert (np.mean(hits, axis=0) > 0.90).all(), np.mean(hits, axis=0)
 
@@ -209,7 +209,7 @@ def test_bootstrap_of_exact_runs_moves_levels_but_neither_slopes_nor_crossover()
     rng = np.random.default_rng(6)
     runs = table(rng, 0.0)
     drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=200)
-    assert drawn.alpha["A"] == pytest.approx(np.full(200, -0.3)) and drawn.replicates == 1
+    assert drawn.alpha["A"] == pytest.approx(np.full(200, -0.3))
     assert drawn.log_a["A"].std() > 0.01
     share, interval = drawn.crossover("A", "B")
     assert share == 0 and interval == pytest.approx((MEETS, MEETS))
@@ -227,8 +227,8 @@ def test_bootstrap_of_single_runs_draws_samples_only(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.36, 830)})
     runs, _, val_by_sample = read_grid("planted")
     drawn = bootstrap(runs, val_by_sample)
-    low, high = drawn.slope_difference("A", "B")
-    assert drawn.replicates == 1 and low < -0.06 < high
+    found = drawn.slope_difference("A", "B")
+    assert found.value == pytest.approx(-0.06) and found.interval[0] < -0.06 < found.interval[1]
     with pytest.raises(ValueError, match="different validation tokens"):
         bootstrap(runs, val_by_sample.iloc[1:])
     with pytest.raises(ValueError, match="runs of a single size"):

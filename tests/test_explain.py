@@ -95,10 +95,11 @@ def test_planted_overfitting_is_taken_apart():
     rng = np.random.default_rng(1)
     runs = grid(lambda *_: 6.0, rates=(0.002, 0.001, 0.0005))
     rise = 0.6 - 0.1 * np.log2(runs["train_tokens"] / 10_000) + 0.2 * (runs["configuration"] == "B")
-    rise += 0.15 * np.log2(runs["phase2_learning_rate"] / 0.0005)
+    rise += (0.15 - 0.1 * (runs["configuration"] == "B")) * np.log2(runs["phase2_learning_rate"] / 0.002)
     runs["overfit_rate"] = np.expm1(rise + 0.01 * rng.standard_normal(len(runs)))
     found = {effect.name: effect for effect in overfitting_effects(runs)}
-    planted = {"a doubling of the training tokens": -0.1, "B against A": 0.2, "a halved learning rate": -0.15}
+    planted = {"a doubling of the training tokens": -0.1, "B against A": 0.2}
+    planted |= {"a halved learning rate for A": -0.15, "a halved learning rate for B": -0.05}
     assert found.keys() == planted.keys()
     for name, value in planted.items():
         assert found[name].interval[0] < value < found[name].interval[1]

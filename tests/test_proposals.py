@@ -15,9 +15,13 @@ REPLICATES = [(42, 0), (44, 1), (46, 2)]
 @pytest.mark.parametrize(
     ("best", "last", "verdict"),
     [
-        (0.05, -0.1, "over-fits less and predicts worse"),
-        (-0.05, 0.1, "over-fits more and predicts better"),
-        (0.0, 0.0, "has no effect on over-fitting that can be told and has no effect on the best PPL that can be told"),
+        (0.05, -0.1, ("over-fits less", "predicts worse")),
+        (-0.05, 0.1, ("over-fits more", "predicts better")),
+        (
+            0.0,
+            0.0,
+            [f"has no effect on {what} that can be told" for what in ("over-fitting", "the best PPL")],
+        ),
     ],
 )
 def test_half_the_learning_rate(outputs, best, last, verdict):
@@ -34,14 +38,15 @@ def test_half_the_learning_rate(outputs, best, last, verdict):
     quick = tuple(pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     none = tuple(table.iloc[:0] for table in quick)
     text = proposals.learning_rate([("at the quick scale", quick), ("at full size", none), ("here", parts[0])])
-    assert f"at the quick scale it {verdict}: last PPL / best PPL " in text
-    assert "(n = 48 runs, Student's over 3 replicates, 2 d.o.f.), best PPL " in text
-    assert "(n = 48 runs, crossed with 20 validation samples drawn again, " in text
+    for label in "AB":
+        assert f" it {verdict[0]} for {label} and {verdict[1]}: last PPL / best PPL " in text
+    assert "(last PPL / best PPL: n = 48 runs, Student's over 3 replicates, 2 d.o.f.; best PPL: n = 48 runs" in text
+    assert ", crossed with 20 validation samples drawn again, " in text
     assert text.endswith("; at full size no finished run; here not to be told, for no runs differ in it.")
     cut = quick[0].assign(epochs_run=quick[0]["best_epoch"].where(quick[0]["train_tokens"] == 20_000, 5))
     text = proposals.learning_rate([("here", (cut, *quick[1:]))])
     assert "; 6 at a rate of 0.002 that had not stopped are left out; 6 at a rate of 0.001 that had" in text
-    assert "(n = 36 runs, Student's" in text and "(n = 48 runs, crossed" in text
+    assert "n = 36 runs, Student's" in text and "n = 48 runs, crossed" in text
     early = quick[0].assign(epochs_run=quick[0]["best_epoch"].where(quick[0]["phase2_learning_rate"] < 0.002, 5))
     text = proposals.learning_rate([("here", (early, *quick[1:]))])
     assert text.endswith(": here not to be told (at one of the two rates no run has come to its early stop).")
@@ -69,10 +74,14 @@ def test_lower_rates_in_pairs_of_single_runs(outputs, gain, verdict):
     whole = proposals.with_study(lr, study[0])
     assert len(whole[0]) == 6
     text = proposals.learning_rate([("at full size", whole)])
-    change = f"at 86,925 tokens {verdict}: best PPL {'−' if gain < 0 else '+'}"
-    assert f"at full size, in single runs, at a rate of 0.001 A {change}" in text and f", B {change}" in text
-    assert text.count("(n = 1 pair, 20 validation samples drawn again, ") == 2  # once a rate
-    assert text.count(" %), last PPL / best PPL −") == 4
+    change = "−4.9" if gain < 0 else "+5.1"
+    assert (
+        f"of one configuration and size, at a rate of 0.001 it {verdict} in 2 of 2 pairs (best PPL {change} %)" in text
+    )
+    assert (
+        "at a rate of 0.0005 it has no effect on the best PPL that can be told in 2 of 2 pairs (best PPL 0.0 %" in text
+    )
+    assert text.count("), last PPL / best PPL −") == 2  # once a rate
     runs, _, val = whole
     table = proposals.rates_table(runs, val)
     assert list(table["Learning rate"]) == ["0.0005", "0.001", "0.002"] * 2 and list(table["Against 0.002"])[2] == ""

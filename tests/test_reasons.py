@@ -301,7 +301,8 @@ def test_what_drawn_signs_do_to_the_spread_is_tested(outputs, spread, sure):
         for draw, errors in enumerate((quiet, loud))
     )
     found = re.search(
-        r"scatters \(standard deviation\) by ([\d.]+) % instead of ([\d.]+) % for A \(n = 4 and 4, F test, p (.*?)\)",
+        r"scatters \(standard deviation\) by ([\d.]+) % instead of ([\d.]+) % for A "
+        r"\(n = 4 pairs, Pitman-Morgan, p (.*?)\)",
         reasons.signs(drawn, fixed),
     )
     assert float(found[2]) == pytest.approx(100 * math.expm1(np.std(quiet, ddof=1)), abs=0.05)

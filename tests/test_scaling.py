@@ -189,11 +189,14 @@ def test_pairing_removes_what_samples_share():
 
 def test_seeds_are_averaged_before_pairing():
     tokens = np.array([200, 400])
-    first, second = by_sample([5.0, 6.0], tokens), by_sample([5.2, 6.4], tokens, replicate=1)
+    first, second = by_sample([5.0, 6.0], tokens), by_sample([5.2, 6.4], tokens)
     averaged = paired_difference(pd.concat([first, second]), first)
     assert averaged.replicates == 1
     assert averaged.log_ppl == pytest.approx((0.1 * 200 + 0.2 * 400) / 600)
     assert averaged.samples == 2
+    other = by_sample([5.2, 6.4], tokens, replicate=1)  # another seed or text, which only one of the two has
+    alone = paired_difference(pd.concat([first, other]), first)
+    assert (alone.replicates, alone.log_ppl) == (1, 0)
 
 
 @pytest.mark.parametrize("between", [0.0, 0.01, 0.05])
@@ -355,6 +358,10 @@ def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(o
     assert runs["train_tokens"].tolist() == [20_000] and val_by_sample["run"].nunique() == 1
     assert "1 more run of other parameters than the grid file's left out." in findings.origin("planted", runs)
     assert "Grid planted: 1 of 2 planned runs in " in findings.origin("planted", runs)
+    designs = pd.concat([runs.assign(configuration=label) for label in ("A", "A-bfloat16")])
+    designs = pd.concat([designs, runs.assign(configuration="A-arithmetic", design="arithmetic")])
+    said = "A (and 1 more) 6 layers of 128, A-arithmetic 6 layers of widths that fall to 128;"
+    assert said in findings.origin("planted", designs)
     assert "left out" not in findings.origin("planted", read_grid("planted")[0])
 
 

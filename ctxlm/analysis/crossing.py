@@ -22,13 +22,14 @@ from ctxlm.analysis.replicates import balanced, critical, each
 from ctxlm.analysis.scaling import (
     CELL,
     MOST_TOKENS,
+    MeanLoss,
     beyond,
     draw_replicates,
     draw_samples,
-    effective,
     extrapolate,
     fit_saturating,
     loss_sums,
+    mean_loss,
     percentile_interval,
     robust_interval,
 )
@@ -155,13 +156,14 @@ class Bootstrap:
 
     alpha: dict[str, np.ndarray]
     log_a: dict[str, np.ndarray]
-    replicates: int
-    """1: only the validation samples are drawn."""
-    dof: float
+    slopes: dict[str, np.ndarray]
+    """Loss sums [replicates, samples], so weighted that their mean loss is α; of one, samples alone are drawn."""
+    tokens: np.ndarray
+    """Of the samples."""
 
-    def slope_difference(self, a: str, b: str) -> tuple[float, float]:
-        """95 % interval of α of b minus α of a, from percentiles that are expanded for few replicates."""
-        return percentile_interval(self.alpha[b] - self.alpha[a], self.dof)
+    def slope_difference(self, a: str, b: str) -> MeanLoss:
+        """α of b minus α of a, with its 95 % interval (None: a single sample)."""
+        return mean_loss(self.slopes[b] - self.slopes[a], self.tokens)
 
     def crossover(self, a: str, b: str) -> tuple[float, tuple[float, float] | None]:
         """Share of draws whose laws meet nowhere between one token and 10¹⁵, and the 95 % interval over the others."""
@@ -169,7 +171,8 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             log_tokens = (self.log_a[b] - self.log_a[a]) / slope
         meets = np.isfinite(log_tokens) & (log_tokens >= 0) & (log_tokens <= MOST_LOG)
-        interval = tuple(np.exp(percentile_interval(log_tokens[meets], self.dof)).tolist()) if meets.any() else None
+        dof = max(self.slope_difference(a, b).dof, 1)  # it is the slopes' scatter that moves the crossover
+        interval = tuple(np.exp(percentile_interval(log_tokens[meets], dof)).tolist()) if meets.any() else None
         return 1 - float(meets.mean()), interval
 
 
@@ -194,13 +197,15 @@ def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000
     losses = draw_samples(means.to_numpy(), tokens, draws, rng)
     replicates = len(means) // len(cells)
     y = draw_replicates(losses.reshape(draws, len(cells), replicates).swapaxes(1, 2), rng)  # [draws, cells]
-    alpha, log_a = {}, {}
+    alpha, log_a, slopes = {}, {}, {}
     for label in few.index:
         own = cells.get_level_values(0) == label
         x = np.log(cells.get_level_values(1)[own].to_numpy(float))
-        alpha[label] = y[:, own] @ (x - x.mean()) / np.square(x - x.mean()).sum()
+        weights = (x - x.mean()) / np.square(x - x.mean()).sum()
+        alpha[label] = y[:, own] @ weights
         log_a[label] = y[:, own].mean(1) - alpha[label] * x.mean()
-    return Bootstrap(alpha, log_a, replicates, dof=max((replicates if several else effective(tokens)) - 1, 1))
+        slopes[label] = np.tensordot(weights, means.to_numpy().reshape(len(cells), replicates, -1)[own], 1)
+    return Bootstrap(alpha, log_a, slopes, tokens)
 
 
 def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
             found = asdict(pooled(both, a, b))
             drawn = bootstrap(both, val_by_sample[val_by_sample["run"].isin(both["run"])])
             share, interval = drawn.crossover(a, b)
-            found |= {"bootstrap_slope": drawn.slope_difference(a, b), "refused": None}
+            found |= {"bootstrap_slope": drawn.slope_difference(a, b).interval, "refused": None}
             found |= {"bootstrap_crossover": interval, "bootstrap_without": share}
         except ValueError as error:
             found = {"a": a, "b": b, "refused": str(error)}

@@ -95,7 +95,7 @@ def overfitting_effects(
     With `best`, what the best PPL itself depends on; then, with `val_by_sample`, samples are drawn too.
 
     Least squares on log2 tokens, configurations (against the first one) and, where it varies, −log2 of Phase 2's
-    learning rate, of the runs that `stopped` (of all of them for the best PPL).
+    learning rate for each configuration, of the runs that `stopped` (of all of them for the best PPL).
 
     Raises:
         ValueError: the runs cannot tell the effects apart, or were judged on different tokens.
@@ -104,8 +104,10 @@ def overfitting_effects(
     columns = {"a doubling of the training tokens": np.log2(done["train_tokens"])}
     first, *others = sorted(done["configuration"].unique()) or [""]
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
-    if done["phase2_learning_rate"].nunique() > 1:
-        columns[HALVED] = -np.log2(done["phase2_learning_rate"])
+    for label in done["configuration"].unique():
+        own, rates = done["configuration"] == label, done["phase2_learning_rate"]
+        if rates[own].nunique() > 1:
+            columns[f"{HALVED} for {label}"] = -np.log2(rates / rates[own].max()).where(own, 0.0)
     if not best:
         return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
     drawn = None if val_by_sample is None else loss_sums(val_by_sample, done["run"])

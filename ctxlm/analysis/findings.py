@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
-from ctxlm.analysis.phrases import change, count, p_text, percent, signed, sizes_text, span, tokens_text, winner
+from ctxlm.analysis.explain import stopped
+from ctxlm.analysis.phrases import SINGLE, change, count, p_text, percent, signed, sizes_text, span, tokens_text, winner
 from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, with_phase1
 from ctxlm.results import load_runs
 
@@ -88,11 +89,15 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
 
 
 def shapes_text(runs: pd.DataFrame) -> str:
-    """What each configuration is; of those that are alike, the first."""
-    shapes = runs.groupby("configuration")[["num_layers", "context_dim"]].first().drop_duplicates()
-    return ", ".join(
-        f"{label} {count(row.num_layers, 'layer')} of {row.context_dim}" for label, row in shapes.iterrows()
-    )
+    """What each configuration is; of those that are alike, the first, and how many more."""
+    shape = ["num_layers", "context_dim", "design"]
+    shapes = runs.groupby("configuration")[shape].first().reset_index().groupby(shape, sort=False)["configuration"]
+    said = []
+    for (layers, width, design), labels in shapes:
+        more = f" (and {len(labels) - 1} more)" if len(labels) > 1 else ""
+        how = f"{width}" if design == "constant" else f"widths that fall to {width}"
+        said.append(f"{labels.iloc[0]}{more} {count(layers, 'layer')} of {how}")
+    return ", ".join(said)
 
 
 def sources(runs: pd.DataFrame) -> str:
@@ -138,14 +143,15 @@ def gaps(summary: dict[str, Any], published: pd.DataFrame) -> str:
             theirs, size = ppl[keys[0]] / ppl[keys[1]] - 1, f"{d['train_tokens']:,} tokens"
             if (theirs < 0) != (d["log_ppl"] < 0):
                 turned.append(
-                    f"{d['a' if theirs < 0 else 'b']} leads there, {d['a' if theirs > 0 else 'b']} here, at {size}"
+                    f"{d['a' if theirs < 0 else 'b']} has the lower PPL there, {d['a' if theirs > 0 else 'b']} here, "
+                    f"at {size}"
                 )
             ours = change(d["log_ppl"], d["interval"])
             said.append(f"{percent(theirs)} published, {ours} ours at {size}")
     if not said:
         return ""
     a, b = summary["paired_differences"][0]["a"], summary["paired_differences"][0]["b"]
-    verdict = "; ".join(turned) or "The same configuration leads"
+    verdict = "; ".join(turned) or "The same configuration has the lower PPL"
     return f"**The gap.** PPL of {a} against {b}: {'; '.join(said)}. {verdict}."
 
 
@@ -208,6 +214,7 @@ def _unfinished(runs: pd.DataFrame) -> str:
 def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
     if not differences:
         return f"{names[a]} and {names[b]} cannot be compared: no amount of training text was given to both."
+    single = SINGLE if min(d["replicates"] for d in differences) == 1 else ""
     won = {label: [d["train_tokens"] for d in differences if winner(d) == label] for label in (a, b, None)}
     undecided = won.pop(None)
     winners = sorted((label for label in won if won[label]), key=lambda label: won[label][0])
@@ -219,12 +226,11 @@ def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
     elif len(winners) == 1:
         other = b if winners == [a] else a
         rest = tied or (", every size that both were judged on" if len(differences) > 1 else "")
-        single = min(d["replicates"] for d in differences) == 1
         better = "did better, in single runs, than" if single else "is better than"
         answer = f"{names[winners[0]]} **{better}** {names[other]} at {sizes_text(won[winners[0]])}{rest}"
     else:
         both = ", ".join(f"{names[label]} is better at {sizes_text(won[label])}" for label in winners)
-        answer = f"**It depends on the amount of text**: {both}{tied}"
+        answer = f"**It depends on the amount of text**{single}: {both}{tied}"
     values = "; ".join(f"{change(d['log_ppl'], d['interval'])} at {d['train_tokens']:,}" for d in differences)
     return (
         f"{answer}. Validation PPL of {a} against {b}, with 95 % intervals (below 0, {a} is better): {values} tokens."
@@ -275,8 +281,8 @@ def _overfitting(runs: pd.DataFrame) -> str:
         f"**Over-fitting.** The best epoch is {span(runs['best_epoch'])} (n = {len(runs)}); "
         f"by the last epoch, validation PPL is above its best by {rates}."
     )
-    growing = int((runs["best_epoch"] == runs["epochs_run"]).sum())
-    return text + (f" In {growing} of {len(runs)} runs the last epoch is the best." if growing else "")
+    going = len(runs) - len(stopped(runs))
+    return text + (f" {going} of the runs had not come to their early stop by then." if going else "")
 
 
 def _convergence(runs: pd.DataFrame) -> str:

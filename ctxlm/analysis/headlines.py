@@ -191,7 +191,7 @@ def _overfitting(grid: Grid) -> str:
         best = {effect.name: effect for effect in explain.overfitting_effects(runs, True, val_by_sample)}
         for effect in explain.overfitting_effects(runs):  # of one rate alone, if no run of the others has stopped
             too = ""
-            if effect.name == explain.HALVED:
+            if effect.name.startswith(explain.HALVED):
                 too = f" changes the best PPL by {effect_text(best[effect.name])} and"
             if effect.name.startswith("a "):
                 said.append(f"{effect.name}{too} changes last PPL / best PPL by {effect_text(effect)}")

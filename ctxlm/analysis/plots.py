@@ -175,13 +175,19 @@ def _over_replicates(runs: pd.DataFrame, column: str) -> tuple[pd.Series, np.nda
 def plot_scaling(
     runs: pd.DataFrame, val_by_sample: pd.DataFrame, summary: Mapping[str, Any], published: pd.DataFrame | None = None
 ) -> Figure:
-    """The main figure: PPL against training tokens, the laws and their crossovers; `published` runs are hollow."""
+    """The main figure: PPL against training tokens, the laws, and where they cross if their slopes differ for certain.
+
+    `summary` is `scaling.summarise`'s with `crossing.errors`' beside; `published` runs are hollow.
+    """
     if runs.empty:
         return _says("No finished run.")
     figure, ((axes,),) = _figure(height=5)
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"]
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
+    tested = {(e["a"], e["b"]): e.get("slope_interval") for e in summary.get("pooled", ())}
+    alike = [pair for pair, interval in tested.items() if interval and interval[0] <= 0 <= interval[1]]
     crossovers = [c for c in summary["crossovers"] if c["tokens"] and low / 2.5 < c["tokens"] < high * 2.5]
+    crossovers = [c for c in crossovers if (c["a"], c["b"]) not in alike]
     low, high = (
         min([low, *(c["tokens"] / 1.1 for c in crossovers)]),
         max([high, *(c["tokens"] * 1.1 for c in crossovers)]),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import crossing, explain, reasons
-from ctxlm.analysis.phrases import SINGLE, change, drawn_over, effect_text, percent, side
+from ctxlm.analysis.phrases import SINGLE, change, drawn_over, effect_text, percent, side, span
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
 from ctxlm.config import Experiment
@@ -44,19 +44,32 @@ def _halved(where: str, grid: Grid) -> str:
     if runs.empty:
         return f"{where} no finished run"
     if runs["phase2_learning_rate"].nunique() > 1 and runs["replicate"].nunique() == 1:
-        return f"{where}, in single runs, {'; '.join(_lowered(runs, val_by_sample))}"
+        said = "; ".join(_lowered(runs, val_by_sample))
+        return f"{where}, in pairs of single runs of one configuration and size, {said}"
     runs = runs[runs["phase2_learning_rate"].isin([RATE, RATE / 2])]
     if runs["phase2_learning_rate"].nunique() < 2:
         return f"{where} not to be told, for no runs differ in it"
     try:
-        last = next((e for e in explain.overfitting_effects(runs) if e.name == explain.HALVED), None)
-        best = next(e for e in explain.overfitting_effects(runs, True, val_by_sample) if e.name == explain.HALVED)
+        last, best = (
+            {e.name.removeprefix(explain.HALVED): e for e in effects if e.name.startswith(explain.HALVED)}
+            for effects in (
+                explain.overfitting_effects(runs),
+                explain.overfitting_effects(runs, True, val_by_sample),
+            )
+        )
     except ValueError as error:
         return f"{where} not to be told ({error})"
-    if last is None:
+    said = [
+        f"{LAST[side(last[name].interval)]}{name} and {BEST[side(effect.interval)]}: last PPL / best PPL "
+        f"{effect_text(last[name])}, best PPL {effect_text(effect)}"
+        for name, effect in best.items()
+        if name in last
+    ]
+    if not said:
         return f"{where} not to be told (at one of the two rates no run has come to its early stop)"
     left = runs.drop(explain.stopped(runs).index)["phase2_learning_rate"].value_counts()
     out = "".join(f"; {n} at a rate of {rate:g} that had not stopped are left out" for rate, n in left.items())
+    last, best = next(iter(last.values())), next(iter(best.values()))
     how = f"Student's over {last.replicates} replicates, {last.dof} d.o.f."
     if last.replicates == 1:
         how = f"runs taken as independent, HC3 errors, {last.dof} d.o.f."
@@ -64,29 +77,31 @@ def _halved(where: str, grid: Grid) -> str:
     if best.samples:
         drawn = f"crossed with {best.samples} validation samples drawn again, {best.dof:.1f} d.o.f. by Satterthwaite"
     return (
-        f"{where} it {LAST[side(last.interval)]} and {BEST[side(best.interval)]}: last PPL / best PPL "
-        f"{effect_text(last)} (n = {last.n} runs, {how}{out}), "
-        f"best PPL {effect_text(best)} (n = {best.n} runs, {drawn})"
+        f"{where} it {'; it '.join(said)} (last PPL / best PPL: n = {last.n} runs, {how}{out}; best PPL: n = {best.n} "
+        f"runs, {drawn})"
     )
 
 
 def _lowered(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterable[str]:
-    """What every other rate does to each configuration beside the study's: pairs of single runs, every size its own,
-    for what a rate does depends on the updates that a size gives it."""
+    """What every other rate does beside the study's, in pairs of single runs; `rates_table` has each of them.
+
+    No mean over sizes: what a rate does depends on the updates that a size gives it.
+    """
     for rate in sorted(set(runs["phase2_learning_rate"]) - {RATE}, reverse=True):
-        parts, best = [], None
+        found, said = [], []
         for (label, size), own in runs.groupby(["configuration", "train_tokens"]):
-            if rate not in set(own["phase2_learning_rate"]):
-                continue
-            name = f"{label} at {size:,} tokens"
             try:
-                best, last = _rate_effect(own, rate, val_by_sample)
+                if rate in set(own["phase2_learning_rate"]):
+                    found.append(_rate_effect(own, rate, val_by_sample))
             except ValueError as error:  # judged on different tokens, or no pair
-                parts.append(f"{name} is not to be told ({error})")
-                continue
-            fitting = f", last PPL / best PPL {percent(math.expm1(last.mean()))}" if len(last) else ""
-            parts.append(f"{name} {BEST[side(best.interval)]}: best PPL {effect_text(best)}{fitting}")
-        yield f"at a rate of {rate:g} {', '.join(parts)}{f' {drawn_over(best)}' if best else ''}"
+                said.append(f"{label} at {size:,} tokens is not to be told ({error})")
+        for sign, words in BEST.items():
+            if some := [best for best, _ in found if side(best.interval) == sign]:
+                changes = span([best.estimate for best in some], lambda nats: percent(math.expm1(nats)))
+                said.append(f"it {words} in {len(some)} of {len(found)} pairs (best PPL {changes})")
+        if rates := [change for _, last in found for change in last]:
+            said.append(f"last PPL / best PPL {span(rates, lambda nats: percent(math.expm1(nats)))}")
+        yield f"at a rate of {rate:g} {', '.join(said)}"
 
 
 def _rate_effect(runs: pd.DataFrame, rate: float, val_by_sample: pd.DataFrame) -> tuple[explain.Effect, pd.Series]:

@@ -52,7 +52,10 @@ OVERFITTING = "log last / best PPL"
 
 def slope_verdict(found: dict[str, Any]) -> str:
     steeper = found["b"] if found["slope_difference"] < 0 else found["a"]
-    here, anywhere = (not low <= 0 <= high for low, high in (found["slope_interval"], found["bootstrap_slope"]))
+    here, anywhere = (
+        interval is not None and not interval[0] <= 0 <= interval[1]
+        for interval in (found["slope_interval"], found["bootstrap_slope"])
+    )
     if here and anywhere:
         return f"{steeper} gains more from more text"
     if here:
@@ -120,11 +123,14 @@ def scatter(drawn: pd.DataFrame, fixed: pd.DataFrame) -> str:
         n = len(means)
         if n < 2 or not before:
             continue
-        tail = stats.f.sf((apart / before) ** 2, n - 1, n - 1)
-        p = 2 * min(tail, 1 - tail)
-        said.append(
-            f"{magnitude(apart)} instead of {magnitude(before)} for {label} (n = {n} and {n}, F test, p {p_text(p)})"
-        )
+        if n < 3:
+            said.append(f"{magnitude(apart)} instead of {magnitude(before)} for {label}")
+            continue
+        # of the same seeds and texts, so that the two are no independent samples (Pitman, 1939; Morgan, 1939)
+        sums, differences = means.sum(axis=1), means["val_loss_drawn"] - means["val_loss_fixed"]
+        p = stats.pearsonr(sums, differences).pvalue if differences.std() > 1e-9 else 1.0
+        how = f"(n = {n} pairs, Pitman-Morgan, p {p_text(p)})"
+        said.append(f"{magnitude(apart)} instead of {magnitude(before)} for {label} {how}")
     if not said:
         return ""
     return f" Between replicates, PPL over all sizes then scatters (standard deviation) by {'; '.join(said)}."
@@ -147,10 +153,16 @@ def chance(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     if not ratio[0] <= 1 <= ratio[1]:
         verdict = "training text matters more" if ratio[0] > 1 else "initialisation matters more"
     verdict += f" (variance of text over that of initialisation {ratio[0]:.1f} to {ratio[1]:.1f}, F, approximate)"
+    sizes = []
+    for _, own in runs.groupby("train_tokens"):
+        with contextlib.suppress(ValueError):  # too few runs of that size
+            sizes.append(variance.components(own, val_by_sample).set_index("source").loc["run", "sd"])
+    unequal = f", size by size by {magnitude(min(sizes))} to {magnitude(max(sizes))}" if len(sizes) > 1 else ""
     return (
         f"**Chance.** Standard deviations of PPL, nested analysis of variance within configuration and size (n = "
         f"{len(runs)} runs): initialisation {sure('seed', 'chi-square')}, training text "
-        f"{sure('data_seed', 'Williams')}: {verdict}. Together a run scatters by {sure('run', 'Satterthwaite')}. "
+        f"{sure('data_seed', 'Williams')}: {verdict}. Together a run scatters by {sure('run', 'Satterthwaite')}"
+        f"{unequal}. "
         f"Another choice of validation samples would move PPL by {sure('validation', 'chi-square, approximate')}, most "
         "of it alike for all runs."
     )
@@ -176,10 +188,11 @@ def slopes(found: dict[str, Any]) -> str:
         basis, drawn = f"taken as independent, {dof} d.o.f.", "validation samples alone"
         if found["pairs"]:
             fit, basis = "of differences", f"in {found['pairs']} pairs of equal size, seed and text, {basis}"
+    drawn = f"bootstrap over {drawn} {_range(found['bootstrap_slope'])}" if found["bootstrap_slope"] else "no bootstrap"
     return (
         f"{lead} Least squares {fit}: α of {b} minus α of {a} is {difference} (n = {n} runs, {basis}; 95 % "
-        f"interval {_range((low, high))}{f', with HC3 errors {_range(robust)}' if robust else ''}; bootstrap over "
-        f"{drawn} {_range(found['bootstrap_slope'])}; t test, p {p_text(found['p_value'])}): {verdict}. "
+        f"interval {_range((low, high))}{f', with HC3 errors {_range(robust)}' if robust else ''}; {drawn}; "
+        f"t test, p {p_text(found['p_value'])}): {verdict}. "
         f"{_meeting(found)}"
     )
 
@@ -388,13 +401,15 @@ def ablations(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[str]:
         effects = ablated(runs, suffix, val_by_sample=val_by_sample)
         if effects:
             parts = [f"{e.name} {effect_text(e)} {drawn_over(e)}: {effect_verdict(e, *meaning)}" for e in effects]
-            rates = ablated(runs, suffix, OVERFITTING)
-            how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
-            said.append(
+            text = (
                 f"**{what[0].upper()}{what[1:]}**, in pairs of equal size, seed and text: PPL changes, of "
-                f"{'; '.join(parts)}. Over-fitting (last PPL / best PPL; {how}) changes, of "
-                f"{'; '.join(f'{e.name} {effect_text(e)}' for e in rates)}."
+                f"{'; '.join(parts)}."
             )
+            if rates := ablated(runs, suffix, OVERFITTING):
+                how = "Student's over replicates" if max(e.replicates for e in rates) > 1 else "single runs"
+                text += f" Over-fitting (last PPL / best PPL; {how}) changes, of "
+                text += f"{'; '.join(f'{e.name} {effect_text(e)}' for e in rates)}."
+            said.append(text)
     shuffled = {effect.name: effect for effect in ablated(runs, "random", val_by_sample=val_by_sample)}
     burdened = [
         zero.name
@@ -444,6 +459,7 @@ def ablated(
     `column` is one of the runs' or `OVERFITTING`; with `val_by_sample` it is `val_loss`, and samples are drawn too.
     """
     if column == OVERFITTING and len(runs):
+        runs = explain.stopped(runs)
         runs = runs.assign(**{OVERFITTING: np.log1p(runs["overfit_rate"])})
     labels, found = set(runs["experiment"]) if len(runs) else set(), []
     for base in sorted(label for label in labels if f"{label}-{suffix}" in labels):

@@ -145,8 +145,8 @@ def ingredients(tuned: Grid, without: Grid) -> pd.DataFrame:
     """What happens to PPL when one ingredient is left out: a row a label of `without`, the worst loss first.
 
     Columns experiment, changed (parameters and their values), against (the label of `tuned` it is a pair with), ppl,
-    effect (`explain.Effect`), best_epoch, overfit_rate. Labels without a run of equal size, seed and text in `tuned`
-    are left out.
+    effect (`explain.Effect`), best_epoch, overfit_rate (nan where no run came to its early stop). Labels without a run
+    of equal size, seed and text in `tuned` are left out.
     """
     rows = []
     if tuned[0].empty or without[0].empty:
@@ -162,7 +162,8 @@ def ingredients(tuned: Grid, without: Grid) -> pd.DataFrame:
         names = [n for n in Experiment.model_fields if n not in NO_INGREDIENTS]
         changed = [f"{n} = {group[n].iloc[0]}" for n in names if group[n].iloc[0] != base[n]]
         row = {"experiment": label, "against": whole, "changed": ", ".join(changed), "effect": effect}
-        rows.append(row | group[["val_ppl", "best_epoch", "overfit_rate"]].mean().to_dict())
+        row["overfit_rate"] = explain.stopped(group)["overfit_rate"].mean()
+        rows.append(row | group[["val_ppl", "best_epoch"]].mean().to_dict())
     found = pd.DataFrame(rows)
     return found.sort_values("effect", key=lambda e: e.map(lambda x: -x.estimate)) if rows else found
 
@@ -172,12 +173,13 @@ def ingredients_table(found: pd.DataFrame) -> pd.DataFrame:
     if found.empty:
         return found
     effects = found["effect"]
+    rates = (100 * found["overfit_rate"]).map("{:+.0f}".format).str.replace("-", "−")
     table = {
         "Instead of the recipe's": found["changed"],
         "Validation PPL": found["val_ppl"].map("{:.1f}".format),
         "Change of PPL": [change(e.estimate, e.interval) for e in effects],
         "Best epoch": found["best_epoch"].map("{:.3g}".format),
-        "Over-fitting, %": (100 * found["overfit_rate"]).map("{:+.0f}".format).str.replace("-", "−"),
+        "Over-fitting, %": rates.replace("+nan", "still going"),
         "Pairs": [effect.n for effect in effects],
     }
     return pd.DataFrame(table)

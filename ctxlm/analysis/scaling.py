@@ -274,7 +274,7 @@ def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFra
     if not tokens.equals(others):
         raise ValueError("the two runs were judged on different validation tokens: compare runs of one grid")
     pairs = (a - b).dropna().to_numpy()
-    if len(pairs) < 2:  # no replicates that both have: all that there is on either side
+    if not len(pairs):  # no replicates that both have: all that there is on either side
         pairs = (a.mean() - b.mean()).to_numpy()[None]
     found = mean_loss(pairs, tokens.to_numpy(float))
     return PairedDifference(found.value, found.interval, len(tokens), int(tokens.sum()), len(pairs), found.dof)
