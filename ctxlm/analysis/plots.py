@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from matplotlib_inline.config import InlineBackend
 
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.phrases import span
+from ctxlm.analysis.phrases import side, span
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval, with_phase1
 from ctxlm.analysis.variance import components
@@ -185,7 +185,7 @@ def plot_scaling(
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"]
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
     tested = {(e["a"], e["b"]): e.get("slope_interval") for e in summary.get("pooled", ())}
-    alike = [pair for pair, interval in tested.items() if interval and interval[0] <= 0 <= interval[1]]
+    alike = [pair for pair, interval in tested.items() if interval and not side(interval)]
     crossovers = [c for c in summary["crossovers"] if c["tokens"] and low / 2.5 < c["tokens"] < high * 2.5]
     crossovers = [c for c in crossovers if (c["a"], c["b"]) not in alike]
     low, high = (

@@ -6,11 +6,12 @@ A verdict a proposal, with 95 % intervals; its words follow the intervals. What 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ctxlm.analysis import crossing, explain, reasons
+from ctxlm.analysis import explain, reasons
 from ctxlm.analysis.phrases import SINGLE, change, drawn_over, effect_text, percent, side, span
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
@@ -45,7 +46,7 @@ def _halved(where: str, grid: Grid) -> str:
         return f"{where} no finished run"
     if runs["phase2_learning_rate"].nunique() > 1 and runs["replicate"].nunique() == 1:
         said = "; ".join(_lowered(runs, val_by_sample))
-        return f"{where}, in pairs of single runs of one configuration and size, {said}"
+        return f"{where}, in pairs of single runs of one configuration and size (their intervals are below), {said}"
     runs = runs[runs["phase2_learning_rate"].isin([RATE, RATE / 2])]
     if runs["phase2_learning_rate"].nunique() < 2:
         return f"{where} not to be told, for no runs differ in it"
@@ -69,15 +70,15 @@ def _halved(where: str, grid: Grid) -> str:
         return f"{where} not to be told (at one of the two rates no run has come to its early stop)"
     left = runs.drop(explain.stopped(runs).index)["phase2_learning_rate"].value_counts()
     out = "".join(f"; {n} at a rate of {rate:g} that had not stopped are left out" for rate, n in left.items())
-    last, best = next(iter(last.values())), next(iter(best.values()))
-    how = f"Student's over {last.replicates} replicates, {last.dof} d.o.f."
-    if last.replicates == 1:
-        how = f"runs taken as independent, HC3 errors, {last.dof} d.o.f."
+    one, other = next(iter(last.values())), next(iter(best.values()))  # of one fit, all are estimated alike
+    how = f"Student's over {one.replicates} replicates, {one.dof} d.o.f."
+    if one.replicates == 1:
+        how = f"runs taken as independent, HC3 errors, {one.dof} d.o.f."
     drawn = "as well"
-    if best.samples:
-        drawn = f"crossed with {best.samples} validation samples drawn again, {best.dof:.1f} d.o.f. by Satterthwaite"
+    if other.samples:
+        drawn = f"crossed with {other.samples} validation samples drawn again, {other.dof:.1f} d.o.f. by Satterthwaite"
     return (
-        f"{where} it {'; it '.join(said)} (last PPL / best PPL: n = {last.n} runs, {how}{out}; best PPL: n = {best.n} "
+        f"{where} it {'; it '.join(said)} (last PPL / best PPL: n = {one.n} runs, {how}{out}; best PPL: n = {other.n} "
         f"runs, {drawn})"
     )
 
@@ -156,12 +157,12 @@ def stood_in(before: Mapping[str, Grid], after: Mapping[str, Grid]) -> str:
     return STAND_IN if any(len(grid[0]) > len(before[name][0]) for name, grid in after.items()) else ""
 
 
-def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame, pooled: Sequence[Mapping[str, Any]]) -> str:
     """Does a law fitted to the study's two sizes foretell larger ones, and where do the laws of all sizes cross?
 
     A law through two points is linear in their losses, so that the error of its forecast is a weighted sum of three
     losses of runs that share their seed and, as far as it goes, their text. Samples are drawn again, the same for all
-    three, crossed with replicates where there are several.
+    three, crossed with replicates where there are several. `pooled` is of `crossing.errors` of the same runs.
     """
     lead = "**2. More sizes**"
     if runs.empty:
@@ -196,8 +197,7 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         return f"{lead}: no size above the study's two has been run."
     alone = "" if covered and min(covered) > 1 else "single runs, seeds not covered, "
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
-    pairs = crossing.errors(runs, val_by_sample)["pooled"]
-    laws = " ".join(map(reasons.slopes, pairs))
+    laws = " ".join(map(reasons.slopes, pooled))
     return (
         f"{lead}: PPL foretold by a law fitted to {FITTED[0]:,} and {FITTED[1]:,} tokens, less the measured "
         f"({alone}{samples} validation samples drawn again): {'; '.join(parts)}. {laws}"

@@ -52,10 +52,7 @@ OVERFITTING = "log last / best PPL"
 
 def slope_verdict(found: dict[str, Any]) -> str:
     steeper = found["b"] if found["slope_difference"] < 0 else found["a"]
-    here, anywhere = (
-        interval is not None and not interval[0] <= 0 <= interval[1]
-        for interval in (found["slope_interval"], found["bootstrap_slope"])
-    )
+    here, anywhere = (side(found[name]) for name in ("slope_interval", "bootstrap_slope"))
     if here and anywhere:
         return f"{steeper} gains more from more text"
     if here:
