@@ -75,9 +75,8 @@ def test_lower_rates_in_pairs_of_single_runs(outputs, gain, verdict):
     assert len(whole[0]) == 6
     text = proposals.learning_rate([("at full size", whole)])
     change = "−4.9" if gain < 0 else "+5.1"
-    assert (
-        f"of one configuration and size, at a rate of 0.001 it {verdict} in 2 of 2 pairs (best PPL {change} %)" in text
-    )
+    assert "at full size, in pairs of single runs of one configuration and size (their intervals are below), at" in text
+    assert f"at a rate of 0.001 it {verdict} in 2 of 2 pairs (best PPL {change} %)" in text
     assert (
         "at a rate of 0.0005 it has no effect on the best PPL that can be told in 2 of 2 pairs (best PPL 0.0 %" in text
     )
