@@ -95,7 +95,7 @@ def test_planted_overfitting_is_taken_apart():
     rng = np.random.default_rng(1)
     runs = grid(lambda *_: 6.0, rates=(0.002, 0.001, 0.0005))
     rise = 0.6 - 0.1 * np.log2(runs["train_tokens"] / 10_000) + 0.2 * (runs["configuration"] == "B")
-    rise += (0.15 - 0.1 * (runs["configuration"] == "B")) * np.log2(runs["phase2_learning_rate"] / 0.002)
+    rise += (0.15 - 0.1 * (runs["configuration"] == "B")) * np.log2(runs["phase2_learning_rate"] / 0.001)
     runs["overfit_rate"] = np.expm1(rise + 0.01 * rng.standard_normal(len(runs)))
     found = {effect.name: effect for effect in overfitting_effects(runs)}
     planted = {"a doubling of the training tokens": -0.1, "B against A": 0.2}

@@ -105,9 +105,9 @@ def overfitting_effects(
     first, *others = sorted(done["configuration"].unique()) or [""]
     columns |= {f"{label} against {first}": (done["configuration"] == label).astype(float) for label in others}
     for label in done["configuration"].unique():
-        own, rates = done["configuration"] == label, done["phase2_learning_rate"]
-        if rates[own].nunique() > 1:
-            columns[f"{HALVED} for {label}"] = -np.log2(rates / rates[own].max()).where(own, 0.0)
+        own, halvings = done["configuration"] == label, -np.log2(done["phase2_learning_rate"])
+        if halvings[own].nunique() > 1:  # centred, so that configurations are compared over all their rates
+            columns[f"{HALVED} for {label}"] = (halvings - halvings[own].mean()).where(own, 0.0)
     if not best:
         return _effects(columns, np.log1p(done["overfit_rate"]), done["replicate"])
     drawn = None if val_by_sample is None else loss_sums(val_by_sample, done["run"])
