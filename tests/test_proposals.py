@@ -115,10 +115,10 @@ def test_forecasts_of_larger_sizes(outputs):
     assert (
         f"A −{-a:.1f} % (" in text
         and f"B +{b:.1f} % (" in text
-        and "at 367,240 tokens, too low, in single runs (chance" in text
+        and "at 367,240 tokens, too low, in single runs (a single run" in text
     )
     assert (
-        ", too high, in single runs (chance in a run counts 2.4 times); C 0.0 % (" in text
+        ", too high, in single runs (a single run's scatter counts 2.4 times); C 0.0 % (" in text
         and "tokens, no error can be told" in text
     )
     assert "(single runs, seeds not covered, 20 validation samples drawn again)" in text

@@ -357,7 +357,7 @@ def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(o
     runs, _, val_by_sample = read_grid("planted", plan)
     assert runs["train_tokens"].tolist() == [20_000] and val_by_sample["run"].nunique() == 1
     assert "1 more run of other parameters than the grid file's left out." in findings.origin("planted", runs)
-    assert "Grid planted: 1 of 2 planned runs in " in findings.origin("planted", runs)
+    assert "Grid planted: 1 run, of 2 planned, in " in findings.origin("planted", runs)
     designs = pd.concat([runs.assign(configuration=label) for label in ("A", "A-bfloat16")])
     designs = pd.concat([designs, runs.assign(configuration="A-arithmetic", design="arithmetic")])
     said = "A (and 1 more) 6 layers of 128, A-arithmetic 6 layers of widths that fall to 128;"

@@ -67,8 +67,11 @@ def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     )
 
 
-def origin(grid: str, runs: pd.DataFrame) -> str:
-    """Which grid a section is made from, of how many runs of what, and where they lie."""
+def origin(grid: str, runs: pd.DataFrame, stood_in: int = 0) -> str:
+    """Which grid a section is made from, of how many runs of what, and where they lie.
+
+    `stood_in` more are taken from grid study.
+    """
     stale = runs.attrs.get(LEFT_OUT, 0)
     if runs.empty:
         return nothing(grid, stale)
@@ -78,8 +81,10 @@ def origin(grid: str, runs: pd.DataFrame) -> str:
     sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = count(replicates, "replicate")
     finished, planned = count(len(runs), "run"), runs.attrs.get(PLANNED, len(runs))
-    if planned > len(runs):
-        finished = f"{len(runs)} of {planned} planned runs"
+    if stood_in:
+        finished += f" and {stood_in} of grid study"
+    if planned > len(runs) + stood_in:
+        finished += f", of {planned} planned,"
     stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
     return (
         f"Grid {grid}: {finished} in {independent}, trained on {sizes}: {models}; "
@@ -107,16 +112,14 @@ def sources(runs: pd.DataFrame) -> str:
 
 
 def one_kind(runs: pd.DataFrame) -> str:
-    """A warning where runs were made by different versions of the code, or multiply in different types."""
+    """A word where runs were made by different versions of the code, or multiply in different types."""
     said, versions = "", runs["code_hash"].nunique()
     if versions > 1:
         commits = ", ".join(str(commit)[:12] for commit in runs.groupby("code_hash")["git_commit"].first())
-        said = (
-            f" **Caution**: {versions} versions of the code made them (commits {commits}); they may not be comparable."
-        )
+        said = f" **{versions} versions of the code** made them (commits {commits})."
     if runs.groupby("experiment")["dtype"].nunique().max() > 1:
         types = " and in ".join(f"{kind} in {n}" for kind, n in runs["dtype"].value_counts().items())
-        said += f" **Caution**: matrix products are in {types} of them, which moves single runs by half a per cent."
+        said += f" **Matrix products** are in {types} of them."
     return said
 
 
@@ -269,10 +272,12 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any
     if interval and interval[0] <= 0 <= interval[1]:
         p = f"p {p_text(tested['p_value'])}"
         return f"**Crossover.** None can be claimed: {meet}, but their slopes cannot be told apart ({p})."
-    text = f"**Crossover.** {meet[0].upper()}{meet[1:]}: by them, {below} is better below, {above} above."
-    if interval is None:
-        return text + " A law without residual degrees of freedom gives the crossover no error: take it as a lead."
-    return text + " How well it is known is said under “How sure are the laws?”."
+    if min(laws[label]["residual_dof"] for label in (a, b)) == 0:
+        return f"**Crossover.** None can be claimed: {meet}, but nothing says how surely: the laws have no d.o.f."
+    return (
+        f"**Crossover.** {meet[0].upper()}{meet[1:]}: by them, {below} is better below, {above} above. How well it is "
+        "known is said under “How sure are the laws?”."
+    )
 
 
 def _overfitting(runs: pd.DataFrame) -> str:

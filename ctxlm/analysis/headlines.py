@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from ctxlm.analysis import explain, ranking, reasons, recipe, variance
+from ctxlm.analysis import explain, proposals, ranking, reasons, recipe, variance
 from ctxlm.analysis.findings import shapes_text
 from ctxlm.analysis.phrases import (
+    against,
     change,
     count,
     effect_text,
@@ -18,11 +19,13 @@ from ctxlm.analysis.phrases import (
     percent,
     percents,
     sizes_of,
+    span,
     tokens_text,
     winner,
 )
 from ctxlm.analysis.reasons import ABLATIONS, OVERFITTING
-from ctxlm.analysis.scaling import Grid
+from ctxlm.analysis.replicates import together
+from ctxlm.analysis.scaling import CELL, Grid, differences
 from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
@@ -37,16 +40,22 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
 
     Args:
         pooled: of `crossing.errors`, from the runs that say most about slopes (grid variance's).
-        grids: of the names study, baselines, networks, tuned, joint, slow, variance, signs, overfitting, ablations,
-            ablations-full and factorial.
+        grids: of the names study, sizes, baselines, networks, tuned, joint, slow, variance, signs, overfitting,
+            ablations, ablations-full and factorial.
     """
     many, _, many_val = grids["variance"]
     study = grids["study"]
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
     ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute{}?"
     memories = (("joint", "slow"), "slow", SLOW), (("networks",), "-slow", "a slow context")
-    longer = "; ".join(filter(None, (_step(grids, *memory) for memory in memories)))
+    longer = [*(_step(grids, *memory) for memory in memories), _against(grids, ("slow", "slow-A"), "LSTM-slow")]
     rows = [
+        (
+            "Deep and narrow, or shallow and wide?",
+            _gaps(proposals.with_study(grids["sizes"], study)),
+            "full",
+            ("study", "sizes"),
+        ),
         ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
         (
             "Do the signs of the embedding matter?",
@@ -74,7 +83,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             "full",
             ("tuned", "joint"),
         ),
-        ("What does a longer memory bring?", longer, "full", ("joint", "slow", "networks")),
+        ("What does a longer memory bring?", "; ".join(filter(None, longer)), "full", ("joint", "slow", "networks")),
     ]
     said = [
         (
@@ -124,11 +133,26 @@ def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
         sd = variance.components(runs, val_by_sample).set_index("source")["sd"]
     except ValueError:
         return ""
-    return (
+    text = (
         f"with other seeds and training texts, PPL scatters about its mean by {magnitude(sd['run'])} "
-        f"(standard deviation, {len(runs)} runs), the difference of two single runs that share neither by "
-        f"{magnitude(math.sqrt(2) * sd['run'])}"
+        f"(standard deviation, {len(runs)} runs)"
     )
+    losses = runs.pivot_table(index=CELL, columns="experiment", values="val_loss").dropna()
+    if losses.shape[1] != 2:
+        return text
+    a, b = losses
+    apart = (losses[a] - losses[b]).groupby("train_tokens").std()
+    return f"{text}, PPL of {a} against {b}, of equal seed and text, by {span(apart, magnitude)}, size by size"
+
+
+def _gaps(grid: Grid) -> str:
+    """Two configurations' PPL in pairs, size by size."""
+    gaps = differences(grid[2])[0] if len(grid[0]) else []
+    if not gaps:
+        return ""
+    said = ", ".join(f"{change(gap['log_ppl'], gap['interval'])} at {gap['train_tokens']:,}" for gap in gaps)
+    alone = "" if min(gap["replicates"] for gap in gaps) > 1 else " (single runs, seeds not covered)"
+    return f"PPL of {gaps[0]['a']} against {gaps[0]['b']}: {said} tokens{alone}"
 
 
 def _signs(drawn: Grid, fixed: Grid) -> str:
@@ -137,7 +161,7 @@ def _signs(drawn: Grid, fixed: Grid) -> str:
     changes = "; ".join(f"{e.name} {effect_text(e)}, {reasons.effect_verdict(e, *verdicts)}" for e in effects)
     if not changes:
         return ""
-    text = f"random signs of its dimensions, which are arbitrary, change PPL: {changes}"
+    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL: {changes}"
     scatter = reasons.scatter(drawn[0], fixed[0]).strip().rstrip(".")
     text += f"; {scatter[0].lower()}{scatter[1:]}" if scatter else ""
     if not gaps:
@@ -264,3 +288,16 @@ def _step(grids: Mapping[str, Grid], names: Sequence[str], part: str, what: str)
     fewest = min(difference.replicates for difference in found["difference"])
     alone = "" if fewest > 1 else " (single runs, seeds not covered)"
     return f"PPL with {what}: {', '.join(parts)} tokens{alone}"
+
+
+def _against(grids: Mapping[str, Grid], ours: tuple[str, str], network: str) -> str:
+    """A model, given as grid and label, against a network, at every size of both."""
+    runs, _, val_by_sample = together([grids[ours[0]], grids["networks"]])
+    parts = []
+    for size, own in runs.groupby("train_tokens") if len(runs) else ():
+        mine, theirs = (own[own["experiment"] == label] for label in (ours[1], network))
+        found = recipe.paired(mine, theirs, val_by_sample) if len(mine) else None
+        if found:
+            verdict = against(found.interval, found.replicates, network)
+            parts.append(f"{change(found.log_ppl, found.interval)} at {size:,} tokens, {verdict}")
+    return f"{ours[1]} against {network} {'; '.join(parts)}" if parts else ""

@@ -57,9 +57,13 @@ FORGETTING = {
 
 
 def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style of each configuration."""
-    looks = zip(sorted(set(labels)), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
-    return {label: {"color": colour, "marker": marker, "linestyle": line} for label, colour, marker, line in looks}
+    """Colour, marker and line style of each label; those that differ in what follows a comma have one colour."""
+    colours = dict(zip(sorted({label.split(", ")[0] for label in labels}), cycle(COLOURS), strict=False))
+    looks = zip(sorted(set(labels)), cycle(MARKERS), cycle(LINES), strict=False)
+    return {
+        label: {"color": colours[label.split(", ")[0]], "marker": marker, "linestyle": line}
+        for label, marker, line in looks
+    }
 
 
 def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -185,7 +189,7 @@ def plot_scaling(
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"]
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
     tested = {(e["a"], e["b"]): e.get("slope_interval") for e in summary.get("pooled", ())}
-    alike = [pair for pair, interval in tested.items() if interval and not side(interval)]
+    alike = [pair for pair, interval in tested.items() if not side(interval)]
     crossovers = [c for c in summary["crossovers"] if c["tokens"] and low / 2.5 < c["tokens"] < high * 2.5]
     crossovers = [c for c in crossovers if (c["a"], c["b"]) not in alike]
     low, high = (
@@ -283,7 +287,8 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
 def plot_learning_curves(history: pd.DataFrame) -> Figure:
     """Training and validation PPL of every epoch, a panel a configuration: where they part, the run over-fits.
 
-    Darker lines have more tokens. Several runs of a size are thin lines, with their mean as far as all of them went.
+    Darker lines have more tokens, which stand at the end. Several runs of a size are thin lines, with their mean as far
+    as all of them went.
     """
     if history.empty:
         return _says("No finished run.")
@@ -301,15 +306,19 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
             panels[label].plot(table.index, table, **look | {"marker": "", "linewidth": 0.5})
         mean = table.dropna().mean(axis=1)
         panels[label].plot(mean.index, mean, **look)
+        if metric == "val_ppl" and len(sizes) > 1:
+            end = mean.index[-1], mean.iloc[-1]
+            panels[label].annotate(f"{size:,}", end, (5, 0), textcoords="offset points", va="center", fontsize=7)
+    if len(sizes) > 1:
+        low, high = lowest[0].get_xlim()  # the panels share it
+        lowest[0].set_xlim(low, high + 0.14 * (high - low))
     for axes in left:
         _log_axis(axes, "PPL (log)")
     for axes in lowest:
         _steps_axis(axes, "epoch")
     several = curves.groupby(["experiment", "train_tokens"])["run"].nunique().max() > 1
     _say_n(figure, "PPL by epoch", curves, "; thick lines are means" if several else "")
-    keys = [Line2D([], [], color="0.1", marker="o", **look) for look in kinds.values()]
-    keys += [Line2D([], [], color="0.1", linewidth=4, alpha=_shade(s, sizes), label=f"{s:,} tokens") for s in sizes]
-    _legend(figure, keys)
+    _legend(figure, [Line2D([], [], color="0.1", marker="o", **look) for look in kinds.values()])
     return figure
 
 
@@ -376,10 +385,10 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], what: str, cause: str 
     options = {"sharex": True, "height_ratios": [count + 0.2 for count in rows]}
     figure, grid = _figure(len(rows), 1, 1 + 0.32 * sum(rows) + 0.4 * len(rows), **options)
     for axes, (group, found) in zip(grid.flat, effects.items(), strict=True):
-        look = _styles(list(effects))[group] | {"linestyle": "none", "capsize": 3}
         for y, effect in enumerate(found):
             centre, ends = math.expm1(effect.estimate), np.expm1(effect.interval or [])[:, None]
-            axes.errorbar(centre, y, xerr=abs(ends - centre) if len(ends) else None, **look)
+            bar = abs(ends - centre) if len(ends) else None
+            axes.errorbar(centre, y, xerr=bar, color="0.25", marker="o", linestyle="none", capsize=3)
         axes.set_yticks(range(len(found)), [effect.name for effect in found])
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.axvline(0, color="0.2", linewidth=1)

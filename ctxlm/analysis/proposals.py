@@ -188,7 +188,7 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame, pooled: Sequence
             errors = pd.DataFrame(errors).groupby(members.index.get_level_values("replicate")).mean().to_numpy()
             found = mean_loss(errors, tokens)
             covered.add(len(errors))
-            chance = f"chance in a run counts {math.sqrt(np.square(weights).sum()):.1f} times"
+            chance = f"a single run's scatter counts {math.sqrt(np.square(weights).sum()):.1f} times"
             gap = f"{change(found.value, found.interval)} at {size:,} tokens"
             forecasts.append(f"{gap}, {_said(FORECAST, found.interval, len(errors))} ({chance})")
         if forecasts:

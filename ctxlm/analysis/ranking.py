@@ -15,7 +15,7 @@ from ctxlm.corpus import VOCABULARY
 BASE = "A"
 """Label of the model that all others are set against."""
 ORDINARY = {
-    "networks": "networks (which know of the corpus's second half where their embedding is ppmi)",
+    "networks": "networks without a slow context (which know the corpus's second half where their embedding is ppmi)",
     "n-grams": "n-grams of the training tokens",
     "more": "n-grams that count more text (the corpus's second half, which a ppmi embedding knows)",
 }
@@ -25,7 +25,8 @@ ORDINARY = {
 LEGEND = (
     "(reads more): the n-gram counts the corpus's second half too, which a ppmi embedding knows. Numbers kept from "
     "token to token are what a model must carry to go on reading. A mixture's test PPL and accuracy are not computed. "
-    "Seconds are those of whatever machine a run was made on, not to be compared."
+    "Seconds are those of whatever machine a run was made on, not to be compared. The figure is without mixtures and "
+    "models of more than twice A's PPL."
 )
 """How to read `ranking_table`."""
 
@@ -119,9 +120,9 @@ def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
 def ranking_effects(ranked: pd.DataFrame) -> dict[str, list[Effect]]:
     """Training tokens → what every other model does to PPL, for `plots.plot_effects`.
 
-    Models of more than twice the PPL are left out, so that the others can be seen.
+    Models of more than twice the PPL are left out, so that the others can be seen, and mixtures.
     """
-    others = ranked[(ranked["experiment"] != BASE) & (ranked["difference"] < math.log(2))]
+    others = ranked[(ranked["experiment"] != BASE) & (ranked["difference"] < math.log(2)) & ~ranked["mixed"]]
     return {
         f"{size:,} tokens": [
             Effect(row.experiment, row.difference, row.interval, row.n, row.replicates, row.dof, row.samples)

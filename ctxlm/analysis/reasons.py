@@ -205,7 +205,7 @@ def crossovers(grids: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
                 continue
             text = f"{where}: {tokens_text(found['crossover_tokens'])} tokens (n = {found['n']} runs, "
             if found["slope_interval"] is None:
-                said.append(text + "no error can be given: take it as a lead)")
+                said.append(text + "no error can be given)")
                 continue
             drawn = found["bootstrap_crossover"] if found["fieller"] == "bounded" else None
             text += f"bootstrap {_tokens(drawn)}, " if drawn else ""
@@ -270,21 +270,22 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     lengths = val_by_sample.groupby("sample")["tokens"].first()
     length, weigh = lengths.mean(), SAMPLES * effective(lengths) / len(lengths)
     theirs = (published["train_tokens"] / published["train_samples"]).mean()
-    limit = max(limits) * math.sqrt(max(length / theirs, 1))
+    limits_there = [limit * math.sqrt(max(length / theirs, 1)) for limit in limits]
     ppl = published.pivot(index="train_tokens", columns="experiment", values="val_ppl")
     gaps = {size: math.log(row[a] / row[b]) for size, row in ppl.iterrows()}
     said = [f"{percent(math.expm1(gap))} at {size:,} tokens" for size, gap in gaps.items()]
-    over = [text for text, gap in zip(said, gaps.values(), strict=True) if abs(gap) > limit]
-    verdict = f"only {' and '.join(over)} exceeds that" if over else "neither exceeds that"
-    if len(over) == len(said):
-        verdict = "both exceed that"
+    verdicts = []
+    for text, gap in zip(said, gaps.values(), strict=True):
+        larger = sum(abs(gap) > limit for limit in limits_there)
+        verdict = "exceeds that" if larger == len(limits) else "does not exceed that"
+        verdicts.append(f"{text} {verdict if larger in (0, len(limits)) else 'lies between'}")
     return (
         f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
         f"{b} where the observed difference is {span(limits, magnitude)} or more (95 % interval, "
         f"Student's, seeds not counted; their lengths differ so much that they weigh as {weigh:.0f} equal ones, which "
         f"leaves {weigh - 1:.0f} d.o.f.). The study's samples have some {theirs:,.0f} "
-        f"tokens; if errors fall with the square root of length, it takes {magnitude(limit)} there. Of its gaps, "
-        f"{' and '.join(said)}, {verdict}."
+        f"tokens; if errors fall with the square root of length, it takes {span(limits_there, magnitude)} there. Of "
+        f"its gaps, {' and '.join(verdicts)}."
     )
 
 

@@ -70,14 +70,14 @@ def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator
         row["Last PPL above best"] = _end(group)
         for other in models:
             known = theirs[(theirs["experiment"] == other) & (theirs["train_tokens"] == size)]
-            found = None if other == label else _paired(group, known, val_by_sample)
+            found = None if other == label else paired(group, known, val_by_sample)
             if found:
                 read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
                 row[f"Against {other}{read}"] = _change(found).replace(" (", "<br>(")
         yield row
 
 
-def _paired(runs: pd.DataFrame, others: pd.DataFrame, val_by_sample: pd.DataFrame) -> PairedDifference | None:
+def paired(runs: pd.DataFrame, others: pd.DataFrame, val_by_sample: pd.DataFrame) -> PairedDifference | None:
     """`runs` against `others`; None where there is none of the others, or both were judged on other text."""
     mine, theirs = (val_by_sample[val_by_sample["run"].isin(own["run"])] for own in (runs, others))
     with contextlib.suppress(ValueError):
@@ -114,7 +114,7 @@ def counterparts(grids: Sequence[Grid], name: str) -> pd.DataFrame:
     for (label, size), mine in named.groupby(["experiment", "train_tokens"]):
         other = label.replace(name, BEFORE[name])
         known = runs[(runs["experiment"] == other) & (runs["train_tokens"] == size)]
-        found = _paired(mine, known, val_by_sample)
+        found = paired(mine, known, val_by_sample)
         if found:
             row = {"experiment": label, "against": other, "train_tokens": size, "n": len(mine), "difference": found}
             for key, column in (("ppl", "val_ppl"), ("overfit_rate", "overfit_rate")):
