@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlm.analysis import explain, plots, tables
+from ctxlm.analysis import explain, plots, ranking, tables
 from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.findings import findings, gaps, material, prose, signed, unconverged, what_differs
+from ctxlm.analysis.findings import findings, gaps, nothing, origin, prose, unconverged
+from ctxlm.analysis.phrases import signed
 from ctxlm.analysis.scaling import read_grid, summarise
 from ctxlm.files import ROOT
 from tests.planted import SHAPES, SIZES, noise, plant
@@ -40,7 +41,7 @@ def read(grid: str = "planted"):
 def said(outputs, laws, *arguments, **options) -> list[str]:
     plant(outputs, laws, *arguments, **options)
     runs, _, val_by_sample, summary = read()
-    paragraphs = (*findings(runs, summary, errors(runs, val_by_sample)["pooled"]), material(runs, val_by_sample))
+    paragraphs = (*findings(runs, summary, errors(runs, val_by_sample)["pooled"]), origin("planted", runs))
     return [text.replace("\u00a0", " ") for text in paragraphs]
 
 
@@ -71,20 +72,24 @@ def test_a_crossing_is_told_by_size_and_as_crossover(outputs):
     crossover = next(text for text in texts if text.startswith("**Crossover.**"))
     assert f"about {tokens:,.0f} tokens, inside the measured range (20,000 to 67,500)" in crossover
     assert "A is better below, B above" in crossover
-    scaling = next(text for text in texts if text.startswith("**Scaling.**"))
-    assert "A: α = −0.287 (n = 4, 2 d.o.f., 95 % interval" in scaling and "B: α = −0.385 (n = 4" in scaling
+    table = tables.laws_table(read()[-1]).set_index("Law")
+    assert table.loc["α of A"].tolist() == ["−0.287", "−0.287 to −0.287", "−0.287 to −0.287", "4", "2"]
+    assert table.loc["α of B", ["Estimate", "Runs", "d.o.f."]].tolist() == ["−0.385", "4", "2"]
 
 
 def test_configurations_that_do_not_differ_cannot_be_told_apart(outputs):
     texts = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, spread=0.05)
     assert f"{A} and {B} **cannot be told apart** at 20,000, 30,000" in texts[0] and "is better than" not in texts[0]
-    assert "There is none between A and B" in texts[3]
+    assert "There is none between A and B" in texts[2]
 
 
 def test_two_sizes_give_exponents_without_intervals_and_an_extrapolated_crossover(outputs):
     texts = said(outputs, {"A": (-0.3, 800), "B": (-0.5, 950)}, sizes=(20_000, 30_000))
-    assert "(n = 2, 0 d.o.f., no interval)" in texts[2] and "fits them whatever their errors" in texts[2]
-    assert "extrapolated from 20,000 to 30,000" in texts[3] and "None can be claimed" in texts[3]
+    table = tables.laws_table(read()[-1])
+    assert table[["Runs", "d.o.f.", "95 % interval"]].to_numpy().tolist() == [["2", "0", "none"]] * 2
+    assert table["Estimate"].tolist() == ["−0.300", "−0.500"] and "Robust interval" not in table
+    assert "extrapolated from 20,000 to 30,000" in texts[2] and "None can be claimed" in texts[2]
+    assert "nothing says how surely: the laws have no d.o.f." in texts[2]
 
 
 def test_a_crossover_with_errors_refers_to_them(outputs):
@@ -95,10 +100,10 @@ def test_a_crossover_with_errors_refers_to_them(outputs):
     runs["val_loss"] = np.log(runs["val_ppl"])
     pooled = errors(runs, val_by_sample)["pooled"]
     low, high = pooled[0]["slope_interval"]
-    assert low <= 0 <= high and "None can be claimed: the fitted laws of A and B" in findings(runs, summary, pooled)[3]
+    assert low <= 0 <= high and "None can be claimed: the fitted laws of A and B" in findings(runs, summary, pooled)[2]
     (told,) = pooled
     told = told | {"slope_interval": (-0.1, -0.01)}
-    assert "How well it is known is said under" in findings(runs, summary, [told])[3]
+    assert "How well it is known is said under" in findings(runs, summary, [told])[2]
 
 
 def test_numbers_and_per_cent_signs_are_set_as_in_print():
@@ -107,9 +112,13 @@ def test_numbers_and_per_cent_signs_are_set_as_in_print():
 
 
 def test_incomplete_grids_are_described(outputs):
-    assert said(outputs, {}) == ["No finished run of grid planted: run `make report GRID=planted`.", ""]
+    assert said(outputs, {}) == ["No finished run of grid planted: run `make report GRID=planted`."] * 2
+    assert tables.laws_table(read()[-1]).empty and tables.laws_table(read()[-1], beside=True).empty
     texts = said(outputs, {"A": (-0.3, 800)}, sizes=(20_000,))
-    assert "Only A (6 layers, context 128) has been run" in texts[0] and "A: no law (a law needs" in texts[1]
+    assert "Only A (6 layers, context 128) has been run" in texts[0] and len(texts) == 2
+    (law,) = tables.laws_table(read()[-1]).to_dict("records")
+    assert law["Law"] == "α of A" and law["Estimate"].startswith("none: a law needs runs of at least two sizes")
+    assert (law["95 % interval"], law["Runs"], law.get("d.o.f.", "")) == ("none", "1", "")
     texts = said(outputs, {"B": (-0.3, 800)}, sizes=(30_000,))
     assert "cannot be compared: no amount of training text was given to both" in texts[0]
     texts = said(outputs, {"C": (-0.3, 900)}, sizes=(20_000, 30_000), seeds=(1, 2))
@@ -143,22 +152,34 @@ def test_a_size_that_cannot_be_compared_is_said_so(outputs):
 
 def test_slow_or_still_improving_runs_are_counted(outputs):
     options = {"phase1_converged_ratio": 0.9, "epochs_run": 3}
-    texts = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, **options)
-    assert any("8 of the runs had not come to their early stop by then." in text for text in texts)
-    assert any("In 8 of 8 runs the iterations ran out" in text for text in texts)
+    text = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, **options)[-1]
+    assert " Phase 1 of A and B ran out of iterations before it converged." in text
+    assert text.endswith(" 8 of the runs had not come to their early stop.")
+    table = tables.results_table(*read()[:3:2])
+    assert set(table["Converged, %"]) == {"90.0"} and set(table["Best epoch"]) == set(table["Epochs"]) == {"3"}
+    text = said(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:3])[-1]  # all but one of A's are done
+    assert " Phase 1 of A and B ran out" in text and text.endswith(" 5 of the runs had not come to their early stop.")
+    others = read()[0].assign(model="lstm")  # which have no Phase 1
+    assert "ran out" not in origin("planted", others) and "early stop" not in origin("planted", others)
 
 
-def test_every_number_in_the_sentences_comes_from_the_data(outputs):
-    first = said(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)}, seeds=(1, 2, 3))
+def test_every_number_in_sentences_and_rows_comes_from_the_data(outputs):
+    def everything(*arguments, **options):
+        texts = said(outputs, *arguments, **options)
+        runs, _, val_by_sample, summary = read()
+        first = tables.results_table(runs, val_by_sample).drop_duplicates("Label")
+        return texts + [" ".join(row) for row in (*tables.laws_table(summary).to_numpy(), *first.to_numpy())]
+
+    first = everything({"A": (-0.287, 800), "B": (-0.385, 850)}, seeds=(1, 2, 3), epochs_run=4)
     for folder in (outputs / "planted").iterdir():
         for file in folder.iterdir():
             file.unlink()
-    changed = {"best_epoch": 4, "epochs_run": 6, "phase1_converged_ratio": 0.963, "phase1_iterations": 9}
-    second = said(
-        outputs,
+    changed = {"best_epoch": 4, "epochs_run": 5, "phase1_converged_ratio": 0.963, "phase1_iterations": 9}
+    changed |= {"val_samples": 23, "embed_dim": 112, "val_accuracy": 0.21, "phase2_learning_rate": 0.001}
+    second = everything(
         {"A": (-0.191, 700), "B": (-0.273, 740)},
         sizes=(21_000, 29_000, 46_000, 66_000),
-        seeds=(1, 2),
+        seeds=(4, 5),
         shapes={"A": (5, 96), "B": (2, 160)},
         samples=23,
         **changed,
@@ -175,9 +196,10 @@ def test_every_number_in_the_sentences_comes_from_the_data(outputs):
 
 def test_the_answer_says_what_it_must_be_read_with(outputs):
     plain = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
-    assert "ran out of iterations" not in plain[1] and "versions of the code" not in plain[-1]
+    assert "ran out of iterations" not in plain[-1] and "versions of the code" not in plain[-1]
+    assert "early stop" not in plain[-1]
     unfinished = said(outputs, {"B": (-0.3, 850)}, phase1_converged_ratio=0.84, code_hash="1" * 16)
-    assert unfinished[1].endswith("Phase 1 of B ran out of iterations before it converged.")
+    assert "(outputs). Phase 1 of B ran out of iterations before it converged. " in unfinished[-1]
     assert "**2 versions of the code** made them" in unfinished[-1]
 
 
@@ -189,11 +211,12 @@ def test_the_gap_is_set_beside_the_published_one(outputs):
     assert gaps({"paired_differences": []}, tables.published_runs()) == ""
 
 
-def test_what_differs_names_corpus_and_embedding(outputs):
+def test_the_origin_names_corpus_and_embedding(outputs):
     plant(outputs, {"A": (-0.3, 800)}, corpus="mine.txt")
-    text = what_differs(read()[0])
-    assert "UltraChat with GPT-2's embeddings; ours read mine.txt with ppmi embeddings" in text
-    assert "make report GRID=study" in what_differs(pd.DataFrame())
+    assert ": A 6 layers of 128; corpus mine.txt, ppmi embeddings of 128 dimensions, " in origin("planted", read()[0])
+    plant(outputs, {"B": (-0.3, 800)}, embedding="random")
+    assert "; corpus chitchat and mine.txt, ppmi and random embeddings of 128" in origin("planted", read()[0])
+    assert origin("study", pd.DataFrame()) == nothing("study") and "make report GRID=study" in nothing("study")
 
 
 # Tables
@@ -224,9 +247,15 @@ def test_ours_beside_the_published_are_matched_by_shape_and_size(outputs):
     expected = f"{ours:.1f} / 554.6 ({ours / 554.58 - 1:+.0%})".replace("-", "−")
     assert table.loc["Validation PPL", "A, 86,925 tokens"] == expected
     assert table.shape == (9, 4) and "%" not in table.loc["Minutes", "A, 86,925 tokens"]
-    laws = tables.laws_beside_published(summary).set_index("Law")
-    assert list(laws.loc["α of A", ["Ours", "Published"]]) == ["−0.300", "−0.287"]
-    assert laws.loc["crossover, tokens", "Published"] == "141,000"
+    summary["configurations"]["C"] = summary["configurations"]["A"]  # which the study does not have
+    laws = tables.laws_table(summary, beside=True).set_index("Law")
+    assert list(laws.index) == ["α of A", "α of B", "crossover, tokens"]
+    assert laws["Published"].tolist() == ["−0.287", "−0.385", "141,000"]
+    assert laws["Estimate"].tolist() == ["−0.300", "−0.400", f"{float(f'{20_000 * (1031 / 846) ** 10:.3g}'):,.0f}"]
+    assert laws.loc["crossover, tokens", "95 % interval"] == laws.loc["crossover, tokens", "Runs"] == ""
+    summary |= {"crossover_tokens": None, "crossover_reason": "the two laws are parallel"}
+    assert tables.laws_table(summary, beside=True)["Estimate"].iloc[-1] == "the two laws are parallel"
+    assert "Published" not in tables.laws_table(summary) and len(tables.laws_table(summary)) == 3
     plant(outputs, {"A": (-0.3, 800)}, grid="small")
     assert tables.beside_published(read("small")[0]).empty
     assert tables.beside_published(pd.DataFrame()).empty
@@ -241,12 +270,52 @@ def test_powers_in_cells_are_set_high():
     assert "tokens<sup>−0.287</sup> and tokens<sup>α</sup>" in page
 
 
+def test_columns_of_words_are_set_left_and_wide_tables_small():
+    table = pd.DataFrame({"n": ["1", "2"], "Label": ["A", ""], "Change": ["−1 %", "no"], "Why": ["6 %", "+1"]})
+    page = tables.shown(table, "", prose=["Why"]).to_html()
+    left = set(re.findall(r"(t[hd])\S*\.col(\d) {\s*text-align: left;", page))
+    assert left == {("th", "1"), ("td", "1"), ("th", "2"), ("td", "2")}  # no cell of the others begins with a letter
+    assert page.count("white-space: normal;") == 1 and "6\u00a0%" in page and "−1 %" in page
+    for columns, kind in ((9, ""), (10, "wide")):
+        assert f'class="{kind}">' in tables.shown(pd.DataFrame([range(columns)]), "").to_html()
+    assert tables.shown(pd.DataFrame(), "none yet").data == "none yet"
+
+
+@pytest.mark.parametrize(("replicates", "robust"), [(1, True), (3, False), (10, True)])
+def test_laws_have_their_intervals_and_robust_ones_where_they_can(outputs, replicates, robust):
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.4, 850)}, seeds=range(replicates), chance=noise(0.02))
+    summary = read()[-1]
+    table = tables.laws_table(summary).set_index("Law")
+    assert ("Robust interval" in table) == robust
+    for label, law in summary["configurations"].items():
+        row = table.loc[f"α of {label}"]
+        assert (row["Estimate"], row["Runs"]) == (signed(law["alpha"]), f"{4 * replicates}")
+        assert row["d.o.f."] == f"{replicates - 1 if replicates > 1 else 2}"
+        low, high = row["95 % interval"].split(" to ")
+        assert [low, high] == [signed(end) for end in law["alpha_interval"]] and low != high
+        if robust:
+            assert row["Robust interval"] == " to ".join(signed(end) for end in law["alpha_interval_robust"])
+
+
 def test_results_table_has_a_row_a_run(outputs):
-    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)})
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, phase1_cached=True)
     runs, _, val_by_sample, _ = read()
     table = tables.results_table(runs, val_by_sample)
-    assert len(table) == 8
-    assert table.loc[0, "Validation PPL"] == "800.0" and table.loc[0, "Best epoch"] == "3 of 5"
+    assert table["Label"].tolist() == ["A", "B"] * 4
+    assert table["Training tokens"].tolist()[::2] == [f"{size:,}" for size in SIZES]
+    row = table.iloc[0].to_dict()
+    low, high = map(float, row.pop("95 % interval").split("–"))
+    assert low < 800 < high
+    minutes = (20_000 * 128 / 5e5 + 20_000 * 6 / 4e3 + 5) / 60
+    ppl = {"Validation PPL": "800.0", "Accuracy, %": "15.00", "Test PPL": f"{800 * math.exp(0.01):.1f}"}
+    ranks = {"ER before Phase 1, %": "85.0", "Training ER, %": "80.8", "without noise, %": "79.0"}
+    ranks |= {"Validation ER, %": "78.0", "Phase 1 iterations": "7", "Converged, %": "97.9"}
+    phase2 = {"Best epoch": "3", "Epochs": "5", "Over-fitting, %": "+10"}
+    time = {"Minutes": f"{minutes:.1f} (Phase 1 cached)", "Source": "outputs"}
+    first = {"Label": "A", "Training tokens": "20,000", "Learning rate": "0.002", "Seed": "42"}
+    assert row == first | ppl | ranks | phase2 | time
+    one = val_by_sample[val_by_sample["sample"] == val_by_sample["sample"].min()]
+    assert set(tables.results_table(runs, one)["95 % interval"]) == {"none"}
     assert tables.results_table(pd.DataFrame(), pd.DataFrame()).empty
 
 
@@ -306,6 +375,12 @@ def test_curves_are_those_of_the_history(outputs):
     assert tuple(first["value"]) in drawn and len(drawn) == 2 * len(SIZES)
     shades = [line.get_alpha() for line in figure.axes[0].lines[::2]]
     assert shades == sorted(set(shades))
+    for axes, (_, own) in zip(figure.axes, runs.groupby("experiment"), strict=True):  # its fewest and most tokens
+        assert [text.get_text() for text in axes.texts] == ["20,000", "67,500"]
+        last = [own.loc[own["train_tokens"] == size, "last_val_ppl"].item() for size in (SIZES[0], SIZES[-1])]
+        assert [text.xy for text in axes.texts] == [(5, pytest.approx(ppl)) for ppl in last]
+    one = plots.plot_learning_curves(history[history["train_tokens"] == SIZES[0]])
+    assert [len(axes.texts) for axes in one.axes] == [0, 0]
     left, right = plots.plot_convergence(history, runs).axes
     assert len(left.lines) == len(right.lines) == 8 + 1  # and the threshold
     rates = plots.plot_overfitting(runs).axes[0].lines[0]
@@ -336,6 +411,9 @@ def test_points_are_ranks_and_bars_minutes(outputs):
     bars = plots.plot_seconds(runs).axes[0].containers
     total = np.sum([[bar.get_width() for bar in container] for container in bars], axis=0)
     assert total == pytest.approx(runs["total_seconds"].to_numpy() / 60)
+    assert plots.plot_seconds(runs).get_suptitle() == "Time: n = 8 runs, 1 of a configuration and size"
+    twice = pd.concat([runs, runs.assign(run=runs["run"] + "-again")])
+    assert plots.plot_seconds(twice).get_suptitle() == "Time: n = 16 runs, 2 of a configuration and size; means"
 
 
 def test_one_run_is_drawn_by_phase(outputs):
@@ -529,15 +607,25 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
     )
     for heading in headings.split("|"):
         assert f"## {heading}" in text
+    shown = [part for part in shown if isinstance(part, pd.DataFrame)]
+    assert not any(part.astype(str).isin(["nan", "None"]).any(axis=None) for part in shown)
     if missing == "nothing":
         assert "Not " not in text and text.count("nan") == 0
-        assert text.startswith("**A did better than B at every one of 2 sizes, each size tested by itself; single runs")
-        shown = [part for part in shown if isinstance(part, pd.DataFrame)]
-        known, ranked, compared = (
-            next(part for part in shown if column in part)
-            for column in ("Question", "PPL against A", "Against A (ppmi)")
+        better = f"{A} **did better, in single runs, than** {B} at 20,000 and 30,000 tokens, every size that both"
+        assert text.startswith(f"**Deep and narrow, or shallow and wide?** {better}")
+        assert "\n\nGrid planted: 4 runs in 1 replicate, trained on" in text
+        columns = ("Law", "α", "Standard deviation", "Before training", "Question", "PPL against A", "Against A (ppmi)")
+        laws, slopes, chance, reach, known, ranked, compared = (
+            next(part for part in shown if column in part) for column in columns
         )
-        assert len(known) == 13 and known["Answer"].iloc[-4].startswith("PPL against A: KN-4 ")
+        assert laws["Estimate"].tolist() == ["−0.300", "−0.300"]
+        assert slopes["Grid"].tolist() == ["planted", "study", "variance"]
+        assert len(chance) == 4 + 2 + 1 and reach["Configuration"].tolist() == ["A", "B"]
+        effects = pd.concat([part for part in shown if "Effect" in part])
+        responses = {"last PPL / best PPL", "best PPL", "PPL", "memory horizon", "signs drawn", "signs fixed"}
+        assert set(effects["Of"]) == {"A", "B"} | responses
+        assert len(known) == 14 and known["Answer"].iloc[-4].startswith("PPL against A: KN-4 ")
+        assert known["Answer"][0].startswith("PPL of A against B: ") and known["Scale: grids"][0] == "full: study"
         assert known["Scale: grids"].iloc[-4] == "full: study, baselines, networks"
         assert set(ranked["Model"]) == {"A", "B", "KN-4", "LSTM", "tuned-A", "joint-A", "slow-A"}
         pairs = pd.concat([part for part in shown if "Its PPL" in part])
@@ -545,10 +633,7 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         assert pairs["Counterpart"].tolist() == ["tuned-A", "joint-A"]
         against = [name for name in compared if name.startswith("Against")]
         assert against == ["Against A (ppmi)", "Against KN-4", "Against LSTM (ppmi)"]
-        assert (
-            "of networks without a slow context (which know" in text
-            and "of n-grams of the training tokens KN-4" in text
-        )
+        assert ranking.LEGEND.replace(" %", "\u00a0%") in text
 
 
 def test_notebook_is_stripped_and_short():
@@ -564,9 +649,14 @@ def test_notebook_is_stripped_and_short():
 def test_of_many_runs_the_table_holds_means(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 820)}, sizes=(20_000, 30_000), seeds=range(7), chance=noise(0.02))
     runs, _, val_by_sample = read_grid("planted")
+    runs["best_epoch"] = runs["seed"]
     table = tables.results_table(runs, val_by_sample)
-    assert table["Runs"].tolist() == [7] * 4 and table["Label"].tolist() == ["A", "A", "B", "B"]
-    own = runs[(runs["experiment"] == "A") & (runs["train_tokens"] == 30_000)]["val_ppl"]
-    assert table["Mean PPL"][1] == f"{own.mean():.1f}"
-    assert table["PPL, range"][1] == f"{own.min():.0f}–{own.max():.0f}"
-    assert len(tables.results_table(runs[runs["seed"] < 6], val_by_sample)) == 24
+    assert table["Runs"].tolist() == ["7"] * 4 and table["Label"].tolist() == ["A", "B", "A", "B"]
+    assert table["Training tokens"].tolist() == ["20,000", "20,000", "30,000", "30,000"]
+    own = runs[(runs["experiment"] == "A") & (runs["train_tokens"] == 30_000)]
+    assert table["Validation PPL"][2] == f"{own['val_ppl'].mean():.1f}"
+    assert table["Test PPL"][2] == f"{own['test_ppl'].mean():.1f}"
+    assert table["PPL, range"][2] == f"{own['val_ppl'].min():.0f}–{own['val_ppl'].max():.0f}"
+    assert set(table["Best epoch"]) == {"3"} and "Seed" not in table and "95 % interval" not in table
+    fewer = tables.results_table(runs[runs["seed"] < 6], val_by_sample)
+    assert len(fewer) == 24 and "Runs" not in fewer and "PPL, range" not in fewer

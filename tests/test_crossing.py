@@ -8,8 +8,19 @@ import pytest
 import statsmodels.formula.api as smf
 from scipy import stats
 
-from ctxlm.analysis.crossing import bootstrap, pooled
-from ctxlm.analysis.scaling import crossover, fit_power_law, read_grid
+from ctxlm.analysis.crossing import MOST_LOG, bootstrap, errors, pooled
+from ctxlm.analysis.replicates import critical
+from ctxlm.analysis.scaling import (
+    crossover,
+    draw_samples,
+    effective,
+    fit_power_law,
+    loss_sums,
+    mean_loss,
+    percentile_interval,
+    ratio_error,
+    read_grid,
+)
 from tests.planted import SIZES, plant
 
 ALPHAS, MEETS = {"A": -0.30, "B": -0.40}, 36_000
@@ -151,9 +162,7 @@ def test_replicates_cover_effects_that_last_across_sizes():
         else:  # anywhere, or outside a gap
             gap = found.fieller_interval
             fieller = gap is None or not (gap[0] or 0) < MEETS < (gap[1] or math.inf)
-        drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=300)
-        left, right = drawn.slope_difference("A", "B").interval
-        assert drawn.slopes["A"].shape == (5, 40)
+        left, right = bootstrap(runs, by_sample(runs, rng, 0.3), "B", draws=300)["bootstrap_slope"]
         hits.append((low < -0.1 < high, fieller, left < -0.1 < right))
     assert (np.mean(hits, axis=0) > 0.90).all(), np.mean(hits, axis=0)
 
@@ -205,31 +214,80 @@ def by_sample(runs: pd.DataFrame, rng, between: float, samples: int = 40) -> pd.
     return pd.concat(parts, ignore_index=True)
 
 
-def test_bootstrap_of_exact_runs_moves_levels_but_neither_slopes_nor_crossover():
+def test_bootstrap_of_exact_runs_moves_levels_but_no_slopes():
     rng = np.random.default_rng(6)
     runs = table(rng, 0.0)
-    drawn = bootstrap(runs, by_sample(runs, rng, 0.3), draws=200)
-    assert drawn.alpha["A"] == pytest.approx(np.full(200, -0.3))
-    assert drawn.log_a["A"].std() > 0.01
-    share, interval = drawn.crossover("A", "B")
-    assert share == 0 and interval == pytest.approx((MEETS, MEETS))
+    val_by_sample = by_sample(runs, rng, 0.3)
+    drawn = bootstrap(runs, val_by_sample, "B", draws=200)  # what is hard for both moves the crossover neither
+    assert drawn["bootstrap_slope"] == pytest.approx((-0.1, -0.1)) and drawn["bootstrap_without"] == 0
+    assert drawn["bootstrap_crossover"] == pytest.approx((MEETS, MEETS))
+    tokens = val_by_sample.groupby("sample")["tokens"].first()
+    hard = 0.1 * rng.standard_normal(len(tokens))  # for B alone, at every size alike
+    hard -= np.average(hard, weights=tokens)
+    of_b = val_by_sample["run"].str.startswith("B-") * val_by_sample["sample"].map(dict(enumerate(hard)))
+    drawn = bootstrap(runs, val_by_sample.assign(loss_sum=lambda x: x["loss_sum"] + of_b * x["tokens"]), "B")
+    assert drawn["bootstrap_slope"] == pytest.approx((-0.1, -0.1)) and drawn["bootstrap_without"] == 0
+    low, high = drawn["bootstrap_crossover"]
+    half = critical(effective(tokens) - 1) * ratio_error(hard * tokens.to_numpy(), tokens.to_numpy()) / 0.1
+    assert low < MEETS < high and math.log(high / low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_bootstrap_is_two_fits_of_every_draw():
+    rng = np.random.default_rng(9)
+    runs = table(rng, 0.03)  # of a single replicate: samples alone are drawn
+    val_by_sample = by_sample(runs, rng, 0.3)
+    val_by_sample["loss_sum"] += 0.4 * rng.standard_normal(len(val_by_sample)) * val_by_sample["tokens"]
+    sums, tokens = loss_sums(val_by_sample, runs["run"])
+    x, own = np.log(runs["train_tokens"].to_numpy()), [runs["experiment"].eq(label).to_numpy() for label in "AB"]
+    a, b = (np.polyfit(x[part], sums[part], 1)[0] for part in own)  # [samples]
+    slope = mean_loss((b - a)[None], tokens)
+    losses = draw_samples(sums, tokens, 300, np.random.default_rng(0))
+    (alpha_a, log_a), (alpha_b, log_b) = (np.polyfit(x[part], losses[:, part].T, 1) for part in own)
+    meet = (log_b - log_a) / (alpha_a - alpha_b)
+    meet = meet[(meet >= 0) & (meet <= MOST_LOG)]
+    found = bootstrap(runs, val_by_sample, "B", draws=300)
+    assert found["bootstrap_slope"] == pytest.approx(slope.interval)
+    assert found["bootstrap_without"] == pytest.approx(1 - len(meet) / 300)
+    ends = tuple(np.exp(percentile_interval(meet, slope.dof)))
+    assert found["bootstrap_crossover"] == pytest.approx(ends, rel=1e-6)
+    swapped, (low, high) = bootstrap(runs, val_by_sample, "A", draws=300), slope.interval
+    assert swapped["bootstrap_slope"] == pytest.approx((-high, -low))
+    assert swapped["bootstrap_crossover"] == pytest.approx(ends, rel=1e-6)
+
+
+def test_bootstrap_draws_every_replicates_slopes_on_every_sample():
+    rng = np.random.default_rng(10)
+    runs = lasting(rng)
+    val_by_sample = by_sample(runs, rng, 0.3)
+    val_by_sample["loss_sum"] += 0.1 * rng.standard_normal(len(val_by_sample)) * val_by_sample["tokens"]
+    sums, tokens = loss_sums(val_by_sample, runs["run"])
+    x, slopes = np.log(SIZES), {}
+    for key, own in runs.assign(row=range(len(runs))).groupby(["experiment", "replicate"]):
+        slopes[key] = np.polyfit(x, sums[own["row"]], 1)[0]
+    gaps = np.array([slopes["B", r] - slopes["A", r] for r in range(5)])  # [replicates, samples]
+    assert gaps.shape == (5, 40)
+    both = bootstrap(runs, val_by_sample, "B")["bootstrap_slope"]
+    assert both == pytest.approx(mean_loss(gaps, tokens).interval)
+    lone = bootstrap(runs.assign(replicate=0), val_by_sample, "B")["bootstrap_slope"]
+    assert lone == pytest.approx(mean_loss(gaps.mean(0)[None], tokens).interval)
+    assert both[0] < lone[0] < lone[1] < both[1]
 
 
 def test_bootstrap_counts_draws_without_a_crossing():
     rng = np.random.default_rng(8)
     runs = lasting(rng, tilt=0.03)
     runs.loc[runs["experiment"] == "B", "val_loss"] += 1 + 0.1 * np.log(runs["train_tokens"] / MEETS)
-    share, _ = bootstrap(runs, by_sample(runs, rng, 0.3)).crossover("A", "B")
-    assert 0.2 < share < 1
+    assert 0.2 < bootstrap(runs, by_sample(runs, rng, 0.3), "B")["bootstrap_without"] < 1
 
 
 def test_bootstrap_of_single_runs_draws_samples_only(outputs):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.36, 830)})
     runs, _, val_by_sample = read_grid("planted")
-    drawn = bootstrap(runs, val_by_sample)
-    found = drawn.slope_difference("A", "B")
-    assert found.value == pytest.approx(-0.06) and found.interval[0] < -0.06 < found.interval[1]
+    low, high = bootstrap(runs, val_by_sample, "B")["bootstrap_slope"]
+    assert pooled(runs, "A", "B").slope_difference == pytest.approx(-0.06) and low < -0.06 < high
     with pytest.raises(ValueError, match="different validation tokens"):
-        bootstrap(runs, val_by_sample.iloc[1:])
-    with pytest.raises(ValueError, match="runs of a single size"):
-        bootstrap(runs[runs["train_tokens"] == SIZES[0]], val_by_sample)
+        bootstrap(runs, val_by_sample.iloc[1:], "B")
+    (found,) = errors(runs, val_by_sample.iloc[1:])["pooled"]
+    assert set(found) == {"a", "b", "refused"} and "different validation tokens" in found["refused"]
+    (found,) = errors(runs[runs["train_tokens"] == SIZES[0]], val_by_sample)["pooled"]
+    assert "runs of 1 size" in found["refused"]

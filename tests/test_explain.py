@@ -242,15 +242,13 @@ def test_recency_is_the_mean_extra_loss_with_its_interval():
     assert by_size.set_index(["experiment", "train_tokens", "k"])["extra_loss"]["A", 2000, 1] == pytest.approx(0.7)
     shown = recency_table(by_size)
     first, *others = shown
-    runs = ["A, 1,000 tokens", "A, 2,000 tokens", "B, 2,000 tokens"]
-    assert [first, *others] == [
-        "Last k tokens",
-        *(f"{run}, 1 replicate: PPL above the whole stream's, %" for run in runs),
-    ]
-    assert shown[others[1]].tolist() == [f"{100 * math.expm1(x):.1f}" for x in (0.7, 0.12)]
+    assert first == "Last k tokens, PPL above the whole's" and shown[first].tolist() == [1, 2]
+    assert others == ["A, 1,000 tokens", "A, 2,000 tokens", "B, 2,000 tokens"]
+    assert shown[others[1]].tolist() == [f"+{100 * math.expm1(x):.1f} % (no interval)" for x in (0.7, 0.12)]
     assert recency_table(found.reset_index().iloc[:0]).empty
     of_two = recency_table(found.loc[["A"]].reset_index().assign(train_tokens=1000))
-    assert list(of_two)[1] == "A, 1,000 tokens, 2 replicates: PPL above the whole stream's, % (95 % interval)"
+    low, high = (f"{100 * math.expm1(x):+.1f}".replace("-", "−") for x in (expected.low, expected.high))
+    assert of_two["A, 1,000 tokens"][0] == f"+{100 * math.expm1(0.6):.1f} % ({low} to {high} %)"
 
 
 def test_the_best_point_between_epochs():

@@ -1,6 +1,7 @@
 """The report's first lines from planted grids: planted the other way round, they say the other thing."""
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 
 from ctxlm.analysis import headlines
 from ctxlm.analysis.crossing import errors
+from ctxlm.analysis.phrases import winner
 from ctxlm.analysis.scaling import read_grid, summarise
-from tests.planted import NESTED, effects_of, noise, planted
+from tests.planted import NESTED, SIZES, effects_of, noise, planted
 
 GRIDS = (
     "study",
+    "sizes",
     "baselines",
     "networks",
     "tuned",
@@ -65,7 +68,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     runs, _, val_by_sample = variance_grid
     shapes = dict.fromkeys(("A", "A-without-phase1", "A-zero"), (6, 128))
     laws = {"A": (-0.3, 800), "A-without-phase1": (-0.3, 900), "A-zero": (-0.3, 1600)}
-    grids = {"variance": variance_grid, "overfitting": variance_grid}
+    grids = dict.fromkeys(("variance", "overfitting", "sizes"), variance_grid)
     grids["ablations"] = planted(outputs, laws, shapes=shapes, seeds=(1, 2))
     grids["ablations-full"] = planted(outputs, {"A": (-0.3, 800), "A-zero": (-0.3, 600)}, shapes=shapes)
     grids["study"] = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)})
@@ -80,12 +83,8 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
     grids["signs"] = planted(outputs, {first: (-0.40, 880), second: (-0.30, 900)}, pairs=NESTED[::2], embedding_seed=1)
-    summary = summarise("planted", runs, val_by_sample)
-    answer = headlines.answer(summary["paired_differences"])
-    better = (
-        f"**{first} is better than {second} at every one of 4 sizes, each size tested by itself. PPL of A against B, "
-    )
-    assert answer.startswith(better)
+    differences = summarise("planted", runs, val_by_sample)["paired_differences"]
+    assert [winner(difference) for difference in differences] == [first] * 4
     table = headlines.elsewhere(errors(runs, val_by_sample)["pooled"], grids)
     scale, names = (table["Scale: grids"].str.split(": ").str[part] for part in (0, 1))
     assert set(", ".join(names).split(", ")) == set(grids) - {"networks"}  # it has no run
@@ -93,11 +92,22 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert headlines.scales(grids).endswith(
         "(quick: A 6 layers of 128, B 3 layers of 256; full: A 6 layers of 128, B 3 layers of 256):"
     )
+    answer = said["Deep and narrow, or shallow and wide? full"]
+    sign, number = (-1, r"−([\d.]+)") if first == "A" else (1, r"\+([\d.]+)")
+    gaps = re.findall(rf"{number} % \({number} to {number} %\) at ([\d,]+)", answer)  # no interval has a 0 inside
+    assert [gap[3].replace(",", "") for gap in gaps] == [f"{size}" for size in SIZES]
+    planted_gaps = [100 * math.expm1(sign * (math.log(9 / 8) + 0.1 * math.log(size / 20_000))) for size in SIZES]
+    assert [sign * float(gap[0]) for gap in gaps] == pytest.approx(planted_gaps, abs=1.5)
+    assert answer.startswith("PPL of A against B: ") and answer.endswith(" tokens.")
+    alone = headlines._gaps(grids["study"])
+    assert alone.startswith("PPL of A against B: −11.1 % (") and alone.endswith(" (single runs, seeds not covered)")
     chance = said["How much is chance? quick"]
     assert "PPL scatters about its mean by" in chance and "80 runs)" in chance
     signs = said["Do the signs of the embedding matter? quick"]
     assert re.search(rf"change PPL: .*?{first} \+(9|1\d)\.\d % \([^)]*\), ", signs)
-    assert "; between replicates, PPL over all sizes then scatters (standard deviation) by " in signs
+    assert "; with signs drawn, PPL over all sizes scatters between replicates (standard deviation) by " in signs
+    gap = "−2.2" if first == "A" else "+2.3"
+    assert f"; PPL of A against B at 20,000 tokens is then {gap} % (" in signs
     shape = said["What are depth and width worth? quick"]
     assert shape.startswith("With depth and width crossed (32 runs in 2 replicates), PPL changes by −10.0 % (")
     assert "with 6 layers against 3 and" in shape
@@ -123,7 +133,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
 
 
 def test_without_results_nothing_is_said():
-    assert headlines.elsewhere([], NOTHING).empty and headlines.answer([]) == ""
+    assert headlines.elsewhere([], NOTHING).empty
     assert headlines.scales(NOTHING) == "**What other grids of this repository say**:"
 
 

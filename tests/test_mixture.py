@@ -63,9 +63,13 @@ def test_a_mixture_is_ranked_and_described_beside_its_parts(planted):
     models, ngrams = grids()
     mixed = mixture.mixtures(models, ngrams, ["KN-4"])
     ranked = ranking.ranking([models[0][1][::2], ngrams[1][::2], mixed[::2]])
-    assert "of n-grams" in ranking.beside_others(ranked) and " + " not in ranking.beside_others(ranked)
+    assert ranked.loc[ranked["mixed"], "experiment"].tolist() == ["A + KN-4"]
     networks = ranked.assign(model=ranked["model"].replace("context", "lstm"))  # a network's mixture is no network
-    assert "of networks" in ranking.beside_others(networks) and " + " not in ranking.beside_others(networks)
+    for known in (ranked, networks):
+        effects = ranking.ranking_effects(known)
+        assert {size: [effect.name for effect in found] for size, found in effects.items()} == {
+            f"{size:,} tokens": ["KN-4", "KN-3"] for size in SIZES
+        }
     row = ranked.set_index(["train_tokens", "experiment"]).loc[(20_000, "A + KN-4")]
     assert row["parameters"] == 7000 * 128 and row["kept"] == 128 + 3 and row["ppl"] < 10
     assert ranked.set_index("experiment").loc["A", "kept"].tolist() == [129, 129]

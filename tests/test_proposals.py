@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from ctxlm.analysis import crossing, proposals
+from ctxlm.analysis import crossing, proposals, tables
 from ctxlm.analysis.scaling import read_grid
 from tests.planted import noise, plant, planted
 
@@ -102,15 +102,11 @@ def bent(label, size, *_):
     return (0.1 if label == "A" else -0.1) * math.log(max(size, 183_620) / 183_620)
 
 
-def more_sizes(runs, val):
-    return proposals.more_sizes(runs, val, crossing.errors(runs, val)["pooled"])
-
-
 def test_forecasts_of_larger_sizes(outputs):
     sizes = (45_000, 86_925, 183_620, 367_240)
     laws = {"A": (-0.3, 800), "B": (-0.35, 900), "C": (-0.3, 850)}
     runs, _, val = planted(outputs, laws, sizes=sizes, chance=lambda *run: bent(*run) * (run[0] != "C"))
-    text = more_sizes(runs, val)
+    text = proposals.more_sizes(runs, val)
     a, b = (100 * math.expm1(sign * 0.1 * math.log(2)) for sign in (-1, 1))
     assert (
         f"A −{-a:.1f} % (" in text
@@ -122,17 +118,18 @@ def test_forecasts_of_larger_sizes(outputs):
         and "tokens, no error can be told" in text
     )
     assert "(single runs, seeds not covered, 20 validation samples drawn again)" in text
-    assert text.count("**Slopes of ") == 3
+    slopes = tables.slopes_table({"sizes": crossing.errors(runs, val)["pooled"]})
+    assert [*slopes["α"]] == ["of B minus A", "of C minus A", "of C minus B"] and {*slopes["Grid"]} == {"sizes"}
     straight, _, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)}, sizes=sizes, seeds=(1, 2))
-    text = more_sizes(straight, val)
+    text = proposals.more_sizes(straight, val)
     assert "A 0.0 % (" in text and "not covered" not in text
     crossed = straight.assign(replicate=0)  # seeds crossed with texts are one replicate, however many runs they are
-    assert "(single runs, seeds not covered" in more_sizes(crossed, val)
+    assert "(single runs, seeds not covered" in proposals.more_sizes(crossed, val)
     changed = val.assign(tokens=val["tokens"] + (val["train_tokens"] > 200_000))
-    assert "A at 367,240 tokens not to be told (the runs were judged on diff" in more_sizes(straight, changed)
-    two = more_sizes(straight[straight["train_tokens"] < 200_000], val)
+    assert "A at 367,240 tokens not to be told (the runs were judged on diff" in proposals.more_sizes(straight, changed)
+    two = proposals.more_sizes(straight[straight["train_tokens"] < 200_000], val)
     assert two == "**2. More sizes**: no size above the study's two has been run."
-    assert more_sizes(straight.iloc[:0], val) == "**2. More sizes**: no finished run."
+    assert proposals.more_sizes(straight.iloc[:0], val) == "**2. More sizes**: no finished run."
 
 
 def test_the_studys_runs_stand_in_where_sizes_lacks_them(outputs):

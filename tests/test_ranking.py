@@ -7,8 +7,9 @@ import pytest
 
 from ctxlm.analysis import plots, ranking
 from ctxlm.analysis.findings import nothing
+from ctxlm.analysis.phrases import change, side
 from ctxlm.analysis.scaling import LEFT_OUT, read_grid, summarise
-from ctxlm.analysis.tables import others_table
+from ctxlm.analysis.tables import results_table
 from ctxlm.config import BASELINES, load_grid, read_yaml
 from tests.planted import plant
 
@@ -22,22 +23,23 @@ def both(outputs, ngrams, spread=0.005):
     return [read_grid("planted")[::2], read_grid("ngrams", models=["kneser-ney"])[::2]]
 
 
-@pytest.mark.parametrize(("ppl", "verdict"), [(600, "better"), (1000, "worse")])
-def test_planted_differences_come_back(outputs, ppl, verdict):
+@pytest.mark.parametrize(("ppl", "sign"), [(600, -1), (1000, 1)])
+def test_planted_differences_come_back(outputs, ppl, sign):
     ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 1200), "KN-4": (-0.3, ppl)}))
     rows = ranked.set_index(["train_tokens", "experiment"])
     assert len(rows) == 8 and rows.loc[(20_000, "KN-4"), "difference"] == pytest.approx(math.log(ppl / 800))
     low, high = rows.loc[(40_000, "B"), "interval"]
     assert low < math.log(820 / 800) < high and rows.loc[(40_000, "A"), "difference"] == 0
     assert ranked["ppl"].groupby(ranked["train_tokens"]).apply(lambda x: x.is_monotonic_increasing).all()
-    text = ranking.beside_others(ranked)
-    assert (
-        text.count(f": did {verdict} than A, in single runs") == 2
-        and f"KN-4, {ppl}.0, " in text
-        and "over 20 validation samples" in text
-    )
     table = ranking.ranking_table(ranked)
     assert len(table) == 8 and set(table.loc[table["Model"] == "A", "PPL against A"]) == {""}
+    ngrams, told = rows.xs("KN-4", level="experiment"), table[table["Model"] == "KN-4"]
+    assert told["Validation PPL"].iloc[0] == f"{ppl}.0" and set(ngrams["samples"]) == {20}
+    assert [side(interval) for interval in ngrams["interval"]] == [sign] * 2 and set(ngrams["replicates"]) == {1}
+    expected = [change(math.log(ppl / 800), interval) for interval in ngrams["interval"]]
+    assert told["PPL against A"].tolist() == expected
+    assert expected[0].startswith({-1: "−25.0 % (−", 1: "+25.0 % (+"}[sign])
+    assert table["Model"][[0, 4]].tolist() == [{-1: "KN-4", 1: "A"}[sign]] * 2  # the best first
     assert rows.loc[(20_000, "A"), ["parameters", "kept"]].tolist() == [7000 * 128, 128 + 1]
     assert rows.loc[(20_000, "KN-4"), ["parameters", "kept"]].tolist() == [0, 3]
     effects = ranking.ranking_effects(ranked)
@@ -74,27 +76,25 @@ def test_networks_keep_states_or_a_window(outputs):
     slow = [(of.assign(slow_decay=0.98, embed_dim=16), losses) for of, losses in (ours, (networks, losses))]
     kept = ranking.ranking(slow).set_index("experiment")["kept"]
     assert (kept - rows["kept"]).tolist() == [16] * len(kept)
-    # which is not what a user would otherwise pick
-    slow = ranking.ranking([ours, (networks.assign(slow_decay=0.98, embed_dim=16), losses)])
-    assert "networks" not in ranking.beside_others(slow)
-    text = ranking.beside_others(ranking.ranking([ours, (networks, losses)]))
-    kind = "of networks without a slow context (which know the corpus's second half where their embedding is ppmi)"
-    assert text.count(f"{kind} KN-3, ") == 2 and "n-grams" not in text
 
 
 def test_what_cannot_be_told_is_said(outputs):
     ranked = ranking.ranking(both(outputs, {"KN-3": (-0.3, 900), "KN-4": (-0.3, 801)}, spread=0.1))
-    assert "which of the two, it or A, is better cannot be told" in ranking.beside_others(ranked)
+    own = ranked[ranked["experiment"] == "KN-4"]
+    assert len(own) == 2 and all(low < 0 < high for low, high in own["interval"])
+    table = ranking.ranking_table(ranked)
+    for cell in table.loc[table["Model"] == "KN-4", "PPL against A"]:
+        assert cell.startswith("+0.1 % (−") and " to +" in cell
 
 
 def test_a_model_that_reads_more_is_set_apart(outputs):
     ours, (ngrams, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 300)})
     ngrams = ngrams.assign(ngram_second_half=ngrams["experiment"] == "KN-4")
-    text = ranking.beside_others(ranking.ranking([ours, (ngrams, losses)]))
-    assert text.count("of n-grams of the training tokens KN-3, ") == 2 and "of networks" not in text
-    assert text.count("of n-grams that count more text (") == text.count("knows) KN-4, ") == 2
-    models = ranking.ranking_table(ranking.ranking([ours, (ngrams, losses)]))["Model"]
-    assert set(models) == {"A", "B", "KN-3", "KN-4 (reads more)"}
+    ranked = ranking.ranking([ours, (ngrams, losses)])
+    assert ranked.loc[ranked["reads_more"], "experiment"].tolist() == ["KN-4"] * 2
+    models = ranking.ranking_table(ranked)["Model"]
+    assert sorted(models) == sorted(["A", "B", "KN-3", "KN-4 (reads more)"] * 2)
+    assert ranking.LEGEND.startswith("(reads more): the n-gram counts the corpus's second half too")
 
 
 def test_models_on_other_tokens_are_not_ranked(outputs):
@@ -102,7 +102,8 @@ def test_models_on_other_tokens_are_not_ranked(outputs):
     ranked = ranking.ranking([ours, (ngrams, losses.assign(tokens=losses["tokens"] + 1))])
     assert set(ranked["experiment"]) == {"A", "B"}
     alone = ranking.ranking([(ours[0][ours[0]["experiment"] == "A"], ours[1])])
-    assert ranking.beside_others(alone) == "No other model was judged on the same tokens as A."
+    assert set(alone["experiment"]) == {"A"} and ranking.ranking_effects(alone) == {}
+    assert set(ranking.ranking_table(alone)["PPL against A"]) == {""}
     assert ranking.ranking_table(ranking.ranking([(ngrams.iloc[:0], losses)])).empty
 
 
@@ -110,11 +111,18 @@ def test_other_models_of_a_grid_have_a_table(outputs):
     _, (ngrams, losses) = both(outputs, {"KN-3": (-0.3, 700), "KN-4": (-0.3, 650)})
     networks = ngrams.assign(model="lstm", run=ngrams["run"] + "-lstm", held_out_tokens=8692, val_ppl=300.0)
     losses = pd.concat([losses, losses.assign(run=losses["run"] + "-lstm")])
-    table = others_table(pd.concat([ngrams.drop(columns=["best_epoch", "epochs_run"]), networks]), losses)
-    assert table["Validation PPL"].tolist()[:4] == ["300.0", "300.0", "650.0", "700.0"]
-    assert table["Learning rate"].tolist()[:4] == ["0.002", "0.002", "", ""]
-    assert table["Best epoch"].tolist()[:4] == ["3 of 5", "3 of 5", "", ""]
-    assert others_table(ngrams.iloc[:0], losses).empty
+    table = results_table(pd.concat([ngrams.drop(columns=["best_epoch", "epochs_run"]), networks]), losses)
+    assert len(table) == 8 and table["Label"].tolist()[:4] == ["KN-3", "KN-3", "KN-4", "KN-4"]
+    assert table["Validation PPL"].tolist()[:4] == ["700.0", "300.0", "650.0", "300.0"]
+    assert table["Learning rate"].tolist() == ["", "0.002"] * 4
+    assert table["Held out"].tolist() == ["", "8,692"] * 4
+    assert table["Best epoch"].tolist() == ["", "3"] * 4 and table["Epochs"].tolist() == ["", "5"] * 4
+    own = {"best_epoch", "epochs_run", *(name for name in ngrams if name.startswith("phase1") or "_er_" in name)}
+    alone = results_table(ngrams.drop(columns=own).assign(phase1_cached=False), losses)
+    absent = ["Learning rate", "Held out", "Best epoch", "Epochs", "Converged, %", "Training ER, %"]
+    assert len(alone) == 4 and not [name for name in absent if name in alone]
+    assert not alone["Minutes"].str.contains("cached").any() and alone["Test PPL"].tolist()[:2] == ["707.0", "656.5"]
+    assert results_table(ngrams.iloc[:0], losses).empty
 
 
 def test_other_models_stay_out_of_a_grids_own_sections(outputs):
@@ -127,23 +135,21 @@ def test_other_models_stay_out_of_a_grids_own_sections(outputs):
     assert nothing("absent") == "No finished run of grid absent: run `make report GRID=absent`."
 
 
-def test_the_rate_that_held_out_text_prefers(outputs):
+def test_rates_tried_on_held_out_text_have_a_row_each(outputs):
     options = {"shapes": {"L": (1, 1), "T": (1, 1)}, "model": "lstm", "held_out_tokens": 2000}
-    runs = []
-    for rate, ppl in {0.0005: (700, 600), 0.001: (650, 620), 0.002: (690, 640)}.items():
+    tried = {0.0005: (700, 600), 0.001: (650, 620), 0.002: (690, 640)}
+    for rate, ppl in tried.items():
         laws = {label: (-0.3, p) for label, p in zip("LT", ppl, strict=True)}
-        plant(outputs, laws, (20_000,), "rates", phase2_learning_rate=rate, **options)
-        runs.append(read_grid("rates", models=["lstm"])[0])
-        if rate == 0.0005:
-            runs[0].loc[runs[0]["experiment"] == "T", "epochs_run"] = runs[0]["best_epoch"]
-    text = ranking.chosen_rates(pd.concat(runs, ignore_index=True))
-    assert "the last 2,000 of 20,000 training tokens, held out" in text
-    assert "L 700.0 at 0.0005, 650.0 at 0.001, 690.0 at 0.002: lowest at 0.001;" in text
-    assert text.endswith(
-        "640.0 at 0.002: lowest at 0.0005, at the edge of what was tried (not yet at its early stop: 0.0005)."
-    )
-    assert "L 700.0 at 0.0005, the only rate so far; T 600.0 at 0.0005, the only" in ranking.chosen_rates(runs[0])
-    assert ranking.chosen_rates(runs[0].iloc[:0]) == ""
+        going = {"epochs_run": 3} if rate == 0.0005 else {}  # not yet at its early stop
+        folder = plant(outputs, laws, (20_000,), "rates", phase2_learning_rate=rate, **options, **going)
+        for run in folder.glob("*seed-42"):
+            run.rename(run.with_name(f"{run.name}_phase2_learning_rate-{rate}"))
+    table = results_table(*read_grid("rates", models=["lstm"])[::2])
+    rates = [f"{rate:g}" for rate in tried]
+    assert table["Label"].tolist() == [f"{label}, phase2_learning_rate {rate}" for label in "LT" for rate in rates]
+    assert table["Learning rate"].tolist() == rates * 2 and set(table["Held out"]) == {"2,000"}
+    assert table["Validation PPL"].tolist() == ["700.0", "650.0", "690.0", "600.0", "620.0", "640.0"]
+    assert set(table["Best epoch"]) == {"3"} and table["Epochs"].tolist() == ["3", "5", "5"] * 2
 
 
 @pytest.mark.parametrize("label", ["LSTM", "Transformer"])

@@ -22,7 +22,6 @@ from ctxlm.analysis.replicates import balanced, critical, each
 from ctxlm.analysis.scaling import (
     CELL,
     MOST_TOKENS,
-    MeanLoss,
     beyond,
     draw_replicates,
     draw_samples,
@@ -79,13 +78,10 @@ def pooled(runs: pd.DataFrame, a: str, b: str) -> Pooled:
         raise ValueError(f"{sizes.idxmin()} has runs of {sizes.min()} size(s): a slope needs two")
     if not np.isfinite(part["val_loss"]).all():
         raise ValueError(f"run {part['run'][~np.isfinite(part['val_loss'])].iloc[0]} has no finite loss: drop it")
-    middle = float(np.log(part["train_tokens"]).mean())  # centred, so that the columns are not nearly collinear
+    middle = float(np.log(part["train_tokens"]).mean())
 
     def fit(some: pd.DataFrame) -> Any:
-        second = (some["experiment"] == b).to_numpy(float)
-        x = np.log(some["train_tokens"].to_numpy(float)) - middle
-        columns = np.column_stack([np.ones_like(x), second, x, second * x])
-        return sm.OLS(some["val_loss"].to_numpy(float), columns).fit()
+        return sm.OLS(some["val_loss"].to_numpy(float), _design(some, b, middle)).fit()
 
     pairs = _pairs(part, a, b)
     if balanced(part, "experiment", "train_tokens"):
@@ -125,6 +121,13 @@ def pooled(runs: pd.DataFrame, a: str, b: str) -> Pooled:
     )
 
 
+def _design(runs: pd.DataFrame, b: str, middle: float) -> np.ndarray:
+    """The pooled model's columns, log tokens centred, so that they are not nearly collinear."""
+    second = (runs["experiment"] == b).to_numpy(float)
+    x = np.log(runs["train_tokens"].to_numpy(float)) - middle
+    return np.column_stack([np.ones_like(x), second, x, second * x])
+
+
 def _pairs(runs: pd.DataFrame, a: str, b: str) -> pd.Series | None:
     """log PPL of `b` minus that of `a` by size, seed and text; None unless every run has one partner."""
     if not set(CELL) <= set(runs) or runs.duplicated(["experiment", *CELL]).any():
@@ -150,62 +153,38 @@ def _tokens(low: float, high: float) -> tuple[float | None, float | None]:
     return tuple(math.exp(x) if 0 <= x <= MOST_LOG else None for x in (low, high))
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """Laws of every configuration in draws of replicates and validation samples."""
+def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, b: str, draws: int = 2000) -> dict[str, Any]:
+    """95 % intervals of α of `b` minus the other's and of the crossover, and the share of draws whose laws do not meet.
 
-    alpha: dict[str, np.ndarray]
-    log_a: dict[str, np.ndarray]
-    slopes: dict[str, np.ndarray]
-    """Loss sums [replicates, samples], so weighted that their mean loss is α; of one, samples alone are drawn."""
-    tokens: np.ndarray
-    """Of the samples."""
-
-    def slope_difference(self, a: str, b: str) -> MeanLoss:
-        """α of b minus α of a, with its 95 % interval (None: a single sample)."""
-        return mean_loss(self.slopes[b] - self.slopes[a], self.tokens)
-
-    def crossover(self, a: str, b: str) -> tuple[float, tuple[float, float] | None]:
-        """Share of draws whose laws meet nowhere between one token and 10¹⁵, and the 95 % interval over the others."""
-        slope = self.alpha[a] - self.alpha[b]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            log_tokens = (self.log_a[b] - self.log_a[a]) / slope
-        meets = np.isfinite(log_tokens) & (log_tokens >= 0) & (log_tokens <= MOST_LOG)
-        dof = max(self.slope_difference(a, b).dof, 1)  # it is the slopes' scatter that moves the crossover
-        interval = tuple(np.exp(percentile_interval(log_tokens[meets], dof)).tolist()) if meets.any() else None
-        return 1 - float(meets.mean()), interval
-
-
-def bootstrap(runs: pd.DataFrame, val_by_sample: pd.DataFrame, draws: int = 2000, seed: int = 0) -> Bootstrap:
-    """Draw replicates, the same for all configurations and sizes, crossed with validation samples; fit every law anew.
+    Both coefficients of the pooled model are weighted sums of losses: replicates are drawn (the same for both
+    configurations and all sizes), crossed with validation samples; of a single replicate, samples alone.
 
     Args:
-        runs: columns run, experiment, train_tokens, val_loss, replicate.
+        runs: of `b` and one other: columns run, experiment, train_tokens, replicate.
         val_by_sample: columns run, sample, loss_sum (nats), tokens; of the same samples for every run.
 
     Raises:
-        ValueError: the runs were not judged on the same samples, or a configuration has fewer than two sizes.
+        ValueError: the runs were not judged on the same samples.
     """
     sums, tokens = loss_sums(val_by_sample, runs["run"])
-    few = runs.groupby("experiment")["train_tokens"].nunique()
-    if few.min() < 2:
-        raise ValueError(f"{few.idxmin()} has runs of a single size: a slope needs two")
-    rng, several = np.random.default_rng(seed), balanced(runs, "experiment", "train_tokens")
-    keys = runs[["experiment", "train_tokens"]].assign(replicate=runs["replicate"] if several else 0)
-    means = pd.DataFrame(sums).groupby([keys[name].to_numpy() for name in keys]).mean()  # over the runs of a cell
-    cells = means.index.droplevel(2).unique()
-    losses = draw_samples(means.to_numpy(), tokens, draws, rng)
-    replicates = len(means) // len(cells)
-    y = draw_replicates(losses.reshape(draws, len(cells), replicates).swapaxes(1, 2), rng)  # [draws, cells]
-    alpha, log_a, slopes = {}, {}, {}
-    for label in few.index:
-        own = cells.get_level_values(0) == label
-        x = np.log(cells.get_level_values(1)[own].to_numpy(float))
-        weights = (x - x.mean()) / np.square(x - x.mean()).sum()
-        alpha[label] = y[:, own] @ weights
-        log_a[label] = y[:, own].mean(1) - alpha[label] * x.mean()
-        slopes[label] = np.tensordot(weights, means.to_numpy().reshape(len(cells), replicates, -1)[own], 1)
-    return Bootstrap(alpha, log_a, slopes, tokens)
+    middle = float(np.log(runs["train_tokens"]).mean())
+    columns = _design(runs, b, middle)
+    members = runs["replicate"].to_numpy() if balanced(runs, "experiment", "train_tokens") else np.zeros(len(runs))
+    parts = [members == index for index in np.unique(members)]
+    found = np.stack([np.linalg.pinv(columns[part])[[1, 3]] @ sums[part] for part in parts], axis=1)
+    slope, rng = mean_loss(found[1], tokens), np.random.default_rng(0)
+    drawn = draw_samples(found.reshape(-1, len(tokens)), tokens, draws, rng).reshape(draws, 2, len(parts))
+    shift, tilt = draw_replicates(drawn.swapaxes(1, 2), rng).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_tokens = middle - shift / tilt
+    meets = np.isfinite(log_tokens) & (log_tokens >= 0) & (log_tokens <= MOST_LOG)
+    # it is the slopes' scatter that moves the crossover
+    ends = np.exp(percentile_interval(log_tokens[meets], max(slope.dof, 1))).tolist() if meets.any() else None
+    return {
+        "bootstrap_slope": slope.interval,
+        "bootstrap_crossover": ends and tuple(ends),
+        "bootstrap_without": 1 - float(meets.mean()),
+    }
 
 
 def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
@@ -226,11 +205,8 @@ def errors(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dict[str, Any]:
     for a, b in itertools.combinations(forms, 2):
         both = runs[runs["experiment"].isin([a, b])]
         try:
-            found = asdict(pooled(both, a, b))
-            drawn = bootstrap(both, val_by_sample[val_by_sample["run"].isin(both["run"])])
-            share, interval = drawn.crossover(a, b)
-            found |= {"bootstrap_slope": drawn.slope_difference(a, b).interval, "refused": None}
-            found |= {"bootstrap_crossover": interval, "bootstrap_without": share}
+            losses = val_by_sample[val_by_sample["run"].isin(both["run"])]
+            found = asdict(pooled(both, a, b)) | bootstrap(both, losses, b) | {"refused": None}
         except ValueError as error:
             found = {"a": a, "b": b, "refused": str(error)}
         pairs.append(found)

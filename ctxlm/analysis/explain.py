@@ -6,9 +6,11 @@ several; otherwise they are Student's over replicates, for the validation text a
 replicate have HC3 errors (MacKinnon & White, 1985).
 """
 
+import contextlib
+import itertools
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -69,6 +71,18 @@ def paired_effect(
         return _effect(str(label), values, len(pairs))
     sums, tokens = loss_sums(val_by_sample, [*pairs["run_a"], *pairs["run_b"]])
     return _effect(str(label), values, len(pairs), weights @ (sums[: len(pairs)] - sums[len(pairs) :]), tokens)
+
+
+def variants(
+    runs: pd.DataFrame, parts: Mapping[str, str], column: str = "val_loss", val_by_sample: pd.DataFrame | None = None
+) -> dict[str, list[Effect]]:
+    """Configuration → the effects of its variants, labelled `<configuration>-<suffix>`; `parts` names each suffix."""
+    found: dict[str, list[Effect]] = {}
+    for base, suffix in itertools.product(sorted(set(runs["experiment"])) if len(runs) else (), parts):
+        with contextlib.suppress(ValueError):  # not run, or no two that belong together, or judged on other text
+            effect = paired_effect(runs, f"{base}-{suffix}", base, column, val_by_sample)
+            found.setdefault(base, []).append(replace(effect, name=parts[suffix]))
+    return found
 
 
 def _effect(
@@ -199,6 +213,20 @@ def generalisation(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     }
     per_token = known["token_block_params_trained"] / known["train_tokens"]
     return known[["run", "experiment", "configuration", "train_tokens"]].assign(**at, params_per_token=per_token)
+
+
+def horizons(runs: pd.DataFrame) -> pd.DataFrame:
+    """Tokens until 1 % of a disturbance is left, before and after training: means over replicates, and the interval of
+    the latter. A run that had not forgotten by then makes it nan."""
+    rows = []
+    for label, own in runs.groupby("experiment") if "horizon" in runs else ():
+        means = own.groupby("replicate")[["horizon_init", "horizon"]].agg(lambda x: x.mean(skipna=False))
+        before, after = means.mean(skipna=False)
+        row = {"Configuration": label, "Before training": f"{before:.1f}", "After it": f"{after:.1f}"}
+        ends = () if math.isnan(after) else student(means["horizon"].to_numpy()) or ()
+        row["95 % interval"] = " to ".join(f"{end:.1f}" for end in ends) or "none"
+        rows.append(row | {"Runs": len(own), "Replicates": len(means)})
+    return pd.DataFrame(rows)
 
 
 def recency(history: pd.DataFrame, by: Sequence[str] = ("experiment",)) -> pd.DataFrame:

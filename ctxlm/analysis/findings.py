@@ -1,14 +1,14 @@
 """What the runs of a grid say, in sentences: every number in them is computed from the runs."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
 
 from ctxlm.analysis.explain import stopped
-from ctxlm.analysis.phrases import SINGLE, change, count, p_text, percent, signed, sizes_text, span, tokens_text, winner
+from ctxlm.analysis.phrases import SINGLE, change, count, p_text, percent, sizes_text, span, tokens_text, winner
 from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, with_phase1
 from ctxlm.results import load_runs
 
@@ -41,30 +41,16 @@ def findings(runs: pd.DataFrame, summary: dict[str, Any], pooled: Sequence[dict[
     """
     if runs.empty:
         return [nothing(summary["grid"], runs.attrs.get(LEFT_OUT, 0))]
-    paragraphs = [*answers(runs, summary), _laws(summary)]
+    paragraphs = [*answers(runs, summary)]
     tested = {(found["a"], found["b"]): found for found in pooled}
     for pair in summary["crossovers"]:
         paragraphs.append(_crossover(pair, summary["configurations"], tested.get((pair["a"], pair["b"]), {})))
-    paragraphs += [_overfitting(runs), _convergence(runs), _rank(runs)]
     return paragraphs
 
 
 def prose(paragraphs: Iterable[str]) -> Markdown:
     """Paragraphs for a notebook; empty ones are left out, and no line begins with a per cent sign."""
     return Markdown("\n\n".join(paragraphs).replace(" %", "\u00a0%"))
-
-
-def material(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
-    """What the runs read and were judged on, and where their results lie."""
-    if runs.empty:
-        return ""
-    read = " and ".join(sorted(set(runs["corpus"] + " with " + runs["embedding"] + " embeddings")))
-    samples = span(val_by_sample.groupby("run")["sample"].nunique())
-    return (
-        f"**Runs.** {len(runs)}, on {read}: {span(runs['train_tokens'], '{:,}'.format)} training tokens, judged on "
-        f"{span(runs['val_tokens'] - 1, '{:,}'.format)} tokens of {samples} validation samples. "
-        f"Source: {sources(runs)}.{one_kind(runs)}"
-    )
 
 
 def origin(grid: str, runs: pd.DataFrame, stood_in: int = 0) -> str:
@@ -75,8 +61,10 @@ def origin(grid: str, runs: pd.DataFrame, stood_in: int = 0) -> str:
     stale = runs.attrs.get(LEFT_OUT, 0)
     if runs.empty:
         return nothing(grid, stale)
-    models = shapes_text(runs)
-    if (runs["model"] != "context").any():
+    models, unfinished = shapes_text(runs), ""
+    if (runs["model"] == "context").all():
+        unfinished = _unfinished(runs)
+    else:
         models = f"other models ({', '.join(sorted(runs['experiment'].unique()))})"
     sizes, replicates = sizes_text(sorted(runs["train_tokens"].unique())), runs["replicate"].nunique()
     independent = count(replicates, "replicate")
@@ -86,10 +74,11 @@ def origin(grid: str, runs: pd.DataFrame, stood_in: int = 0) -> str:
     if planned > len(runs) + stood_in:
         finished += f", of {planned} planned,"
     stale = f" {count(stale, 'more run')} of other parameters than the grid file's left out." if stale else ""
+    corpora, embeddings = (" and ".join(sorted(runs[name].unique())) for name in ("corpus", "embedding"))
     return (
-        f"Grid {grid}: {finished} in {independent}, trained on {sizes}: {models}; "
+        f"Grid {grid}: {finished} in {independent}, trained on {sizes}: {models}; corpus {corpora}, {embeddings} "
         f"embeddings of {span(runs['embed_dim'])} dimensions, {span(runs['val_samples'])} validation samples. "
-        f"Source: {sources(runs)}.{stale}{one_kind(runs)}"
+        f"Source: {sources(runs)}.{stale}{unfinished}{one_kind(runs)}"
     )
 
 
@@ -121,19 +110,6 @@ def one_kind(runs: pd.DataFrame) -> str:
         types = " and in ".join(f"{kind} in {n}" for kind, n in runs["dtype"].value_counts().items())
         said += f" **Matrix products** are in {types} of them."
     return said
-
-
-def what_differs(runs: pd.DataFrame) -> str:
-    """How our runs of the study differ from the published ones."""
-    if runs.empty:
-        return "No run of the study at full size yet: run `make report GRID=study`."
-    corpora, embeddings = (" and ".join(sorted(runs[name].unique())) for name in ("corpus", "embedding"))
-    return (
-        f"**What differs**: the published runs read UltraChat with GPT-2's embeddings; ours read {corpora} with "
-        f"{embeddings} embeddings, and other validation text. The levels of PPL and accuracy cannot be compared one to "
-        f"one; what can be is which configuration is better. What the study does not state (batch sizes, "
-        f"thresholds, seed) was set by us. Times are of other machines."
-    )
 
 
 def gaps(summary: dict[str, Any], published: pd.DataFrame) -> str:
@@ -196,7 +172,7 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
             limits = f"They cover other {' and '.join(varied)} only where both have several replicates (runs: {each})."
         yield (
             f"These intervals cover the choice of the {samples} validation samples, on which both configurations were "
-            f"judged token by token. {limits}{_unfinished(runs)}"
+            f"judged token by token. {limits}"
         )
 
 
@@ -207,11 +183,10 @@ def unconverged(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _unfinished(runs: pd.DataFrame) -> str:
-    """What the answer must be read with: configurations whose Phase 1 ran out of iterations."""
-    labels = " and ".join(sorted(unconverged(runs)["experiment"].unique()))
-    if not labels:
-        return ""
-    return f" Phase 1 of {labels} ran out of iterations before it converged."
+    """What runs must be read with: a Phase 1 that ran out of iterations, a Phase 2 that had not come to its stop."""
+    labels, going = " and ".join(sorted(unconverged(runs)["experiment"].unique())), len(runs) - len(stopped(runs))
+    text = f" Phase 1 of {labels} ran out of iterations before it converged." if labels else ""
+    return text + (f" {going} of the runs had not come to their early stop." if going else "")
 
 
 def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
@@ -240,23 +215,6 @@ def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
     )
 
 
-def _laws(summary: dict[str, Any]) -> str:
-    fitted = []
-    for label, law in summary["configurations"].items():
-        if law["reason"]:
-            fitted.append(f"{label}: no law ({law['reason']})")
-            continue
-        interval = "no interval"
-        if law["alpha_interval"]:
-            interval = "95 % interval " + " to ".join(signed(x) for x in law["alpha_interval"])
-        if law["alpha_interval_robust"]:
-            interval += ", robust " + " to ".join(signed(x) for x in law["alpha_interval_robust"])
-        fitted.append(f"{label}: α = {signed(law['alpha'])} (n = {law['n']}, {law['interval_dof']} d.o.f., {interval})")
-    exact = any(law["residual_dof"] == 0 for law in summary["configurations"].values())
-    caution = " A line through two points fits them whatever their errors." if exact else ""
-    return f"**Scaling.** Fitted as PPL = a · tokensᵅ. {'; '.join(fitted)}.{caution}"
-
-
 def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any]) -> str:
     a, b = pair["a"], pair["b"]
     if pair["tokens"] is None:
@@ -278,48 +236,6 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any
         f"**Crossover.** {meet[0].upper()}{meet[1:]}: by them, {below} is better below, {above} above. How well it is "
         "known is said under “How sure are the laws?”."
     )
-
-
-def _overfitting(runs: pd.DataFrame) -> str:
-    rates = _by_label(runs, "{overfit_rate}", overfit_rate=lambda x: f"{100 * x:.1f} %")
-    text = (
-        f"**Over-fitting.** The best epoch is {span(runs['best_epoch'])} (n = {len(runs)}); "
-        f"by the last epoch, validation PPL is above its best by {rates}."
-    )
-    going = len(runs) - len(stopped(runs))
-    return text + (f" {going} of the runs had not come to their early stop by then." if going else "")
-
-
-def _convergence(runs: pd.DataFrame) -> str:
-    runs = with_phase1(runs)
-    if runs.empty:
-        return "**Convergence.** Phase 1 was left out."
-    ends = _by_label(
-        runs,
-        "at iteration {phase1_iterations} with {phase1_converged_ratio} of the tokens converged",
-        phase1_iterations=str,
-        phase1_converged_ratio=lambda x: f"{100 * x:.1f} %",
-    )
-    short = len(unconverged(runs))
-    more = f" In {short} of {len(runs)} runs the iterations ran out before enough tokens had." if short else ""
-    return f"**Convergence.** Phase 1 ends {ends}.{more}"
-
-
-def _rank(runs: pd.DataFrame) -> str:
-    template = (
-        "{init_er_pct} before Phase 1 and {train_er_noiseless_pct} after training ({val_er_pct} on validation text, "
-        "{train_er_pct} in Phase 1's last iteration, with its noise)"
-    )
-    names = ("init_er_pct", "train_er_noiseless_pct", "val_er_pct", "train_er_pct")
-    ranks = _by_label(runs, template, **dict.fromkeys(names, lambda x: f"{x:.1f} %"))
-    return f"**Effective rank**, in per cent of the context's dimensions: {ranks}."
-
-
-def _by_label(runs: pd.DataFrame, template: str, **texts: Callable[[float], str]) -> str:
-    """`template` filled with the range of each column in `texts`, for every configuration."""
-    groups = runs.groupby("experiment")
-    filled = (template.format(**{name: span(g[name], text) for name, text in texts.items()}) for _, g in groups)
-    return "; ".join(f"{words} for {label}" for (label, _), words in zip(groups, filled, strict=True))
 
 
 def audited(audit: pd.DataFrame) -> str:

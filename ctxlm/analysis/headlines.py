@@ -1,7 +1,6 @@
-"""The report's first lines: the answer of its own grid, and what other grids know, a question a row."""
+"""The report's first lines: what other grids know, a question a row."""
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,11 @@ from ctxlm.analysis.phrases import (
     magnitude,
     p_text,
     percent,
-    percents,
     sizes_of,
     span,
     tokens_text,
-    winner,
 )
-from ctxlm.analysis.reasons import ABLATIONS, OVERFITTING
+from ctxlm.analysis.reasons import ABLATIONS
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, differences
 from ctxlm.config import Experiment
@@ -48,11 +45,12 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
     ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute{}?"
     memories = (("joint", "slow"), "slow", SLOW), (("networks",), "-slow", "a slow context")
+    sized = proposals.with_study(grids["sizes"], study) if len(grids["sizes"][0]) else study
     longer = [*(_step(grids, *memory) for memory in memories), _against(grids, ("slow", "slow-A"), "LSTM-slow")]
     rows = [
         (
             "Deep and narrow, or shallow and wide?",
-            _gaps(proposals.with_study(grids["sizes"], study)),
+            _gaps(sized),
             "full",
             ("study", "sizes"),
         ),
@@ -104,27 +102,6 @@ def scales(grids: Mapping[str, Grid]) -> str:
     return f"**What other grids of this repository say**{said and f' ({said})'}:"
 
 
-def answer(differences: Sequence[dict[str, Any]]) -> str:
-    """The answer of a grid of two configurations, from the `paired_differences` of `scaling.summarise`."""
-    if len({(d["a"], d["b"]) for d in differences}) != 1:
-        return ""
-    a, b = differences[0]["a"], differences[0]["b"]
-    won, gaps = [winner(d) for d in differences], [percent(math.expm1(d["log_ppl"])) for d in differences]
-    several = min(d["replicates"] for d in differences) > 1
-    better = "is better" if several else "did better"
-    text = f"{a} {better} than {b} at {won.count(a)} of {len(won)} sizes, {b} than {a} at {won.count(b)}"
-    every = "every one of " if len(won) > 1 else ""
-    if not any(won):
-        text = f"{a} and {b} cannot be told apart at {every and 'any of '}{count(len(won), 'size')}"
-    elif len(set(won)) == 1:
-        other = b if won[0] == a else a
-        text = f"{won[0]} {better} than {other} at {every}{count(len(won), 'size')}"
-    tested = "" if len(won) == 1 else ", each size tested by itself"
-    alone = "" if several else "; single runs, so that another seed may say otherwise"
-    order = "" if len(won) == 1 else ", from the smallest size to the largest"
-    return f"**{text[0].upper()}{text[1:]}{tested}{alone}. PPL of {a} against {b}{order}: {', '.join(gaps)}.**"
-
-
 def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     """What a reader of single runs must know of chance: nothing where it has not been measured."""
     if runs.empty:
@@ -156,19 +133,20 @@ def _gaps(grid: Grid) -> str:
 
 
 def _signs(drawn: Grid, fixed: Grid) -> str:
-    effects, gaps, _ = reasons.signs_effects(drawn, fixed)
+    found = reasons.signs(drawn, fixed)
+    gaps, _ = (found.pop(f"signs {how}", []) for how in ("drawn", "fixed"))
     verdicts = "PPL is higher with them", "PPL is lower with them"
-    changes = "; ".join(f"{e.name} {effect_text(e)}, {reasons.effect_verdict(e, *verdicts)}" for e in effects)
+    changes = [
+        f"{label} {effect_text(effect)}, {reasons.effect_verdict(effect, *verdicts)}"
+        for label, effects in found.items()
+        for effect in effects
+    ]
     if not changes:
         return ""
-    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL: {changes}"
-    scatter = reasons.scatter(drawn[0], fixed[0]).strip().rstrip(".")
-    text += f"; {scatter[0].lower()}{scatter[1:]}" if scatter else ""
-    if not gaps:
-        return text
-    said = ", ".join(f"{percent(math.expm1(g['log_ppl']))} ({percents(g['interval'])})" for g in gaps)
-    sizes = ", ".join(f"{g['train_tokens']:,}" for g in gaps)
-    return f"{text}; PPL of {gaps[0]['a']} against {gaps[0]['b']} is then {said} at {sizes} tokens"
+    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL: {'; '.join(changes)}"
+    scatter = reasons.scatter(drawn[0], fixed[0]).rstrip(".")
+    parts = [scatter[:1].lower() + scatter[1:], *(f"PPL of {gap.name} is then {effect_text(gap)}" for gap in gaps)]
+    return "; ".join(filter(None, [text, *parts]))
 
 
 def _crossed(grid: Grid) -> str:
@@ -223,11 +201,11 @@ def _overfitting(grid: Grid) -> str:
 
 
 def _without_contexts(runs: pd.DataFrame) -> str:
-    zeros = [effect.name for effect in reasons.ablated(runs, "zero", OVERFITTING)]
-    if not zeros:
+    rates = runs.groupby("experiment")["overfit_rate"].mean() if len(runs) else pd.Series()
+    pairs = {label.removesuffix("-zero"): rate for label, rate in rates.items() if label.endswith("-zero")}
+    parts = [f"{x} {percent(rate)} instead of {percent(rates[x])}" for x, rate in pairs.items() if x in rates]
+    if not parts:
         return ""
-    rates = runs.groupby("experiment")["overfit_rate"].mean()
-    parts = [f"{label} {percent(rates[f'{label}-zero'])} instead of {percent(rates[label])}" for label in zeros]
     return f"with zeros in their place, PPL ends above its best on {sizes_of(runs)}: {', '.join(parts)}"
 
 
@@ -241,16 +219,18 @@ def _reach(runs: pd.DataFrame) -> str:
 
 def _ablations(grid: Grid) -> str:
     runs, _, val_by_sample = grid
-    parts = []
-    for suffix, (what, *meaning) in ABLATIONS.items():
-        found = reasons.ablated(runs, suffix, val_by_sample=val_by_sample)
-        if found:
-            changes = ", ".join(f"{effect.name} {effect_text(effect)}" for effect in found)
-            verdicts = {effect.name: reasons.effect_verdict(effect, *meaning) for effect in found}
-            said = "; ".join(dict.fromkeys(verdicts.values()))
-            if len(set(verdicts.values())) > 1:
-                said = ", ".join(f"{verdict} ({name})" for name, verdict in verdicts.items())
-            parts.append(f"with {what}, PPL changes, of {changes}: {said}")
+    found: dict[str, dict[str, explain.Effect]] = {}
+    for label, effects in reasons.ablations(runs, val_by_sample).items():
+        for effect in effects:
+            found.setdefault(effect.name, {})[label] = effect
+    parts, meaning = [], {what: own for what, *own in ABLATIONS.values()}
+    for what, by_label in found.items():
+        changes = ", ".join(f"{label} {effect_text(effect)}" for label, effect in by_label.items())
+        verdicts = {label: reasons.effect_verdict(effect, *meaning[what]) for label, effect in by_label.items()}
+        said = "; ".join(dict.fromkeys(verdicts.values()))
+        if len(set(verdicts.values())) > 1:
+            said = ", ".join(f"{verdict} ({label})" for label, verdict in verdicts.items())
+        parts.append(f"with {what}, PPL changes, of {changes}: {said}")
     return "; ".join(parts)
 
 

@@ -26,7 +26,7 @@ from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.phrases import side, span
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval, with_phase1
-from ctxlm.analysis.variance import components
+from ctxlm.analysis.variance import SOURCES, components
 from ctxlm.memory import FORGOTTEN
 
 sns.set_theme(
@@ -287,8 +287,8 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
 def plot_learning_curves(history: pd.DataFrame) -> Figure:
     """Training and validation PPL of every epoch, a panel a configuration: where they part, the run over-fits.
 
-    Darker lines have more tokens, which stand at the end. Several runs of a size are thin lines, with their mean as far
-    as all of them went.
+    Darker lines have more tokens; the fewest and the most stand at the end. Several runs of a size are thin lines, with
+    their mean as far as all of them went.
     """
     if history.empty:
         return _says("No finished run.")
@@ -306,7 +306,7 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
             panels[label].plot(table.index, table, **look | {"marker": "", "linewidth": 0.5})
         mean = table.dropna().mean(axis=1)
         panels[label].plot(mean.index, mean, **look)
-        if metric == "val_ppl" and len(sizes) > 1:
+        if metric == "val_ppl" and size in (sizes[0], sizes[-1]) and len(sizes) > 1:
             end = mean.index[-1], mean.iloc[-1]
             panels[label].annotate(f"{size:,}", end, (5, 0), textcoords="offset points", va="center", fontsize=7)
     if len(sizes) > 1:
@@ -346,20 +346,14 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
 
 def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
     """Standard deviation of PPL by source of chance (`variance.components`), with an interval where there is one."""
-    names = {
-        "seed": "initialisation and noise",
-        "data_seed": "training text",
-        "run": "both: a run against its kind",
-        "validation": "validation samples (alike for all runs)",
-    }
     try:
-        rows = np.expm1(components(runs, val_by_sample).set_index("source").reindex(list(names))[["sd", "low", "high"]])
+        rows = np.expm1(components(runs, val_by_sample).set_index("source")[["sd", "low", "high"]])
     except ValueError as error:
         return _says(f"Chance cannot be taken apart: {error}.")
     figure, ((axes,),) = _figure(height=2.6)
     ends = [rows["sd"] - rows["low"], rows["high"] - rows["sd"]]  # nan, and no line, where there is no interval
     colours = [COLOURS[0]] * 3 + [COLOURS[1]]
-    axes.barh(list(names.values()), rows["sd"], xerr=ends, color=colours, edgecolor="white", capsize=3)
+    axes.barh(list(SOURCES.values()), rows["sd"], xerr=ends, color=colours, edgecolor="white", capsize=3)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("standard deviation of PPL (the line is a 95 % interval)")
@@ -554,7 +548,8 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
     axes.set_xlabel("minutes")
-    _say_n(figure, "Time", runs, "; means")
+    several = runs.duplicated(["experiment", "train_tokens"]).any()
+    _say_n(figure, "Time", runs, "; means" if several else "")
     _legend(figure)
     return figure
 

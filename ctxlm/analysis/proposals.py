@@ -6,12 +6,11 @@ A verdict a proposal, with 95 % intervals; its words follow the intervals. What 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ctxlm.analysis import explain, reasons
+from ctxlm.analysis import explain
 from ctxlm.analysis.phrases import SINGLE, change, drawn_over, effect_text, percent, side, span
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
@@ -157,12 +156,12 @@ def stood_in(before: Mapping[str, Grid], after: Mapping[str, Grid]) -> str:
     return STAND_IN if any(len(grid[0]) > len(before[name][0]) for name, grid in after.items()) else ""
 
 
-def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame, pooled: Sequence[Mapping[str, Any]]) -> str:
-    """Does a law fitted to the study's two sizes foretell larger ones, and where do the laws of all sizes cross?
+def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
+    """Does a law fitted to the study's two sizes foretell larger ones?
 
     A law through two points is linear in their losses, so that the error of its forecast is a weighted sum of three
     losses of runs that share their seed and, as far as it goes, their text. Samples are drawn again, the same for all
-    three, crossed with replicates where there are several. `pooled` is of `crossing.errors` of the same runs.
+    three, crossed with replicates where there are several.
     """
     lead = "**2. More sizes**"
     if runs.empty:
@@ -197,11 +196,10 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame, pooled: Sequence
         return f"{lead}: no size above the study's two has been run."
     alone = "" if covered and min(covered) > 1 else "single runs, seeds not covered, "
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
-    laws = " ".join(map(reasons.slopes, pooled))
     return (
         f"{lead}: PPL foretold by a law fitted to {FITTED[0]:,} and {FITTED[1]:,} tokens, less the measured "
-        f"({alone}{samples} validation samples drawn again): {'; '.join(parts)}. {laws}"
-    ).rstrip()
+        f"({alone}{samples} validation samples drawn again): {'; '.join(parts)}."
+    )
 
 
 def falling_widths(grids: Sequence[tuple[str, Grid]]) -> str:

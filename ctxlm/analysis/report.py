@@ -49,7 +49,8 @@ th:first-child, td:first-child, nav th, nav td { text-align: left; }
 nav table { margin-left: 0; font-size: .9rem; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; } h2, h3, .text_cell { break-after: avoid; }
   img, table { break-inside: avoid; } img { max-height: 23cm; } .output { overflow: visible; }
-  th, td { padding: .15rem .2rem; } main table { font-size: 6.5pt; } a { color: inherit; text-decoration: none; } }
+  th, td { padding: .15rem .2rem; } main table { font-size: 8pt; }
+  main table.wide { font-size: 6.2pt; } a { color: inherit; text-decoration: none; } }
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -1,16 +1,19 @@
 """The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
 
-import math
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 
+from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import as_printed
+from ctxlm.analysis.phrases import change, effect_text, magnitude, p_text, signed, tokens_text
+from ctxlm.analysis.reasons import effect_verdict, slope_verdict
 from ctxlm.analysis.scaling import ppl_interval
+from ctxlm.analysis.variance import SOURCES, components, ratio_interval
 from ctxlm.files import resolve
 
 REFERENCE = "data/reference/l4-2025-11-28"
@@ -21,129 +24,176 @@ def read_published(name: str) -> pd.DataFrame:
     return pd.read_csv(resolve(REFERENCE) / f"{name}.csv")
 
 
+NARROW = 9
+"""Columns of a table that is printed in type of full size."""
 MOST_ROWS = 24
 """Runs that are listed one by one; of more, a row holds those of a configuration and size."""
+QUANTITIES = {
+    "Validation PPL": ("val_ppl", 1, "{:.1f}"),
+    "Accuracy, %": ("val_accuracy", 100, "{:.2f}"),
+    "Test PPL": ("test_ppl", 1, "{:.1f}"),
+    "ER before Phase 1, %": ("init_er_pct", 1, "{:.1f}"),
+    "Training ER, %": ("train_er_pct", 1, "{:.1f}"),
+    "without noise, %": ("train_er_noiseless_pct", 1, "{:.1f}"),
+    "Validation ER, %": ("val_er_pct", 1, "{:.1f}"),
+    "Phase 1 iterations": ("phase1_iterations", 1, "{:.3g}"),
+    "Converged, %": ("phase1_converged_ratio", 100, "{:.1f}"),
+    "Best epoch": ("best_epoch", 1, "{:.3g}"),
+    "Epochs": ("epochs_run", 1, "{:.3g}"),
+    "Over-fitting, %": ("overfit_rate", 100, "{:+.0f}"),
+    "Minutes": ("total_seconds", 1 / 60, "{:.1f}"),
+}
+"""What the tables of runs show: title → column, factor and format."""
 
 
 def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
     """One row a run; PPL with its 95 % interval over validation samples, shares in per cent, times in minutes.
 
-    Of more than `MOST_ROWS` runs, one row a configuration and size: means, and the range of PPL.
+    Of more than `MOST_ROWS` runs, one row a configuration and size: means, and the range of PPL. Columns that a model
+    does not have are empty, or left out where none has them.
     """
-    if runs.empty:
-        return runs
-    if len(runs) > MOST_ROWS:
-        return _means_table(runs)
-    intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in runs["run"]]
-    table = {
-        "Label": runs["experiment"],
-        "Training tokens": runs["train_tokens"].map("{:,}".format),
-        "Seed": runs["seed"].astype(str),
-        "Validation PPL": runs["val_ppl"].map("{:.1f}".format),
-        "95 % interval": ["none" if i is None else f"{i[0]:.1f}–{i[1]:.1f}" for i in intervals],
-        "Accuracy, %": (100 * runs["val_accuracy"]).map("{:.2f}".format),
-        "Test PPL": runs["test_ppl"].map("{:.1f}".format),
-        "Training ER, %": runs["train_er_pct"].map("{:.1f}".format),
-        "Validation ER, %": runs["val_er_pct"].map("{:.1f}".format),
-        "Phase 1 iterations": runs["phase1_iterations"].astype(str),
-        "Converged, %": (100 * runs["phase1_converged_ratio"]).map("{:.1f}".format),
-        "Best epoch": runs["best_epoch"].astype(str) + " of " + runs["epochs_run"].astype(str),
-        "Over-fitting, %": (100 * runs["overfit_rate"]).map("{:.0f}".format),
-        "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format)
-        + runs["phase1_cached"].map({True: " (Phase 1 cached)", False: ""}),
-        "Source": runs["source"],
-    }
-    return pd.DataFrame(table)
-
-
-def _means_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a configuration and size: how many runs, their means, and the range of PPL."""
-    shares = {name: 100 * runs[name] for name in ("val_accuracy", "phase1_converged_ratio", "overfit_rate")}
-    cells = runs.assign(minutes=runs["total_seconds"] / 60, **shares).groupby(["experiment", "train_tokens"])
-    means, ppl = cells.mean(numeric_only=True), cells["val_ppl"]
-    columns = {
-        "Accuracy, %": ("val_accuracy", "{:.2f}"),
-        "Test PPL": ("test_ppl", "{:.1f}"),
-        "Training ER, %": ("train_er_pct", "{:.1f}"),
-        "Validation ER, %": ("val_er_pct", "{:.1f}"),
-        "Phase 1 iterations": ("phase1_iterations", "{:.1f}"),
-        "Converged, %": ("phase1_converged_ratio", "{:.1f}"),
-        "Best epoch": ("best_epoch", "{:.1f}"),
-        "Over-fitting, %": ("overfit_rate", "{:.0f}"),
-        "Minutes": ("minutes", "{:.1f}"),
-    }
-    table = {
-        "Label": means.index.get_level_values("experiment"),
-        "Training tokens": [f"{tokens:,}" for tokens in means.index.get_level_values("train_tokens")],
-        "Runs": ppl.size().to_numpy(),
-        "Mean PPL": [f"{value:.1f}" for value in ppl.mean()],
-        "PPL, range": [f"{low:.0f}–{high:.0f}" for low, high in zip(ppl.min(), ppl.max(), strict=True)],
-    }
-    table |= {title: [text.format(value) for value in means[name]] for title, (name, text) in columns.items()}
-    return pd.DataFrame(table)
-
-
-def others_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
-    """One row a run of models beside the context model, of each size the best first; `held out` is training text that
-    stood in for validation."""
-    if runs.empty:
-        return runs
-    runs = runs.sort_values(["train_tokens", "val_ppl"])
-    networks = runs["model"] != "kneser-ney"
-    intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in runs["run"]]
-    trained = [name for name in ("best_epoch", "epochs_run") if name in runs]  # n-grams alone have no such columns
-    epochs = [" of ".join(f"{row[name]:.0f}" for name in trained) for row in runs.to_dict("records")]
-    table = {
-        "Label": runs["experiment"],
-        "Training tokens": runs["train_tokens"].map("{:,}".format),
-        "Held out": runs["held_out_tokens"].map("{:,}".format),
-        "Learning rate": runs["phase2_learning_rate"].map("{:g}".format).where(networks, ""),
-        "Validation PPL": runs["val_ppl"].map("{:.1f}".format),
-        "95 % interval": ["none" if i is None else f"{i[0]:.1f}–{i[1]:.1f}" for i in intervals],
-        "Test PPL": runs["test_ppl"].map("{:.1f}".format),
-        "Best epoch": pd.Series(epochs, runs.index).where(networks, ""),
-        "Minutes": (runs["total_seconds"] / 60).map("{:.1f}".format),
-        "Source": runs["source"],
-    }
-    return pd.DataFrame(table)
+    rows = []
+    key = ["train_tokens", "experiment"] if len(runs) > MOST_ROWS else ["train_tokens", "experiment", "run"]
+    for (size, label, *one), own in runs.groupby(key) if len(runs) else ():
+        first, ppl = own.iloc[0], own["val_ppl"]
+        row = {"Label": label, "Training tokens": f"{size:,}"}
+        if first["model"] != "kneser-ney":
+            row["Learning rate"] = f"{first['phase2_learning_rate']:g}"
+        if first["held_out_tokens"]:
+            row["Held out"] = f"{first['held_out_tokens']:,}"
+        if one:
+            ends = ppl_interval(val_by_sample[val_by_sample["run"] == one[0]])
+            row |= {"Seed": f"{first['seed']}", "95 % interval": f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else "none"}
+        else:
+            row |= {"Runs": f"{len(own)}", "PPL, range": f"{ppl.min():.0f}–{ppl.max():.0f}"}
+        for title, (name, factor, text) in QUANTITIES.items():
+            if name in own and own[name].notna().all():
+                row[title] = text.format(factor * own[name].mean()).replace("-", "−")
+        row["Minutes"] += " (Phase 1 cached)" if own["phase1_cached"].any() else ""
+        rows.append(row | {"Source": " and ".join(sorted(own["source"].unique()))})
+    return pd.DataFrame(rows).fillna("")
 
 
 def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Styler | Markdown:
     """The table without its index, for a notebook; the sentence `otherwise` where it is empty.
 
-    Columns in `prose` hold sentences: they are set left and may break into lines. Powers, as in 10^13, are set high.
+    Columns of words are set left; those in `prose` hold sentences, which may break into lines. Powers, as in 10^13, are
+    set high.
     """
     if table.empty:
         return Markdown(otherwise)
     table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
-    wrapped = {"white-space": "normal", "text-align": "left", "min-width": "11em"}
-    left = {column: [{"selector": "th.col_heading", "props": "text-align: left"}] for column in prose}
+    words = [  # half of what is in them, or more
+        name for name in table if table[name][table[name] != ""].map(lambda cell: str(cell)[:1].isalpha()).mean() >= 0.5
+    ]
+    left = {column: [{"selector": "th.col_heading, td", "props": "text-align: left"}] for column in words}
     table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
-    styler = table.style.hide(axis="index").set_properties(subset=list(prose), **wrapped)
-    return styler.set_table_styles(left)
+    styler = table.style.hide(axis="index").set_table_styles(left)
+    styler = styler.set_properties(subset=list(prose), **{"white-space": "normal", "min-width": "11em"})
+    return styler.set_table_attributes(f'class="{"wide" if table.shape[1] > NARROW else ""}"')
+
+
+def effects_table(effects: Mapping[str, Sequence[Effect]]) -> pd.DataFrame:
+    """A row an effect: its interval, from how many runs or pairs it is, and over what the interval was drawn."""
+    rows = [
+        {"Of": group, "Effect": e.name, "Change": effect_text(e), "Verdict": effect_verdict(e, "higher", "lower")}
+        | {"n": e.n, "Replicates": e.replicates, "Validation samples": e.samples or "fixed", "d.o.f.": f"{e.dof:.3g}"}
+        for group, found in effects.items()
+        for e in found
+    ]
+    return pd.DataFrame(rows)
+
+
+SLOPES = (
+    "Grid|α|Difference|95 % interval|HC3|Bootstrap|p|Runs|Pairs|Replicates|d.o.f.|Laws meet at, tokens|Fieller, tokens|"
+    "Delta method, tokens|Bootstrap, tokens|Draws without, %|Verdict"
+).split("|")
+"""Columns of `slopes_table`; those that are empty everywhere are left out."""
+
+
+def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
+    """A row a grid and pair of configurations: do the slopes of their laws differ, and where do the laws meet? From
+    `crossing.errors`' `pooled` of each grid."""
+    rows: list[dict[str, Any]] = []
+    for grid, found in ((grid, found) for grid, pairs in grids.items() for found in pairs):
+        row = {"Grid": grid, "α": f"of {found['b']} minus {found['a']}"}
+        if found["refused"]:
+            rows.append(row | {"Verdict": f"not compared: {found['refused']}"})
+            continue
+        tokens, fieller, row["Difference"] = (
+            found["crossover_tokens"],
+            found["fieller"],
+            signed(found["slope_difference"]),
+        )
+        for title in ("n", "pairs", "replicates", "dof"):
+            row[{"n": "Runs", "dof": "d.o.f."}.get(title, title.capitalize())] = (
+                "" if found[title] is None else f"{found[title]}"
+            )
+        row["Laws meet at, tokens"] = found["reason"] if tokens is None else tokens_text(tokens)
+        if found["slope_interval"] is None:
+            rows.append(row | {"Verdict": "no error can be estimated"})
+            continue
+        for title, name in (("95 % interval", "slope_interval"), ("HC3", "slope_interval_robust")):
+            row[title] = _ends(found[name], signed)
+        row |= {"Bootstrap": _ends(found["bootstrap_slope"], signed), "p": p_text(found["p_value"]).removeprefix("= ")}
+        drawn = found["bootstrap_crossover"] if fieller == "bounded" else None  # else draws left out would bound it
+        anywhere = {"outside": "anywhere but ", "bounded": ""}.get(fieller, "anywhere")
+        row["Fieller, tokens"] = anywhere + _ends(found["fieller_interval"], tokens_text)
+        row["Delta method, tokens"] = _ends(found["delta_interval"], tokens_text)
+        row |= {"Bootstrap, tokens": _ends(drawn, tokens_text), "Verdict": slope_verdict(found)}
+        rows.append(row | {"Draws without, %": f"{100 * found['bootstrap_without']:.1f}"})
+    table = pd.DataFrame(rows, columns=SLOPES).fillna("")
+    return table.loc[:, (table != "").any()]
+
+
+def _ends(interval: Sequence[float | None] | None, text: Callable[[float], str]) -> str:
+    """An interval, whose end is open where it is None."""
+    return " to ".join("…" if end is None else text(end) for end in interval or ())
+
+
+def chance_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviations of PPL by source of chance, and of a run at every size by itself."""
+    rows, whole = [], "all"
+    for size, own in [(whole, runs), *runs.groupby("train_tokens")] if len(runs) else ():
+        with contextlib.suppress(ValueError):  # not nested, or too few runs of that size
+            for row in components(own, val_by_sample[val_by_sample["run"].isin(own["run"])]).itertuples():
+                if size == whole or row.source == "run":
+                    ends = f"{magnitude(row.low)} to {magnitude(row.high)}"
+                    found = {
+                        "Source": SOURCES[row.source],
+                        "Training tokens": size if size == whole else f"{size:,}",
+                        "Standard deviation": magnitude(row.sd),
+                    }
+                    rows.append(found | {"95 % interval": ends, "d.o.f.": f"{row.dof:.3g}"})
+    with contextlib.suppress(ValueError):  # where all runs together are not nested
+        ends = " to ".join(f"{end:.1f}" for end in (ratio_interval(runs) if rows else ()))
+        name = "variance of training text over that of initialisation (F, approximate)"
+        rows += [{"Source": name, "Training tokens": whole, "95 % interval": ends}] if ends else []
+    return pd.DataFrame(rows).fillna("")
+
+
+def between_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Means of `explain.between_epochs`, a row a configuration and learning rate; the gain is partly luck."""
+    rows = []
+    for (label, rate), own in found.groupby(["configuration", "phase2_learning_rate"]):
+        row = {"Configuration": label, "Learning rate": f"{rate:g}", "Runs": f"{len(own)}"}
+        row["Epochs to the best point, looked for between epochs"] = f"{own['epochs'].mean():.1f}"
+        rows.append(row | {"Better than the best epoch's end by (partly luck)": magnitude(own["gain"].mean())})
+    return pd.DataFrame(rows)
 
 
 def recency_table(recency: pd.DataFrame) -> pd.DataFrame:
-    """By how much PPL is worse, per cent with its 95 % interval, when contexts have read the last k tokens only.
+    """By how much PPL is worse when contexts have read the last k tokens only, a column a configuration and size.
 
     Args:
         recency: `explain.recency` by experiment and train_tokens.
     """
     if recency.empty:
         return recency
-    low, centre, high = ((100 * np.expm1(recency[name])).round(1) + 0.0 for name in ("low", "extra_loss", "high"))
-    cells = [
-        f"{b:.1f}" if math.isnan(a) else f"{b:.1f} ({a:.1f} to {c:.1f})"
-        for a, b, c in zip(low, centre, high, strict=True)
-    ]
-    unit = "PPL above the whole stream's, %" + (" (95 % interval)" if recency["low"].notna().any() else "")
-    label = [
-        f"{row.experiment}, {row.train_tokens:,} tokens, {row.n} replicate{'' if row.n == 1 else 's'}: {unit}"
-        for row in recency.itertuples()
-    ]
-    table = recency.assign(cell=[cell.replace("-", "−") for cell in cells], run=label)
-    table = table.pivot(index="k", columns="run", values="cell")[list(dict.fromkeys(label))]
-    return table.rename_axis(columns=None).reset_index().rename(columns={"k": "Last k tokens"})
+    label = recency["experiment"] + recency["train_tokens"].map(", {:,} tokens".format)
+    cells = [change(row.extra_loss, (row.low, row.high)) for row in recency.itertuples()]
+    table = recency.assign(cell=cells, run=label).pivot(index="k", columns="run", values="cell")
+    return table.rename_axis(columns=None).reset_index().rename(columns={"k": "Last k tokens, PPL above the whole's"})
 
 
 def published_runs() -> pd.DataFrame:
@@ -167,53 +217,46 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
     Runs are matched by layers, context width and training tokens; several seeds are averaged. Empty where none matches.
     """
     keys = ["num_layers", "context_dim", "train_tokens"]
-    quantities = {
-        "Validation PPL": ("val_ppl", 1, "{:.1f}"),
-        "Validation accuracy, %": ("val_accuracy", 100, "{:.2f}"),
-        "ER of training contexts, %": ("train_er_pct", 1, "{:.1f}"),
-        "ER of validation contexts, %": ("val_er_pct", 1, "{:.1f}"),
-        "Phase 1 iterations": ("phase1_iterations", 1, "{:.3g}"),
-        "Converged tokens, %": ("phase1_converged_ratio", 100, "{:.1f}"),
-        "Best epoch": ("best_epoch", 1, "{:.3g}"),
-        "Over-fitting, %": ("overfit_rate", 100, "{:+.0f}"),
-        "Minutes": ("total_seconds", 1 / 60, "{:.1f}"),
-    }
-    names = [name for name, _, _ in quantities.values()]
+    theirs = published_runs()
+    shown = {title: what for title, what in QUANTITIES.items() if what[0] in theirs}
+    names = [name for name, _, _ in shown.values()]
     ours = runs.groupby(keys, as_index=False)[names].mean() if len(runs) else pd.DataFrame(columns=keys + names)
-    pairs = ours.merge(published_runs(), on=keys, suffixes=("_ours", "_published"))
+    pairs = ours.merge(theirs, on=keys, suffixes=("_ours", "_published"))
     columns = {}
     for _, pair in pairs.sort_values(["experiment", "train_tokens"]).iterrows():
         cells = []
-        for name, factor, text in quantities.values():
-            mine, theirs = (factor * pair[f"{name}_{side}"] for side in ("ours", "published"))
-            gap = "" if name == "total_seconds" else f" ({mine / theirs - 1:+.0%})"  # times are of other machines
-            cells.append(f"{text.format(mine)} / {text.format(theirs)}{gap}".replace("-", "−"))
+        for name, factor, text in shown.values():
+            mine, published = (factor * pair[f"{name}_{side}"] for side in ("ours", "published"))
+            gap = "" if name == "total_seconds" else f" ({mine / published - 1:+.0%})"  # times are of other machines
+            cells.append(f"{text.format(mine)} / {text.format(published)}{gap}".replace("-", "−"))
         columns[f"{pair['experiment']}, {pair['train_tokens']:,} tokens"] = cells
-    return pd.DataFrame({"Ours / published": list(quantities)} | columns) if columns else pd.DataFrame()
+    return pd.DataFrame({"Ours / published": list(shown)} | columns) if columns else pd.DataFrame()
 
 
-def laws_beside_published(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """Exponents and crossover of our runs of the study beside the published ones; empty where none was fitted."""
-    published = read_published("power_laws").set_index("experiment")["alpha"]
-    claims = read_published("claims")
-    crossing = float(claims.loc[claims["claim"] == "the two PPLs cross at about", "value"].iloc[0])
-    laws = {label: law for label, law in summary["configurations"].items() if not law["reason"] and label in published}
+def laws_table(summary: Mapping[str, Any], beside: bool = False) -> pd.DataFrame:
+    """Exponents with their intervals and, `beside` those of the study, where the laws cross; a row a law."""
+    published, claims = (read_published(name) for name in ("power_laws", "claims"))
+    theirs = published.set_index("experiment")["alpha"]
     rows = [
-        (
-            f"α of {label}",
-            f"{law['alpha']:.3f}".replace("-", "−"),
-            f"{published[label]:.3f}".replace("-", "−"),
-            f"n = {law['n']}, {law['interval_dof']} d.o.f.",
-        )
-        for label, law in laws.items()
+        {"Law": f"α of {label}", "Estimate": signed(law["alpha"]) if not law["reason"] else f"none: {law['reason']}"}
+        | {"95 % interval": _ends(law["alpha_interval"], signed) or "none"}
+        | {"Robust interval": _ends(law["alpha_interval_robust"], signed), "Runs": f"{law['n']}"}
+        | {
+            "d.o.f.": "" if law["reason"] else f"{law['interval_dof']}",
+            "Published": signed(theirs[label]) if beside else "",
+        }
+        for label, law in summary["configurations"].items()
+        if not beside or label in theirs
     ]
-    if rows:
-        tokens, reason = summary["crossover_tokens"], summary["crossover_reason"]
-        note = reason or ("extrapolated" if summary["crossover_extrapolated"] else "inside the measured range")
+    if rows and beside:
+        tokens, note = summary["crossover_tokens"], summary["crossover_reason"]
+        crossing = float(claims.loc[claims["claim"] == "the two PPLs cross at about", "value"].iloc[0])
         rows.append(
-            ("crossover, tokens", f"{float(f'{tokens:.3g}'):,.0f}" if tokens else "none", f"{crossing:,.0f}", note)
+            {"Law": "crossover, tokens", "Estimate": tokens_text(tokens) if tokens else note}
+            | {"Published": f"{crossing:,.0f}"}
         )
-    return pd.DataFrame(rows, columns=["Law", "Ours", "Published", "Of ours"])
+    table = pd.DataFrame(rows).fillna("")
+    return table.loc[:, (table != "").any()]
 
 
 def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
@@ -224,10 +267,6 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
             return row["recomputed"]
         return f"{row['recomputed']:,.{min(len(row['published'].partition('.')[2]) + 1, 4)}f}".replace("-", "−")
 
-    def difference(share: float) -> str:
-        per_cent = round(100 * share, 1) if pd.notna(share) else None
-        return "" if per_cent is None else f"{per_cent:+.1f}".replace("-", "−") if per_cent else "0.0"
-
     order = ["does not follow", "cannot be tested", "rounding", "holds"]
     audit = audit.sort_values("verdict", key=lambda verdicts: verdicts.map(order.index), kind="stable")
     table = {
@@ -235,7 +274,7 @@ def audit_table(audit: pd.DataFrame) -> pd.DataFrame:
         "Claim": audit["claim"],
         "Published": audit["published"].map(as_printed),
         "Recomputed": audit.apply(number, axis=1),
-        "Difference, %": audit["difference"].map(difference),
+        "Difference, %": ["" if pd.isna(x) else signed(100 * x, 1) for x in audit["difference"]],
         "Why": audit["why"].str.replace(r"(?<![\w)])-(?=\d)", "−", regex=True),
     }
     return pd.DataFrame(table)

@@ -15,6 +15,13 @@ from ctxlm.analysis.replicates import CONFIDENCE, critical
 from ctxlm.analysis.scaling import effective, ratio_error, satterthwaite
 
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+SOURCES = {
+    "seed": "initialisation and noise",
+    "data_seed": "training text",
+    "run": "both together: a single run",
+    "validation": "validation samples (alike for all runs)",
+}
+"""Of chance, as `components` names them, in words."""
 
 
 def components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
