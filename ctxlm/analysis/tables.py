@@ -83,9 +83,8 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     if table.empty:
         return Markdown(otherwise)
     table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
-    words = [  # half of what is in them, or more
-        name for name in table if table[name][table[name] != ""].map(lambda cell: str(cell)[:1].isalpha()).mean() >= 0.5
-    ]
+    starts = {name: [str(cell)[0].isalpha() for cell in table[name] if str(cell)] for name in table}
+    words = [name for name, known in starts.items() if known and sum(known) >= len(known) / 2]
     left = {column: [{"selector": "th.col_heading, td", "props": "text-align: left"}] for column in words}
     table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
     styler = table.style.hide(axis="index").set_table_styles(left)
@@ -93,10 +92,12 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     return styler.set_table_attributes(f'class="{"wide" if table.shape[1] > NARROW else ""}"')
 
 
-def effects_table(effects: Mapping[str, Sequence[Effect]]) -> pd.DataFrame:
-    """A row an effect: its interval, from how many runs or pairs it is, and over what the interval was drawn."""
+def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change") -> pd.DataFrame:
+    """A row an effect: its interval, from how many runs or pairs it is, and over what the interval was drawn; `what`
+    heads the column of the numbers."""
+    title = what[0].upper() + what[1:]
     rows = [
-        {"Of": group, "Effect": e.name, "Change": effect_text(e), "Verdict": effect_verdict(e, "higher", "lower")}
+        {"Of": group, "Effect": e.name, title: effect_text(e), "Verdict": effect_verdict(e, "higher", "lower")}
         | {"n": e.n, "Replicates": e.replicates, "Validation samples": e.samples or "fixed", "d.o.f.": f"{e.dof:.3g}"}
         for group, found in effects.items()
         for e in found
