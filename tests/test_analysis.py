@@ -271,11 +271,11 @@ def test_powers_in_cells_are_set_high():
 
 
 def test_columns_of_words_are_set_left_and_wide_tables_small():
-    table = pd.DataFrame({"n": ["1", "2"], "Label": ["A", ""], "Change": ["−1 %", "no"], "Why": ["6 %", "+1"]})
+    table = pd.DataFrame({"n": ["1", "2"], "Label": ["A", ""], "Change": ["", "no"], "Why": ["6 %", "+1"]})
     page = tables.shown(table, "", prose=["Why"]).to_html()
     left = set(re.findall(r"(t[hd])\S*\.col(\d) {\s*text-align: left;", page))
     assert left == {("th", "1"), ("td", "1"), ("th", "2"), ("td", "2")}  # no cell of the others begins with a letter
-    assert page.count("white-space: normal;") == 1 and "6\u00a0%" in page and "−1 %" in page
+    assert page.count("white-space: normal;") == 1 and "6\u00a0%" in page
     for columns, kind in ((9, ""), (10, "wide")):
         assert f'class="{kind}">' in tables.shown(pd.DataFrame([range(columns)]), "").to_html()
     assert tables.shown(pd.DataFrame(), "none yet").data == "none yet"
@@ -308,7 +308,7 @@ def test_results_table_has_a_row_a_run(outputs):
     assert low < 800 < high
     minutes = (20_000 * 128 / 5e5 + 20_000 * 6 / 4e3 + 5) / 60
     ppl = {"Validation PPL": "800.0", "Accuracy, %": "15.00", "Test PPL": f"{800 * math.exp(0.01):.1f}"}
-    ranks = {"ER before Phase 1, %": "85.0", "Training ER, %": "80.8", "without noise, %": "79.0"}
+    ranks = {"ER before Phase 1, %": "85.0", "Training ER, %": "80.8", "Training ER without noise, %": "79.0"}
     ranks |= {"Validation ER, %": "78.0", "Phase 1 iterations": "7", "Converged, %": "97.9"}
     phase2 = {"Best epoch": "3", "Epochs": "5", "Over-fitting, %": "+10"}
     time = {"Minutes": f"{minutes:.1f} (Phase 1 cached)", "Source": "outputs"}
@@ -614,7 +614,15 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         better = f"{A} **did better, in single runs, than** {B} at 20,000 and 30,000 tokens, every size that both"
         assert text.startswith(f"**Deep and narrow, or shallow and wide?** {better}")
         assert "\n\nGrid planted: 4 runs in 1 replicate, trained on" in text
-        columns = ("Law", "α", "Standard deviation", "Before training", "Question", "PPL against A", "Against A (ppmi)")
+        columns = (
+            "Law",
+            "Slope α",
+            "Standard deviation",
+            "Before training, tokens",
+            "Question",
+            "PPL against A",
+            "Against A (ppmi)",
+        )
         laws, slopes, chance, reach, known, ranked, compared = (
             next(part for part in shown if column in part) for column in columns
         )

@@ -62,8 +62,8 @@ def many(sd=0.005, seed=0):
 def test_the_steeper_law_gains_more(outputs, laws, steeper):
     row, sign = pair(outputs, laws, **many()), -1 if steeper == "B" else 1
     assert row["Verdict"] == f"{steeper} gains more from more text"
-    assert (row["Grid"], row["α"]) == ("mine", "of B minus A")
-    assert (row["Runs"], row["Replicates"], row["d.o.f."]) == ("40", "5", "4") and "HC3" not in row
+    assert (row["Grid"], row["Slope α"]) == ("mine", "of B minus A")
+    assert (row["Runs"], row["Replicates"], row["d.o.f."]) == ("40", "5", "4") and "Robust (HC3)" not in row
     assert row["Difference"].startswith("−0." if steeper == "B" else "+0.")
     assert numbers(row["Difference"]) == pytest.approx([sign * 0.1], abs=0.02) and row["p"] == "< 0.001"
     for name in ("95 % interval", "Bootstrap"):
@@ -74,7 +74,7 @@ def test_the_steeper_law_gains_more(outputs, laws, steeper):
     for name in ("Fieller, tokens", "Delta method, tokens", "Bootstrap, tokens"):
         low, high = numbers(row[name])
         assert low < numbers(row["Laws meet at, tokens"])[0] < high and "anywhere" not in row[name]
-    assert row["Draws without, %"] == "0.0"
+    assert row["Draws that never meet, %"] == "0.0"
 
 
 def test_a_slope_that_hangs_on_the_validation_text_is_no_finding(outputs):
@@ -103,17 +103,19 @@ def test_without_degrees_of_freedom_nothing_is_tested(outputs):
     row = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:2])
     meets = numbers(row.pop("Laws meet at, tokens"))
     assert meets == pytest.approx([20_000 * (830 / 800) ** 10], rel=0.01)
-    said = {"Grid": "mine", "α": "of B minus A", "Difference": "−0.100", "Runs": "4", "Pairs": "2"}
+    said = {"Grid": "mine", "Slope α": "of B minus A", "Difference": "−0.100", "Runs": "4", "Pairs": "2"}
     assert row == said | {"Replicates": "1", "d.o.f.": "0", "Verdict": "no error can be estimated"}
     row = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:1])
-    assert set(row) == {"Grid", "α", "Verdict"} and row["Verdict"].startswith("not compared: A has runs of 1 size")
+    assert set(row) == {"Grid", "Slope α", "Verdict"} and row["Verdict"].startswith(
+        "not compared: A has runs of 1 size"
+    )
 
 
 def test_single_runs_are_said_to_be_single(outputs):
     found = pooled(outputs, {"A": FLAT, "B": STEEP}, chance=noise(0.005))
     row = slopes(found)
     assert (row["Runs"], row["Replicates"], row["d.o.f."]) == ("8", "1", "2") and row["Pairs"] == "4"
-    assert len(numbers(row["HC3"])) == 2 and row["HC3"] != row["95 % interval"]
+    assert len(numbers(row["Robust (HC3)"])) == 2 and row["Robust (HC3)"] != row["95 % interval"]
 
 
 def test_where_a_crossover_may_be_follows_fieller(outputs):
@@ -124,7 +126,7 @@ def test_where_a_crossover_may_be_follows_fieller(outputs):
     unbounded = slopes(found | {"fieller": "unbounded", "fieller_interval": None, "delta_interval": None})
     assert unbounded["Fieller, tokens"] == "anywhere" and "Bootstrap, tokens" not in unbounded
     assert slopes(found | {"fieller_interval": (None, 2e5)})["Fieller, tokens"] == "… to 200,000"
-    assert slopes(found | {"bootstrap_without": 0.1234})["Draws without, %"] == "12.3"
+    assert slopes(found | {"bootstrap_without": 0.1234})["Draws that never meet, %"] == "12.3"
     nowhere = slopes(found | {"crossover_tokens": None, "reason": "the laws are parallel"})
     assert nowhere["Laws meet at, tokens"] == "the laws are parallel"
 
@@ -228,7 +230,7 @@ def test_overfitting_is_put_down_to_what_was_planted(outputs):
     rows = rows_of(found)
     assert rows[BEST, DOUBLING]["Change"].startswith("−18.8 % (−18.") and rows[BEST, DOUBLING]["Verdict"] == "lower"
     assert (rows[LAST, DOUBLING]["Verdict"], rows[LAST, "B against A"]["Verdict"]) == ("lower", "higher")
-    assert rows[LAST, DOUBLING]["Validation samples"] == "fixed" and rows[LAST, DOUBLING]["d.o.f."] == "1"
+    assert rows[LAST, DOUBLING]["Validation samples"] == "–" and rows[LAST, DOUBLING]["d.o.f."] == "1"
     reversed_rates = runs.assign(overfit_rate=0.5 - runs["overfit_rate"])
     rows = rows_of(reasons.overfitting(reversed_rates, val))
     assert (rows[LAST, DOUBLING]["Verdict"], rows[LAST, "B against A"]["Verdict"]) == ("higher", "lower")
@@ -257,7 +259,7 @@ def test_runs_that_did_not_stop_are_left_out_and_not_counted(outputs):
     runs, _, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     runs.loc[runs["train_tokens"] == SIZES[1], "best_epoch"] = 5
     rows = rows_of(reasons.overfitting(runs, val))
-    assert {key: row["n"] for key, row in rows.items()} == {
+    assert {key: row["Runs"] for key, row in rows.items()} == {
         (LAST, DOUBLING): 12,
         (LAST, "B against A"): 12,
         (BEST, DOUBLING): 16,
@@ -299,24 +301,24 @@ def test_who_remembers_longest_is_read_off_the_runs(outputs):
     runs, history, _ = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, seeds=(1, 2))
     known = {"Runs": 8, "Replicates": 2}
     assert reach(runs) == {
-        "A": {"Before training": "8.0", "After it": "7.0", "95 % interval": "7.0 to 7.0"} | known,
-        "B": {"Before training": "14.0", "After it": "12.0", "95 % interval": "12.0 to 12.0"} | known,
+        "A": {"Before training, tokens": "8.0", "After it, tokens": "7.0", "95 % interval": "7.0 to 7.0"} | known,
+        "B": {"Before training, tokens": "14.0", "After it, tokens": "12.0", "95 % interval": "12.0 to 12.0"} | known,
     }
     swapped = reach(runs.assign(horizon=40 - runs["horizon"]))
-    assert (swapped["A"]["After it"], swapped["B"]["After it"]) == ("33.0", "28.0")
+    assert (swapped["A"]["After it, tokens"], swapped["B"]["After it, tokens"]) == ("33.0", "28.0")
     assert (swapped["A"]["95 % interval"], swapped["B"]["95 % interval"]) == ("33.0 to 33.0", "28.0 to 28.0")
     unknown = reach(runs.assign(horizon=runs["horizon"].where((runs["experiment"] == "A") | (runs["seed"] == 1))))
-    assert unknown["A"] == reach(runs)["A"] and unknown["B"]["After it"] == "nan"  # in 4 of its 8 runs
-    assert not NUMBER.search(unknown["B"]["95 % interval"]) and unknown["B"]["Before training"] == "14.0"
+    assert unknown["A"] == reach(runs)["A"] and unknown["B"]["After it, tokens"] == "nan"  # in 4 of its 8 runs
+    assert not NUMBER.search(unknown["B"]["95 % interval"]) and unknown["B"]["Before training, tokens"] == "14.0"
     once = runs["horizon"].where(runs.index != runs.index[runs["experiment"] == "B"][0])
-    assert reach(runs.assign(horizon=once))["B"]["After it"] == "nan"  # in a single one
+    assert reach(runs.assign(horizon=once))["B"]["After it, tokens"] == "nan"  # in a single one
     unknown = reach(runs.assign(horizon_init=runs["horizon_init"].where(runs["experiment"] == "A")))
-    assert unknown["A"] == reach(runs)["A"] and unknown["B"]["Before training"] == "nan"
+    assert unknown["A"] == reach(runs)["A"] and unknown["B"]["Before training, tokens"] == "nan"
     single = reach(runs[runs["seed"] == 1])["B"]
     assert single == reach(runs)["B"] | {"95 % interval": "none", "Runs": 4, "Replicates": 1}  # nothing to judge it by
     equal = reach(runs.assign(horizon=5 + runs["seed"] * (runs["experiment"] == "A")))
     assert numbers(equal["A"]["95 % interval"]) == pytest.approx(student([6.0, 7.0]), abs=0.06)
-    assert equal["A"]["After it"] == "6.5" and equal["B"]["95 % interval"] == "5.0 to 5.0"
+    assert equal["A"]["After it, tokens"] == "6.5" and equal["B"]["95 % interval"] == "5.0 to 5.0"
     assert explain.horizons(runs.drop(columns="horizon")).empty
     assert len(plots.plot_reach(history, explain.recency(history)).axes) == 2
 
@@ -355,7 +357,7 @@ def test_an_ablation_that_hurts_shows_that_the_part_helps(outputs):
     assert zero.estimate == pytest.approx(math.log(1000 / 800), abs=0.02)
     assert drawn(phase1) == drawn(zero) == (12, 3, 20)
     row = rows_of(found)["A", "contexts of zeros"]
-    assert row["Verdict"] == "higher" and (row["n"], row["Replicates"], row["Validation samples"]) == (12, 3, 20)
+    assert row["Verdict"] == "higher" and (row["Runs"], row["Replicates"], row["Validation samples"]) == (12, 3, 20)
     assert float(row["d.o.f."]) == pytest.approx(zero.dof, rel=0.01)
     runs, _, val = planted(outputs, laws | {"A-without-phase1": (-0.3, 700)}, **options)
     found = reasons.ablations(runs, val)
@@ -487,7 +489,7 @@ def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):
     lone = pooled(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:1])
     table = tables.slopes_table({"mine": [several], "small": [two], "equal": [equal], "lone": [lone], "none": []})
     assert [*table["Grid"]] == ["mine", "small", "equal", "lone"]
-    assert [*table] == [name for name in tables.SLOPES if name != "HC3"]  # which no row has
+    assert [*table] == [name for name in tables.SLOPES if name != "Robust (HC3)"]  # which no row has
     rows = table.set_index("Grid").to_dict("index")
     mine, small = rows["mine"], rows["small"]
     assert mine["Runs"] == "40" and mine["Verdict"] == "B gains more from more text"
@@ -498,7 +500,7 @@ def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):
     assert (small["Difference"], small["95 % interval"], small["Fieller, tokens"]) == ("+0.100", "", "")
     assert rows["equal"]["Laws meet at, tokens"] == "the laws are parallel"
     assert rows["equal"]["Verdict"] == "no error can be estimated"
-    assert rows["lone"] == dict.fromkeys(mine, "") | {"α": "of B minus A", "Verdict": rows["lone"]["Verdict"]}
+    assert rows["lone"] == dict.fromkeys(mine, "") | {"Slope α": "of B minus A", "Verdict": rows["lone"]["Verdict"]}
     assert tables.slopes_table({"mine": []}).empty and tables.slopes_table({}).empty
 
 
@@ -507,9 +509,9 @@ def test_an_effect_without_an_interval_has_no_verdict():
     table = tables.effects_table({"PPL": [sure, replace(sure, name="that", interval=None, samples=0)], "nothing": []})
     assert table.to_dict("records") == [
         {"Of": "PPL", "Effect": "this", "Change": "+10.5 % (+5.1 to +16.2 %)", "Verdict": "higher"}
-        | {"n": 12, "Replicates": 3, "Validation samples": 20, "d.o.f.": "7.25"},
+        | {"Runs": 12, "Replicates": 3, "Validation samples": 20, "d.o.f.": "7.25"},
         {"Of": "PPL", "Effect": "that", "Change": "+10.5 % (no interval)", "Verdict": "no interval, no verdict"}
-        | {"n": 12, "Replicates": 3, "Validation samples": "fixed", "d.o.f.": "7.25"},
+        | {"Runs": 12, "Replicates": 3, "Validation samples": "–", "d.o.f.": "7.25"},
     ]
 
 
@@ -531,9 +533,9 @@ def test_every_number_follows_the_data(outputs):
         samples=23,
         chance=noise(0.006, seed=1),
     )
-    worded, fixed = {"Grid", "α", "Verdict", "Configuration", "Of", "Effect"}, r"to 1 %|fixed|^0\.0$|^< 0.001$"
+    worded, fixed = {"Grid", "Slope α", "Verdict", "Configuration", "Of", "Effect"}, r"to 1 %|–|^0\.0$|^< 0.001$"
     for (name, before), (same, after) in zip(first, second, strict=True):
-        assert name == same and (name in worded or NUMBER.search(before) or before == after == "fixed")
+        assert name == same and (name in worded or NUMBER.search(before) or before == after == "–")
         before, after = (NUMBER.findall(re.sub(fixed, "", text)) for text in (before, after))
         assert len(before) == len(after), name
         assert not [pair for pair in zip(before, after, strict=True) if pair[0] == pair[1]], name

@@ -222,7 +222,7 @@ def horizons(runs: pd.DataFrame) -> pd.DataFrame:
     for label, own in runs.groupby("experiment") if "horizon" in runs else ():
         means = own.groupby("replicate")[["horizon_init", "horizon"]].agg(lambda x: x.mean(skipna=False))
         before, after = means.mean(skipna=False)
-        row = {"Configuration": label, "Before training": f"{before:.1f}", "After it": f"{after:.1f}"}
+        row = {"Configuration": label, "Before training, tokens": f"{before:.1f}", "After it, tokens": f"{after:.1f}"}
         ends = () if math.isnan(after) else student(means["horizon"].to_numpy()) or ()
         row["95 % interval"] = " to ".join(f"{end:.1f}" for end in ends) or "none"
         rows.append(row | {"Runs": len(own), "Replicates": len(means)})

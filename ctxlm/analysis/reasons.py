@@ -132,7 +132,7 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     for text, gap in zip(said, gaps.values(), strict=True):
         larger = sum(abs(gap) > limit for limit in limits_there)
         verdict = "exceeds that" if larger == len(limits) else "does not exceed that"
-        verdicts.append(f"{text} {verdict if larger in (0, len(limits)) else 'lies between'}")
+        verdicts.append(f"{text} {verdict if larger in (0, len(limits)) else 'lies within that'}")
     return (
         f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
         f"{b} where the observed difference is {span(limits, magnitude)} or more (95 % interval, "

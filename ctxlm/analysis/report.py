@@ -46,6 +46,7 @@ table { border-collapse: collapse; margin: .9rem auto; font-size: .78rem; line-h
 th, td { padding: .3rem .45rem; text-align: right; border: 0; border-bottom: 1px solid #e3e3e3; white-space: nowrap; }
 th { vertical-align: bottom; border-bottom: 1.5px solid #888; white-space: normal; }
 th:first-child, td:first-child, nav th, nav td { text-align: left; }
+table.wide { font-size: .66rem; } table.wide th, table.wide td { padding: .2rem .25rem; }
 nav table { margin-left: 0; font-size: .9rem; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; } h2, h3, .text_cell { break-after: avoid; }
   img, table { break-inside: avoid; } img { max-height: 23cm; } .output { overflow: visible; }

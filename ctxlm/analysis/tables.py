@@ -34,7 +34,7 @@ QUANTITIES = {
     "Test PPL": ("test_ppl", 1, "{:.1f}"),
     "ER before Phase 1, %": ("init_er_pct", 1, "{:.1f}"),
     "Training ER, %": ("train_er_pct", 1, "{:.1f}"),
-    "without noise, %": ("train_er_noiseless_pct", 1, "{:.1f}"),
+    "Training ER without noise, %": ("train_er_noiseless_pct", 1, "{:.1f}"),
     "Validation ER, %": ("val_er_pct", 1, "{:.1f}"),
     "Phase 1 iterations": ("phase1_iterations", 1, "{:.3g}"),
     "Converged, %": ("phase1_converged_ratio", 100, "{:.1f}"),
@@ -63,12 +63,14 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
             row["Held out"] = f"{first['held_out_tokens']:,}"
         if one:
             ends = ppl_interval(val_by_sample[val_by_sample["run"] == one[0]])
-            row |= {"Seed": f"{first['seed']}", "95 % interval": f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else "none"}
+            interval, row["Seed"] = f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else "none", f"{first['seed']}"
         else:
             row |= {"Runs": f"{len(own)}", "PPL, range": f"{ppl.min():.0f}–{ppl.max():.0f}"}
         for title, (name, factor, text) in QUANTITIES.items():
             if name in own and own[name].notna().all():
                 row[title] = text.format(factor * own[name].mean()).replace("-", "−")
+            if name == "val_ppl" and one:
+                row["95 % interval"] = interval
         row["Minutes"] += " (Phase 1 cached)" if own["phase1_cached"].any() else ""
         rows.append(row | {"Source": " and ".join(sorted(own["source"].unique()))})
     return pd.DataFrame(rows).fillna("")
@@ -84,7 +86,7 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
         return Markdown(otherwise)
     table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
     starts = {name: [str(cell)[0].isalpha() for cell in table[name] if str(cell)] for name in table}
-    words = [name for name, known in starts.items() if known and sum(known) >= len(known) / 2]
+    words = [name for name, known in starts.items() if known and sum(known) > len(known) / 2]
     left = {column: [{"selector": "th.col_heading, td", "props": "text-align: left"}] for column in words}
     table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
     styler = table.style.hide(axis="index").set_table_styles(left)
@@ -92,13 +94,18 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     return styler.set_table_attributes(f'class="{"wide" if table.shape[1] > NARROW else ""}"')
 
 
-def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change") -> pd.DataFrame:
+def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change", unit: str = "run") -> pd.DataFrame:
     """A row an effect: its interval, from how many runs or pairs it is, and over what the interval was drawn; `what`
-    heads the column of the numbers."""
+    heads the column of the numbers, and `unit` is what there are so many of."""
     title = what[0].upper() + what[1:]
     rows = [
         {"Of": group, "Effect": e.name, title: effect_text(e), "Verdict": effect_verdict(e, "higher", "lower")}
-        | {"n": e.n, "Replicates": e.replicates, "Validation samples": e.samples or "fixed", "d.o.f.": f"{e.dof:.3g}"}
+        | {
+            f"{unit.capitalize()}s": e.n,
+            "Replicates": e.replicates,
+            "Validation samples": e.samples or "–",
+            "d.o.f.": f"{e.dof:.3g}",
+        }
         for group, found in effects.items()
         for e in found
     ]
@@ -106,8 +113,8 @@ def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change")
 
 
 SLOPES = (
-    "Grid|α|Difference|95 % interval|HC3|Bootstrap|p|Runs|Pairs|Replicates|d.o.f.|Laws meet at, tokens|Fieller, tokens|"
-    "Delta method, tokens|Bootstrap, tokens|Draws without, %|Verdict"
+    "Grid|Slope α|Difference|Verdict|95 % interval|p|Runs|Replicates|d.o.f.|Laws meet at, tokens|Fieller, tokens|"
+    "Delta method, tokens|Bootstrap, tokens|Draws that never meet, %|Bootstrap|Robust (HC3)|Pairs"
 ).split("|")
 """Columns of `slopes_table`; those that are empty everywhere are left out."""
 
@@ -117,7 +124,7 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
     `crossing.errors`' `pooled` of each grid."""
     rows: list[dict[str, Any]] = []
     for grid, found in ((grid, found) for grid, pairs in grids.items() for found in pairs):
-        row = {"Grid": grid, "α": f"of {found['b']} minus {found['a']}"}
+        row = {"Grid": grid, "Slope α": f"of {found['b']} minus {found['a']}"}
         if found["refused"]:
             rows.append(row | {"Verdict": f"not compared: {found['refused']}"})
             continue
@@ -134,7 +141,7 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
         if found["slope_interval"] is None:
             rows.append(row | {"Verdict": "no error can be estimated"})
             continue
-        for title, name in (("95 % interval", "slope_interval"), ("HC3", "slope_interval_robust")):
+        for title, name in (("95 % interval", "slope_interval"), ("Robust (HC3)", "slope_interval_robust")):
             row[title] = _ends(found[name], signed)
         row |= {"Bootstrap": _ends(found["bootstrap_slope"], signed), "p": p_text(found["p_value"]).removeprefix("= ")}
         drawn = found["bootstrap_crossover"] if fieller == "bounded" else None  # else draws left out would bound it
@@ -142,7 +149,7 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
         row["Fieller, tokens"] = anywhere + _ends(found["fieller_interval"], tokens_text)
         row["Delta method, tokens"] = _ends(found["delta_interval"], tokens_text)
         row |= {"Bootstrap, tokens": _ends(drawn, tokens_text), "Verdict": slope_verdict(found)}
-        rows.append(row | {"Draws without, %": f"{100 * found['bootstrap_without']:.1f}"})
+        rows.append(row | {"Draws that never meet, %": f"{100 * found['bootstrap_without']:.1f}"})
     table = pd.DataFrame(rows, columns=SLOPES).fillna("")
     return table.loc[:, (table != "").any()]
 
@@ -166,6 +173,7 @@ def chance_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFram
                         "Standard deviation": magnitude(row.sd),
                     }
                     rows.append(found | {"95 % interval": ends, "d.o.f.": f"{row.dof:.3g}"})
+    rows.sort(key=lambda row: list(SOURCES.values()).index(row["Source"]))  # a run's at every size together
     with contextlib.suppress(ValueError):  # where all runs together are not nested
         ends = " to ".join(f"{end:.1f}" for end in (ratio_interval(runs) if rows else ()))
         name = "variance of training text over that of initialisation (F, approximate)"
