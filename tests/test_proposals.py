@@ -119,7 +119,7 @@ def test_forecasts_of_larger_sizes(outputs):
     )
     assert "(single runs, seeds not covered, 20 validation samples drawn again)" in text
     slopes = tables.slopes_table({"sizes": crossing.errors(runs, val)["pooled"]})
-    assert [*slopes["α"]] == ["of B minus A", "of C minus A", "of C minus B"] and {*slopes["Grid"]} == {"sizes"}
+    assert [*slopes["Slope α"]] == ["of B minus A", "of C minus A", "of C minus B"] and {*slopes["Grid"]} == {"sizes"}
     straight, _, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)}, sizes=sizes, seeds=(1, 2))
     text = proposals.more_sizes(straight, val)
     assert "A 0.0 % (" in text and "not covered" not in text
