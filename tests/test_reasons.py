@@ -294,7 +294,7 @@ def test_between_epochs_the_gain_is_said_to_be_partly_luck(outputs):
 
 
 def reach(runs):
-    return explain.horizons(runs).set_index("Configuration").to_dict("index")
+    return tables.horizons_table(runs).set_index("Configuration").to_dict("index")
 
 
 def test_who_remembers_longest_is_read_off_the_runs(outputs):
@@ -319,7 +319,7 @@ def test_who_remembers_longest_is_read_off_the_runs(outputs):
     equal = reach(runs.assign(horizon=5 + runs["seed"] * (runs["experiment"] == "A")))
     assert numbers(equal["A"]["95 % interval"]) == pytest.approx(student([6.0, 7.0]), abs=0.06)
     assert equal["A"]["After it, tokens"] == "6.5" and equal["B"]["95 % interval"] == "5.0 to 5.0"
-    assert explain.horizons(runs.drop(columns="horizon")).empty
+    assert tables.horizons_table(runs.drop(columns="horizon")).empty
     assert len(plots.plot_reach(history, explain.recency(history)).axes) == 2
 
 
@@ -520,7 +520,7 @@ def test_every_number_follows_the_data(outputs):
         runs, history, val_by_sample = planted(outputs, laws, **options)
         slopes = tables.slopes_table({"mine": errors(runs, val_by_sample)["pooled"]})
         effects = tables.effects_table(reasons.overfitting(runs, val_by_sample))
-        made = [slopes, explain.horizons(runs), effects]
+        made = [slopes, tables.horizons_table(runs), effects]
         gap = reasons.gap(explain.generalisation(history, runs))
         return [(name, str(cell)) for table in made for name in table for cell in table[name]] + [("gap", gap)]
 

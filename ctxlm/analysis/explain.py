@@ -215,20 +215,6 @@ def generalisation(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return known[["run", "experiment", "configuration", "train_tokens"]].assign(**at, params_per_token=per_token)
 
 
-def horizons(runs: pd.DataFrame) -> pd.DataFrame:
-    """Tokens until 1 % of a disturbance is left, before and after training: means over replicates, and the interval of
-    the latter. A run that had not forgotten by then makes it nan."""
-    rows = []
-    for label, own in runs.groupby("experiment") if "horizon" in runs else ():
-        means = own.groupby("replicate")[["horizon_init", "horizon"]].agg(lambda x: x.mean(skipna=False))
-        before, after = means.mean(skipna=False)
-        row = {"Configuration": label, "Before training, tokens": f"{before:.1f}", "After it, tokens": f"{after:.1f}"}
-        ends = () if math.isnan(after) else student(means["horizon"].to_numpy()) or ()
-        row["95 % interval"] = " to ".join(f"{end:.1f}" for end in ends) or "none"
-        rows.append(row | {"Runs": len(own), "Replicates": len(means)})
-    return pd.DataFrame(rows)
-
-
 def recency(history: pd.DataFrame, by: Sequence[str] = ("experiment",)) -> pd.DataFrame:
     """What is lost when contexts have read the last k tokens only, by configuration or also by `train_tokens`.
 

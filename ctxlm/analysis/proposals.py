@@ -28,6 +28,8 @@ STAND_IN = (
     "from grid study; its runs may be of another version of the code and another type of products, which moves single "
     "runs by up to 1 %."
 )
+FALLING = "arithmetic"
+"""Begins the suffix of a label whose layers have falling widths."""
 BEST = {-1: "predicts better", 0: "has no effect on the best PPL that can be told", 1: "predicts worse"}
 LAST = {-1: "over-fits less", 0: "has no effect on over-fitting that can be told", 1: "over-fits more"}
 DESIGN = {-1: "better", 0: "which is better cannot be told", 1: "worse"}
@@ -219,18 +221,12 @@ def _falling(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
 
 def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[explain.Effect]:
     """The effect on PPL of every configuration whose label begins with `<label>-arithmetic` against `<label>`."""
-    labels = set(runs["experiment"]) if len(runs) else set()
-    found = []
-    for label in sorted(labels):
-        base, design, _ = label.partition("-arithmetic")
-        if not design or base not in labels:
-            continue
-        try:
-            effect = explain.paired_effect(runs, label, base, val_by_sample=val_by_sample)
-        except ValueError:  # runs of both, but no two that belong together yet, or judged on other text
-            continue
-        found.append(replace(effect, name=f"{label} against {base}"))
-    return found
+    labels = runs["experiment"].unique() if len(runs) else ()
+    suffixes = sorted({label[label.index(FALLING) :] for label in labels if FALLING in label})
+    found = explain.variants(runs, {suffix: suffix for suffix in suffixes}, val_by_sample=val_by_sample)
+    return [
+        replace(effect, name=f"{base}-{effect.name} against {base}") for base, own in found.items() for effect in own
+    ]
 
 
 def _shape(runs: pd.DataFrame, label: str) -> str:

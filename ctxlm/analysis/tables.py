@@ -1,6 +1,7 @@
 """The tables of the analysis: all runs of a grid, and the study's own runs beside the published ones."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import as_printed
 from ctxlm.analysis.phrases import change, effect_text, magnitude, p_text, signed, tokens_text
 from ctxlm.analysis.reasons import effect_verdict, slope_verdict
+from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import ppl_interval
 from ctxlm.analysis.variance import SOURCES, components, ratio_interval
 from ctxlm.files import resolve
@@ -61,16 +63,16 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
             row["Learning rate"] = f"{first['phase2_learning_rate']:g}"
         if first["held_out_tokens"]:
             row["Held out"] = f"{first['held_out_tokens']:,}"
-        if one:
-            ends = ppl_interval(val_by_sample[val_by_sample["run"] == one[0]])
-            interval, row["Seed"] = f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else "none", f"{first['seed']}"
-        else:
-            row |= {"Runs": f"{len(own)}", "PPL, range": f"{ppl.min():.0f}–{ppl.max():.0f}"}
+        spread = {"Seed": f"{first['seed']}"}
+        if not one:
+            spread = {"Runs": f"{len(own)}", "PPL, range": f"{ppl.min():.0f}–{ppl.max():.0f}"}
+        row |= spread
         for title, (name, factor, text) in QUANTITIES.items():
             if name in own and own[name].notna().all():
                 row[title] = text.format(factor * own[name].mean()).replace("-", "−")
             if name == "val_ppl" and one:
-                row["95 % interval"] = interval
+                ends = ppl_interval(val_by_sample[val_by_sample["run"] == one[0]])
+                row["95 % interval"] = f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else "none"
         row["Minutes"] += " (Phase 1 cached)" if own["phase1_cached"].any() else ""
         rows.append(row | {"Source": " and ".join(sorted(own["source"].unique()))})
     return pd.DataFrame(rows).fillna("")
@@ -128,22 +130,23 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
         if found["refused"]:
             rows.append(row | {"Verdict": f"not compared: {found['refused']}"})
             continue
-        tokens, fieller, row["Difference"] = (
-            found["crossover_tokens"],
-            found["fieller"],
-            signed(found["slope_difference"]),
-        )
-        for title in ("n", "pairs", "replicates", "dof"):
-            row[{"n": "Runs", "dof": "d.o.f."}.get(title, title.capitalize())] = (
-                "" if found[title] is None else f"{found[title]}"
-            )
+        tokens, fieller = found["crossover_tokens"], found["fieller"]
+        counts = {
+            "Runs": found["n"],
+            "Pairs": found["pairs"],
+            "Replicates": found["replicates"],
+            "d.o.f.": found["dof"],
+        }
+        row |= {title: f"{number}" for title, number in counts.items() if number is not None}
+        row["Difference"] = signed(found["slope_difference"])
         row["Laws meet at, tokens"] = found["reason"] if tokens is None else tokens_text(tokens)
         if found["slope_interval"] is None:
             rows.append(row | {"Verdict": "no error can be estimated"})
             continue
-        for title, name in (("95 % interval", "slope_interval"), ("Robust (HC3)", "slope_interval_robust")):
-            row[title] = _ends(found[name], signed)
-        row |= {"Bootstrap": _ends(found["bootstrap_slope"], signed), "p": p_text(found["p_value"]).removeprefix("= ")}
+        intervals = {"95 % interval": "slope_interval", "Robust (HC3)": "slope_interval_robust"}
+        intervals["Bootstrap"] = "bootstrap_slope"
+        row |= {title: _ends(found[name], signed) for title, name in intervals.items()}
+        row["p"] = p_text(found["p_value"]).removeprefix("= ")
         drawn = found["bootstrap_crossover"] if fieller == "bounded" else None  # else draws left out would bound it
         anywhere = {"outside": "anywhere but ", "bounded": ""}.get(fieller, "anywhere")
         row["Fieller, tokens"] = anywhere + _ends(found["fieller_interval"], tokens_text)
@@ -174,11 +177,26 @@ def chance_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFram
                     }
                     rows.append(found | {"95 % interval": ends, "d.o.f.": f"{row.dof:.3g}"})
     rows.sort(key=lambda row: list(SOURCES.values()).index(row["Source"]))  # a run's at every size together
-    with contextlib.suppress(ValueError):  # where all runs together are not nested
-        ends = " to ".join(f"{end:.1f}" for end in (ratio_interval(runs) if rows else ()))
-        name = "variance of training text over that of initialisation (F, approximate)"
-        rows += [{"Source": name, "Training tokens": whole, "95 % interval": ends}] if ends else []
+    if rows:
+        with contextlib.suppress(ValueError):  # all runs together are not nested
+            ends = " to ".join(f"{end:.1f}" for end in ratio_interval(runs))
+            name = "variance of training text over that of initialisation (F, approximate)"
+            rows.append({"Source": name, "Training tokens": whole, "95 % interval": ends})
     return pd.DataFrame(rows).fillna("")
+
+
+def horizons_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Tokens until 1 % of a disturbance is left, before and after training: means over replicates, and the interval of
+    the latter. A run that had not forgotten by then makes it nan."""
+    rows = []
+    for label, own in runs.groupby("experiment") if "horizon" in runs else ():
+        means = own.groupby("replicate")[["horizon_init", "horizon"]].agg(lambda x: x.mean(skipna=False))
+        before, after = means.mean(skipna=False)
+        row = {"Configuration": label, "Before training, tokens": f"{before:.1f}", "After it, tokens": f"{after:.1f}"}
+        ends = () if math.isnan(after) else student(means["horizon"].to_numpy()) or ()
+        row["95 % interval"] = " to ".join(f"{end:.1f}" for end in ends) or "none"
+        rows.append(row | {"Runs": len(own), "Replicates": len(means)})
+    return pd.DataFrame(rows)
 
 
 def between_table(found: pd.DataFrame) -> pd.DataFrame:
