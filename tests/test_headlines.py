@@ -132,6 +132,14 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert ": joint-A −20.0 % (" in joint and joint.endswith(" tokens (single runs, seeds not covered).")
 
 
+def test_gaps_with_drawn_signs_that_cannot_be_told_are_told_once(outputs):
+    fixed, drawn = (
+        planted(outputs, dict.fromkeys("AB", (-0.3, ppl)), pairs=NESTED[::2], chance=noise(0.02, ppl))
+        for ppl in (800, 850)
+    )
+    assert headlines._signs(drawn, fixed).endswith("; A against B cannot be told apart with them, at any of 4 sizes")
+
+
 def test_without_results_nothing_is_said():
     assert headlines.elsewhere([], NOTHING).empty
     assert headlines.scales(NOTHING) == "**What other grids of this repository say**:"

@@ -1,14 +1,12 @@
 """A model and an n-gram in equal shares, or with a cache: the mean of their probabilities, token by token."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlm.analysis import mixture, ranking, recipe
+from ctxlm.analysis import mixture, recipe
 from ctxlm.analysis.scaling import read_grid
 from ctxlm.config import ConfigError
 from ctxlm.corpus import Corpus
@@ -53,31 +51,22 @@ def test_probabilities_are_averaged_token_by_token(planted):
     sums = [surprise[sample == s].sum() for s in by_sample["sample"]]
     np.testing.assert_allclose(by_sample["loss_sum"], sums, rtol=1e-5)
     assert by_sample["tokens"].sum() == len(p) and runs[list(mixture.UNKNOWN)].isna().all(axis=None)
-    seconds = json.loads((planted / "planted" / "A_train_tokens-20000_seed-42" / "metrics.json").read_text())
-    assert runs["total_seconds"].item() == seconds["total_seconds"] + 2
 
 
-def test_a_mixture_is_ranked_and_described_beside_its_parts(planted):
+def test_a_mixture_is_set_against_each_of_its_parts(planted):
     leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
     leave_losses(planted / "ngrams" / "KN-4_train_tokens-20000_seed-42", 2)
     models, ngrams = grids()
     mixed = mixture.mixtures(models, ngrams, ["KN-4"])
-    ranked = ranking.ranking([models[0][1][::2], ngrams[1][::2], mixed[::2]])
-    assert ranked.loc[ranked["mixed"], "experiment"].tolist() == ["A + KN-4"]
-    networks = ranked.assign(model=ranked["model"].replace("context", "lstm"))  # a network's mixture is no network
-    for known in (ranked, networks):
-        effects = ranking.ranking_effects(known)
-        assert {size: [effect.name for effect in found] for size, found in effects.items()} == {
-            f"{size:,} tokens": ["KN-4", "KN-3"] for size in SIZES
-        }
-    row = ranked.set_index(["train_tokens", "experiment"]).loc[(20_000, "A + KN-4")]
-    assert row["parameters"] == 7000 * 128 and row["kept"] == 128 + 3 and row["ppl"] < 10
-    assert ranked.set_index("experiment").loc["A", "kept"].tolist() == [129, 129]
-    table = ranking.ranking_table(ranked).set_index("Model").loc["A + KN-4"]
-    assert table["Test PPL"] == "" and table["Accuracy, %"] == ""
-    row = recipe.beside([mixed], [models[0][1], ngrams[1]], ["A", "KN-4"]).iloc[0]
-    assert row["Model"] == "A + KN-4" and "Last PPL above best" not in row and row["Runs"] == 1
-    assert row["Against A (ppmi)"].startswith("−") and row["Against KN-4"].startswith("−")
+    [row] = recipe.mixtures_table(mixed, [models[0][1], ngrams[1]]).to_dict("records")
+    assert row["Mixture"] == "A + KN-4" and row["Training tokens"] == "20,000" and row["Runs"] == 1
+    for part, alone in (("model", models[0][1]), ("n-gram", ngrams[1])):
+        before = alone[0].set_index(["experiment", "train_tokens"])["val_ppl"]
+        change = mixed[0]["val_ppl"].item() / before[("A", 20_000) if part == "model" else ("KN-4", 20_000)] - 1
+        assert row[f"Against the {part} alone"].startswith(f"{100 * change:.1f} %* (".replace("-", "−"))
+    assert recipe.mixtures_table(mixed, [])["Against the model alone"].tolist() == [""]
+    row = recipe.beside([mixed], [models[0][1]], ["A"]).iloc[0]
+    assert "Last PPL above best" not in row  # it has no epochs
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.floats(0.3, 1))
@@ -115,7 +104,7 @@ def test_a_cache_is_mixed_in_by_its_share(planted, monkeypatch):
 
 def test_nothing_is_mixed_without_both_or_on_other_tokens(planted):
     assert all(table.empty for table in mixture.mixtures(*grids(), ["KN-4"]))
-    assert recipe.beside([mixture.mixtures(*grids(), ["KN-4"])], [], ["A"]).empty
+    assert recipe.mixtures_table(mixture.mixtures(*grids(), ["KN-4"]), []).empty
     leave_losses(planted / "planted" / "A_train_tokens-20000_seed-42", 1)
     folder = planted / "ngrams" / "KN-4_train_tokens-20000_seed-42"
     _, sample = leave_losses(folder, 2)

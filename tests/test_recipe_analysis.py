@@ -117,6 +117,8 @@ def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):
     assert table["Change of PPL"].str.startswith("+20.0 % (").tolist() == [True, False]
     assert table["Pairs"].tolist() == [2, 2]
     going = (less[0].assign(epochs_run=less[0]["best_epoch"]), *less[1:])  # no over-fitting yet
-    assert recipe.ingredients_table(recipe.ingredients(mine, going))["Over-fitting, %"].tolist() == ["still going"] * 2
+    assert (
+        recipe.ingredients_table(recipe.ingredients(mine, going))["Over-fitting, %"].tolist() == ["no early stop"] * 2
+    )
     assert recipe.ingredients(NOTHING, mine).empty and recipe.ingredients(mine, NOTHING).empty
     assert recipe.ingredients_table(recipe.ingredients(mine, NOTHING)).empty

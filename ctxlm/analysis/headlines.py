@@ -16,6 +16,7 @@ from ctxlm.analysis.phrases import (
     magnitude,
     p_text,
     percent,
+    side,
     sizes_of,
     span,
     tokens_text,
@@ -145,8 +146,10 @@ def _signs(drawn: Grid, fixed: Grid) -> str:
         return ""
     text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL: {'; '.join(changes)}"
     scatter = reasons.scatter(drawn[0], fixed[0]).rstrip(".")
-    parts = [scatter[:1].lower() + scatter[1:], *(f"PPL of {gap.name} is then {effect_text(gap)}" for gap in gaps)]
-    return "; ".join(filter(None, [text, *parts]))
+    apart = [f"PPL of {gap.name} is then {effect_text(gap)}" for gap in gaps if side(gap.interval)]
+    if gaps and not apart:
+        apart = [f"{gaps[0].name.partition(' at ')[0]} cannot be told apart with them, at any of {len(gaps)} sizes"]
+    return "; ".join(filter(None, [text, scatter[:1].lower() + scatter[1:], *apart]))
 
 
 def _crossed(grid: Grid) -> str:

@@ -22,16 +22,12 @@ UNKNOWN = ("val_accuracy", "test_loss", "test_ppl", "test_accuracy")
 UNKNOWN += ("best_epoch", "epochs_run", "last_val_ppl", "overfit_rate")
 """What the losses of the best epoch's validation tokens do not say of a mixture."""
 
-MIXED_ORDER = "mixed_order"
-"""The column that holds the order of a mixture's n-gram."""
-
 
 def mixtures(grids: Sequence[tuple[str, Grid]], ngrams: tuple[str, Grid], labels: Sequence[str]) -> Grid:
     """Every run of `grids` in equal shares with each n-gram of these `labels` that counted the same training tokens.
 
     Equal shares are set, not searched: no text is needed to choose them. A mixture's row is its model's, but for label,
-    loss, PPL and seconds, for what the n-gram reads, and for `UNKNOWN`. Pairs without both runs' `val_losses.npz`, or
-    judged on other tokens, are left out.
+    loss and PPL, and for `UNKNOWN`. Pairs without both runs' `val_losses.npz`, or judged on other tokens, are left out.
 
     Args:
         grids: name and tables (`scaling.read_grid`) of the models' grids.
@@ -47,9 +43,7 @@ def mixtures(grids: Sequence[tuple[str, Grid]], ngrams: tuple[str, Grid], labels
         if ours is None or theirs is None or not np.array_equal(ours["sample"], theirs["sample"]):
             continue
         loss = np.log(2) - np.logaddexp(-ours["loss"].astype(float), -theirs["loss"].astype(float))
-        changed = {MIXED_ORDER: ngram["ngram_order"], "ngram_second_half": ngram["ngram_second_half"]}
-        changed["total_seconds"] = model["total_seconds"] + ngram["total_seconds"]
-        mixed.append(_mixed(grid, model, f" + {ngram['experiment']}", loss, ours["sample"], changed))
+        mixed.append(_mixed(grid, model, f" + {ngram['experiment']}", loss, ours["sample"]))
     return _grid(mixed)
 
 
@@ -76,7 +70,7 @@ def cached(grids: Sequence[tuple[str, Grid]], decay: float = CACHE_DECAY, share:
             with np.errstate(divide="ignore"):  # what has not been read has no share in the cache
                 cache = np.log(share * cache_probabilities(tokens, decay))
             loss = -np.logaddexp(np.log1p(-share) - ours["loss"].astype(float), cache)
-            mixed.append(_mixed(grid, model, CACHED, loss, sample, {}))
+            mixed.append(_mixed(grid, model, CACHED, loss, sample))
     return _grid(mixed)
 
 
@@ -107,12 +101,10 @@ def _pairs(
                     yield grid, model, ngram
 
 
-def _mixed(
-    grid: str, model: pd.Series, added: str, loss: np.ndarray, sample: np.ndarray, changed: dict
-) -> tuple[dict, pd.DataFrame]:
-    """A mixture's row, the model's but for what has `changed`, and its losses by sample."""
+def _mixed(grid: str, model: pd.Series, added: str, loss: np.ndarray, sample: np.ndarray) -> tuple[dict, pd.DataFrame]:
+    """A mixture's row, the model's but for label, loss, PPL and `UNKNOWN`, and its losses by sample."""
     label = model["experiment"] + added
-    row = model.to_dict() | dict.fromkeys(UNKNOWN, np.nan) | changed
+    row = model.to_dict() | dict.fromkeys(UNKNOWN, np.nan)
     row |= {"experiment": label, "configuration": label, "run": f"{grid}: {model['run']}{added}"}
     row |= {"val_loss": loss.mean(), "val_ppl": np.exp(loss.mean())}
     own = {name: row[name] for name in ("run", "experiment", "train_tokens", "seed", "replicate")}

@@ -41,14 +41,6 @@ def effect_text(effect: Effect) -> str:
     return change(effect.estimate, effect.interval)
 
 
-def drawn_over(effect: Effect) -> str:
-    """n, and what the interval of a paired effect was drawn over."""
-    over = f"{effect.samples} validation samples drawn again, {effect.dof:.1f} d.o.f."
-    if effect.replicates == 1:
-        return f"(n = {count(effect.n, 'pair')}, {over}, seeds not covered)"
-    return f"(n = {count(effect.n, 'pair')} in {effect.replicates} replicates, crossed with {over} by Satterthwaite)"
-
-
 def magnitude(nats: float) -> str:
     """A difference without its sign."""
     return f"{100 * math.expm1(abs(nats)):.1f} %"

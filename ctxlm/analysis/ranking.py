@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.mixture import MIXED_ORDER
 from ctxlm.analysis.phrases import change
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import paired_difference
@@ -16,10 +15,9 @@ BASE = "A"
 """Label of the model that all others are set against."""
 LEGEND = (
     "(reads more): the n-gram counts the corpus's second half too, which a ppmi embedding knows. Numbers kept from "
-    "token to token are what a model must carry to go on reading. A mixture's test PPL and accuracy are not computed. "
-    "Seconds are those of whatever machine a run was made on, not to be compared. The figure is without mixtures and "
-    "models of more than twice A's PPL. Intervals are 95 %, over validation samples drawn again in pairs; of single "
-    "runs they do not cover seeds and training texts."
+    "token to token are what a model must carry to go on reading. Seconds are those of whatever machine a run was made "
+    "on, not to be compared. The figure is without models of more than twice A's PPL. Intervals are 95 %, over "
+    "validation samples drawn again in pairs; of single runs they do not cover seeds and training texts."
 )
 """How to read `ranking_table`."""
 
@@ -29,8 +27,8 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
 
     Columns train_tokens, experiment, model, ppl, test_ppl, accuracy, seconds, parameters (trained), kept (numbers
     carried from token to token), n (runs), replicates, dof, samples, difference, interval (None: it cannot be given),
-    reads_more (text beside the training tokens), mixed (with an n-gram). Sizes without a run of `BASE`, and runs judged
-    on other tokens, are left out.
+    reads_more (text beside the training tokens). Sizes without a run of `BASE`, and runs judged on other tokens, are
+    left out.
 
     Args:
         grids: runs and their validation losses by sample, as `scaling.read_grid` gives them, of a grid or several.
@@ -50,10 +48,9 @@ def ranking(grids: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
             row |= {"difference": found.log_ppl, "interval": found.interval, "samples": found.samples}
             row |= {"replicates": found.replicates, "dof": found.dof}
             row |= {"parameters": _parameters(own.iloc[0]), "kept": _kept(own.iloc[0])}
-            row["mixed"] = MIXED_ORDER in own and bool(own[MIXED_ORDER].notna().any())
             rows.append(row | {"reads_more": bool(own["ngram_second_half"].any())})
     columns = "train_tokens experiment model n ppl test_ppl accuracy seconds difference interval samples".split()
-    columns += ["replicates", "dof", "parameters", "kept", "reads_more", "mixed"]
+    columns += ["replicates", "dof", "parameters", "kept", "reads_more"]
     return pd.DataFrame(rows, columns=columns).sort_values(["train_tokens", "ppl"], ignore_index=True)
 
 
@@ -77,7 +74,7 @@ def _kept(run: pd.Series) -> int:
     """Numbers that a model carries from one token to the next when it generates.
 
     The context and all but the newest input token; an LSTM's two states a layer; a Transformer's keys and values of a
-    window; the slow context, where there is one; an n-gram's last tokens; of a mixture what both need.
+    window; the slow context, where there is one; an n-gram's last tokens.
     """
     kept, reads = {
         "context": (run["context_dim"], run["num_input_tokens"]),
@@ -85,8 +82,7 @@ def _kept(run: pd.Series) -> int:
         "transformer": (2 * run["num_layers"] * run["hidden_dim"] * run["window"], 1),
         "kneser-ney": (0, run["ngram_order"]),
     }[run["model"]]
-    mixed = run.get(MIXED_ORDER, 1)
-    return int(kept + _slow(run) + max(reads, 1 if pd.isna(mixed) else mixed) - 1)
+    return int(kept + _slow(run) + reads - 1)
 
 
 def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
@@ -112,9 +108,9 @@ def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
 def ranking_effects(ranked: pd.DataFrame) -> dict[str, list[Effect]]:
     """Training tokens → what every other model does to PPL, for `plots.plot_effects`.
 
-    Models of more than twice the PPL are left out, so that the others can be seen, and mixtures.
+    Models of more than twice the PPL are left out, so that the others can be seen.
     """
-    others = ranked[(ranked["experiment"] != BASE) & (ranked["difference"] < math.log(2)) & ~ranked["mixed"]]
+    others = ranked[(ranked["experiment"] != BASE) & (ranked["difference"] < math.log(2))]
     return {
         f"{size:,} tokens": [
             Effect(row.experiment, row.difference, row.interval, row.n, row.replicates, row.dof, row.samples)

@@ -18,8 +18,8 @@ MARK = "*"
 LEGEND = (
     "PPL against other models', in pairs: below 0 it is lower than the column's; an interval that holds 0 cannot tell "
     "them apart. Intervals are 95 %, over validation samples drawn again and over replicates; where both have fewer "
-    f"than two in common, marked by {MARK}, they do not cover seeds and training texts. A label with a + is a "
-    "mixture in equal shares with an n-gram, token by token; columns of models that read through an embedding name it."
+    f"than two in common, marked by {MARK}, they do not cover seeds and training texts. Columns of models that read "
+    "through an embedding name it."
 )
 """How to read `beside`."""
 BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", CACHED: ""}
@@ -45,8 +45,10 @@ DIFFERENCES = {
     "kept from token to token. Decay and share were chosen for the slow recipe on held-out training text; that a cache "
     "helps was seen on validation text before. In pairs with the same run without it, PPL changes as follows "
     f"({MARK}: the interval does not cover seeds and training texts).",
+    "mixed": "Every token gets half the sum of the probabilities that a model and an n-gram give to it. In pairs with "
+    f"each of the two alone, PPL changes as follows ({MARK}: the interval does not cover seeds and training texts).",
 }
-"""What is not as in the recipe before."""
+"""What is not as in the recipe before, or as in a model alone."""
 NO_INGREDIENTS = {"experiment", "seed", "data_seed", "train_tokens", "device", "dtype"}
 
 
@@ -75,6 +77,23 @@ def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator
                 read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
                 row[f"Against {other}{read}"] = _change(found).replace(" (", "<br>(")
         yield row
+
+
+def mixtures_table(mixed: Grid, alone: Sequence[Grid]) -> pd.DataFrame:
+    """A row a mixture of a model and an n-gram, and size, best first: its PPL, and that against each of its parts."""
+    if mixed[0].empty:
+        return mixed[0]
+    runs, _, val_by_sample = together([mixed, *alone])
+    rows: list[dict[str, Any]] = []
+    groups = runs[runs["grid"] == 0].groupby(["train_tokens", "experiment"])
+    for (size, label), mine in sorted(groups, key=lambda group: (group[0][0], group[1]["val_ppl"].mean())):
+        row = {"Training tokens": f"{size:,}", "Mixture": label, "Validation PPL": f"{mine['val_ppl'].mean():.1f}"}
+        for part, what in zip(label.split(" + "), ("model", "n-gram"), strict=True):
+            known = runs[(runs["experiment"] == part) & (runs["train_tokens"] == size)]
+            found = paired(mine, known, val_by_sample)
+            row[f"Against the {what} alone"] = _change(found) if found else ""
+        rows.append(row | {"Runs": len(mine)})
+    return pd.DataFrame(rows)
 
 
 def paired(runs: pd.DataFrame, others: pd.DataFrame, val_by_sample: pd.DataFrame) -> PairedDifference | None:
@@ -175,11 +194,12 @@ def ingredients_table(found: pd.DataFrame) -> pd.DataFrame:
     effects = found["effect"]
     rates = (100 * found["overfit_rate"]).map("{:+.0f}".format).str.replace("-", "−")
     table = {
-        "Instead of the recipe's": found["changed"],
+        "Recipe": found["experiment"],
+        "What it has instead": found["changed"],
         "Validation PPL": found["val_ppl"].map("{:.1f}".format),
         "Change of PPL": [change(e.estimate, e.interval) for e in effects],
         "Best epoch": found["best_epoch"].map("{:.3g}".format),
-        "Over-fitting, %": rates.replace("+nan", "still going"),
+        "Over-fitting, %": rates.replace("+nan", "no early stop"),
         "Pairs": [effect.n for effect in effects],
     }
     return pd.DataFrame(table)

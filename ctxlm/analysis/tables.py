@@ -88,7 +88,7 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
         return Markdown(otherwise)
     table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
     starts = {name: [str(cell)[0].isalpha() for cell in table[name] if str(cell)] for name in table}
-    words = [name for name, known in starts.items() if known and sum(known) > len(known) / 2]
+    words = [name for name, known in starts.items() if name in prose or (known and sum(known) > len(known) / 2)]
     left = {column: [{"selector": "th.col_heading, td", "props": "text-align: left"}] for column in words}
     table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
     styler = table.style.hide(axis="index").set_table_styles(left)
