@@ -5,6 +5,7 @@ forgets where it started after some tens of tokens (it contracts; with small ini
 of the stream can be run side by side and then joined.
 """
 
+import math
 import os
 import tempfile
 import warnings
@@ -115,7 +116,8 @@ def chunked(
     tokens as they took to agree (a map that only seems to forget drifts off again). From there on the first run
     stands. The warm-up is thus as long as it needs to be, token by token. Inside a chunk the recurrence holds by
     construction, and at the joint it holds to `tolerance` times the block's own contraction. If the runs have not
-    met by the chunks' end, the chunks are made four times longer; a single chunk is the sequential form.
+    met by the chunks' end, the chunks are made four times longer, as long as that brings the runs nearer to each
+    other; if it does not, or a single chunk is left, the sequential form is taken.
 
     Args:
         model: the model, on the device of `tokens`.
@@ -129,18 +131,20 @@ def chunked(
     # Enough chunks to fill the products' rows, few enough that the joints' runs stay a small share.
     shortest, rows = (256, 1024) if device.type == "cpu" else (128, 8192)
     length = chunk_length or max(shortest, -(-total // rows))
-    residual = 0.0
+    residual = math.inf
     while length < total:
+        before = residual
         found, residual = _chunks(model, tokens, tolerance, length, progress, keep)
         if found is not None:
             return found
+        if residual > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
+            warnings.warn(
+                f"the ContextBlock does not forget for certain within {length} tokens (residual {residual:.1e}): its "
+                "contexts are computed token by token",
+                stacklevel=2,
+            )
+            break
         length *= 4
-    if residual:
-        warnings.warn(
-            f"the ContextBlock does not forget for certain within {length // 4} tokens (residual {residual:.1e}): "
-            "its contexts are computed token by token",
-            stacklevel=2,
-        )
     return sequential(model, tokens, progress)
 
 
