@@ -386,6 +386,35 @@ def load_grid(name: str) -> Grid:
     Raises:
         ConfigError: as `read_yaml` and `Experiment.from_mapping`, naming the run.
     """
+    path = _grid_file(name)
+    content = _grid_content(path)
+    base, sweep = read_yaml("params/base.yaml"), content["sweep"]
+    common = [values for values, _ in _layers(path, "'common'", content["common"])]
+    swept = [parameter for names in sweep for parameter in _parameters(names)]
+    steps = [_steps(path, names, values) for names, values in sweep.items()]
+    runs: dict[str, Experiment] = {}
+    for label, given in content["experiments"].items():
+        own = []
+        for values, from_file in _layers(path, f"experiment {label!r}", given):
+            own.append(values)
+            for parameter in () if from_file else swept:  # a file's values are defaults, shared among grids
+                if parameter in values:
+                    raise ConfigError(
+                        f"{path}: {parameter} = {values[parameter]!r} of experiment {label!r} would be overridden by "
+                        "'sweep': remove one of the two"
+                    )
+        for combination in itertools.product(*steps):
+            step = {parameter: value for part in combination for parameter, value in part.items()}
+            run = "_".join([str(label), *(f"{key}-{value}" for key, value in step.items())])
+            try:
+                runs[run] = Experiment.from_mapping(base, *common, *own, {"experiment": str(label)}, step)
+            except ConfigError as error:
+                raise ConfigError(f"{path}, run {run}: {error}") from None
+            _check_run_name(path, run)
+    return Grid(name=path.stem, title=content["title"], description=content["description"], runs=runs)
+
+
+def _grid_file(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("params/grids") / f"{name}.yaml"
     if not resolve(path).exists():
         known = ", ".join(sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml")))
@@ -396,57 +425,42 @@ def load_grid(name: str) -> Grid:
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
     if not re.fullmatch(NAME, path.stem):
         raise ConfigError(f"{path}: {path.stem!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'")
-    content = read_yaml(path)
-    unknown = set(content) - {"title", "description", "common", "experiments", "sweep"}
+    return path
+
+
+def _grid_content(path: Path) -> dict[str, Any]:
+    """What a grid file holds under each of its keys, checked for its shape; what it leaves out is filled in."""
+    empty = {"title": path.stem, "description": "", "common": None, "experiments": {}, "sweep": {}}
+    given = read_yaml(path)
+    unknown = set(given) - set(empty)
     if unknown:
         raise ConfigError(f"{path}: {min(map(str, unknown))!r} is no key of a grid file: see params/grids/quick.yaml")
-    experiments, sweep = (content.get(key) or {} for key in ("experiments", "sweep"))
+    content = empty | given | {key: given.get(key) or {} for key in ("experiments", "sweep")}
+    experiments, sweep = content["experiments"], content["sweep"]
     if not isinstance(experiments, dict) or not experiments:
         raise ConfigError(f"{path}: 'experiments' must map at least one label to a parameter file or to values")
-    common = [values for values, _ in _layers(path, "'common'", content.get("common"))]
     if not isinstance(sweep, dict) or not all(isinstance(values, list) and values for values in sweep.values()):
         raise ConfigError(f"{path}: 'sweep' must map parameter names to non-empty lists of values")
     for key in ("title", "description"):
-        if not isinstance(content.get(key, ""), str):
+        if not isinstance(content[key], str):
             remedy = f"write a text after '{key}:' (a number in quotes), or leave the line out"
             raise ConfigError(f"{path}: {key} = {content[key]!r} is not possible: {remedy}")
     swept = [name for names in sweep for name in _parameters(names)]
     for name in swept:
         if swept.count(name) > 1:
             raise ConfigError(f"{path}: 'sweep' names {name} twice: keep one of the two")
-    base = read_yaml("params/base.yaml")
-    runs: dict[str, Experiment] = {}
-    for label, own in experiments.items():
-        layers = list(_layers(path, f"experiment {label!r}", own))
-        for values, from_file in layers:
-            for name in swept:
-                if name in values and not from_file:  # a file's values are defaults, shared among grids
-                    raise ConfigError(
-                        f"{path}: {name} = {values[name]!r} of experiment {label!r} would be overridden by 'sweep': "
-                        "remove one of the two"
-                    )
-        own = [values for values, _ in layers]
-        for combination in itertools.product(*(_steps(path, names, values) for names, values in sweep.items())):
-            step = {name: value for part in combination for name, value in part.items()}
-            run = "_".join([str(label), *(f"{key}-{value}" for key, value in step.items())])
-            try:
-                runs[run] = Experiment.from_mapping(base, *common, *own, {"experiment": str(label)}, step)
-            except ConfigError as error:
-                raise ConfigError(f"{path}, run {run}: {error}") from None
-            if run in ("report", "analysis") or run.startswith("corpus"):
-                raise ConfigError(
-                    f"{path}: a run cannot be called {run!r}, as the report, the analysis and the corpus are: rename it"
-                )
-            if not re.fullmatch(NAME, run):  # a path among the swept values, say
-                raise ConfigError(f"{path}: run {run!r} cannot name a folder: give such a value under 'experiments'")
-            if len(run) > LONGEST_NAME:
-                raise ConfigError(
-                    f"{path}: run {run!r} has a name of {len(run)} characters, more than {LONGEST_NAME}: shorten its "
-                    "label, or give long values under 'experiments'"
-                )
-    return Grid(
-        name=path.stem,
-        title=content.get("title", path.stem),
-        description=content.get("description", ""),
-        runs=runs,
-    )
+    return content
+
+
+def _check_run_name(path: Path, run: str) -> None:
+    if run in ("report", "analysis") or run.startswith("corpus"):
+        raise ConfigError(
+            f"{path}: a run cannot be called {run!r}, as the report, the analysis and the corpus are: rename it"
+        )
+    if not re.fullmatch(NAME, run):  # a path among the swept values, say
+        raise ConfigError(f"{path}: run {run!r} cannot name a folder: give such a value under 'experiments'")
+    if len(run) > LONGEST_NAME:
+        raise ConfigError(
+            f"{path}: run {run!r} has a name of {len(run)} characters, more than {LONGEST_NAME}: shorten its "
+            "label, or give long values under 'experiments'"
+        )
