@@ -108,7 +108,7 @@ def test_forecasts_of_larger_sizes(outputs):
     assert rows["A"]["Of"] == "A at 367,240 tokens (a single run's scatter counts 2.4 times)"
     assert rows["A"]["From"] == "1 law, 20 validation samples"
     slopes = tables.slopes_table({"sizes": crossing.errors(runs, val)["pooled"]})
-    assert [*slopes["Slope α"]] == ["of B minus A", "of C minus A", "of C minus B"] and {*slopes["Grid"]} == {"sizes"}
+    assert [*slopes["Slopes α"]] == ["of B minus A", "of C minus A", "of C minus B"] and {*slopes["Grid"]} == {"sizes"}
     straight, _, val = planted(outputs, {"A": (-0.3, 800), "B": (-0.3, 900)}, sizes=sizes, seeds=(1, 2))
     [a, _] = proposals.more_sizes(straight, val)
     assert a["PPL"].startswith("0.0 % (") and a["From"].startswith("2 laws in 2 replicates, ")

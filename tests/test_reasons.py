@@ -62,11 +62,11 @@ def many(sd=0.005, seed=0):
 def test_the_steeper_law_gains_more(outputs, laws, steeper):
     row, sign = pair(outputs, laws, **many()), -1 if steeper == "B" else 1
     assert row["Verdict"] == f"{steeper} gains more from more text"
-    assert (row["Grid"], row["Slope α"]) == ("mine", "of B minus A")
-    assert (row["Runs"], row["Replicates"], row["d.o.f."]) == ("40", "5", "4") and "Robust (HC3)" not in row
+    assert (row["Grid"], row["Slopes α"]) == ("mine", "of B minus A")
+    assert (row["Runs"], row["Replicates"], row["d.o.f."]) == ("40", "5", "4") and "HC3, 95 %" not in row
     assert row["Difference"].startswith("−0." if steeper == "B" else "+0.")
     assert numbers(row["Difference"]) == pytest.approx([sign * 0.1], abs=0.02) and row["p"] == "< 0.001"
-    for name in ("95 % interval", "Bootstrap"):
+    for name in ("t test, 95 %", "Bootstrap, 95 %"):
         low, high = numbers(row[name])
         assert low < numbers(row["Difference"])[0] < high and sign * low > 0 < sign * high
     meets = 20_000 * (830 / 800) ** 10
@@ -87,13 +87,13 @@ def test_a_slope_that_hangs_on_the_validation_text_is_no_finding(outputs):
     (found,) = errors(runs, val_by_sample)["pooled"]
     row = slopes(found)
     assert row["Verdict"] == "B gains more on this validation text, but on another it may not"
-    low, high = numbers(row["Bootstrap"])
-    assert low < 0 < high and max(numbers(row["95 % interval"])) < 0
+    low, high = numbers(row["Bootstrap, 95 %"])
+    assert low < 0 < high and max(numbers(row["t test, 95 %"])) < 0
 
 
 def test_equal_slopes_cannot_be_told_apart(outputs):
     row = pair(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, **many(0.03, seed=3))
-    low, high = numbers(row["95 % interval"])
+    low, high = numbers(row["t test, 95 %"])
     assert row["Verdict"] == "the slopes of A and B cannot be told apart" and low < 0 < high
     assert row["Fieller, tokens"].startswith("anywhere")  # nothing bounds the crossover
     assert not {"Delta method, tokens", "Bootstrap, tokens"} & set(row)
@@ -103,10 +103,10 @@ def test_without_degrees_of_freedom_nothing_is_tested(outputs):
     row = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:2])
     meets = numbers(row.pop("Laws meet at, tokens"))
     assert meets == pytest.approx([20_000 * (830 / 800) ** 10], rel=0.01)
-    said = {"Grid": "mine", "Slope α": "of B minus A", "Difference": "−0.100", "Runs": "4", "Pairs": "2"}
+    said = {"Grid": "mine", "Slopes α": "of B minus A", "Difference": "−0.100", "Runs": "4", "Pairs": "2"}
     assert row == said | {"Replicates": "1", "d.o.f.": "0", "Verdict": "no error can be estimated"}
     row = pair(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:1])
-    assert set(row) == {"Grid", "Slope α", "Verdict"} and row["Verdict"].startswith(
+    assert set(row) == {"Grid", "Slopes α", "Verdict"} and row["Verdict"].startswith(
         "not compared: A has runs of 1 size"
     )
 
@@ -115,13 +115,15 @@ def test_single_runs_are_said_to_be_single(outputs):
     found = pooled(outputs, {"A": FLAT, "B": STEEP}, chance=noise(0.005))
     row = slopes(found)
     assert (row["Runs"], row["Replicates"], row["d.o.f."]) == ("8", "1", "2") and row["Pairs"] == "4"
-    assert len(numbers(row["Robust (HC3)"])) == 2 and row["Robust (HC3)"] != row["95 % interval"]
+    assert len(numbers(row["HC3, 95 %"])) == 2 and row["HC3, 95 %"] != row["t test, 95 %"]
 
 
 def test_where_a_crossover_may_be_follows_fieller(outputs):
     found = pooled(outputs, {"A": FLAT, "B": STEEP}, **many())
     outside = slopes(found | {"fieller": "outside", "fieller_interval": (1e3, 2e5), "delta_interval": None})
     assert outside["Fieller, tokens"] == "anywhere but 1,000 to 200,000"
+    for gap, side in (((None, 2e5), "above 200,000"), ((1e3, None), "below 1,000")):
+        assert slopes(found | {"fieller": "outside", "fieller_interval": gap})["Fieller, tokens"] == side
     assert not {"Delta method, tokens", "Bootstrap, tokens"} & set(outside)  # draws left out would bound it
     unbounded = slopes(found | {"fieller": "unbounded", "fieller_interval": None, "delta_interval": None})
     assert unbounded["Fieller, tokens"] == "anywhere" and "Bootstrap, tokens" not in unbounded
@@ -205,10 +207,10 @@ def test_published_gaps_are_held_against_what_samples_resolve(outputs):
     assert f"The study's samples have some {theirs:,.0f} tokens" in text
     _, _, coarse = planted(outputs, laws, samples=50, spread=0.1)
     text = reasons.resolved(coarse, published)
-    assert text.endswith("does not exceed that and +1.7 % at 183,620 tokens does not exceed that.")
+    assert text.endswith("is below that and +1.7 % at 183,620 tokens is below that.")
     _, _, between = planted(outputs, laws, samples=50, spread=0.025)
     assert reasons.resolved(between, published).endswith(
-        "−5.4 % at 86,925 tokens exceeds that and +1.7 % at 183,620 tokens does not exceed that."
+        "−5.4 % at 86,925 tokens exceeds that and +1.7 % at 183,620 tokens is below that."
     )
     assert reasons.resolved(coarse.iloc[:0], published) == ""
     assert reasons.resolved(fine[fine["experiment"] == "A"], published) == ""
@@ -489,7 +491,7 @@ def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):
     lone = pooled(outputs, {"A": FLAT, "B": STEEP}, sizes=SIZES[:1])
     table = tables.slopes_table({"mine": [several], "small": [two], "equal": [equal], "lone": [lone], "none": []})
     assert [*table["Grid"]] == ["mine", "small", "equal", "lone"]
-    assert [*table] == [name for name in tables.SLOPES if name != "Robust (HC3)"]  # which no row has
+    assert [*table] == [name for name in tables.SLOPES if name != "HC3, 95 %"]  # which no row has
     rows = table.set_index("Grid").to_dict("index")
     mine, small = rows["mine"], rows["small"]
     assert mine["Runs"] == "40" and mine["Verdict"] == "B gains more from more text"
@@ -497,10 +499,10 @@ def test_crossovers_are_set_side_by_side_with_what_is_known_of_them(outputs):
     assert low < numbers(mine["Laws meet at, tokens"])[0] < high
     assert small["Runs"] == "4" and small["Verdict"] == "no error can be estimated"
     assert numbers(small["Laws meet at, tokens"]) == pytest.approx([20_000 * (830 / 800) ** 10], rel=0.01)
-    assert (small["Difference"], small["95 % interval"], small["Fieller, tokens"]) == ("+0.100", "", "")
+    assert (small["Difference"], small["t test, 95 %"], small["Fieller, tokens"]) == ("+0.100", "", "")
     assert rows["equal"]["Laws meet at, tokens"] == "the laws are parallel"
     assert rows["equal"]["Verdict"] == "no error can be estimated"
-    assert rows["lone"] == dict.fromkeys(mine, "") | {"Slope α": "of B minus A", "Verdict": rows["lone"]["Verdict"]}
+    assert rows["lone"] == dict.fromkeys(mine, "") | {"Slopes α": "of B minus A", "Verdict": rows["lone"]["Verdict"]}
     assert tables.slopes_table({"mine": []}).empty and tables.slopes_table({}).empty
 
 
@@ -533,7 +535,7 @@ def test_every_number_follows_the_data(outputs):
         samples=23,
         chance=noise(0.006, seed=1),
     )
-    worded, fixed = {"Grid", "Slope α", "Verdict", "Configuration", "Of", "Effect"}, r"to 1 %|–|^0\.0$|^< 0.001$"
+    worded, fixed = {"Grid", "Slopes α", "Verdict", "Configuration", "Of", "Effect"}, r"to 1 %|–|^0\.0$|^< 0.001$"
     for (name, before), (same, after) in zip(first, second, strict=True):
         assert name == same and (name in worded or NUMBER.search(before) or before == after == "–")
         before, after = (NUMBER.findall(re.sub(fixed, "", text)) for text in (before, after))

@@ -16,6 +16,7 @@ from ctxlm.analysis.phrases import (
     magnitude,
     p_text,
     percent,
+    percents,
     side,
     sizes_of,
     span,
@@ -55,6 +56,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             "full",
             ("study", "sizes"),
         ),
+        ("And with other seeds and texts?", _gaps(grids["variance"]), "quick", ("variance",)),
         ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
         (
             "Do the signs of the embedding matter?",
@@ -128,6 +130,13 @@ def _gaps(grid: Grid) -> str:
     gaps = differences(grid[2])[0] if len(grid[0]) else []
     if not gaps:
         return ""
+    if not any(side(gap["interval"]) for gap in gaps):
+        found = [gap["log_ppl"] for gap in gaps]
+        estimates, ends = percents((min(found), max(found))), [end for gap in gaps for end in gap["interval"] or ()]
+        within = f"intervals within {percents((min(ends), max(ends)))}; " if ends else ""
+        runs = f"{count(len(grid[0]), 'run')} in {count(grid[0]['replicate'].nunique(), 'replicate')}"
+        where = f"at any of {count(len(gaps), 'size')}"
+        return f"{gaps[0]['a']} and {gaps[0]['b']} cannot be told apart {where} ({estimates}; {within}{runs})"
     said = ", ".join(f"{change(gap['log_ppl'], gap['interval'])} at {gap['train_tokens']:,}" for gap in gaps)
     alone = "" if min(gap["replicates"] for gap in gaps) > 1 else " (single runs, seeds not covered)"
     return f"PPL of {gaps[0]['a']} against {gaps[0]['b']}: {said} tokens{alone}"

@@ -105,9 +105,11 @@ def _form(label: str, form: dict[str, Any]) -> str:
     gain = bent["aicc_power_law"] - bent["aicc"]
     verdict = f"AICc prefers {'the saturating form' if gain > 0 else 'the power law'} by {abs(gain):.1f}"
     if -4 < gain <= 2:  # about what the third parameter costs, whatever the data
-        verdict = f"by AICc a third parameter gains nothing that counts ({signed(gain, 1)}, runs taken as independent)"
+        verdict = f"a third parameter changes AICc by {signed(-gain, 1)}, which counts for nothing"
     shape = f"floor {bent['floor']:.2f} nats, β = {bent['beta']:.2f}" if bent["bends"] else "it finds no floor"
-    return f"{label}: {verdict} ({shape}; n = {bent['n']}, {bent['residual_dof']} d.o.f.){held}"
+    return (
+        f"{label}: {verdict} ({shape}; n = {bent['n']}, {bent['residual_dof']} d.o.f., runs taken as independent){held}"
+    )
 
 
 def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A", b: str = "B") -> str:
@@ -131,8 +133,8 @@ def resolved(val_by_sample: pd.DataFrame, published: pd.DataFrame, a: str = "A",
     verdicts = []
     for text, gap in zip(said, gaps.values(), strict=True):
         larger = sum(abs(gap) > limit for limit in limits_there)
-        verdict = "exceeds that" if larger == len(limits) else "does not exceed that"
-        verdicts.append(f"{text} {verdict if larger in (0, len(limits)) else 'lies within that'}")
+        verdict = {0: "is below that", len(limits): "exceeds that"}.get(larger, "is at the edge of that")
+        verdicts.append(f"{text} {verdict}")
     return (
         f"**Resolution.** In pairs, {SAMPLES} validation samples of some {length:,.0f} tokens, as ours, tell {a} from "
         f"{b} where the observed difference is {span(limits, magnitude)} or more (95 % interval, "

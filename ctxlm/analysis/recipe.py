@@ -26,8 +26,8 @@ BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", CACHED: ""}
 """What a part of a label stands in the place of: the recipe that a recipe goes on from; nothing, for a slow context of
 networks (LSTM-slow) and for a cache."""
 APART = (
-    "In pairs with the {} recipe's runs, PPL changes as follows; by which of the {} is not taken apart "
-    f"({MARK}: the interval does not cover seeds and training texts)."
+    "In pairs with the {} recipe's runs, PPL changes as follows; what each of the {} does was tried on held-out text "
+    f"only, docs/findings.md ({MARK}: the interval does not cover seeds and training texts)."
 )
 DIFFERENCES = {
     "joint": "Three things are not as in the tuned recipe, chosen for A on held-out training text: the ContextBlock "

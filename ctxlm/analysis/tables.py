@@ -115,8 +115,8 @@ def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change",
 
 
 SLOPES = (
-    "Grid|Slope α|Difference|Verdict|95 % interval|p|Runs|Replicates|d.o.f.|Laws meet at, tokens|Fieller, tokens|"
-    "Delta method, tokens|Bootstrap, tokens|Draws that never meet, %|Bootstrap|Robust (HC3)|Pairs"
+    "Grid|Slopes α|Difference|Verdict|t test, 95 %|p|Bootstrap, 95 %|HC3, 95 %|Laws meet at, tokens|Fieller, tokens|"
+    "Delta method, tokens|Bootstrap, tokens|Draws that never meet, %|Runs|Pairs|Replicates|d.o.f."
 ).split("|")
 """Columns of `slopes_table`; those that are empty everywhere are left out."""
 
@@ -126,7 +126,7 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
     `crossing.errors`' `pooled` of each grid."""
     rows: list[dict[str, Any]] = []
     for grid, found in ((grid, found) for grid, pairs in grids.items() for found in pairs):
-        row = {"Grid": grid, "Slope α": f"of {found['b']} minus {found['a']}"}
+        row = {"Grid": grid, "Slopes α": f"of {found['b']} minus {found['a']}"}
         if found["refused"]:
             rows.append(row | {"Verdict": f"not compared: {found['refused']}"})
             continue
@@ -143,18 +143,24 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
         if found["slope_interval"] is None:
             rows.append(row | {"Verdict": "no error can be estimated"})
             continue
-        intervals = {"95 % interval": "slope_interval", "Robust (HC3)": "slope_interval_robust"}
-        intervals["Bootstrap"] = "bootstrap_slope"
+        intervals = {"t test, 95 %": "slope_interval", "HC3, 95 %": "slope_interval_robust"}
+        intervals["Bootstrap, 95 %"] = "bootstrap_slope"
         row |= {title: _ends(found[name], signed) for title, name in intervals.items()}
         row["p"] = p_text(found["p_value"]).removeprefix("= ")
         drawn = found["bootstrap_crossover"] if fieller == "bounded" else None  # else draws left out would bound it
-        anywhere = {"outside": "anywhere but ", "bounded": ""}.get(fieller, "anywhere")
-        row["Fieller, tokens"] = anywhere + _ends(found["fieller_interval"], tokens_text)
+        row["Fieller, tokens"] = _fieller(fieller, found["fieller_interval"])
         row["Delta method, tokens"] = _ends(found["delta_interval"], tokens_text)
         row |= {"Bootstrap, tokens": _ends(drawn, tokens_text), "Verdict": slope_verdict(found)}
         rows.append(row | {"Draws that never meet, %": f"{100 * found['bootstrap_without']:.1f}"})
     table = pd.DataFrame(rows, columns=SLOPES).fillna("")
     return table.loc[:, (table != "").any()]
+
+
+def _fieller(kind: str, ends: tuple[float | None, float | None] | None) -> str:
+    """Fieller's set in words; outside a gap that is open at one end there is only the other side."""
+    if kind == "outside" and ends and None in ends:
+        return f"above {tokens_text(ends[1])}" if ends[0] is None else f"below {tokens_text(ends[0])}"
+    return {"outside": "anywhere but ", "bounded": ""}.get(kind, "anywhere") + _ends(ends, tokens_text)
 
 
 def _ends(interval: Sequence[float | None] | None, text: Callable[[float], str]) -> str:
