@@ -15,17 +15,15 @@ sys.path.insert(0, workflow.basedir)
 
 import yaml
 
-from ctxlm.config import NOTEBOOKS, ConfigError, load_grid
+from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import digest, source_hash
+from ctxlm.files import digest
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
 DATA_PARAMETERS = ["corpus", "embedding", "embed_dim", "val_samples", "test_samples"]
 DATA_PARAMETERS += ["train_capacity_tokens", "train_capacity_samples"]
-SOURCES = sorted(glob_wildcards("ctxlm/{name,[^/]+}.py").name)
-SOURCES = [f"ctxlm/{name}.py" for name in SOURCES]
 ANALYSIS = [f"ctxlm/analysis/{name}.py" for name in sorted(glob_wildcards("ctxlm/analysis/{name}.py").name)]
 
 try:  # everything that can be said before any work starts is said here, in one sentence
@@ -173,7 +171,7 @@ rule experiment:
         # By name, not by value: another number of GPUs is no reason to run anything again.
         gpus=lambda wildcards: "" if GRID.runs[wildcards.run].model == "kneser-ney" else "$CTXLM_GPUS",
         notebook=lambda wildcards: NOTEBOOKS[GRID.runs[wildcards.run].model],
-        code=lambda wildcards: source_hash(*SOURCES, NOTEBOOKS[GRID.runs[wildcards.run].model]),
+        code=lambda wildcards: code_hash(GRID.runs[wildcards.run].model),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: GRID.runs[wildcards.run].train_tokens or GRID.runs[wildcards.run].train_samples

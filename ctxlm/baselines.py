@@ -1,4 +1,4 @@
-"""Interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999).
+"""What a user would otherwise pick, built by `build`; here interpolated modified Kneser-Ney (Chen & Goodman, 1999).
 
     p_k(w | h) = max(a(hw) − D(a(hw)), 0) / Σ_v a(hv) + γ(h) · p_{k-1}(w | h')
 

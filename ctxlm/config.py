@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import ROOT, digest, resolve
+from ctxlm.files import ROOT, digest, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -27,6 +27,8 @@ BASELINES = ("kneser-ney", "lstm", "transformer")
 """Values of `model` that are what a user would otherwise pick."""
 NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/06_baseline.ipynb")
 """What runs each `model`."""
+SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
+"""What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
@@ -34,12 +36,17 @@ LONGEST_NAME = 200
 """Characters of a run's name; file systems take 255 bytes."""
 
 
+def code_hash(model: str = "context") -> str:
+    """Digest of `SOURCES` and the notebook that runs `model`."""
+    return source_hash(*SOURCES, NOTEBOOKS[model])
+
+
 class ConfigError(ValueError):
     """A parameter that cannot be used; the message names it, its value and the remedy in one sentence."""
 
 
 class Experiment(BaseModel):
-    """One run of the two-phase context language model. The defaults are the study's settings (`params/base.yaml`)."""
+    """One run, of the two-phase context language model or another; by default as the study's (`params/base.yaml`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -201,8 +208,8 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
             )
-        others = ("use_weight_tying", "phase2_shuffle", "phase2_context_window", "phase2_init_std", "design")
-        for name in (*others, "context_ablation"):
+        others = "use_weight_tying phase2_shuffle phase2_context_window phase2_init_std design context_ablation"
+        for name in others.split():
             value = type(self).model_fields[name].default
             if getattr(self, name) != value:
                 raise ValueError(
@@ -235,11 +242,10 @@ class Experiment(BaseModel):
             ConfigError: as `from_mapping`.
         """
         plain = (bool, int, float, str, type(None))
-        hidden = {"In", "Out", *also}  # IPython's own
         found = {
             name: value
             for name, value in namespace.items()
-            if not name.startswith("_") and name not in hidden and (name in cls.model_fields or type(value) in plain)
+            if not name.startswith("_") and name not in also and (name in cls.model_fields or type(value) in plain)
         }
         return cls.from_mapping(found)
 
@@ -279,18 +285,9 @@ def _sentence(detail: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch":
         return f"{name} = {value!r} is not possible: {_PATTERNS[name]}"
     message = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
-    hint = ""
-    if isinstance(value, str) and kind in ("float_type", "int_type") and _is_number(value):
-        hint = " (write it without quotes)" if kind == "int_type" else " (YAML reads 1e-4 as text: write 1.0e-4)"
-    return f"{name} = {value!r} is not possible: {message}{hint}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    hints = {"int_type": " (write it without quotes)", "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)"}
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
+    return f"{name} = {value!r} is not possible: {message}{hints.get(kind, '') if number else ''}"
 
 
 def _did_you_mean(name: str) -> str:

@@ -49,7 +49,7 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What one experiment learns from, stops by, and is finally judged on; no sample is in two of them."""
+    """What one experiment learns from, stops by, and is finally judged on; no token is in two of them."""
 
     train: Stream
     val: Stream
@@ -134,9 +134,7 @@ def load_corpus(name: str) -> Corpus:
         ConfigError: the corpus cannot be had, or is not what it should be.
     """
     if name == "ultrachat":
-        corpus = _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
-        _check_ultrachat(corpus)
-        return corpus
+        return _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
     if name == "chitchat":
         raw = (_package("chitchat_dataset", "chitchat-dataset") / "dataset.json").read_bytes()
         return _cached_corpus(name, raw, lambda: _chitchat_texts(raw), CHITCHAT_MIN_TOKENS)
@@ -250,8 +248,8 @@ def _window(corpus: Corpus, experiment: Experiment, capacity: int) -> tuple[int,
 
 def _room(corpus: Corpus, experiment: Experiment) -> tuple[int, str]:
     """Samples that training, validation and test may take together, the corpus's first ones, and of what they are."""
-    reader = {"ppmi": "embedding ppmi is made from"}.get(experiment.embedding)
-    if experiment.model == "kneser-ney" and experiment.ngram_second_half:
+    reader = "embedding ppmi is made from" if experiment.embedding == "ppmi" else ""
+    if experiment.ngram_second_half:
         reader = "ngram_second_half counts"
     if reader:
         return corpus.half, f"the first half of {corpus.name} ({reader} the second)"
@@ -308,7 +306,14 @@ def _cached_corpus(
     name: str, raw: bytes, texts: Callable[[], list[str]], min_tokens: int = 1, suffix: str = ""
 ) -> Corpus:
     key = digest(raw, suffix, *TOKENIZER_SHA256.values(), source_hash("ctxlm/corpus.py"))
-    arrays = cached_arrays(cache_dir() / f"corpus-{key}.npz", lambda: _tokenise(name, texts(), min_tokens))
+
+    def tokenised() -> dict[str, np.ndarray]:
+        arrays = _tokenise(name, texts(), min_tokens)
+        if name == "ultrachat":  # before it is cached: what the hub has may be put right
+            _check_ultrachat(arrays["starts"])
+        return arrays
+
+    arrays = cached_arrays(cache_dir() / f"corpus-{key}.npz", tokenised)
     return Corpus(name, arrays["tokens"], arrays["starts"])
 
 
@@ -374,9 +379,9 @@ def check_hub(repository: str, kind: str) -> None:
         HfApi().repo_info(repository, repo_type=kind, timeout=10)
 
 
-def _check_ultrachat(corpus: Corpus) -> None:
+def _check_ultrachat(starts: np.ndarray) -> None:
     for samples, expected in ULTRACHAT_SIZES.items():
-        found = int(corpus.starts[min(samples, corpus.num_samples)])
+        found = int(starts[min(samples, len(starts) - 1)])
         if found != expected:
             raise ConfigError(
                 f"corpus = 'ultrachat' is not the study's: its first {samples} samples are {found:,} tokens, not "

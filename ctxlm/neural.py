@@ -206,11 +206,14 @@ def train_network(
     reader = Reader(model, dtype)
     length = -(-targets // (e.phase2_batch_size // e.window)) if model.recurrent else targets + e.window
     updates = -(-length // (e.window if model.recurrent else e.phase2_batch_size))
-
-    def predict(batch: tuple[Tensor, Tensor], **training: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return reader(train, *batch, **training)
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return reader.batches(targets, e, epoch)
-
-    return fit(model.trained(), predict, partial(evaluate, reader), batches, updates, train, val, e)
+    batches = partial(reader.batches, targets, e)
+    return fit(
+        model.trained(),
+        lambda batch, **training: reader(train, *batch, **training),
+        partial(evaluate, reader),
+        batches,
+        updates,
+        train,
+        val,
+        e,
+    )

@@ -33,14 +33,6 @@ class Phase1:
     history: list[dict]
     """Rows phase, step (iteration), metric, value."""
 
-    def summary(self) -> dict[str, float]:
-        """The columns of metrics.json that Phase 1 gives."""
-        return {
-            "phase1_iterations": self.iterations,
-            "phase1_converged_tokens": self.converged_tokens,
-            "phase1_converged_ratio": self.converged_tokens / self.tokens,
-        }
-
 
 @dataclass(frozen=True)
 class Shaped:
@@ -56,8 +48,13 @@ class Shaped:
 
     def summary(self) -> dict[str, float]:
         """The columns of metrics.json that Phase 1 gives."""
-        own = {"phase1_cached": self.cached, "phase1_computed_seconds": self.computed_seconds}
-        return self.phase1.summary() | own
+        return {
+            "phase1_iterations": self.phase1.iterations,
+            "phase1_converged_tokens": self.phase1.converged_tokens,
+            "phase1_converged_ratio": self.phase1.converged_tokens / self.phase1.tokens,
+            "phase1_cached": self.cached,
+            "phase1_computed_seconds": self.computed_seconds,
+        }
 
 
 def shape_contexts(
@@ -122,8 +119,9 @@ def train_context_block(
 
     Iteration 1 is the recurrence, which `contexts` brings. Every further iteration is one Adam step over the whole
     stream: each token's context is computed from its predecessor's context of the iteration before (plus noise),
-    and is pulled towards its own of the iteration before while all are pushed apart. Training stops early once
-    `phase1_min_converged_ratio` of the tokens moved less than `phase1_convergence_threshold`. In the gradient every
+    and is pulled towards its own of the iteration before while all are pushed apart. Training stops early, but not
+    before `phase1_min_iterations`, once `phase1_min_converged_ratio` of the tokens moved less than
+    `phase1_convergence_threshold`. In the gradient every
     block of `phase1_batch_size` tokens weighs the same, a short last one too.
 
     Args:

@@ -131,7 +131,8 @@ def train_token_block(
     Args:
         model: on the device of the streams.
         train, val: the streams with their contexts.
-        experiment: supplies the `phase2_*` parameters, `output_bias`, `val_every_steps` and `seed`.
+        experiment: supplies the `phase2_*` parameters, `output_bias`, `val_every_steps`, `train_loss_after_epoch` and
+            `seed`.
         dtype: of the matrix products.
 
     Raises:
@@ -189,7 +190,7 @@ def fit(
         batches: an epoch, from 1 → its batches.
         updates: of an epoch, or nearly: the learning rate's schedule and the progress bar go by it.
         train, val: streams for `judge`; the first is judged only if `train_loss_after_epoch`.
-        experiment: supplies the `phase2_*` parameters, `val_every_steps` and `seed`.
+        experiment: supplies the `phase2_*` parameters, `val_every_steps`, `train_loss_after_epoch` and `seed`.
 
     Raises:
         NonFiniteLoss: the loss, or its exponential, is no longer finite.
@@ -287,18 +288,16 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, Tenso
 
 @torch.no_grad()
 def set_frequencies(tokens: Tensor, vocabulary: int, bias: Tensor | None, slow: SlowContext | None) -> None:
-    """Start what goes by the frequencies of the training `tokens` [T]: an output bias [V], a slow context's weights."""
-    log_frequencies = unigram(tokens, vocabulary)
+    """Start what goes by the frequencies of the training `tokens` [T]: an output bias [V], a slow context's weights.
+
+    Every token counts once more than it occurs, so that none is impossible.
+    """
+    counts = torch.bincount(tokens, minlength=vocabulary) + 1.0
+    log_frequencies = (counts / counts.sum()).log()
     if bias is not None:
         bias.copy_(log_frequencies)
     if slow is not None:
         slow.weigh(log_frequencies.exp())
-
-
-def unigram(tokens: Tensor, vocabulary: int) -> Tensor:
-    """Every token's log frequency, float32 [V]; each counts once more than it occurs, so that none is impossible."""
-    counts = torch.bincount(tokens, minlength=vocabulary) + 1.0
-    return (counts / counts.sum()).log()
 
 
 def _optimiser(trained: dict[str, Tensor], e: Experiment, updates: int) -> tuple[Optimizer, LambdaLR]:
@@ -387,7 +386,7 @@ class _Average:
 def _finite(loss: float, e: Experiment, epoch: int, update: int) -> None:
     if not math.isfinite(perplexity(loss)):  # also where the loss is a number, but no longer one of a language model
         remedy = f"lower phase2_learning_rate = {e.phase2_learning_rate}"
-        if update == 1:  # this loss is from before the first update
-            start = f" or phase2_init_std = {e.phase2_init_std}" if e.model == "context" else ""
-            remedy = f"lower logit_scale = {e.logit_scale}{start}"
+        if update == 1:  # most likely of a loss from before the first update
+            start = f", phase2_init_std = {e.phase2_init_std}" if e.model == "context" else ""
+            remedy = f"lower logit_scale = {e.logit_scale}{start} or phase2_learning_rate = {e.phase2_learning_rate}"
         raise NonFiniteLoss(f"Phase 2's loss is {loss} in epoch {epoch} by update {update}: {remedy}")

@@ -45,14 +45,10 @@ class Contexts:
     """What the distinct tokens add to each layer of the ContextBlock as it was, where `inner` is not kept."""
     inner: list[Tensor] | None = None
     """The other layers' contexts, L - 1 tensors [T, width], in the type of the products that read them; or None."""
-    zeroed: bool = False
-    """Show zeros in every layer instead of the contexts (an ablation)."""
 
     @torch.no_grad()
     def layers(self, block: ContextBlock, at: slice | Tensor) -> list[Tensor]:
         """Every layer's contexts at the positions `at`, a slice without a step or int64 [B]: L tensors [B, width]."""
-        if self.zeroed:
-            return [self.values.new_zeros(len(self.values[at]), width) for width in block.widths]
         if self.inner is not None:
             return [layer[at] for layer in (*self.inner, self.values)]
         positions = torch.arange(at.start, at.stop, device=self.tokens.device) if isinstance(at, slice) else at
@@ -221,7 +217,9 @@ def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Con
     before but look like contexts. Tokens, and what is to be predicted, stay.
     """
     if experiment.context_ablation == "zero":
-        return replace(contexts, zeroed=True)
+        rows = len(contexts.tokens)
+        *inner, last = (contexts.values.new_zeros(1, width).expand(rows, -1) for width in model.context_block.widths)
+        return replace(contexts, values=last, inner=inner)
     if experiment.context_ablation == "random_tokens":
         order = torch.randperm(len(contexts.tokens), generator=generator(experiment.seed, "context_ablation"))
         return replace(chunked(model, contexts.tokens[order.to(contexts.tokens.device)]), tokens=contexts.tokens)

@@ -27,11 +27,8 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ctxlm.config import NOTEBOOKS, ConfigError, Experiment
-from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve, source_hash
-
-SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
-"""What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
+from ctxlm.config import ConfigError, Experiment, code_hash
+from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve
 
 LOSSES = "val_losses.npz"
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
@@ -41,11 +38,6 @@ TABLES = {
     "val_by_sample.csv": {"sample": int, "loss_sum": float, "tokens": int},
 }
 """The columns of a run's tables, which are committed beside its metrics.json when it took long."""
-
-
-def code_hash(model: str = "context") -> str:
-    """Digest of `SOURCES` and the notebook that runs `model`."""
-    return source_hash(*SOURCES, NOTEBOOKS[model])
 
 
 def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -134,7 +126,7 @@ def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
 
 def write_run(
     folder: str | Path,
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, Any] | pd.Series,
     history: pd.DataFrame,
     val_losses: np.ndarray,
     val_samples: np.ndarray,
@@ -237,16 +229,6 @@ def _damaged(grid: str, run: str, source: str, name: str, error: Exception) -> C
     return ConfigError(f"{run}/{name} of grid {grid} is damaged ({' '.join(str(error).split())}): {remedy}")
 
 
-def load_history(grid: str) -> pd.DataFrame:
-    """history.csv of every finished run, with columns run, experiment, train_tokens and seed before its own."""
-    return _load_table(grid, "history.csv")
-
-
-def load_val_by_sample(grid: str) -> pd.DataFrame:
-    """val_by_sample.csv of every finished run, with columns run, experiment, train_tokens and seed before its own."""
-    return _load_table(grid, "val_by_sample.csv")
-
-
 def load_val_losses(grid: str, run: str) -> dict[str, np.ndarray] | None:
     """val_losses.npz of a finished run: `loss`, nats, and `sample` of every validation token.
 
@@ -268,17 +250,22 @@ def check_runs(grid: str) -> None:
     """Refuse damage in the files of a grid's finished runs. What is missing is no damage: it is made again.
 
     Raises:
-        ConfigError: as `load_runs`, `load_history`, `load_val_by_sample` and `load_val_losses`.
+        ConfigError: as `load_runs`, `load_table` and `load_val_losses`.
     """
     load_runs(grid)
     for run in run_folders(grid):
         load_val_losses(grid, run)
     for name in TABLES:
         if all((folder / name).exists() for folder, _ in run_folders(grid).values()):
-            _load_table(grid, name)
+            load_table(grid, name)
 
 
-def _load_table(grid: str, name: str) -> pd.DataFrame:
+def load_table(grid: str, name: str) -> pd.DataFrame:
+    """One of `TABLES` of every finished run, with columns run, experiment, train_tokens and seed before its own.
+
+    Raises:
+        ConfigError: one is damaged.
+    """
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():
         try:

@@ -459,6 +459,8 @@ def test_another_ultrachat_is_refused(monkeypatch):
     hub(monkeypatch, ultrachat_rows({500: 86_925, 1000: 183_619}))
     with pytest.raises(ConfigError, match="first 1000 samples are 183,619 tokens, not 183,620"):
         load_corpus("ultrachat")
+    hub(monkeypatch, ultrachat_rows(ULTRACHAT_SIZES))  # what was refused is not kept
+    assert load_corpus("ultrachat").starts[1000] == 183_620
 
 
 def test_an_unreachable_hub_is_one_sentence_that_names_the_offline_choices(monkeypatch):

@@ -205,7 +205,9 @@ def test_a_loss_that_is_not_finite_stops_phase2_at_once():
     settings, model, train, val = prepared()
     with torch.no_grad():
         model.token_block.norms[-1].weight[0] = float("nan")
-    with pytest.raises(NonFiniteLoss, match=r"in epoch 1 by update 1: lower logit_scale = 1\.0 or phase2_init"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"in epoch 1 by update 1: lower logit_scale = 1\.0, phase2_init_std = 0\.1 or"
+    ):
         train_token_block(model, train, val, settings)
 
 

@@ -13,16 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import SOURCES, ConfigError, Experiment, code_hash
 from ctxlm.files import ROOT
 from ctxlm.results import (
-    SOURCES,
+    TABLES,
     Stopwatch,
     check_runs,
-    code_hash,
-    load_history,
     load_runs,
-    load_val_by_sample,
+    load_table,
     load_val_losses,
     losses_by_sample,
     provenance,
@@ -58,10 +56,10 @@ def test_a_run_comes_back_as_it_was_written(roots):
     ]
     runs = load_runs("g")
     assert runs[["run", "source", "experiment", "val_ppl"]].values.tolist() == [["A", "outputs", "A", 7.4]]
-    assert load_history("g")[["run", "train_tokens", "metric", "value"]].values.tolist() == [
+    assert load_table("g", "history.csv")[["run", "train_tokens", "metric", "value"]].values.tolist() == [
         ["A", 100, "val_loss", 2.0]
     ]
-    by_sample = load_val_by_sample("g")
+    by_sample = load_table("g", "val_by_sample.csv")
     assert by_sample[["sample", "loss_sum", "tokens"]].values.tolist() == [[7, 3.0, 2], [8, 4.0, 1]]
     assert load_file(folder / "model.safetensors")["w"].shape == (3, 2)
     with np.load(folder / "val_losses.npz") as file:
@@ -80,7 +78,7 @@ def test_committed_results_stand_in_and_outputs_win(roots):
 
 def test_an_unfinished_run_is_not_read(roots):
     write(roots[0] / "g" / "A").unlink()
-    assert load_runs("g").empty and load_history("g").empty and load_val_by_sample("g").empty
+    assert load_runs("g").empty and load_table("g", "history.csv").empty and load_table("g", "val_by_sample.csv").empty
 
 
 def test_a_metrics_file_that_holds_no_run_is_named(roots):
@@ -199,8 +197,8 @@ def test_a_metrics_file_without_a_number_that_counts_is_named(roots, name):
         load_runs("g")
 
 
-@pytest.mark.parametrize(("name", "load"), [("history.csv", load_history), ("val_by_sample.csv", load_val_by_sample)])
-def test_a_damaged_table_is_named(roots, name, load):
+@pytest.mark.parametrize("name", TABLES)
+def test_a_damaged_table_is_named(roots, name):
     path = write(roots[0] / "g" / "A").with_name(name)
     whole = path.read_bytes()
     damaged = [None, b"", b"\x89PNG\r\n\x1a\n\x00\xff", b"a,b\n1,2\n", whole[:-2], whole.replace(b".0", b"x")]
@@ -211,7 +209,7 @@ def test_a_damaged_table_is_named(roots, name, load):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(ConfigError) as caught:
-            load("g")
+            load_table("g", name)
         message = str(caught.value)
         assert message.startswith(f"A/{name} of grid g is damaged (") and "\n" not in message
         assert message.endswith("): delete the run's metrics.json and run it again")
@@ -222,13 +220,13 @@ def test_a_damaged_table_is_named(roots, name, load):
             check_runs("g")
     write(roots[1] / "h" / "A").with_name(name).write_bytes(b"")
     with pytest.raises(ConfigError, match=rf"A/{name} of grid h is damaged \(.*\): restore it by git$"):
-        load("h")
+        load_table("h", name)
 
 
 def test_every_committed_result_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
     for folder in sorted((ROOT / "data" / "results").iterdir()):
-        runs, tables = load_runs(folder.name), [load_history(folder.name), load_val_by_sample(folder.name)]
+        runs, tables = load_runs(folder.name), [load_table(folder.name, name) for name in TABLES]
         assert len(runs) == len(list(folder.iterdir())) > 0 and set(runs["source"]) == {"committed"}
         assert set(tables[1]["run"]) == set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history
         for run in runs.itertuples():

@@ -16,7 +16,7 @@ from scipy import optimize, stats
 from ctxlm.analysis.replicates import CONFIDENCE, DRAWN, balanced, each, replicate_of, student
 from ctxlm.config import Experiment
 from ctxlm.files import atomic
-from ctxlm.results import load_history, load_runs, load_val_by_sample
+from ctxlm.results import TABLES, load_runs, load_table
 
 DRAWS = 9999
 FEWEST_CLUSTERS = 10
@@ -404,7 +404,7 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
-    tables = load_runs(grid), load_history(grid), load_val_by_sample(grid)
+    tables = load_runs(grid), *(load_table(grid, name) for name in TABLES)
     if tables[0].empty:
         return tables
     asked = tables[0]["model"].isin(models)
