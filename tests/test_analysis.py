@@ -102,8 +102,15 @@ def test_a_crossover_with_errors_refers_to_them(outputs):
     low, high = pooled[0]["slope_interval"]
     assert low <= 0 <= high and "None can be claimed: the fitted laws of A and B" in findings(runs, summary, pooled)[2]
     (told,) = pooled
-    told = told | {"slope_interval": (-0.1, -0.01)}
-    assert "How well it is known is said under" in findings(runs, summary, [told])[2]
+    surely = {"slope_interval": (-0.1, -0.01), "bootstrap_slope": (-0.1, -0.01)}
+    assert "How well it is known is said under" in findings(runs, summary, [told | surely])[2]
+    elsewhere = told | surely | {"bootstrap_slope": (-0.1, 0.01)}
+    assert (
+        "but B gains more on this validation text, but on another it may not (p"
+        in findings(runs, summary, [elsewhere])[2]
+    )
+    refused = {"a": "A", "b": "B", "refused": "the runs were judged on different validation tokens"}
+    assert "but the runs were judged on different" in findings(runs, summary, [refused])[2]
 
 
 def test_numbers_and_per_cent_signs_are_set_as_in_print():
@@ -325,7 +332,8 @@ def test_results_table_has_a_row_a_run(outputs):
 def test_main_figure_shows_points_laws_and_crossover(outputs):
     plant(outputs, {"A": (-0.287, 800), "B": (-0.385, 850)})
     runs, _, val_by_sample, summary = read()
-    axes = plots.plot_scaling(runs, val_by_sample, summary).axes[0]
+    pair = {"a": "A", "b": "B", "slope_interval": (-0.2, -0.1), "bootstrap_slope": (-0.2, -0.1)}
+    axes = plots.plot_scaling(runs, val_by_sample, summary | {"pooled": [pair]}).axes[0]
     for container, (_, group) in zip(axes.containers, runs.groupby("experiment"), strict=True):
         points = container[0]
         assert points.get_ydata() == pytest.approx(group["val_ppl"].to_numpy())
@@ -339,7 +347,7 @@ def test_main_figure_shows_points_laws_and_crossover(outputs):
     dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
     assert dotted == [pytest.approx(summary["crossover_tokens"])]
     for interval, drawn in (((-0.2, 0.1), 0), ((-0.2, -0.1), 1), (None, 0)):  # drawn where slopes differ
-        tested = summary | {"pooled": [{"a": "A", "b": "B", "slope_interval": interval}]}
+        tested = summary | {"pooled": [pair | {"slope_interval": interval}]}
         axes = plots.plot_scaling(runs, val_by_sample, tested).axes[0]
         assert sum(line.get_linestyle() == ":" for line in axes.lines) == drawn
     assert not [line for line in axes.lines if line.get_markerfacecolor() == "white"]

@@ -39,10 +39,10 @@ def test_half_the_learning_rate(outputs, best, last, verdict):
     runs, _, val = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     rows = list(proposals.learning_rate(runs, val))
     assert [(row["Of"], row["Verdict"]) for row in rows] == [("A", verdict), ("B", verdict)]
-    assert {row["From"] for row in rows} == {"48 runs in 3 replicates, 20 validation samples"}
+    assert {row["From"] for row in rows} == {"12 pairs in 3 replicates, 20 validation samples"}
     assert said(proposals.learning_rate, *parts[0][::2]) == ["not to be told: no runs differ in it"]
     cut = runs.assign(epochs_run=runs["best_epoch"].where(runs["train_tokens"] == 20_000, 5))
-    fewer = "48 runs in 3 replicates, 20 validation samples; 36 runs to the early stop"
+    fewer = "12 pairs in 3 replicates, 20 validation samples; 9 pairs to the early stop"
     assert set(said(proposals.learning_rate, cut, val, "From")) == {fewer}
     early = runs.assign(epochs_run=runs["best_epoch"].where(runs["phase2_learning_rate"] < 0.002, 5))
     assert said(proposals.learning_rate, early, val) == [verdict.partition(";")[0]] * 2

@@ -122,7 +122,8 @@ def test_where_a_crossover_may_be_follows_fieller(outputs):
     found = pooled(outputs, {"A": FLAT, "B": STEEP}, **many())
     outside = slopes(found | {"fieller": "outside", "fieller_interval": (1e3, 2e5), "delta_interval": None})
     assert outside["Fieller, tokens"] == "anywhere but 1,000 to 200,000"
-    for gap, side in (((None, 2e5), "above 200,000"), ((1e3, None), "below 1,000")):
+    everywhere = ((None, None), "nowhere from 1 to 10^15")
+    for gap, side in (((None, 2e5), "above 200,000"), ((1e3, None), "below 1,000"), everywhere):
         assert slopes(found | {"fieller": "outside", "fieller_interval": gap})["Fieller, tokens"] == side
     assert not {"Delta method, tokens", "Bootstrap, tokens"} & set(outside)  # draws left out would bound it
     unbounded = slopes(found | {"fieller": "unbounded", "fieller_interval": None, "delta_interval": None})

@@ -114,7 +114,7 @@ def test_what_an_ingredient_is_worth_is_the_change_without_it(outputs):
         found["against"]
     ) == {"tuned-A"}
     table = recipe.ingredients_table(found)
-    assert table["Change of PPL"].str.startswith("+20.0 % (").tolist() == [True, False]
+    assert table["Change of PPL"].str.startswith("+20.0 %* (").tolist() == [True, False]
     assert table["Pairs"].tolist() == [2, 2]
     going = (less[0].assign(epochs_run=less[0]["best_epoch"]), *less[1:])  # no over-fitting yet
     assert (

@@ -169,22 +169,25 @@ def _effects(
 ) -> list[Effect]:
     """Least-squares coefficients of `y` on `columns` and a constant, which is left out.
 
-    Where every replicate can tell the columns apart by itself, its coefficients are one value each, and the interval is
-    over replicates; with `drawn`, the runs' `loss_sums`, over samples too. Otherwise runs are taken as independent.
+    Replicates that can tell the columns apart by themselves, if there are two or more, give a value each, and the
+    interval is over them; with `drawn`, the runs' `loss_sums`, over samples too. Otherwise runs are taken as
+    independent.
     """
     x = np.column_stack([np.ones(len(y)), *columns.values()]).astype(float)
     values, members = y.to_numpy(float), replicate.to_numpy()
     if not len(y) or np.linalg.matrix_rank(x) < x.shape[1]:
         raise ValueError(f"{len(y)} runs cannot tell {', '.join(columns)} apart: run more of them")
     parts = [members == index for index in np.unique(members)]
+    able = [part for part in parts if np.linalg.matrix_rank(x[part]) == x.shape[1]]
     names = {name: k for k, name in enumerate(columns, start=1)}
-    if len(parts) > 1 and all(np.linalg.matrix_rank(x[part]) == x.shape[1] for part in parts):
-        weights = np.zeros((x.shape[1], len(parts), len(y)))  # a coefficient is a weighted sum of a replicate's runs
-        for index, part in enumerate(parts):
+    if len(able) > 1:
+        used = int(sum(part.sum() for part in able))
+        weights = np.zeros((x.shape[1], len(able), len(y)))  # a coefficient is a weighted sum of a replicate's runs
+        for index, part in enumerate(able):
             weights[:, index, part] = np.linalg.pinv(x[part])
         sums, tokens = drawn or (None, None)
         return [
-            _effect(name, weights[k] @ values, len(y), None if sums is None else weights[k] @ sums, tokens)
+            _effect(name, weights[k] @ values, used, None if sums is None else weights[k] @ sums, tokens)
             for name, k in names.items()
         ]
     fit = sm.OLS(values, x).fit()

@@ -8,7 +8,19 @@ import pandas as pd
 from IPython.display import Markdown
 
 from ctxlm.analysis.explain import stopped
-from ctxlm.analysis.phrases import SINGLE, change, count, p_text, percent, sizes_text, span, tokens_text, winner
+from ctxlm.analysis.phrases import (
+    SINGLE,
+    change,
+    count,
+    p_text,
+    percent,
+    sizes_text,
+    span,
+    steeper,
+    tokens_text,
+    winner,
+)
+from ctxlm.analysis.reasons import slope_verdict
 from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, with_phase1
 from ctxlm.results import load_runs
 
@@ -226,12 +238,13 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any
     if pair["extrapolated"]:
         where = f"extrapolated from {low:,} to {high:,}" if low <= high else "extrapolated, for no size of both is near"
     meet = f"the fitted laws of {a} and {b} meet at about {tokens_text(pair['tokens'])} tokens, {where}"
-    interval = tested.get("slope_interval")
-    if interval and interval[0] <= 0 <= interval[1]:
-        p = f"p {p_text(tested['p_value'])}"
-        return f"**Crossover.** None can be claimed: {meet}, but their slopes cannot be told apart ({p})."
-    if min(laws[label]["residual_dof"] for label in (a, b)) == 0:
-        return f"**Crossover.** None can be claimed: {meet}, but nothing says how surely: the laws have no d.o.f."
+    why = tested.get("refused")
+    if tested.get("slope_interval") and not steeper(tested):
+        why = f"{slope_verdict(tested)} (p {p_text(tested['p_value'])})"
+    elif not why and min(laws[label]["residual_dof"] for label in (a, b)) == 0:
+        why = "nothing says how surely: the laws have no d.o.f."
+    if why:
+        return f"**Crossover.** None can be claimed: {meet}, but {why}."
     return (
         f"**Crossover.** {meet[0].upper()}{meet[1:]}: by them, {below} is better below, {above} above. How well it is "
         "known is said under “How sure are the laws?”."

@@ -9,7 +9,6 @@ import pandas as pd
 from ctxlm.analysis import explain, proposals, ranking, reasons, recipe, variance
 from ctxlm.analysis.findings import shapes_text
 from ctxlm.analysis.phrases import (
-    against,
     change,
     count,
     effect_text,
@@ -23,7 +22,6 @@ from ctxlm.analysis.phrases import (
     tokens_text,
 )
 from ctxlm.analysis.reasons import ABLATIONS
-from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, differences
 from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
@@ -47,8 +45,9 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
     ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute{}?"
     memories = (("joint", "slow"), "slow", SLOW), (("networks",), "-slow", "a slow context")
+    memories += ((("slow", "networks"), "slow-A", "the context model in the LSTM's place, both with a slow context"),)
     sized = proposals.with_study(grids["sizes"], study) if len(grids["sizes"][0]) else study
-    longer = [*(_step(grids, *memory) for memory in memories), _against(grids, ("slow", "slow-A"), "LSTM-slow")]
+    longer = [_step(grids, *memory) for memory in memories]
     rows = [
         (
             "Deep and narrow, or shallow and wide?",
@@ -110,19 +109,23 @@ def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     if runs.empty:
         return ""
     try:
-        sd = variance.components(runs, val_by_sample).set_index("source")["sd"]
+        sds = [
+            variance.components(own, val_by_sample[val_by_sample["run"].isin(own["run"])]).set_index("source")["sd"]
+            for _, own in runs.groupby("train_tokens")
+        ]
     except ValueError:
         return ""
+    scatter = span([sd["run"] for sd in sds], magnitude)
     text = (
-        f"with other seeds and training texts, PPL scatters about its mean by {magnitude(sd['run'])} "
-        f"(standard deviation, {len(runs)} runs)"
+        f"with other seeds and training texts, PPL scatters about its mean by {scatter} "
+        f"(standard deviation, size by size, {len(runs)} runs)"
     )
     losses = runs.pivot_table(index=CELL, columns="experiment", values="val_loss").dropna()
     if losses.shape[1] != 2:
         return text
     a, b = losses
     apart = (losses[a] - losses[b]).groupby("train_tokens").std()
-    return f"{text}, PPL of {a} against {b}, of equal seed and text, by {span(apart, magnitude)}, size by size"
+    return f"{text}, PPL of {a} against {b}, of equal seed and text, by {span(apart, magnitude)}"
 
 
 def _gaps(grid: Grid) -> str:
@@ -280,16 +283,3 @@ def _step(grids: Mapping[str, Grid], names: Sequence[str], part: str, what: str)
     fewest = min(difference.replicates for difference in found["difference"])
     alone = "" if fewest > 1 else " (single runs, seeds not covered)"
     return f"PPL with {what}: {', '.join(parts)} tokens{alone}"
-
-
-def _against(grids: Mapping[str, Grid], ours: tuple[str, str], network: str) -> str:
-    """A model, given as grid and label, against a network, at every size of both."""
-    runs, _, val_by_sample = together([grids[ours[0]], grids["networks"]])
-    parts = []
-    for size, own in runs.groupby("train_tokens") if len(runs) else ():
-        mine, theirs = (own[own["experiment"] == label] for label in (ours[1], network))
-        found = recipe.paired(mine, theirs, val_by_sample) if len(mine) else None
-        if found:
-            verdict = against(found.interval, found.replicates, network)
-            parts.append(f"{change(found.log_ppl, found.interval)} at {size:,} tokens, {verdict}")
-    return f"{ours[1]} against {network} {'; '.join(parts)}" if parts else ""

@@ -5,7 +5,7 @@ Language models of different kinds err on different tokens, so that a mixture is
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -37,13 +37,18 @@ def mixtures(grids: Sequence[tuple[str, Grid]], ngrams: tuple[str, Grid], labels
     Returns:
         Runs, an empty history, and losses by validation sample, as `scaling.read_grid` gives them.
     """
-    mixed = []
-    for grid, model, ngram in _pairs(grids, ngrams[1][0], labels):
-        ours, theirs = load_val_losses(grid, model["run"]), load_val_losses(ngrams[0], ngram["run"])
-        if ours is None or theirs is None or not np.array_equal(ours["sample"], theirs["sample"]):
+    mixed, (name, (known, *_)) = [], ngrams
+    known = known[known["experiment"].isin(labels)] if len(known) else known
+    for grid, (models, *_) in grids:
+        if models.empty or known.empty:
             continue
-        loss = np.log(2) - np.logaddexp(-ours["loss"].astype(float), -theirs["loss"].astype(float))
-        mixed.append(_mixed(grid, model, f" + {ngram['experiment']}", loss, ours["sample"]))
+        pairs = models.merge(known, on=["corpus", "train_tokens", "data_seed"], suffixes=("", "_ngram"))
+        for _, pair in pairs.iterrows():
+            ours, theirs = load_val_losses(grid, pair["run"]), load_val_losses(name, pair["run_ngram"])
+            if ours is None or theirs is None or not np.array_equal(ours["sample"], theirs["sample"]):
+                continue
+            loss = np.log(2) - np.logaddexp(-ours["loss"].astype(float), -theirs["loss"].astype(float))
+            mixed.append(_mixed(grid, pair, f" + {pair['experiment_ngram']}", loss, ours["sample"]))
     return _grid(mixed)
 
 
@@ -87,18 +92,6 @@ def cache_probabilities(tokens: np.ndarray, decay: float) -> np.ndarray:
         weights[position] = weight * decay ** (position - before)
         last[token] = (position, weights[position] + 1.0)
     return weights[1:] / np.cumsum(decay ** np.arange(len(tokens) - 1)) / decay
-
-
-def _pairs(
-    grids: Sequence[tuple[str, Grid]], ngrams: pd.DataFrame, labels: Sequence[str]
-) -> Iterator[tuple[str, pd.Series, pd.Series]]:
-    """Grid, run of a model and run of an n-gram, which were given the same training tokens."""
-    for grid, (models, *_) in grids:
-        for _, model in models.iterrows():
-            for _, ngram in ngrams.iterrows():
-                same = all(model[name] == ngram[name] for name in ("corpus", "train_tokens", "data_seed"))
-                if same and ngram["experiment"] in labels:
-                    yield grid, model, ngram
 
 
 def _mixed(grid: str, model: pd.Series, added: str, loss: np.ndarray, sample: np.ndarray) -> tuple[dict, pd.DataFrame]:

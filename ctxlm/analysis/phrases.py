@@ -1,7 +1,7 @@
 """Numbers as the report words them: per cent of PPL, intervals and their verdicts, sizes, counts."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -61,17 +61,17 @@ def side(interval: Sequence[float] | None) -> int:
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
-def against(interval: Sequence[float] | None, replicates: int, other: str) -> str:
-    """What an interval of log PPL minus that of `other` says; single runs get no general verdict."""
-    if not side(interval):
-        return f"which of the two, it or {other}, is better cannot be told"
-    how = "better" if side(interval) < 0 else "worse"
-    return f"{how} than {other}" if replicates > 1 else f"did {how} than {other}{SINGLE}"
-
-
 def winner(difference: dict[str, Any]) -> str | None:
     """The label whose PPL is lower by more than the interval of a paired difference; None where it includes 0."""
     return {-1: difference["a"], 1: difference["b"]}.get(side(difference["interval"]))
+
+
+def steeper(found: Mapping[str, Any]) -> str | None:
+    """Whose law falls faster, of a pair of `crossing.errors`, by t test and bootstrap; None: it cannot be told."""
+    here, anywhere = (side(found.get(name)) for name in ("slope_interval", "bootstrap_slope"))
+    if not here or here != anywhere:
+        return None
+    return found["b"] if here < 0 else found["a"]
 
 
 def tokens_text(tokens: float) -> str:

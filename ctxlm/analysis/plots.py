@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from matplotlib_inline.config import InlineBackend
 
 from ctxlm.analysis.explain import Effect
-from ctxlm.analysis.phrases import side, span
+from ctxlm.analysis.phrases import span, steeper
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval, with_phase1
 from ctxlm.analysis.variance import SOURCES, components
@@ -188,10 +188,9 @@ def plot_scaling(
     figure, ((axes,),) = _figure(height=5)
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"]
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
-    tested = {(e["a"], e["b"]): e.get("slope_interval") for e in summary.get("pooled", ())}
-    alike = [pair for pair, interval in tested.items() if not side(interval)]
+    sure = {(pair["a"], pair["b"]) for pair in summary.get("pooled", ()) if steeper(pair)}
     crossovers = [c for c in summary["crossovers"] if c["tokens"] and low / 2.5 < c["tokens"] < high * 2.5]
-    crossovers = [c for c in crossovers if (c["a"], c["b"]) not in alike]
+    crossovers = [c for c in crossovers if (c["a"], c["b"]) in sure]
     low, high = (
         min([low, *(c["tokens"] / 1.1 for c in crossovers)]),
         max([high, *(c["tokens"] * 1.1 for c in crossovers)]),
@@ -199,8 +198,6 @@ def plot_scaling(
     for position, (label, group) in enumerate(runs.groupby("experiment")):
         look = styles[label] | {"linestyle": "none", "zorder": 3}
         law, dodge, ppl = summary["configurations"][label], _dodge(position, len(styles)), group["val_ppl"].to_numpy()
-        intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in group["run"]]
-        ends = np.transpose([i or (p, p) for i, p in zip(intervals, ppl, strict=True)])
         name = f"{label}: {_count(group['num_layers'][:1], 'layer')}, context {group['context_dim'].iloc[0]}"
         if not law["reason"]:
             name += f" · α = {law['alpha']:.3f} (n = {law['n']}, {law['interval_dof']} d.o.f.)".replace("-", "−")
@@ -212,6 +209,8 @@ def plot_scaling(
         if group["train_tokens"].duplicated().any():  # the scatter of the runs is what counts; bars would hide it
             axes.plot(group["train_tokens"] * dodge, ppl, alpha=0.6, label=name, **look | {"markersize": 4.5})
         else:
+            intervals = [ppl_interval(val_by_sample[val_by_sample["run"] == run]) for run in group["run"]]
+            ends = np.transpose([i or (p, p) for i, p in zip(intervals, ppl, strict=True)])
             bars = {"yerr": abs(ends - ppl), "capsize": 3, "elinewidth": 1}
             axes.errorbar(group["train_tokens"] * dodge, ppl, label=name, **bars, **look)
         if published is not None:
@@ -611,7 +610,7 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
     figure, ((axes,),) = _figure()
     for k, (name, raw) in enumerate(values.items()):
         p = np.asarray(raw, float)
-        look = {"color": COLOURS[k], "linestyle": LINES[k], "label": RANKS.get(name, name)}
+        look = {"color": COLOURS[k], "linestyle": LINES[k], "label": RANKS[name]}
         axes.plot(np.arange(1, len(p) + 1), p / p.sum(), linewidth=4.5 - k, alpha=0.8, **look)  # thinner over thicker
     axes.set(xlabel="rank of the singular value", ylabel="singular value over their sum (log)", yscale="log")
     low, high = axes.get_ylim()

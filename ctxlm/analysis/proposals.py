@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ctxlm.analysis import explain, reasons
+from ctxlm.analysis import explain
 from ctxlm.analysis.phrases import SINGLE, count, effect_text, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
@@ -83,38 +83,26 @@ def _untold(why: object, of: str = "") -> Row:
 
 
 def learning_rate(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[Row]:
-    """Does half of the study's learning rate predict better, and over-fit less?
+    """Does half of the study's learning rate predict better, and over-fit less? A row a configuration, from pairs.
 
-    A row a configuration; of a single replicate, in pairs at each size by itself, for what a rate does depends on the
-    updates that a size gives it.
+    Of a single replicate, each size by itself, for what a rate does depends on the updates that a size gives it.
     """
     runs = runs[runs["phase2_learning_rate"].isin([RATE, RATE / 2])]
     if runs["phase2_learning_rate"].nunique() < 2:
         yield _untold("no runs differ in it")
-    elif runs["replicate"].nunique() == 1:
-        for key, own in runs.groupby(["configuration", "train_tokens"]):
-            of = f"{key[0]} at {key[1]:,} tokens"
-            last, ended = None, explain.stopped(own)
-            with contextlib.suppress(ValueError):  # one of the two was still getting better
-                last = RATES(ended.assign(rise=np.log1p(ended["overfit_rate"])), RATE / 2, RATE, "rise")
-            try:
-                best = RATES(own, RATE / 2, RATE, val_by_sample=val_by_sample)
-            except ValueError as error:  # judged on different tokens, or no pair
-                yield _untold(error, of)
-                continue
-            yield _row(of, BEST, "pair", best, last)
-    else:
+        return
+    by_size = ["train_tokens"] if runs["replicate"].nunique() == 1 else []
+    for (label, *size), own in runs.groupby(["configuration", *by_size]):
+        of = label + "".join(f" at {tokens:,} tokens" for tokens in size)
+        last, ended = None, explain.stopped(own)
+        with contextlib.suppress(ValueError):  # one of the two was still getting better
+            last = RATES(ended.assign(rise=np.log1p(ended["overfit_rate"])), RATE / 2, RATE, "rise")
         try:
-            best = explain.overfitting_effects(runs, True, val_by_sample)
-        except ValueError as error:
-            yield _untold(error)
-            return
-        last = {effect.name: effect for effect in reasons.told(explain.overfitting_effects, runs)}
-        for effect in best:
-            if effect.name.startswith(explain.HALVED):
-                yield _row(
-                    effect.name.removeprefix(f"{explain.HALVED} for "), BEST, "run", effect, last.get(effect.name)
-                )
+            best = RATES(own, RATE / 2, RATE, val_by_sample=val_by_sample)
+        except ValueError as error:  # judged on different tokens, or no pair
+            yield _untold(error, of)
+            continue
+        yield _row(of, BEST, "pair", best, last)
 
 
 def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:

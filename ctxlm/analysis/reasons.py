@@ -22,7 +22,9 @@ from ctxlm.analysis.phrases import (
     side,
     signed,
     span,
+    steeper,
 )
+from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import Grid, differences, effective
 
 SAMPLES = 50
@@ -38,12 +40,10 @@ ABLATIONS = {
 
 
 def slope_verdict(found: dict[str, Any]) -> str:
-    steeper = found["b"] if found["slope_difference"] < 0 else found["a"]
-    here, anywhere = (side(found[name]) for name in ("slope_interval", "bootstrap_slope"))
-    if here and anywhere:
-        return f"{steeper} gains more from more text"
-    if here:
-        return f"{steeper} gains more on this validation text, but on another it may not"
+    if label := steeper(found):
+        return f"{label} gains more from more text"
+    if here := side(found["slope_interval"]):
+        return f"{found['b' if here < 0 else 'a']} gains more on this validation text, but on another it may not"
     return f"the slopes of {found['a']} and {found['b']} cannot be told apart"
 
 
@@ -52,13 +52,9 @@ def signs(drawn: Grid, fixed: Grid) -> dict[str, list[Effect]]:
     configurations with drawn and with fixed signs."""
     if drawn[0].empty or fixed[0].empty:
         return {}
-    key = ["seed", "data_seed"]
-    replicate = fixed[0].drop_duplicates(key).set_index(key)["replicate"]
-    pairs = pd.MultiIndex.from_frame(drawn[0][key])
-    here = drawn[0].assign(replicate=replicate.reindex(pairs).to_numpy(), run="drawn/" + drawn[0]["run"])
-    here["experiment"] += "-drawn"
-    val = [drawn[2].assign(run="drawn/" + drawn[2]["run"]), fixed[2]]
-    runs, val_by_sample = pd.concat([here.dropna(subset="replicate"), fixed[0]]), pd.concat(val)
+    # what differs in a pair is no reason to call its runs independent
+    runs, _, val_by_sample = together([(grid[0].drop(columns="embedding_seed"), *grid[1:]) for grid in (drawn, fixed)])
+    runs.loc[runs["grid"] == 0, "experiment"] += "-drawn"
     found = explain.variants(runs, {"drawn": "signs drawn"}, val_by_sample=val_by_sample)
     for how, (_, _, losses) in (("drawn", drawn), ("fixed", fixed)):
         gaps = [gap for gap in differences(losses)[0] if gap["train_tokens"] in set(drawn[0]["train_tokens"])]

@@ -13,8 +13,11 @@ from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import Grid, PairedDifference, paired_difference
 from ctxlm.config import Experiment
 
-CHOSEN = "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run."
 MARK = "*"
+CHOSEN = (
+    "The recipe was chosen on held-out training text alone; the epoch is chosen by validation, as in every run. PPL "
+    f"without one ingredient, in pairs with the whole recipe ({MARK}: the interval does not cover seeds and texts):"
+)
 LEGEND = (
     "PPL against other models', in pairs: below 0 it is lower than the column's; an interval that holds 0 cannot tell "
     "them apart. Intervals are 95 %, over validation samples drawn again and over replicates; where both have fewer "
@@ -22,7 +25,7 @@ LEGEND = (
     "through an embedding name it."
 )
 """How to read `beside`."""
-BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", CACHED: ""}
+BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", "slow-A": "LSTM-slow", CACHED: ""}
 """What a part of a label stands in the place of: the recipe that a recipe goes on from; nothing, for a slow context of
 networks (LSTM-slow) and for a cache."""
 APART = (
@@ -75,7 +78,7 @@ def _rows(grid: Grid, others: Sequence[Grid], models: Sequence[str]) -> Iterator
             found = None if other == label else paired(group, known, val_by_sample)
             if found:
                 read = "" if (known["model"] == "kneser-ney").all() else f" ({known['embedding'].iloc[0]})"
-                row[f"Against {other}{read}"] = _change(found).replace(" (", "<br>(")
+                row[f"Against {other}{read}"] = _change(found.log_ppl, found).replace(" (", "<br>(")
         yield row
 
 
@@ -91,7 +94,7 @@ def mixtures_table(mixed: Grid, alone: Sequence[Grid]) -> pd.DataFrame:
         for part, what in zip(label.split(" + "), ("model", "n-gram"), strict=True):
             known = runs[(runs["experiment"] == part) & (runs["train_tokens"] == size)]
             found = paired(mine, known, val_by_sample)
-            row[f"Against the {what} alone"] = _change(found) if found else ""
+            row[f"Against the {what} alone"] = _change(found.log_ppl, found) if found else ""
         rows.append(row | {"Runs": len(mine)})
     return pd.DataFrame(rows)
 
@@ -104,9 +107,9 @@ def paired(runs: pd.DataFrame, others: pd.DataFrame, val_by_sample: pd.DataFrame
     return None
 
 
-def _change(found: PairedDifference) -> str:
+def _change(nats: float, found: PairedDifference | explain.Effect) -> str:
     mark = MARK if found.replicates < 2 else ""
-    return change(found.log_ppl, found.interval).replace(" (", f"{mark} (")
+    return change(nats, found.interval).replace(" (", f"{mark} (")
 
 
 def _end(runs: pd.DataFrame) -> str:
@@ -152,7 +155,7 @@ def counterparts_table(found: pd.DataFrame) -> pd.DataFrame:
         "Validation PPL": found["ppl"].map("{:.1f}".format),
         "Counterpart": found["against"],
         "Its PPL": found["ppl_against"].map("{:.1f}".format),
-        "Change of PPL": found["difference"].map(_change),
+        "Change of PPL": [_change(difference.log_ppl, difference) for difference in found["difference"]],
     }
     if found["overfit_rate"].notna().all():  # else mixtures, which have no epochs
         table["Last PPL above best"] = found["overfit_rate"].map(percent)
@@ -197,7 +200,7 @@ def ingredients_table(found: pd.DataFrame) -> pd.DataFrame:
         "Recipe": found["experiment"],
         "What it has instead": found["changed"],
         "Validation PPL": found["val_ppl"].map("{:.1f}".format),
-        "Change of PPL": [change(e.estimate, e.interval) for e in effects],
+        "Change of PPL": [_change(effect.estimate, effect) for effect in effects],
         "Best epoch": found["best_epoch"].map("{:.3g}".format),
         "Over-fitting, %": rates.replace("+nan", "no early stop"),
         "Pairs": [effect.n for effect in effects],

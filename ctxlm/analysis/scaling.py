@@ -400,7 +400,7 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
 
     Only runs of these `models` are read and, given the grid's `plan` (name → experiment), only those that it asks for
     with the parameters that they have: others are an earlier grid file's; `attrs` counts them under `LEFT_OUT`, and
-    under `PLANNED` what the plan asks for.
+    under `PLANNED` what the plan asks for, of these models.
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
@@ -412,7 +412,7 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
         asked &= tables[0]["run"].isin(plan)
         same = pd.Series([_as_planned(run, plan) for _, run in tables[0].iterrows()])
         left_out, asked = int((asked & ~same).sum()), asked & same
-        tables[0].attrs |= {LEFT_OUT: left_out, PLANNED: len(plan)}
+        tables[0].attrs |= {LEFT_OUT: left_out, PLANNED: sum(run.model in models for run in plan.values())}
     kept = tables[0].loc[asked, "run"]
     tables = tuple(table[table["run"].isin(kept)].reset_index(drop=True) for table in tables)
     runs, history, val_by_sample = tables
