@@ -168,7 +168,7 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
     for pair in summary["crossovers"]:  # one entry a pair
         a, b = pair["a"], pair["b"]
         differences = [d for d in summary["paired_differences"] if (d["a"], d["b"]) == (a, b)]
-        yield lead + _verdict(names, a, b, differences)
+        yield lead + verdict(names, a, b, differences)
         lead = ""
     for pair in summary["unpaired"]:
         yield f"At {pair['train_tokens']:,} tokens {pair['a']} and {pair['b']} are not compared: {pair['reason']}."
@@ -201,7 +201,8 @@ def _unfinished(runs: pd.DataFrame) -> str:
     return text + (f" {going} of the runs had not come to their early stop." if going else "")
 
 
-def _verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
+def verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
+    """Which of `a` and `b`, called by their `names`, is better at which sizes, and their paired differences."""
     if not differences:
         return f"{names[a]} and {names[b]} cannot be compared: no amount of training text was given to both."
     single = SINGLE if min(d["replicates"] for d in differences) == 1 else ""

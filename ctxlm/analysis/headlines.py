@@ -1,13 +1,12 @@
 """The report's first lines: what other grids know, a question a row."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from ctxlm.analysis import explain, proposals, ranking, reasons, recipe, variance
-from ctxlm.analysis.findings import shapes_text
+from ctxlm.analysis.findings import shapes_text, verdict
 from ctxlm.analysis.phrases import (
     change,
     count,
@@ -16,14 +15,13 @@ from ctxlm.analysis.phrases import (
     p_text,
     percent,
     percents,
-    side,
     sizes_of,
     span,
-    tokens_text,
+    steeper,
+    winner,
 )
 from ctxlm.analysis.reasons import ABLATIONS
 from ctxlm.analysis.scaling import CELL, Grid, differences
-from ctxlm.config import Experiment
 from ctxlm.memory import FORGOTTEN
 
 ORDINARY = ("LSTM", "Transformer", "KN-4", "KN-4-second-half")
@@ -129,39 +127,31 @@ def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
 
 
 def _gaps(grid: Grid) -> str:
-    """Two configurations' PPL in pairs, size by size."""
+    """Which of two configurations is better, and their PPL in pairs, size by size, or in short where none is."""
     gaps = differences(grid[2])[0] if len(grid[0]) else []
     if not gaps:
         return ""
-    if not any(side(gap["interval"]) for gap in gaps):
-        found = [gap["log_ppl"] for gap in gaps]
-        estimates, ends = percents((min(found), max(found))), [end for gap in gaps for end in gap["interval"] or ()]
-        within = f"intervals within {percents((min(ends), max(ends)))}; " if ends else ""
-        runs = f"{count(len(grid[0]), 'run')} in {count(grid[0]['replicate'].nunique(), 'replicate')}"
-        where = f"at any of {count(len(gaps), 'size')}"
-        return f"{gaps[0]['a']} and {gaps[0]['b']} cannot be told apart {where} ({estimates}; {within}{runs})"
-    said = ", ".join(f"{change(gap['log_ppl'], gap['interval'])} at {gap['train_tokens']:,}" for gap in gaps)
-    alone = "" if min(gap["replicates"] for gap in gaps) > 1 else " (single runs, seeds not covered)"
-    return f"PPL of {gaps[0]['a']} against {gaps[0]['b']}: {said} tokens{alone}"
+    a, b = gaps[0]["a"], gaps[0]["b"]
+    if any(map(winner, gaps)):
+        return verdict({label: label for label in (a, b)}, a, b, gaps).replace("**", "")
+    found, ends = [gap["log_ppl"] for gap in gaps], [end for gap in gaps for end in gap["interval"] or ()]
+    estimates = percents((min(found), max(found)))
+    within = f"intervals within {percents((min(ends), max(ends)))}; " if ends else ""
+    runs = f"{count(len(grid[0]), 'run')} in {count(grid[0]['replicate'].nunique(), 'replicate')}"
+    return f"{a} and {b} cannot be told apart at any of {count(len(gaps), 'size')} ({estimates}; {within}{runs})"
 
 
 def _signs(drawn: Grid, fixed: Grid) -> str:
-    found = reasons.signs(drawn, fixed)
-    gaps, _ = (found.pop(f"signs {how}", []) for how in ("drawn", "fixed"))
     verdicts = "PPL is higher with them", "PPL is lower with them"
     changes = [
         f"{label} {effect_text(effect)}, {reasons.effect_verdict(effect, *verdicts)}"
-        for label, effects in found.items()
+        for label, effects in reasons.signs(drawn, fixed).items()
         for effect in effects
+        if effect.name == reasons.DRAWN
     ]
-    if not changes:
-        return ""
-    text = f"random signs of the embedding's dimensions, which are arbitrary, change PPL: {'; '.join(changes)}"
     scatter = reasons.scatter(drawn[0], fixed[0]).rstrip(".")
-    apart = [f"PPL of {gap.name} is then {effect_text(gap)}" for gap in gaps if side(gap.interval)]
-    if gaps and not apart:
-        apart = [f"{gaps[0].name.partition(' at ')[0]} cannot be told apart with them, at any of {len(gaps)} sizes"]
-    return "; ".join(filter(None, [text, scatter[:1].lower() + scatter[1:], *apart]))
+    what = "random signs of the embedding's dimensions, which are arbitrary, change PPL"
+    return f"{what}: {'; '.join([*changes, scatter[:1].lower() + scatter[1:]])}".rstrip("; ") if changes else ""
 
 
 def _crossed(grid: Grid) -> str:
@@ -176,43 +166,22 @@ def _crossed(grid: Grid) -> str:
 
 
 def _slopes(found: dict[str, Any]) -> str:
-    interval = found.get("slope_interval")
-    if interval is None:
+    if found.get("slope_interval") is None:
         return ""
-    a, b = found["a"], found["b"]
     tested = f"p {p_text(found['p_value'])}, {found['n']} runs in {count(found['replicates'], 'replicate')}"
-    verdict = reasons.slope_verdict(found)
-    if not verdict.endswith("from more text"):
-        return f"{verdict} ({tested}): no crossover can be claimed"
-    where = f"the laws of {a} and {b} do not cross: {found['reason']}"
-    if found["crossover_tokens"] is not None:
-        where = f"the laws of {a} and {b} meet at {tokens_text(found['crossover_tokens'])} tokens"
-    return f"{verdict} ({tested}); {where}"
+    no = "" if steeper(found) else ": no crossover can be claimed"
+    return f"{reasons.slope_verdict(found)} ({tested}){no}"
 
 
 def _overfitting(grid: Grid) -> str:
-    runs, _, val_by_sample = grid
-    if runs.empty or explain.stopped(runs).empty:
+    if grid[0].empty:
         return ""
-    ended = explain.stopped(runs)
-    study = ended["phase2_learning_rate"] == Experiment.model_fields["phase2_learning_rate"].default
-    if study.any():  # other rates are a treatment
-        ended = ended[study]
+    ended = explain.stopped(grid[0])
+    ended = ended[ended["phase2_learning_rate"] == proposals.RATE]
     rates = ended.groupby("configuration")["overfit_rate"].mean()
-    at = " at the study's learning rate" if study.any() else ""
-    said = [
-        f"when it stops{at} ({count(len(ended), 'run')} on {sizes_of(ended)}), PPL is above its best: "
-        + ", ".join(f"{label} {percent(rate)}" for label, rate in rates.items())
-    ]
-    with contextlib.suppress(ValueError):  # runs that cannot tell the effects apart
-        best = {effect.name: effect for effect in explain.overfitting_effects(runs, True, val_by_sample)}
-        for effect in explain.overfitting_effects(runs):  # of one rate alone, if no run of the others has stopped
-            too = ""
-            if effect.name.startswith(explain.HALVED):
-                too = f" changes the best PPL by {effect_text(best[effect.name])} and"
-            if effect.name.startswith("a "):
-                said.append(f"{effect.name}{too} changes last PPL / best PPL by {effect_text(effect)}")
-    return "; ".join(said)
+    above = ", ".join(f"{label} {percent(rate)}" for label, rate in rates.items())
+    runs = f"{count(len(ended), 'run')} on {sizes_of(ended)}"
+    return f"when it stops at the study's learning rate ({runs}), PPL is above its best: {above}" if above else ""
 
 
 def _without_contexts(runs: pd.DataFrame) -> str:
@@ -234,19 +203,13 @@ def _reach(runs: pd.DataFrame) -> str:
 
 def _ablations(grid: Grid) -> str:
     runs, _, val_by_sample = grid
-    found: dict[str, dict[str, explain.Effect]] = {}
-    for label, effects in reasons.ablations(runs, val_by_sample).items():
-        for effect in effects:
-            found.setdefault(effect.name, {})[label] = effect
-    parts, meaning = [], {what: own for what, *own in ABLATIONS.values()}
-    for what, by_label in found.items():
-        changes = ", ".join(f"{label} {effect_text(effect)}" for label, effect in by_label.items())
-        verdicts = {label: reasons.effect_verdict(effect, *meaning[what]) for label, effect in by_label.items()}
-        said = "; ".join(dict.fromkeys(verdicts.values()))
-        if len(set(verdicts.values())) > 1:
-            said = ", ".join(f"{verdict} ({label})" for label, verdict in verdicts.items())
-        parts.append(f"with {what}, PPL changes, of {changes}: {said}")
-    return "; ".join(parts)
+    meaning = {what: own for what, *own in ABLATIONS.values()}
+    parts = [
+        f"of {label} with {effect.name} {effect_text(effect)}: {reasons.effect_verdict(effect, *meaning[effect.name])}"
+        for label, effects in reasons.ablations(runs, val_by_sample).items()
+        for effect in effects
+    ]
+    return f"PPL changes, {'; '.join(parts)}" if parts else ""
 
 
 def _beside_a(study: Grid, others: Sequence[Grid], labels: Sequence[str] = ()) -> str:

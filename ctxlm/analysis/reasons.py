@@ -31,6 +31,8 @@ SAMPLES = 50
 """Validation samples of the study."""
 WORTH = 0.01
 """Nats: a loss that is surely closer than this (1 % of PPL) to another is called as good."""
+DRAWN = "signs drawn"
+"""The effect of an embedding whose signs are drawn."""
 ABLATIONS = {
     "without-phase1": ("Phase 1 left out", "Phase 1 lowers PPL", "Phase 1 raises PPL"),
     "zero": ("contexts of zeros", "contexts lower PPL", "contexts raise PPL"),
@@ -55,7 +57,7 @@ def signs(drawn: Grid, fixed: Grid) -> dict[str, list[Effect]]:
     # what differs in a pair is no reason to call its runs independent
     runs, _, val_by_sample = together([(grid[0].drop(columns="embedding_seed"), *grid[1:]) for grid in (drawn, fixed)])
     runs.loc[runs["grid"] == 0, "experiment"] += "-drawn"
-    found = explain.variants(runs, {"drawn": "signs drawn"}, val_by_sample=val_by_sample)
+    found = explain.variants(runs, {"drawn": DRAWN}, val_by_sample=val_by_sample)
     for how, (_, _, losses) in (("drawn", drawn), ("fixed", fixed)):
         gaps = [gap for gap in differences(losses)[0] if gap["train_tokens"] in set(drawn[0]["train_tokens"])]
         names = [f"{gap['a']} against {gap['b']} at {gap['train_tokens']:,} tokens" for gap in gaps]
