@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from ctxlm.analysis.plots import COLOURS, REFERENCE, WIDTH
+from ctxlm.analysis.plots import COLOURS, REFERENCE, new_figure
 from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
 
 COMMON = 5000
@@ -84,10 +83,6 @@ def _by_frequency(corpus: Corpus) -> np.ndarray:
     return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
 
 
-def _figure(columns: int = 1, height: float = 3.4) -> tuple[Figure, np.ndarray]:
-    return plt.subplots(1, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained")
-
-
 def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
     """Where training, validation and test lie in the corpus: above in all of it, below up to the end of test."""
     starts, held = corpus.starts, capacity(streams)
@@ -104,8 +99,8 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
     ]
     if second_half:
         parts.append(("second half: makes the embedding", int(starts[corpus.half]), int(starts[-1]), COLOURS[4]))
-    figure, grid = plt.subplots(2, 1, figsize=(WIDTH, 2.6), layout="constrained")
-    for axes, limit in zip(grid, (int(starts[-1]), int(starts[after])), strict=True):
+    figure, ((whole,), (near,)) = new_figure(2, height=2.6)
+    for axes, limit in ((whole, int(starts[-1])), (near, int(starts[after]))):
         drawn = set()
         for name, left, right, colour in parts:
             if left < min(right, limit):
@@ -115,10 +110,10 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
         axes.set_yticks([])
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.grid(visible=False)
-    grid[0].set_title("The whole corpus", loc="left")
-    grid[1].set_title("Up to the end of test", loc="left")
-    grid[1].set_xlabel("position in the corpus (tokens)")
-    keys = dict(zip(*reversed(grid[0].get_legend_handles_labels()), strict=True))
+    whole.set_title("The whole corpus", loc="left")
+    near.set_title("Up to the end of test", loc="left")
+    near.set_xlabel("position in the corpus (tokens)")
+    keys = dict(zip(*reversed(whole.get_legend_handles_labels()), strict=True))
     figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=len(keys))
     return figure
 
@@ -126,7 +121,7 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
 def plot_lengths(corpus: Corpus, streams: Split) -> Figure:
     """How long the corpus's samples are; ticks mark those of validation, which should lie like the rest."""
     lengths = np.diff(corpus.starts)
-    figure, ((axes,),) = _figure()
+    figure, ((axes,),) = new_figure(height=3.4)
     bins = np.geomspace(lengths.min(), lengths.max() + 1, 41)
     weights = np.full(len(lengths), 100 / len(lengths))
     axes.hist(lengths, bins, weights=weights, color=COLOURS[0], alpha=0.6, label=_median("corpus", lengths))
@@ -145,7 +140,7 @@ def _median(name: str, lengths: np.ndarray) -> str:
 
 def plot_frequencies(corpus: Corpus, streams: Split) -> Figure:
     """Left: frequency by rank, against Zipf's law. Right: what validation holds that training has not shown."""
-    figure, ((left, right),) = _figure(2)
+    figure, ((left, right),) = new_figure(1, 2, 3.4)
     parts = (("corpus", corpus.tokens), ("training", streams.train.tokens), ("validation", streams.val.tokens))
     for (name, tokens), line in zip(parts, ("-", "--", ":"), strict=True):
         counts = np.sort(np.bincount(tokens))[::-1]
@@ -173,7 +168,7 @@ def plot_frequencies(corpus: Corpus, streams: Split) -> Figure:
 
 def plot_embedding(embedding: np.ndarray) -> Figure:
     """Singular values of the embedding [V, d]; equal ones would use all its dimensions alike."""
-    figure, ((axes,),) = _figure(height=3)
+    figure, ((axes,),) = new_figure(height=3)
     values = np.sqrt(np.linalg.eigvalsh(embedding.T @ embedding).clip(0))[::-1]
     axes.plot(np.arange(1, len(values) + 1), values, color=COLOURS[0], label="the embedding")
     alike = float(np.sqrt(np.square(values).mean()))

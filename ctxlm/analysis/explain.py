@@ -239,9 +239,9 @@ def recency(history: pd.DataFrame, by: Sequence[str] = ("experiment",)) -> pd.Da
 def between_epochs(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Where the best point lies when validation looks between epochs.
 
-    Columns run, best_update, epochs (updates by an epoch's), gain (nats by which it beats the best epoch's end:
-    never negative, and partly luck, for it is the least of several looks at one text), and the run's configuration.
-    Runs without `val_every_steps` are left out.
+    Columns run, epochs (its updates by an epoch's), gain (nats by which it beats the best epoch's end: never negative,
+    and partly luck, for it is the least of several looks at one text), and the run's configuration. Runs without
+    `val_every_steps` are left out.
     """
     rows = []
     for run, part in history.groupby("run"):
@@ -249,9 +249,7 @@ def between_epochs(history: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         if between.empty:
             continue
         ends = part[part["phase"] == "phase2"].pivot_table(index="step", columns="metric", values="value")
-        best, update = min(between.min(), ends["val_loss"].min()), int(between.idxmin())
-        if ends["val_loss"].min() <= between.min():
-            update = int(ends.loc[ends["val_loss"].idxmin(), "updates"])
-        rows.append((run, update, update / ends["updates"].iloc[0], float(ends["val_loss"].min() - best)))
-    found = pd.DataFrame(rows, columns=["run", "best_update", "epochs", "gain"])
+        looks = pd.concat([ends.set_index("updates")["val_loss"], between])  # of equals the first, an epoch's end
+        rows.append((run, looks.idxmin() / ends["updates"].iloc[0], ends["val_loss"].min() - looks.min()))
+    found = pd.DataFrame(rows, columns=["run", "epochs", "gain"])
     return found.merge(runs[["run", "configuration", "train_tokens", "phase2_learning_rate"]], on="run")

@@ -66,7 +66,8 @@ def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
+def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of the common width, `height` in inches, and its panels [rows, columns]."""
     return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
 
 
@@ -74,7 +75,7 @@ def _panels(labels: Sequence[str], height: float) -> tuple[Figure, dict[str, Axe
     """A panel a label, in as many rows as columns or one less; also those at the left, and those with none below."""
     columns = math.ceil(math.sqrt(len(labels)))
     rows = math.ceil(len(labels) / columns)
-    figure, grid = _figure(rows, columns, 1 + height * rows, sharex=True, sharey=True)
+    figure, grid = new_figure(rows, columns, 1 + height * rows, sharex=True, sharey=True)
     for axes in grid.flat[len(labels) :]:
         axes.axis("off")
     panels = dict(zip(labels, grid.flat, strict=False))
@@ -97,7 +98,7 @@ def _legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
 
 
 def _says(sentence: str) -> Figure:
-    figure, ((axes,),) = _figure(height=0.6)
+    figure, ((axes,),) = new_figure(height=0.6)
     axes.axis("off")
     axes.text(0, 0.5, sentence, va="center", style="italic")
     return figure
@@ -185,7 +186,7 @@ def plot_scaling(
     """
     if runs.empty:
         return _says("No finished run.")
-    figure, ((axes,),) = _figure(height=5)
+    figure, ((axes,),) = new_figure(height=5)
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"]
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
     sure = {(pair["a"], pair["b"]) for pair in summary.get("pooled", ()) if steeper(pair)}
@@ -253,7 +254,7 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
     differences = pd.DataFrame(summary["paired_differences"])
     if differences.empty:
         return _says("No two configurations were trained on the same number of tokens: nothing to compare.")
-    figure, ((axes,),) = _figure()
+    figure, ((axes,),) = new_figure()
     differences["pair"] = differences["a"] + " against " + differences["b"]
     for position, (pair, look) in enumerate(_styles(differences["pair"]).items()):
         group = differences[differences["pair"] == pair]
@@ -328,7 +329,7 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     """
     if runs.empty:
         return _says("No finished run.")
-    figure, ((axes,),) = _figure(height=3.4)
+    figure, ((axes,),) = new_figure(height=3.4)
     for position, (label, look) in enumerate(_styles(runs["experiment"]).items()):
         here, dodge = runs[runs["experiment"] == label], _dodge(position, runs["experiment"].nunique())
         mean, bars, count = _over_replicates(here, "overfit_rate")
@@ -349,7 +350,7 @@ def plot_components(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Figure:
         rows = np.expm1(components(runs, val_by_sample).set_index("source")[["sd", "low", "high"]])
     except ValueError as error:
         return _says(f"Chance cannot be taken apart: {error}.")
-    figure, ((axes,),) = _figure(height=2.6)
+    figure, ((axes,),) = new_figure(height=2.6)
     ends = [rows["sd"] - rows["low"], rows["high"] - rows["sd"]]  # nan, and no line, where there is no interval
     colours = [COLOURS[0]] * 3 + [COLOURS[1]]
     axes.barh(list(SOURCES.values()), rows["sd"], xerr=ends, color=colours, edgecolor="white", capsize=3)
@@ -376,7 +377,7 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], what: str, cause: str 
         return _says("The finished runs tell no effect.")
     rows = [len(found) for found in effects.values()]
     options = {"sharex": True, "height_ratios": [count + 0.2 for count in rows]}
-    figure, grid = _figure(len(rows), 1, 1 + 0.32 * sum(rows) + 0.4 * len(rows), **options)
+    figure, grid = new_figure(len(rows), 1, 1 + 0.32 * sum(rows) + 0.4 * len(rows), **options)
     for axes, (group, found) in zip(grid.flat, effects.items(), strict=True):
         for y, effect in enumerate(found):
             centre, ends = math.expm1(effect.estimate), np.expm1(effect.interval or [])[:, None]
@@ -406,7 +407,7 @@ def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
     shares = history[history["metric"] == "share_left"]
     if shares.empty or recency.empty:
         return _says("No run that measured its memory.")
-    figure, ((left, right),) = _figure(1, 2, 4.2)
+    figure, ((left, right),) = new_figure(1, 2, 4.2)
     styles = _styles(recency["experiment"])
     for label, look in styles.items():
         for phase, (_, own) in FORGETTING.items():
@@ -456,7 +457,7 @@ def plot_generalisation(gaps: pd.DataFrame) -> Figure:
     """Validation minus training loss after the same epoch, against trained parameters a token, a point a run."""
     if gaps.empty:
         return _says("No run that measured its training loss after an epoch.")
-    figure, grid = _figure(1, 2, 3.4, sharey=True)
+    figure, grid = new_figure(1, 2, 3.4, sharey=True)
     for axes, (name, what) in zip(grid.flat, (("best_gap", "best"), ("last_gap", "last")), strict=True):
         for label, look in _styles(gaps["experiment"]).items():
             rows, look = gaps[gaps["experiment"] == label], look | {"linestyle": "none", "markersize": 5, "alpha": 0.7}
@@ -478,7 +479,7 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     runs = with_phase1(runs)
     if runs.empty:
         return _says("Phase 1 was left out.")
-    figure, ((left, right),) = _figure(1, 2, 3.4)
+    figure, ((left, right),) = new_figure(1, 2, 3.4)
     styles, sizes = _styles(runs["experiment"]), runs["train_tokens"].unique()
     for axes, metric in ((left, "converged_ratio"), (right, "mse")):
         curves = history[(history["phase"] == "phase1") & (history["metric"] == metric)]
@@ -537,7 +538,7 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
     notes = [f"{label}, {size:,} tokens{cached[label, size]}" for label, size in parts.index]
     total = parts["total_seconds"].copy()
     parts["total_seconds"] -= parts["phase1_seconds"] + parts["phase2_seconds"]
-    figure, ((axes,),) = _figure(height=1.2 + 0.32 * len(parts))
+    figure, ((axes,),) = new_figure(height=1.2 + 0.32 * len(parts))
     for k, (name, what) in enumerate(names.items()):
         before = parts[list(names)[:k]].sum(axis=1)
         look = {"label": what, "color": COLOURS[k], "hatch": HATCHES[k], "edgecolor": "white"}
@@ -563,7 +564,7 @@ def _metric(history: pd.DataFrame, phase: str, name: str) -> pd.Series:
 
 def plot_phase1(history: pd.DataFrame) -> Figure:
     """One run's Phase 1 by iteration: converged share, mean squared change, and both terms of the loss."""
-    figure, ((left, middle, right),) = _figure(1, 3, 3.1)
+    figure, ((left, middle, right),) = new_figure(1, 3, 3.1)
     names = ((left, "converged_ratio", None), (middle, "mse", None))
     names += ((right, "fixed_point_loss", "fixed point"), (right, "diversity_loss", "diversity"))
     for axes, name, what in names:
@@ -583,7 +584,7 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
     Validation between epochs (`val_every_steps`) is placed by Phase 2's "updates" by the end of every epoch or, in a
     history without them, as if its last value stood at the end of the last epoch.
     """
-    figure, ((left, right),) = _figure(1, 2, 3.4)
+    figure, ((left, right),) = new_figure(1, 2, 3.4)
     between, updates = _metric(history, "phase2_updates", "val_loss"), _metric(history, "phase2", "updates")
     for axes, name, change in ((left, "loss", np.array), (right, "ppl", np.exp)):
         train, val = (_metric(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
@@ -607,7 +608,7 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
 
 def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
     """Singular values of context matrices, largest first, each divided by their sum: of `RANKS` → values."""
-    figure, ((axes,),) = _figure()
+    figure, ((axes,),) = new_figure()
     for k, (name, raw) in enumerate(values.items()):
         p = np.asarray(raw, float)
         look = {"color": COLOURS[k], "linestyle": LINES[k], "label": RANKS[name]}
@@ -621,7 +622,7 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
 
 def plot_memory(history: pd.DataFrame) -> Figure:
     """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
-    figure, ((left, right),) = _figure(1, 2, 4)
+    figure, ((left, right),) = new_figure(1, 2, 4)
     for k, (phase, (what, own)) in enumerate(FORGETTING.items()):
         shares = _metric(history, phase, "share_left")
         left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **own)
@@ -653,7 +654,7 @@ STAGES = {
 def plot_shares(table: pd.DataFrame) -> Figure:
     """Share of the matrix-product floor of every stage: by definition (bar) and of its own products (tick)."""
     labels = list(table.index.unique("experiment"))
-    figure, ((axes,),) = _figure(height=1 + 0.45 * len(STAGES) * len(labels) / 2)
+    figure, ((axes,),) = new_figure(height=1 + 0.45 * len(STAGES) * len(labels) / 2)
     thick, styles = 0.8 / len(labels), _styles(labels)
     for position, label in enumerate(labels):
         rows = table.loc[label].reindex(list(STAGES))
@@ -673,7 +674,7 @@ def plot_shares(table: pd.DataFrame) -> Figure:
 
 def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """Seconds of each stage, and peak anonymous memory, against the number of tokens."""
-    figure, ((left, right),) = _figure(columns=2, height=4)
+    figure, ((left, right),) = new_figure(columns=2, height=4)
     styles, sizes = _styles(stages["experiment"]), sorted(stages["tokens"].unique())
     for (stage, label), rows in stages[stages["stage"] != "evaluation"].groupby(["stage", "experiment"], sort=False):
         look = styles[label] | {"linestyle": LINES[list(STAGES).index(stage)]}
