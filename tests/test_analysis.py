@@ -624,12 +624,12 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         assert "\n\nGrid planted: 4 runs in 1 replicate, trained on" in text
         columns = (
             "Law",
-            "Slope α",
+            "Slopes α",
             "Standard deviation",
             "Before training, tokens",
             "Question",
             "PPL against A",
-            "Against A (ppmi)",
+            "Against KN-4",
         )
         laws, slopes, chance, reach, known, ranked, compared = (
             next(part for part in shown if column in part) for column in columns
@@ -640,15 +640,16 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         effects = pd.concat([part for part in shown if "Effect" in part])
         responses = {"last PPL / best PPL", "best PPL", "PPL", "memory horizon", "signs drawn", "signs fixed"}
         assert set(effects["Of"]) == {"A", "B"} | responses
-        assert len(known) == 14 and known["Answer"].iloc[-4].startswith("PPL against A: KN-4 ")
-        assert known["Answer"][0].startswith("PPL of A against B: ") and known["Scale: grids"][0] == "full: study"
+        assert len(known) == 15 and known["Answer"].iloc[-4].startswith("PPL against A: KN-4 ")
+        assert known["Answer"][0].startswith("A did better, in single runs, than B at ")
+        assert known["Scale: grids"][:2].tolist() == ["full: study", "quick: variance"]
         assert known["Scale: grids"].iloc[-4] == "full: study, baselines, networks"
         assert set(ranked["Model"]) == {"A", "B", "KN-4", "LSTM", "tuned-A", "joint-A", "slow-A"}
         pairs = pd.concat([part for part in shown if "Its PPL" in part])
         assert pairs["Model"].tolist() == ["joint-A", "slow-A"]
         assert pairs["Counterpart"].tolist() == ["tuned-A", "joint-A"]
         against = [name for name in compared if name.startswith("Against")]
-        assert against == ["Against A (ppmi)", "Against KN-4", "Against LSTM (ppmi)"]
+        assert against == ["Against KN-4", "Against LSTM (ppmi)"]
         assert ranking.LEGEND.replace(" %", "\u00a0%") in text
 
 
