@@ -27,7 +27,7 @@ LEGEND = (
 """How to read `beside`."""
 BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", "slow-A": "LSTM-slow", CACHED: ""}
 """What a part of a label stands in the place of: the recipe that a recipe goes on from; nothing, for a slow context of
-networks (LSTM-slow) and for a cache."""
+networks (LSTM-slow) and for a cache; the network with the same memory, for slow-A."""
 APART = (
     "In pairs with the {} recipe's runs, PPL changes as follows; what each of the {} does was tried on held-out text "
     f"only, docs/findings.md ({MARK}: the interval does not cover seeds and training texts)."
