@@ -286,7 +286,7 @@ def _sentence(detail: Mapping[str, Any]) -> str:
         return f"{name} = {value!r} is not possible: {_PATTERNS[name]}"
     message = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
     hints = {"int_type": " (write it without quotes)", "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)"}
-    number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE)
     return f"{name} = {value!r} is not possible: {message}{hints.get(kind, '') if number else ''}"
 
 
@@ -385,9 +385,13 @@ def load_grid(name: str) -> Grid:
     """
     path = _grid_file(name)
     content = _grid_content(path)
-    base, sweep = read_yaml("params/base.yaml"), content["sweep"]
-    common = [values for values, _ in _layers(path, "'common'", content["common"])]
+    sweep = content["sweep"]
     swept = [parameter for names in sweep for parameter in _parameters(names)]
+    for parameter in swept:
+        if swept.count(parameter) > 1:
+            raise ConfigError(f"{path}: 'sweep' names {parameter} twice: keep one of the two")
+    base = read_yaml("params/base.yaml")
+    common = [values for values, _ in _layers(path, "'common'", content["common"])]
     steps = [_steps(path, names, values) for names, values in sweep.items()]
     runs: dict[str, Experiment] = {}
     for label, given in content["experiments"].items():
@@ -442,10 +446,6 @@ def _grid_content(path: Path) -> dict[str, Any]:
         if not isinstance(content[key], str):
             remedy = f"write a text after '{key}:' (a number in quotes), or leave the line out"
             raise ConfigError(f"{path}: {key} = {content[key]!r} is not possible: {remedy}")
-    swept = [name for names in sweep for name in _parameters(names)]
-    for name in swept:
-        if swept.count(name) > 1:
-            raise ConfigError(f"{path}: 'sweep' names {name} twice: keep one of the two")
     return content
 
 

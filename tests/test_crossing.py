@@ -8,7 +8,7 @@ import pytest
 import statsmodels.formula.api as smf
 from scipy import stats
 
-from ctxlm.analysis.crossing import MOST_LOG, bootstrap, errors, pooled
+from ctxlm.analysis.crossing import MOST_LOG, _within, bootstrap, errors, pooled
 from ctxlm.analysis.replicates import critical
 from ctxlm.analysis.scaling import (
     crossover,
@@ -150,6 +150,26 @@ def test_fieller_says_where_the_crossover_may_be(gap, kind):
         assert all(statistic(end) == pytest.approx(t, rel=1e-6) for end in (low, high) if end)
 
 
+@pytest.mark.parametrize(
+    ("kind", "ends", "expected"),
+    [
+        ("bounded", (5, 9), ("bounded", (math.exp(5), math.exp(9)))),
+        ("bounded", (-5, 9), ("bounded", (None, math.exp(9)))),
+        ("outside", (5, 90), ("outside", (math.exp(5), None))),
+        ("bounded", (-5, -1), ("nowhere", None)),
+        ("outside", (-5, -1), ("unbounded", None)),
+        ("bounded", (40, 90), ("nowhere", None)),
+        ("outside", (40, 90), ("unbounded", None)),
+        ("bounded", (-5, 90), ("unbounded", None)),
+        ("outside", (-5, 90), ("nowhere", None)),
+        ("unbounded", None, ("unbounded", None)),
+    ],
+)
+def test_fiellers_set_is_told_of_sizes_that_can_be(kind, ends, expected):
+    found, interval = _within(2.0, kind, ends and tuple(end - 2 for end in ends))
+    assert found == expected[0] and interval == (expected[1] and pytest.approx(expected[1]))
+
+
 def test_replicates_cover_effects_that_last_across_sizes():
     rng, hits = np.random.default_rng(32), []
     for _ in range(150):
@@ -159,9 +179,10 @@ def test_replicates_cover_effects_that_last_across_sizes():
         low, high = found.slope_interval
         if found.fieller == "bounded":
             fieller = (found.fieller_interval[0] or 0) < MEETS < (found.fieller_interval[1] or math.inf)
-        else:  # anywhere, or outside a gap
+        else:  # anywhere, nowhere, or outside a gap
             gap = found.fieller_interval
-            fieller = gap is None or not (gap[0] or 0) < MEETS < (gap[1] or math.inf)
+            beside = gap is not None and not (gap[0] or 0) < MEETS < (gap[1] or math.inf)
+            fieller = found.fieller == "unbounded" or beside
         left, right = bootstrap(runs, by_sample(runs, rng, 0.3), "B", draws=300)["bootstrap_slope"]
         hits.append((low < -0.1 < high, fieller, left < -0.1 < right))
     assert (np.mean(hits, axis=0) > 0.90).all(), np.mean(hits, axis=0)
@@ -178,7 +199,7 @@ def test_laws_far_apart_are_said_to_be_so():
     runs.loc[runs["experiment"] == "B", "val_loss"] += 3
     found = pooled(runs, "A", "B")
     assert found.crossover_tokens is None and found.reason.startswith("the laws would meet at 10¹")
-    assert found.p_value < 0.001 and found.fieller == "bounded"
+    assert found.p_value < 0.001 and found.fieller == "nowhere"
 
 
 def test_no_degree_of_freedom_no_interval():

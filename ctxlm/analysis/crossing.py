@@ -59,9 +59,10 @@ class Pooled:
     delta_interval: tuple[float | None, float | None] | None
     """Of the crossover, by the delta method on its logarithm; only where Fieller's set is bounded."""
     fieller: str | None
-    """bounded: the crossover lies in the interval; outside: anywhere but in it; unbounded: anywhere. None: no error."""
+    """From 1 to 10¹⁵ tokens the crossover lies: bounded: in the interval; outside: anywhere but in it; unbounded:
+    anywhere; nowhere. None: no error."""
     fieller_interval: tuple[float | None, float | None] | None
-    """An end below 1 token or beyond 10¹⁵ is None."""
+    """An end below 1 token or beyond 10¹⁵ is None; there is one within."""
     reason: str | None
     """Why there is no crossover."""
 
@@ -107,7 +108,7 @@ def pooled(runs: pd.DataFrame, a: str, b: str) -> Pooled:
         names = ("slope_interval", "slope_interval_robust", "p_value", "delta_interval", "fieller", "fieller_interval")
         return Pooled(**found, **dict.fromkeys(names))
     t, error = critical(dof), math.sqrt(cov[1, 1])
-    kind, ends = _fieller(shift, slope, cov, t)
+    kind, ends = _within(middle, *_fieller(shift, slope, cov, t))
     gradient = np.array([-1 / slope, shift / slope**2])
     spread = t * math.sqrt(gradient @ cov @ gradient)
     return Pooled(
@@ -117,7 +118,7 @@ def pooled(runs: pd.DataFrame, a: str, b: str) -> Pooled:
         p_value=float(2 * stats.t.sf(abs(slope) / error, dof)),
         delta_interval=_tokens(log_tokens - spread, log_tokens + spread) if meets and kind == "bounded" else None,
         fieller=kind,
-        fieller_interval=ends and _tokens(middle + ends[0], middle + ends[1]),
+        fieller_interval=ends,
     )
 
 
@@ -146,6 +147,20 @@ def _fieller(shift: float, slope: float, cov: np.ndarray, t: float) -> tuple[str
         return "unbounded", None
     low, high = sorted((-half + sign * math.sqrt(max(discriminant, 0))) / square for sign in (-1, 1))
     return ("bounded" if square > 0 else "outside"), (low, high)
+
+
+def _within(
+    middle: float, kind: str, ends: tuple[float, float] | None
+) -> tuple[str, tuple[float | None, float | None] | None]:
+    """`_fieller`'s set, in log tokens less `middle`, as what of it lies from 1 to 10¹⁵ tokens."""
+    if ends is None:
+        return kind, None
+    low, high = middle + ends[0], middle + ends[1]
+    if high < 0 or low > MOST_LOG:  # the interval, or the gap, lies beyond
+        return ("nowhere" if kind == "bounded" else "unbounded"), None
+    if low < 0 and high > MOST_LOG:  # it is all there is
+        return ("unbounded" if kind == "bounded" else "nowhere"), None
+    return kind, _tokens(low, high)
 
 
 def _tokens(low: float, high: float) -> tuple[float | None, float | None]:

@@ -197,7 +197,7 @@ def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[exp
         return []
     found: list[explain.Effect] = []
     single = runs["replicate"].nunique() == 1
-    suffixes = {label[label.index(FALLING) :] for label in sorted(set(runs["experiment"])) if FALLING in label}
+    suffixes = {label[label.index(FALLING) :] for label in set(runs["experiment"]) if FALLING in label}
     for size, own in runs.groupby("train_tokens") if single else [(None, runs)]:
         at = f" at {size:,} tokens" if single else ""
         pairs = explain.variants(own, {suffix: suffix for suffix in sorted(suffixes)}, val_by_sample=val_by_sample)

@@ -157,12 +157,13 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
 
 
 def _fieller(kind: str, ends: tuple[float | None, float | None] | None) -> str:
-    """Fieller's set in words; outside a gap that is open at one end there is only the other side."""
-    if ends == (None, None):
-        return "nowhere from 1 to 10^15"
-    if kind == "outside" and ends and None in ends:
-        return f"above {tokens_text(ends[1])}" if ends[0] is None else f"below {tokens_text(ends[0])}"
-    return {"outside": "anywhere but ", "bounded": ""}.get(kind, "anywhere") + _ends(ends, tokens_text)
+    """Fieller's set in words; an interval, or what is outside of one, that is open at an end has one side."""
+    if ends is None:
+        return {"unbounded": "anywhere", "nowhere": "nowhere from 1 to 10^15"}[kind]
+    if None in ends:
+        low, high = ends if kind == "bounded" else ends[::-1]
+        return f"below {tokens_text(high)}" if low is None else f"above {tokens_text(low)}"
+    return ("anywhere but " if kind == "outside" else "") + _ends(ends, tokens_text)
 
 
 def _ends(interval: Sequence[float | None] | None, text: Callable[[float], str]) -> str:
