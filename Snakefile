@@ -2,7 +2,7 @@
 #
 #   snakemake --cores all --config grid=quick          (what `make report` calls)
 #
-# A finished run is not run again; an added size runs alone. A changed parameter or a changed source runs it anew.
+# A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
 import os
 import re
@@ -17,7 +17,7 @@ import yaml
 
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
-from ctxlm.embeddings import load_embedding
+from ctxlm.embeddings import data_hash, load_embedding
 from ctxlm.files import digest
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
@@ -37,6 +37,7 @@ try:  # everything that can be said before any work starts is said here, in one 
     for run in {(run.embedding, run.embed_dim): run for run in GRID.runs.values()}.values():
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
+    DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
     read = {GRID.name, *glob_wildcards("params/grids/{name}.yaml").name}  # by a report, whatever its grid
     if begun := [name for name in sorted(read) if os.path.isdir(f"{OUTPUTS}/{name}")]:
         from ctxlm.results import check_runs
@@ -53,11 +54,11 @@ def read_besides() -> str:
     """Digest of what the analysis reads beside its own grid's runs: other grids and their results, published tables."""
     results = Path(os.environ.get("CTXLM_RESULTS") or "data/results")
     files = [*Path("params/grids").glob("*.yaml"), *Path("data/reference").rglob("*.csv"), *results.glob("*/*/*")]
-    files += [path for path in Path(OUTPUTS).glob("*/*/metrics.json") if path.parts[-3] != GRID.name]
+    files += [path for name in read - {GRID.name} for path in Path(OUTPUTS).glob(f"{name}/*/metrics.json")]
     return digest(*(part for path in sorted(files) for part in (path.as_posix(), path.read_bytes())))
 
 
-RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv"]  # what the analysis reads
+RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 
 
 def visible_gpus() -> list[str]:
@@ -79,11 +80,17 @@ os.environ["CTXLM_GPUS"] = " ".join(GPUS)
 CORES = workflow.cores or 1
 SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(GRID.runs)  # rounded up, so that no run lacks a GPU
 THREADS = int(config.get("threads", max(1, SHARE)))
-# Each run takes a free GPU and keeps it locked until it ends; an n-gram has no use for one.
+# Each run that may choose takes a free GPU and keeps it locked until it ends.
 TAKE_A_GPU = (
     'for gpu in {params.gpus}; do exec 9> "{OUTPUTS}/.gpu-$gpu"; '
     "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$gpu; break; fi; done; "
 )
+
+
+def takes_a_gpu(run) -> bool:
+    """Whether any GPU would do: an n-gram has no use for one, and a run may name its own, or none."""
+    return run.model != "kneser-ney" and run.device in ("auto", "cuda")
+
 
 # The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
 CORPORA: dict[str, dict] = {}
@@ -169,9 +176,10 @@ rule experiment:
             GRID.runs[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
         # By name, not by value: another number of GPUs is no reason to run anything again.
-        gpus=lambda wildcards: "" if GRID.runs[wildcards.run].model == "kneser-ney" else "$CTXLM_GPUS",
+        gpus=lambda wildcards: "$CTXLM_GPUS" if takes_a_gpu(GRID.runs[wildcards.run]) else "",
         notebook=lambda wildcards: NOTEBOOKS[GRID.runs[wildcards.run].model],
         code=lambda wildcards: code_hash(GRID.runs[wildcards.run].model),
+        data=lambda wildcards: DATA[GRID.runs[wildcards.run].corpus, GRID.runs[wildcards.run].embedding],
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: GRID.runs[wildcards.run].train_tokens or GRID.runs[wildcards.run].train_samples

@@ -52,6 +52,17 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     return embedding * draws.choice(np.float32([-1, 1]), dim) if experiment.embedding_seed else embedding
 
 
+def data_hash(experiment: Experiment) -> str:
+    """Digest of the files an experiment reads: the corpus's tokens and samples, and the embedding's where it names one.
+
+    Raises:
+        ConfigError: one of them cannot be had.
+    """
+    named = resolve(experiment.embedding)
+    embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
+    return digest(load_corpus(experiment.corpus).digest, embedding)
+
+
 def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:
     """Rows of U·√S from the truncated SVD of the stream's PPMI matrix, each scaled to a spread of 0.14; [V, dim].
 

@@ -28,16 +28,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctxlm.config import ConfigError, Experiment, code_hash
+from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve
 
 LOSSES = "val_losses.npz"
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
 """What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
+BY_SAMPLE = {"sample": int, "loss_sum": float, "tokens": int}
 TABLES = {
     "history.csv": {"phase": str, "step": int, "metric": str, "value": float},
-    "val_by_sample.csv": {"sample": int, "loss_sum": float, "tokens": int},
+    "val_by_sample.csv": BY_SAMPLE,
+    "test_by_sample.csv": BY_SAMPLE,
 }
 """The columns of a run's tables, which are committed beside its metrics.json when it took long."""
+YOUNGER = "test_by_sample.csv"
+"""A table that older runs do not have."""
 
 
 def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -46,6 +51,7 @@ def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype)
     return experiment.model_dump() | {
         "params_hash": experiment.params_hash,
         "code_hash": code_hash(experiment.model),
+        "data_hash": data_hash(experiment),
         "git_commit": git_commit(),
         # torch's own word says which build it is; the package's metadata may leave "+cu132" out
         "versions": {"python": platform.python_version()}
@@ -128,8 +134,8 @@ def write_run(
     folder: str | Path,
     metrics: Mapping[str, Any] | pd.Series,
     history: pd.DataFrame,
-    val_losses: np.ndarray,
-    val_samples: np.ndarray,
+    val: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
     weights: dict[str, torch.Tensor],
 ) -> Path:
     """Write a finished run; every file is complete on disk before the first earlier one is replaced.
@@ -138,8 +144,7 @@ def write_run(
         folder: the run's folder, made if need be; relative paths start at the repository's root.
         metrics: the flat content of metrics.json.
         history: rows phase, step, metric, value.
-        val_losses: every validation token's loss, nats, float32 [N].
-        val_samples: the sample of every such token, int32 [N].
+        val, test: every predicted token's loss, nats, float32 [N], and its sample, int32 [N].
         weights: what model.safetensors holds.
 
     Raises:
@@ -153,15 +158,16 @@ def write_run(
     writers: dict[str, Callable[[Path], Any]] = {
         "metrics.json": lambda path: path.write_text(json.dumps(dict(metrics), indent=1) + "\n", encoding="utf-8"),
         "history.csv": lambda path: history.to_csv(path, index=False),
-        "val_by_sample.csv": lambda path: losses_by_sample(val_losses, val_samples).to_csv(path, index=False),
-        LOSSES: lambda path: np.savez_compressed(path, loss=val_losses, sample=val_samples),
+        "val_by_sample.csv": lambda path: losses_by_sample(*val).to_csv(path, index=False),
+        "test_by_sample.csv": lambda path: losses_by_sample(*test).to_csv(path, index=False),
+        LOSSES: lambda path: np.savez_compressed(path, loss=val[0], sample=val[1]),
         "model.safetensors": lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
     try:
         with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
             for name, write in writers.items():
                 write(replaced_on_exit.enter_context(atomic(folder / name)))
-            # Five files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark of
+            # Six files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark of
             # a finished run, never an earlier metrics.json beside newer tables.
             (folder / "metrics.json").unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
@@ -263,15 +269,22 @@ def check_runs(grid: str) -> None:
 def load_table(grid: str, name: str) -> pd.DataFrame:
     """One of `TABLES` of every finished run, with columns run, experiment, train_tokens and seed before its own.
 
+    Runs that are older than a table are left out of it.
+
     Raises:
         ConfigError: one is damaged.
     """
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():
+        path = folders[row.run][0] / name
+        if name == YOUNGER and not path.exists():
+            continue
         try:
-            table = _read_table(folders[row.run][0] / name)
-            if "tokens" in table and table["tokens"].sum() != row.val_tokens - 1:  # one prediction fewer than tokens
-                raise ValueError(f"it has {table['tokens'].sum()} tokens, metrics.json asks for {row.val_tokens - 1}")
+            table = _read_table(path)
+            if "tokens" in table:  # of N tokens N - 1 are predicted
+                asked, there = getattr(row, f"{name.partition('_')[0]}_tokens") - 1, table["tokens"].sum()
+                if there != asked:
+                    raise ValueError(f"it has {there} tokens, metrics.json asks for {asked}")
         except (OSError, ValueError) as error:
             raise _damaged(grid, row.run, row.source, name, error) from None
         for column in ("seed", "train_tokens", "experiment", "run"):

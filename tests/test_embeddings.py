@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ctxlm import embeddings
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, decode, load_corpus, tokenizer
-from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, load_embedding, ppmi_svd
+from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, data_hash, load_embedding, ppmi_svd
 from ctxlm.files import ROOT
 
 
@@ -243,6 +243,18 @@ def test_a_safetensors_file_gives_its_wte_as_it_is(tmp_path, key):
     assert np.array_equal(load_embedding(Experiment(embedding=str(path), embed_dim=3)), wte)
     with pytest.raises(ConfigError, match=r"is \[50257, 3\], not \[50257, embed_dim = 4\]"):
         load_embedding(Experiment(embedding=str(path), embed_dim=4))
+
+
+def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, cache):
+    text, file = tmp_path / "text.txt", tmp_path / "model.safetensors"
+    found = set()
+    for words, rows in (("one two\n\nthree", 0), ("one two\n\nthree four", 0), ("one two\n\nthree", 1)):
+        text.write_text(words)
+        save_file({"wte.weight": np.full((VOCABULARY, 2), rows, dtype=np.float32)}, file)
+        one = Experiment(corpus=str(text), embedding=str(file), embed_dim=2, train_tokens=2, seed=1)
+        found.add(data_hash(one))
+        assert data_hash(one.model_copy(update={"seed": 2, "train_tokens": 3})) == data_hash(one)
+    assert len(found) == 3
 
 
 def test_a_bad_safetensors_file_is_refused_in_one_sentence(tmp_path):

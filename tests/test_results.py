@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 import ctxlm.files
 from ctxlm.config import SOURCES, ConfigError, Experiment, code_hash
+from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
 from ctxlm.results import (
     TABLES,
+    YOUNGER,
     Stopwatch,
     check_runs,
     load_runs,
@@ -32,9 +34,11 @@ HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "va
 
 
 def write(folder, **metrics):
-    own = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_tokens": 4, "val_loss": 2.0, "val_ppl": 7.4}
+    own = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_tokens": 4, "test_tokens": 3}
+    own |= {"val_loss": 2.0, "val_ppl": 7.4}
     losses, samples = np.array([1.0, 2.0, 4.0], dtype=np.float32), np.array([7, 7, 8], dtype=np.int32)
-    return write_run(folder, own | metrics, HISTORY, losses, samples, {"w": torch.arange(6.0).reshape(2, 3).T})
+    weights = {"w": torch.arange(6.0).reshape(2, 3).T}
+    return write_run(folder, own | metrics, HISTORY, (losses, samples), (losses[1:], samples[1:]), weights)
 
 
 @pytest.fixture
@@ -51,6 +55,7 @@ def test_a_run_comes_back_as_it_was_written(roots):
         "history.csv",
         "metrics.json",
         "model.safetensors",
+        "test_by_sample.csv",
         "val_by_sample.csv",
         "val_losses.npz",
     ]
@@ -61,6 +66,8 @@ def test_a_run_comes_back_as_it_was_written(roots):
     ]
     by_sample = load_table("g", "val_by_sample.csv")
     assert by_sample[["sample", "loss_sum", "tokens"]].values.tolist() == [[7, 3.0, 2], [8, 4.0, 1]]
+    by_sample = load_table("g", "test_by_sample.csv")
+    assert by_sample[["sample", "loss_sum", "tokens"]].values.tolist() == [[7, 2.0, 1], [8, 4.0, 1]]
     assert load_file(folder / "model.safetensors")["w"].shape == (3, 2)
     with np.load(folder / "val_losses.npz") as file:
         assert file["loss"].tolist() == [1.0, 2.0, 4.0] and file["sample"].tolist() == [7, 7, 8]
@@ -124,7 +131,7 @@ def test_metrics_json_is_replaced_last(roots, monkeypatch):
         ctxlm.files.os, "replace", lambda source, target: (order.append(target.name), replace(source, target))
     )
     write(folder)
-    assert len(order) == 5 and order[-1] == "metrics.json"
+    assert len(order) == 6 and order[-1] == "metrics.json"
 
 
 def test_losses_by_sample_sum_in_double_precision():
@@ -138,6 +145,7 @@ def test_provenance_says_with_what_a_run_was_made():
     assert found["params_hash"] == own.params_hash and found["code_hash"] == code_hash()
     assert (found["device"], found["dtype"]) == ("cpu", "bfloat16")
     assert set(own.model_dump()) <= set(found) and found["versions"]["torch"] == torch.__version__
+    assert found["data_hash"] == data_hash(own)
     assert code_hash("kneser-ney") != code_hash() and not any("analysis" in name for name in SOURCES)
 
 
@@ -202,8 +210,12 @@ def test_a_damaged_table_is_named(roots, name):
     path = write(roots[0] / "g" / "A").with_name(name)
     whole = path.read_bytes()
     damaged = [None, b"", b"\x89PNG\r\n\x1a\n\x00\xff", b"a,b\n1,2\n", whole[:-2], whole.replace(b".0", b"x")]
-    if name == "val_by_sample.csv":  # of a history nothing tells how long it was
+    if "by_sample" in name:  # of a history nothing tells how long it was
         damaged.append(whole[: whole.rindex(b"\n", 0, -1) + 1])
+    if name == YOUNGER:  # older runs do not have it
+        damaged.remove(None)
+        path.unlink()
+        assert load_table("g", name).empty
     for content in damaged:
         path.unlink(missing_ok=True)
         if content is not None:
