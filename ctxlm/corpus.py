@@ -187,10 +187,10 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
 def check_data(experiments: Iterable[Experiment]) -> None:
     """Refuse experiments whose text cannot be had, or whose windows of training text (`data_seed`) are not apart.
 
-    Windows are to be independent texts, and whatever is computed over them takes them for that.
+    Windows are to be independent texts of equal size, and whatever is computed over them takes them for that.
 
     Raises:
-        ConfigError: as `split`, or two windows of one corpus share tokens.
+        ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
     """
     corpora: dict[str, Corpus] = {}
     longest: dict[tuple[str, int], dict[int, Experiment]] = {}
@@ -200,6 +200,11 @@ def check_data(experiments: Iterable[Experiment]) -> None:
         capacity = _capacity(corpora[e.corpus], e)
         _, length = _window(corpora[e.corpus], e, capacity)
         known = longest.setdefault((e.corpus, capacity), {})
+        if e.train_samples is not None and (others := {*known} - {e.data_seed}):
+            raise ConfigError(
+                f"data_seed = {e.data_seed} and {min(others)} with train_samples = {e.train_samples}: windows of so "
+                "many samples differ in tokens, so that no two could be compared: give train_tokens instead"
+            )
         if e.data_seed not in known or length > _window(corpora[e.corpus], known[e.data_seed], capacity)[1]:
             known[e.data_seed] = e  # a shorter window is the beginning of a longer one
     for (name, capacity), known in longest.items():

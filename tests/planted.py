@@ -47,6 +47,7 @@ def plant(
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
     samples: int = 20,
     spread: float = 0.005,
+    test_gaps: Mapping[str, float] | None = None,
     corpus: str = "chitchat",
     chance: Callable[[str, int, int, int], float] = lambda *_: 0.0,
     **metrics,
@@ -58,6 +59,7 @@ def plant(
         sizes: training tokens of all labels, or of each.
         pairs: (seed, data_seed) of the runs of a size, instead of `seeds` on one text.
         chance: nats added to the loss of a run, by label, size, seed and data_seed.
+        test_gaps: label → nats by which its test loss, of every sample, lies above 5; None: none is kept by sample.
         spread: standard deviation, between samples, of what one run adds to a sample's mean loss.
         metrics: columns of metrics.json to override in every run.
     """
@@ -77,6 +79,9 @@ def plant(
                 folder = root / grid / name
                 folder.mkdir(parents=True, exist_ok=True)
                 table.to_csv(folder / "val_by_sample.csv", index=False)
+                if test_gaps:
+                    tested = pd.DataFrame({"sample": range(90, 140), "loss_sum": 100 * (5 + test_gaps[label])})
+                    tested.assign(tokens=100).to_csv(folder / "test_by_sample.csv", index=False)
                 run = _metrics(label, *shapes[label], size, seed, loss, int(tokens.sum()) + 1)
                 run |= {"corpus": corpus, "data_seed": window} | metrics
                 history = _history(run, loss)
@@ -122,6 +127,7 @@ def _metrics(label: str, layers: int, width: int, size: int, seed: int, loss: fl
         "val_accuracy": 0.15,
         "last_val_ppl": math.exp(loss) * (1 + rate),
         "overfit_rate": rate,
+        "test_tokens": 5001,
         "test_loss": loss + 0.01,
         "test_ppl": math.exp(loss + 0.01),
         "test_accuracy": 0.149,

@@ -243,6 +243,10 @@ def test_windows_that_share_a_token_are_refused_with_a_seed_that_shares_none(cas
     pair = [experiment.model_copy(update={"data_seed": seed}) for seed in (one, other)]
     seen = [set(split(e, corpus).train.tokens) for e in pair]
     with mock.patch.object(corpus_module, "load_corpus", return_value=corpus):
+        if one != other and experiment.train_samples is not None:
+            with pytest.raises(ConfigError, match="give train_tokens instead"):
+                check_data(pair)
+            return
         if one == other or not seen[0] & seen[1]:
             return check_data(pair)
         with pytest.raises(ConfigError) as refused:
@@ -258,6 +262,13 @@ def test_windows_that_share_a_token_are_refused_with_a_seed_that_shares_none(cas
 def test_windows_of_our_grids_are_apart(grid, chitchat, monkeypatch):
     monkeypatch.setattr(corpus_module, "load_corpus", lambda name: chitchat)
     check_data(load_grid(grid).runs.values())
+
+
+def test_windows_of_unequal_size_are_refused():
+    one = Experiment(train_tokens=None, train_samples=20, val_samples=5, test_samples=5)
+    check_data([one, one.model_copy(update={"seed": 1})])
+    with pytest.raises(ConfigError, match=r"^data_seed = 1 and 0 with train_samples = 20: .*: give train_tokens inste"):
+        check_data([one, one.model_copy(update={"data_seed": 1})])
 
 
 def test_data_seeds_rotate_the_training_window_over_the_whole_capacity():

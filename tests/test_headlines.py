@@ -89,14 +89,14 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     planted_gaps = [100 * math.expm1(sign * (math.log(9 / 8) + 0.1 * math.log(size / 20_000))) for size in SIZES]
     assert [sign * float(gap[0]) for gap in gaps] == pytest.approx(planted_gaps, abs=1.5)
     assert answer.startswith(f"{first} is better than {second} at ") and answer.endswith(" tokens.")
-    alone = headlines._gaps(grids["study"])
+    alone = headlines._gaps(grids["study"], "study")
     assert alone.startswith("A did better, in single runs, than B at ") and ": −11.1 % (" in alone
     assert said["And with other seeds and texts? quick"] == f"{answer}"
     equal = planted(outputs, dict.fromkeys("AB", (-0.3, 800)), pairs=NESTED[::2], chance=noise(0.02))
     assert re.fullmatch(
         r"A and B cannot be told apart at any of 4 sizes \([−+.\d]+ to [−+.\d]+ %; intervals within −[.\d]+ "
         r"to \+[.\d]+ %; \d+ runs in \d+ replicates\)",
-        headlines._gaps(equal),
+        headlines._gaps(equal, "planted"),
     )
     chance = said["How much is chance? quick"]
     assert "PPL scatters about its mean by" in chance and "80 runs)" in chance

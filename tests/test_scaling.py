@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ctxlm.analysis import findings, scaling
+from ctxlm.analysis import findings, plots, scaling, tables
 from ctxlm.analysis.scaling import (
     crossover,
+    differences,
     extrapolate,
     fit_power_law,
     fit_saturating,
@@ -21,6 +22,7 @@ from ctxlm.analysis.scaling import (
     ppl_interval,
     read_grid,
     summarise,
+    with_tests,
     write_summary,
 )
 from ctxlm.analysis.tables import read_published
@@ -290,10 +292,52 @@ def test_one_sample_gives_no_interval_and_equal_runs_a_zero_one():
 
 
 def test_other_tokens_cannot_be_paired():
-    with pytest.raises(ValueError, match="different validation tokens"):
+    with pytest.raises(ValueError, match="different tokens"):
         paired_difference(by_sample([5.0], np.array([100])), by_sample([5.0], np.array([101])))
-    with pytest.raises(ValueError, match="different validation tokens"):
+    with pytest.raises(ValueError, match="different tokens"):
         paired_difference(by_sample([5.0, 5.0], np.array([100, 100])), by_sample([5.0], np.array([100])))
+
+
+def test_the_sample_that_changes_a_difference_most_is_left_out_beside_it():
+    tokens = np.array([100, 100, 200])
+    found = paired_difference(by_sample([5.0, 5.0, 5.9], tokens), by_sample([5.1, 5.1, 5.0], tokens))
+    assert (found.log_ppl, found.without, found.without_tokens) == (pytest.approx(0.4), pytest.approx(-0.1), 200)
+    one = by_sample([5.0], np.array([100]))
+    assert paired_difference(one, one).without is None
+
+
+def test_the_test_text_has_its_own_difference(outputs):
+    laws, pairs = {"A": (-0.3, 850), "B": (-0.3, 800)}, [(1, 0), (2, 1)]
+    tested = []
+    for gaps in ({"A": 0.1, "B": 0.2}, None):
+        grid = plant(outputs, laws, pairs=pairs, test_gaps=gaps)
+        runs, _, val_by_sample = read_grid("planted")
+        tested.append(summarise("planted", runs, val_by_sample)["paired_differences"][0]["test"])
+        for path in grid.glob("*/test_by_sample.csv"):
+            path.unlink()
+    interval = pytest.approx((-0.1, -0.1))
+    assert tested[0] == {"log_ppl": pytest.approx(-0.1), "interval": interval, "samples": 50}
+    assert tested[1] == {"log_ppl": pytest.approx(math.log(850 / 800)), "interval": None, "samples": None}
+    paired, _ = differences(val_by_sample)
+    assert with_tests(paired, runs.drop(columns="test_loss"))[0]["test"] is None
+    runs.loc[runs["experiment"] == "A", "test_tokens"] = 4000
+    assert with_tests(paired, runs)[0]["test"] is None
+
+
+def test_a_run_without_losses_by_test_sample_takes_the_interval_with_it(outputs):
+    grid = plant(outputs, {"A": (-0.3, 850), "B": (-0.3, 800)}, test_gaps={"A": 0.1, "B": 0.2})
+    next(grid.glob(f"A*{SIZES[0]}*/test_by_sample.csv")).unlink()
+    runs, _, val_by_sample = read_grid("planted")
+    found = summarise("planted", runs, val_by_sample)["paired_differences"]
+    assert [pair["test"]["samples"] for pair in found] == [None, 50, 50, 50]
+    said = findings.verdict({"A": "A", "B": "B"}, "A", "B", found)
+    assert "On the test text, without intervals: +6.3 % at " in said
+    said = findings.verdict({"A": "A", "B": "B"}, "A", "B", found[1:])
+    assert said.startswith("B **did better")  # by validation text
+    assert "On the test text (50 samples, which decided nothing) A **did better, in single runs, than** B at " in said
+    table = tables.gaps_table({"paired_differences": found})
+    assert [*table["Test samples"]] == ["–", 50, 50, 50] and table["Test text"][0] == "+6.3 %"
+    assert len(plots.plot_paired_differences(runs, {"paired_differences": found[1:]}).axes[0].containers) == 2
 
 
 def test_summary_of_a_planted_grid(outputs):

@@ -1,5 +1,6 @@
 """What the runs of a grid say, in sentences: every number in them is computed from the runs."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -202,30 +203,47 @@ def _unfinished(runs: pd.DataFrame) -> str:
 
 
 def verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
-    """Which of `a` and `b`, called by their `names`, is better at which sizes, and their paired differences."""
+    """Which of `a` and `b`, called by their `names`, is better at which sizes, by validation and by test text.
+
+    `differences` are those of `scaling.with_tests` for the pair.
+    """
     if not differences:
         return f"{names[a]} and {names[b]} cannot be compared: no amount of training text was given to both."
+    said = (
+        f"{_winners(names, a, b, differences)}. Validation PPL of {a} against {b}, with 95 % intervals (below 0, {a} "
+        f"is better): {_values(differences)} tokens."
+    )
+    tested = [d | d["test"] for d in differences if d["test"]]
+    if not tested:
+        return said
+    if any(d["samples"] is None for d in tested):
+        plain = "; ".join(f"{percent(math.expm1(d['log_ppl']))} at {d['train_tokens']:,}" for d in tested)
+        return f"{said} On the test text, without intervals: {plain} tokens."
+    samples = span(d["samples"] for d in tested)
+    said += f" On the test text ({samples} samples, which decided nothing) "
+    return f"{said}{_winners({a: a, b: b}, a, b, tested)}: {_values(tested)} tokens."
+
+
+def _values(differences: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{change(d['log_ppl'], d['interval'])} at {d['train_tokens']:,}" for d in differences)
+
+
+def _winners(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:
+    """Which of the two is better at which sizes, without a full stop."""
     single = SINGLE if min(d["replicates"] for d in differences) == 1 else ""
     won = {label: [d["train_tokens"] for d in differences if winner(d) == label] for label in (a, b, None)}
     undecided = won.pop(None)
     winners = sorted((label for label in won if won[label]), key=lambda label: won[label][0])
     tied = f"; at {sizes_text(undecided)} they cannot be told apart" if undecided else ""
     if not winners:
-        answer = (
-            f"{names[a]} and {names[b]} **cannot be told apart** at {sizes_text(undecided)}: no interval excludes 0"
-        )
-    elif len(winners) == 1:
+        return f"{names[a]} and {names[b]} **cannot be told apart** at {sizes_text(undecided)}: no interval excludes 0"
+    if len(winners) == 1:
         other = b if winners == [a] else a
         rest = tied or (", every size that both were judged on" if len(differences) > 1 else "")
         better = "did better, in single runs, than" if single else "is better than"
-        answer = f"{names[winners[0]]} **{better}** {names[other]} at {sizes_text(won[winners[0]])}{rest}"
-    else:
-        both = ", ".join(f"{names[label]} is better at {sizes_text(won[label])}" for label in winners)
-        answer = f"**It depends on the amount of text**{single}: {both}{tied}"
-    values = "; ".join(f"{change(d['log_ppl'], d['interval'])} at {d['train_tokens']:,}" for d in differences)
-    return (
-        f"{answer}. Validation PPL of {a} against {b}, with 95 % intervals (below 0, {a} is better): {values} tokens."
-    )
+        return f"{names[winners[0]]} **{better}** {names[other]} at {sizes_text(won[winners[0]])}{rest}"
+    both = ", ".join(f"{names[label]} is better at {sizes_text(won[label])}" for label in winners)
+    return f"**It depends on the amount of text**{single}: {both}{tied}"
 
 
 def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any]) -> str:

@@ -21,8 +21,9 @@ from ctxlm.analysis.phrases import (
     winner,
 )
 from ctxlm.analysis.reasons import ABLATIONS
-from ctxlm.analysis.scaling import CELL, Grid, differences
+from ctxlm.analysis.scaling import CELL, Grid, differences, with_tests
 from ctxlm.memory import FORGOTTEN
+from ctxlm.results import load_table
 
 ORDINARY = ("LSTM", "Transformer", "KN-4", "KN-4-second-half")
 """What a user would otherwise pick, of grids networks and baselines."""
@@ -49,11 +50,11 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     rows = [
         (
             "Deep and narrow, or shallow and wide?",
-            _gaps(sized),
+            _gaps(sized, ""),
             "full",
             ("study", "sizes"),
         ),
-        ("And with other seeds and texts?", _gaps(grids["variance"]), "quick", ("variance",)),
+        ("And with other seeds and texts?", _gaps(grids["variance"], "variance"), "quick", ("variance",)),
         ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
         (
             "Do the signs of the embedding matter?",
@@ -126,13 +127,17 @@ def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:
     return f"{text}, PPL of {a} against {b}, of equal seed and text, by {span(apart, magnitude)}"
 
 
-def _gaps(grid: Grid) -> str:
-    """Which of two configurations is better, and their PPL in pairs, size by size, or in short where none is."""
+def _gaps(grid: Grid, name: str) -> str:
+    """Which of two configurations is better, and their PPL in pairs, size by size, or in short where none is.
+
+    Losses by test sample are looked for in the grid of this `name`.
+    """
     gaps = differences(grid[2])[0] if len(grid[0]) else []
     if not gaps:
         return ""
+    gaps = with_tests(gaps, grid[0], load_table(name, "test_by_sample.csv") if name else None)
     a, b = gaps[0]["a"], gaps[0]["b"]
-    if any(map(winner, gaps)):
+    if any(winner(d) or winner(d | (d["test"] or {})) for d in gaps):
         return verdict({label: label for label in (a, b)}, a, b, gaps).replace("**", "")
     found, ends = [gap["log_ppl"] for gap in gaps], [end for gap in gaps for end in gap["interval"] or ()]
     estimates = percents((min(found), max(found)))

@@ -249,6 +249,7 @@ def plot_scaling(
 def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> Figure:
     """Difference in PPL of each pair of configurations by size, with 95 % intervals; at 0 there is none.
 
+    Hollow markers are the test text's, where its losses were kept by sample.
     `summary` is that of `runs`.
     """
     differences = pd.DataFrame(summary["paired_differences"])
@@ -262,10 +263,15 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
         ends = np.transpose([np.expm1(i or (d, d)) for i, d in zip(group["interval"], group["log_ppl"], strict=True)])
         tokens = group["train_tokens"] * _dodge(position, differences["pair"].nunique())
         axes.errorbar(tokens, centre, abs(ends - centre), capsize=4, label=pair, **look | {"linestyle": "none"})
+        if all(test and test["interval"] for test in group["test"]):
+            centre = np.expm1([test["log_ppl"] for test in group["test"]])
+            ends = np.transpose([np.expm1(test["interval"]) for test in group["test"]])
+            look |= {"linestyle": "none", "markerfacecolor": "white", "alpha": 0.7}
+            axes.errorbar(1.03 * tokens, centre, abs(ends - centre), capsize=2, label=f"{pair}, test text", **look)
     axes.axhline(0, color="0.2", linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(1.2 * low, -0.01), max(1.2 * high, 0.01))
-    axes.set_ylabel("difference in validation PPL")
+    axes.set_ylabel("difference in PPL")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, differences["train_tokens"])
     if differences["pair"].nunique() == 1:

@@ -16,7 +16,7 @@ from scipy import optimize, stats
 from ctxlm.analysis.replicates import CONFIDENCE, DRAWN, balanced, each, replicate_of, student
 from ctxlm.config import Experiment
 from ctxlm.files import atomic
-from ctxlm.results import TABLES, load_runs, load_table
+from ctxlm.results import load_runs, load_table
 
 DRAWS = 9999
 FEWEST_CLUSTERS = 10
@@ -78,6 +78,10 @@ class PairedDifference:
     """Replicates that both have; from two up, the interval covers other seeds and texts too."""
     dof: float
     """Satterthwaite's, of samples and replicates together."""
+    without: float | None
+    """The difference without the one sample that changes it most; None for one sample."""
+    without_tokens: int
+    """Tokens of that sample."""
 
 
 def fit_power_law(tokens: Sequence[float], ppl: Sequence[float], replicates: Sequence[int] | None = None) -> PowerLaw:
@@ -257,35 +261,41 @@ def with_phase1(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["phase1_max_iterations"] > 1]
 
 
-def paired_difference(val_by_sample_a: pd.DataFrame, val_by_sample_b: pd.DataFrame) -> PairedDifference:
-    """log PPL of A minus B over the same validation tokens, with a 95 % bootstrap interval.
+def paired_difference(by_sample_a: pd.DataFrame, by_sample_b: pd.DataFrame) -> PairedDifference:
+    """log PPL of A minus B over the same tokens, of validation or of test, with a 95 % bootstrap interval.
 
     A sample's weight is its number of tokens. Runs are averaged within replicates; where both have two replicates or
     more, these are drawn, as pairs, crossed with the samples, and the interval covers both. Otherwise it covers the
-    choice of validation samples alone.
+    choice of samples alone.
 
     Args:
-        val_by_sample_a, val_by_sample_b: columns sample, loss_sum (nats), tokens, replicate; a row a sample and run.
+        by_sample_a, by_sample_b: columns sample, loss_sum (nats), tokens, replicate; a row a sample and run.
 
     Raises:
         ValueError: the two were not judged on the same tokens.
     """
-    (a, tokens), (b, others) = (_by_replicate(table) for table in (val_by_sample_a, val_by_sample_b))
+    (a, tokens), (b, others) = (_by_replicate(table) for table in (by_sample_a, by_sample_b))
     if not tokens.equals(others):
-        raise ValueError("the two runs were judged on different validation tokens: compare runs of one grid")
+        raise ValueError("the two runs were judged on different tokens: compare runs of one grid")
     pairs = (a - b).dropna().to_numpy()
     if not len(pairs):  # no replicates that both have: all that there is on either side
         pairs = (a.mean() - b.mean()).to_numpy()[None]
-    found = mean_loss(pairs, tokens.to_numpy(float))
-    return PairedDifference(found.value, found.interval, len(tokens), int(tokens.sum()), len(pairs), found.dof)
+    counts, sums = tokens.to_numpy(float), pairs.mean(0)
+    found, without, most = mean_loss(pairs, counts), None, int(counts[0])
+    if len(counts) > 1:
+        rest = (sums.sum() - sums) / (counts.sum() - counts)  # without each sample
+        at = int(np.argmax(abs(rest - found.value)))
+        without, most = float(rest[at]), int(counts[at])
+    whole = len(counts), int(counts.sum()), len(pairs)
+    return PairedDifference(found.value, found.interval, *whole, found.dof, without, most)
 
 
-def _by_replicate(val_by_sample: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+def _by_replicate(by_sample: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Mean loss sums, replicates by samples, and the tokens of each sample."""
-    sums = val_by_sample.pivot_table(index="replicate", columns="sample", values="loss_sum")
-    if sums.isna().any(axis=None) or (val_by_sample.groupby("sample")["tokens"].nunique() > 1).any():
-        raise ValueError("runs of one configuration were judged on different validation tokens")
-    return sums, val_by_sample.groupby("sample")["tokens"].first()
+    sums = by_sample.pivot_table(index="replicate", columns="sample", values="loss_sum")
+    if sums.isna().any(axis=None) or (by_sample.groupby("sample")["tokens"].nunique() > 1).any():
+        raise ValueError("runs of one configuration were judged on different tokens")
+    return sums, by_sample.groupby("sample")["tokens"].first()
 
 
 def draw_samples(sums: np.ndarray, tokens: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -404,7 +414,7 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
     """
-    tables = load_runs(grid), *(load_table(grid, name) for name in TABLES)
+    tables = load_runs(grid), *(load_table(grid, name) for name in ("history.csv", "val_by_sample.csv"))
     if tables[0].empty:
         return tables
     asked = tables[0]["model"].isin(models)
@@ -425,8 +435,13 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
         if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
             runs["experiment"] = runs["experiment"] + f", {name} " + runs[name].astype(str)
     runs["replicate"] = replicate_of(runs)
-    own = runs.set_index("run")[["experiment", "replicate"]]
-    return runs, *(table.assign(**{c: table["run"].map(own[c]) for c in own}) for table in (history, val_by_sample))
+    return runs, *(_labelled(table, runs) for table in (history, val_by_sample))
+
+
+def _labelled(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of these runs, with their labels and replicates."""
+    own, table = runs.set_index("run")[["experiment", "replicate"]], table[table["run"].isin(runs["run"])]
+    return table.assign(**{name: table["run"].map(own[name]) for name in own})
 
 
 def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
@@ -443,6 +458,7 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
     """What `analysis.json` holds: a law a configuration, crossovers and differences by pair, and the runs' sources."""
     laws, configurations, crossovers = {}, {}, []
     paired, unpaired = differences(val_by_sample) if len(runs) else ([], [])
+    paired = with_tests(paired, runs, load_table(grid, "test_by_sample.csv"))
     for label, group in runs.groupby("experiment") if len(runs) else ():
         try:
             laws[label] = fit_power_law(group["train_tokens"], group["val_ppl"], group["replicate"])
@@ -471,10 +487,49 @@ def summarise(grid: str, runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> dic
     }
 
 
-def differences(val_by_sample: pd.DataFrame) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def with_tests(
+    paired: Sequence[dict[str, Any]], runs: pd.DataFrame, test_by_sample: pd.DataFrame | None = None
+) -> list[dict[str, Any]]:
+    """Differences, each with what the same runs give on the test text under `test`: log_ppl, interval, samples.
+
+    Interval and samples are None unless all of the pair's runs have losses by test sample; `test` is None where they
+    were not judged on one and the same test text.
+
+    Args:
+        paired: of `differences`.
+        runs: the same runs.
+        test_by_sample: as `load_table` gives it, of these and any other runs.
+    """
+    tests = pd.DataFrame() if test_by_sample is None or test_by_sample.empty else _labelled(test_by_sample, runs)
+    found = []
+    for pair in paired:
+        sides = [runs[(runs["experiment"] == pair[s]) & (runs["train_tokens"] == pair["train_tokens"])] for s in "ab"]
+        found.append(pair | {"test": _tested(*sides, tests)})
+    return found
+
+
+def _tested(a: pd.DataFrame, b: pd.DataFrame, tests: pd.DataFrame) -> dict[str, Any] | None:
+    known = [tests[tests["run"].isin(side["run"])] if len(tests) else tests for side in (a, b)]
+    if all(len(part) and part["run"].nunique() == len(side) for part, side in zip(known, (a, b), strict=True)):
+        try:
+            whole = asdict(paired_difference(*known))
+        except ValueError:
+            return None
+        return {name: whole[name] for name in ("log_ppl", "interval", "samples")}
+    both = pd.concat([a, b])
+    if not {"test_loss", "test_tokens"} <= {*both} or both["test_tokens"].nunique(dropna=False) > 1:
+        return None
+    mean_a, mean_b = (side.groupby("replicate")["test_loss"].mean() for side in (a, b))
+    apart = (mean_a - mean_b).mean()
+    if math.isnan(apart):  # no replicate that both have
+        apart = mean_a.mean() - mean_b.mean()
+    return None if math.isnan(apart) else {"log_ppl": float(apart), "interval": None, "samples": None}
+
+
+def differences(by_sample: pd.DataFrame) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """`paired_difference` of every two configurations at every size that both have, and the pairs without, and why."""
     paired, unpaired = [], []
-    tables = {label: dict(iter(own.groupby("train_tokens"))) for label, own in val_by_sample.groupby("experiment")}
+    tables = {label: dict(iter(own.groupby("train_tokens"))) for label, own in by_sample.groupby("experiment")}
     for a, b in itertools.combinations(tables, 2):
         for tokens in sorted(tables[a].keys() & tables[b].keys()):
             pair = {"a": a, "b": b, "train_tokens": int(tokens)}

@@ -11,7 +11,7 @@ from pandas.io.formats.style import Styler
 
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import as_printed
-from ctxlm.analysis.phrases import change, effect_text, magnitude, p_text, signed, tokens_text
+from ctxlm.analysis.phrases import change, effect_text, magnitude, p_text, percent, signed, tokens_text
 from ctxlm.analysis.reasons import effect_verdict, slope_verdict
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import ppl_interval
@@ -94,6 +94,29 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     styler = table.style.hide(axis="index").set_table_styles(left)
     styler = styler.set_properties(subset=list(prose), **{"white-space": "normal", "min-width": "11em"})
     return styler.set_table_attributes(f'class="{"wide" if table.shape[1] > NARROW else ""}"')
+
+
+def gaps_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """A row a pair and size: their PPL on validation text, all of it and without the one sample that changes the
+    difference most, and on the test text. Of more than `MOST_ROWS` rows, the first configuration's pairs alone.
+
+    `summary` is that of `scaling.summarise`.
+    """
+    gaps = summary["paired_differences"]
+    if len(gaps) > MOST_ROWS:
+        gaps = [d for d in gaps if d["a"] == gaps[0]["a"]]
+    rows = []
+    for d in gaps:
+        row = {"PPL of": f"{d['a']} against {d['b']}", "Training tokens": f"{d['train_tokens']:,}"}
+        row["Validation text"] = change(d["log_ppl"], d["interval"])
+        if d["without"] is not None:
+            part = f"{d['without_tokens']:,} of {d['tokens']:,} tokens"
+            row["Without one sample"] = f"{percent(math.expm1(d['without']))} ({part})"
+        if test := d["test"]:
+            row["Test text"] = change(*[test[x] for x in ("log_ppl", "interval")]).replace(" (no interval)", "")
+            row["Test samples"] = test["samples"] or "–"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
 
 
 def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change", unit: str = "run") -> pd.DataFrame:
