@@ -22,6 +22,7 @@ GRIDS = (
     "tuned",
     "joint",
     "slow",
+    "lean",
     "variance",
     "signs",
     "overfitting",
@@ -69,6 +70,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     grids["tuned"] = planted(outputs, {"tuned-A": (-0.3, 500)}, shapes={"tuned-A": (6, 128)})
     grids["joint"] = planted(outputs, {"joint-A": (-0.3, 400)}, shapes={"joint-A": (6, 128)})
     grids["slow"] = planted(outputs, {"slow-A": (-0.3, 360)}, shapes={"slow-A": (6, 128)})
+    grids["lean"] = planted(outputs, {"lean-A": (-0.3, 342)}, shapes={"lean-A": (6, 128)})
     crossed = {f"L{depth}-C{width}": (depth, width) for depth, width in itertools.product((3, 6), (128, 256))}
     laws = {label: (-0.3, 800 * (0.9 if depth == 6 else 1)) for label, (depth, _) in crossed.items()}
     grids["factorial"] = planted(outputs, laws, shapes=crossed, seeds=(1, 2), chance=noise(0.001))
@@ -123,6 +125,8 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert ": tuned-A −37.5 % (" in said["What does another recipe for Phase 2 do? full"]
     joint = said["And if contexts learn to predict, too? full"]
     longer = said["What does a longer memory bring? full"]
+    fewer = said["And a single input token? full"]
+    assert fewer.startswith("PPL with one input token instead of two and no warm-up: lean-A −5.0 % (")
     assert longer.startswith("PPL with a slow context and ") and "blanked in training: slow-A −10.0 % (" in longer
     assert ": joint-A −20.0 % (" in joint and joint.endswith(" tokens (single runs, seeds not covered).")
 

@@ -29,6 +29,8 @@ ORDINARY = ("LSTM", "Transformer", "KN-4", "KN-4-second-half")
 """What a user would otherwise pick, of grids networks and baselines."""
 LEARNING = "small contexts that skip Phase 1 and are trained in Phase 2"
 SLOW = "a slow context and a fifth of the input tokens blanked in training"
+LEAN = "one input token instead of two and no warm-up"
+IN_ITS_PLACE = "the context model in the LSTM's place, both with a slow context"
 
 
 def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd.DataFrame:
@@ -36,7 +38,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
 
     Args:
         pooled: of `crossing.errors`, from the runs that say most about slopes (grid variance's).
-        grids: of the names study, sizes, baselines, networks, tuned, joint, slow, variance, signs, overfitting,
+        grids: of the names study, sizes, baselines, networks, tuned, joint, slow, lean, variance, signs, overfitting,
             ablations, ablations-full and factorial.
     """
     many, _, many_val = grids["variance"]
@@ -44,9 +46,10 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     slopes = "; ".join(filter(None, map(_slopes, pooled)))
     ordinary, parts = ("baselines", "networks"), "What do Phase 1 and the contexts contribute{}?"
     memories = (("joint", "slow"), "slow", SLOW), (("networks",), "-slow", "a slow context")
-    memories += ((("slow", "networks"), "slow-A", "the context model in the LSTM's place, both with a slow context"),)
+    memories += ((("slow", "networks"), "slow-A", IN_ITS_PLACE),)
+    leaner = (("slow", "lean"), "lean", LEAN), (("lean", "networks"), "lean-A", IN_ITS_PLACE)
     sized = proposals.with_study(grids["sizes"], study) if len(grids["sizes"][0]) else study
-    longer = [_step(grids, *memory) for memory in memories]
+    longer, fewer = ("; ".join(filter(None, (_step(grids, *step) for step in steps))) for steps in (memories, leaner))
     rows = [
         (
             "Deep and narrow, or shallow and wide?",
@@ -82,7 +85,8 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             "full",
             ("tuned", "joint"),
         ),
-        ("What does a longer memory bring?", "; ".join(filter(None, longer)), "full", ("joint", "slow", "networks")),
+        ("What does a longer memory bring?", longer, "full", ("joint", "slow", "networks")),
+        ("And a single input token?", fewer, "full", ("slow", "lean", "networks")),
     ]
     said = [
         (

@@ -25,9 +25,10 @@ LEGEND = (
     "through an embedding name it."
 )
 """How to read `beside`."""
-BEFORE = {"joint": "tuned", "slow": "joint", "-slow": "", "slow-A": "LSTM-slow", CACHED: ""}
+BEFORE = {"joint": "tuned", "slow": "joint", "lean": "slow", "-slow": "", CACHED: ""}
+BEFORE |= {"slow-A": "LSTM-slow", "lean-A": "LSTM-slow"}
 """What a part of a label stands in the place of: the recipe that a recipe goes on from; nothing, for a slow context of
-networks (LSTM-slow) and for a cache; the network with the same memory, for slow-A."""
+networks (LSTM-slow) and for a cache; the network with the same memory, for slow-A and lean-A."""
 APART = (
     "In pairs with the {} recipe's runs, PPL changes as follows; what each of the {} does was tried on held-out text "
     f"only, docs/findings.md ({MARK}: the interval does not cover seeds and training texts)."
@@ -42,6 +43,10 @@ DIFFERENCES = {
     "blanked. That such a memory is worth having was seen on validation text; its decay was chosen for A on held-out "
     "training text. An LSTM and a Transformer can have it too: labels with slow in grid networks. "
     + APART.format("joint", "two"),
+    "lean": "Two things are not as in the slow recipe, chosen for A on held-out training text: both blocks read a "
+    "single token at a time instead of two, so that what came before reaches the TokenBlock through its contexts alone "
+    "and there are fewer weights; and the learning rate falls from the first update on, without warm-up, over six epochs "
+    "instead of five. The networks keep the tuned recipe's schedule. " + APART.format("slow", "two"),
     CACHED: "A cache gives every token its share of the tokens read, each of which weighs "
     f"{100 * (1 - CACHE_DECAY):g} % less than the one after it; it is mixed in with {100 * CACHE_SHARE:g} % of every "
     "token's probability, for all models alike. Nothing is trained, but a number for every token of the vocabulary is "
