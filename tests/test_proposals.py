@@ -1,6 +1,7 @@
 """Verdicts on the study's proposals: planted the other way round, they say the other thing."""
 
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -144,10 +145,15 @@ def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     assert rows[0]["Of"] == f"A-arithmetic ({shapes[0]}) against A ({shapes[1]})"
     assert [row["Verdict"] for row in rows] == [verdict, "which is better cannot be told"]
     assert rows[0]["From"] == "12 pairs in 3 replicates, 20 validation samples"
+    turned = runs.assign(test_loss=runs["test_loss"] - 0.3 * (runs["experiment"] == "B-arithmetic-small"))
+    text = "which is better cannot be told; on the test text better"
+    assert said(proposals.falling_widths, turned, val) == [verdict, text]
+    assert said(proposals.falling_widths, turned, val, "Test PPL")[1].startswith("−2")
     names = [effect.name for effect in proposals.falling_effects(runs, val)]  # a figure has no room for the shapes
     assert names == ["A-arithmetic against A", "B-arithmetic-small against B"]
     one = list(proposals.falling_widths(runs[runs["seed"] == 42], val))  # each size by itself
     assert len(one) == 8 and one[0]["Of"].endswith(f" against A ({shapes[1]}) at 20,000 tokens")
+    assert re.fullmatch(r"[−+]\d+\.\d %", one[0]["Test PPL"])  # of a single run there is no interval
     assert one[0]["Verdict"] == f"{verdict}, in single runs" and one[0]["From"].startswith("1 pair, ")
     none = ["not to be told: no finished pair of runs"]
     assert said(proposals.falling_widths, runs[~runs["experiment"].isin(["A", "B"])], val) == none

@@ -56,15 +56,27 @@ def verdicts(rates: Mapping[str, Grid], sizes: Mapping[str, Grid], designs: Mapp
         for scale, (runs, _, val_by_sample) in grids.items()
         for row in (answer(runs, val_by_sample) if len(runs) else [{"Verdict": "no finished run"}])
     ]
-    columns = ["Proposal", "Scale", "Of", "Verdict", "PPL", "Last PPL / best PPL", "From"]
+    columns = ["Proposal", "Scale", "Of", "Verdict", "PPL", "Test PPL", "Last PPL / best PPL", "From"]
     table = pd.DataFrame(rows, columns=columns).fillna("")
     return table.assign(Proposal=table["Proposal"].mask(table["Proposal"].duplicated(), ""))
 
 
-def _row(of: str, words: Mapping[int, str], unit: str, best: explain.Effect, last: explain.Effect | None = None) -> Row:
-    """The verdict that `words` has for the interval's side: on the best PPL and, if given, on last PPL / best PPL."""
+def _row(
+    of: str,
+    words: Mapping[int, str],
+    unit: str,
+    best: explain.Effect,
+    test: explain.Effect | None = None,
+    last: explain.Effect | None = None,
+) -> Row:
+    """The verdict that `words` has for the interval's side: on the best PPL and, if given, on last PPL / best PPL.
+
+    What the same runs have on the test text stands beside it, its interval over replicates alone.
+    """
     single = SINGLE if best.replicates == 1 and side(best.interval) else ""  # other seeds may turn it round
     said = [words[side(best.interval)] + single]
+    if test and test.interval and side(test.interval) != side(best.interval):
+        said.append(f"on the test text {words[side(test.interval)]}")
     if last and last.interval:
         said.append(LAST[side(last.interval)])
     rests = count(best.n, unit) + (f" in {best.replicates} replicates" if best.replicates > 1 else "")
@@ -73,6 +85,7 @@ def _row(of: str, words: Mapping[int, str], unit: str, best: explain.Effect, las
         "Of": of,
         "Verdict": "; ".join(said),
         "PPL": effect_text(best),
+        "Test PPL": effect_text(test).replace(" (no interval)", "") if test else "",
         "Last PPL / best PPL": effect_text(last) if last else "",
         "From": rests + (f"; {count(last.n, unit)} to the early stop" if last and last.n < best.n else ""),
     }
@@ -102,7 +115,7 @@ def learning_rate(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[R
         except ValueError as error:  # judged on different tokens, or no pair
             yield _untold(error, of)
             continue
-        yield _row(of, BEST, "pair", best, last)
+        yield _row(of, BEST, "pair", best, RATES(own, RATE / 2, RATE, "test_loss"), last)
 
 
 def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
@@ -182,15 +195,18 @@ def more_sizes(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[Row]
 def falling_widths(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[Row]:
     """Are layers whose widths fall better than layers of one width? A row a pair of configurations."""
     effects = falling_effects(runs, val_by_sample)
+    tested = {effect.name: effect for effect in falling_effects(runs, None, "test_loss")}
     if not effects:
         yield _untold("no finished pair of runs")
     for effect in effects:
         pair, _, size = effect.name.partition(" at ")
         shapes = " against ".join(f"{label} ({_shape(runs, label)})" for label in pair.split(" against "))
-        yield _row(f"{shapes}{size and f' at {size}'}", DESIGN, "pair", effect)
+        yield _row(f"{shapes}{size and f' at {size}'}", DESIGN, "pair", effect, tested[effect.name])
 
 
-def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[explain.Effect]:
+def falling_effects(
+    runs: pd.DataFrame, val_by_sample: pd.DataFrame | None, column: str = "val_loss"
+) -> list[explain.Effect]:
     """The effect on PPL of every configuration whose label begins with `<label>-arithmetic` against `<label>`; of a
     single replicate, at each size by itself."""
     if runs.empty:
@@ -200,7 +216,8 @@ def falling_effects(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> list[exp
     suffixes = {label[label.index(FALLING) :] for label in set(runs["experiment"]) if FALLING in label}
     for size, own in runs.groupby("train_tokens") if single else [(None, runs)]:
         at = f" at {size:,} tokens" if single else ""
-        pairs = explain.variants(own, {suffix: suffix for suffix in sorted(suffixes)}, val_by_sample=val_by_sample)
+        parts = {suffix: suffix for suffix in sorted(suffixes)}
+        pairs = explain.variants(own, parts, column, val_by_sample)
         for base, effects in pairs.items():
             found += [replace(effect, name=f"{base}-{effect.name} against {base}{at}") for effect in effects]
     return found

@@ -45,8 +45,8 @@ DIFFERENCES = {
     + APART.format("joint", "two"),
     "lean": "Two things are not as in the slow recipe, chosen for A on held-out training text: both blocks read a "
     "single token at a time instead of two, so that what came before reaches the TokenBlock through its contexts alone "
-    "and there are fewer weights; and the learning rate falls from the first update on, without warm-up, over six epochs "
-    "instead of five. The networks keep the tuned recipe's schedule. " + APART.format("slow", "two"),
+    "and there are fewer weights; and the learning rate falls from the first update on, without warm-up, over six "
+    "epochs instead of five. The networks keep the tuned recipe's schedule. " + APART.format("slow", "two"),
     CACHED: "A cache gives every token its share of the tokens read, each of which weighs "
     f"{100 * (1 - CACHE_DECAY):g} % less than the one after it; it is mixed in with {100 * CACHE_SHARE:g} % of every "
     "token's probability, for all models alike. Nothing is trained, but a number for every token of the vocabulary is "
