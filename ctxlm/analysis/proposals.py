@@ -57,7 +57,7 @@ def verdicts(rates: Mapping[str, Grid], sizes: Mapping[str, Grid], designs: Mapp
         for row in (answer(runs, val_by_sample) if len(runs) else [{"Verdict": "no finished run"}])
     ]
     columns = ["Proposal", "Scale", "Of", "Verdict", "PPL", "Test PPL", "Last PPL / best PPL", "From"]
-    table = pd.DataFrame(rows, columns=columns).fillna("")
+    table = pd.DataFrame(rows, columns=columns, dtype=object).fillna("")
     return table.assign(Proposal=table["Proposal"].mask(table["Proposal"].duplicated(), ""))
 
 

@@ -75,7 +75,7 @@ def results_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFra
                 row["95 % interval"] = f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else "none"
         row["Minutes"] += " (Phase 1 cached)" if own["phase1_cached"].any() else ""
         rows.append(row | {"Source": " and ".join(sorted(own["source"].unique()))})
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows, dtype=object).fillna("")
 
 
 def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Styler | Markdown:
@@ -116,7 +116,7 @@ def gaps_table(summary: Mapping[str, Any]) -> pd.DataFrame:
             row["Test text"] = change(*[test[x] for x in ("log_ppl", "interval")]).replace(" (no interval)", "")
             row["Test samples"] = test["samples"] or "–"
         rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows, dtype=object).fillna("")
 
 
 def effects_table(effects: Mapping[str, Sequence[Effect]], what: str = "change", unit: str = "run") -> pd.DataFrame:
@@ -175,7 +175,7 @@ def slopes_table(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFra
         row["Delta method, tokens"] = _ends(found["delta_interval"], tokens_text)
         row |= {"Bootstrap, tokens": _ends(drawn, tokens_text), "Verdict": slope_verdict(found)}
         rows.append(row | {"Draws that never meet, %": f"{100 * found['bootstrap_without']:.1f}"})
-    table = pd.DataFrame(rows, columns=SLOPES).fillna("")
+    table = pd.DataFrame(rows, columns=SLOPES, dtype=object).fillna("")
     return table.loc[:, (table != "").any()]
 
 
@@ -214,7 +214,7 @@ def chance_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFram
             ends = " to ".join(f"{end:.1f}" for end in ratio_interval(runs))
             name = "variance of training text over that of initialisation (F, approximate)"
             rows.append({"Source": name, "Training tokens": whole, "95 % interval": ends})
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows, dtype=object).fillna("")
 
 
 def horizons_table(runs: pd.DataFrame) -> pd.DataFrame:
