@@ -152,7 +152,8 @@ def train_token_block(
             yield slice(start, stop) if shuffled is None else shuffled[start:stop]
 
     def windows(epoch: int) -> Iterator[Tensor]:
-        train.values.copy_(chunked(model, train.tokens).values)
+        # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
+        train.values.copy_(chunked(model, train.tokens, progress=epoch == 1).values)
         starts = torch.arange(0, targets, window)
         if e.phase2_shuffle:
             starts = starts[order(epoch, len(starts))]
