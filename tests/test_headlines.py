@@ -96,8 +96,8 @@ def test_the_answer_follows_whoever_wins(outputs, first):
     assert said["And with other seeds and texts? quick"] == f"{answer}"
     equal = planted(outputs, dict.fromkeys("AB", (-0.3, 800)), pairs=NESTED[::2], chance=noise(0.02))
     assert re.fullmatch(
-        r"A and B cannot be told apart at any of 4 sizes \([−+.\d]+ to [−+.\d]+ %; intervals within −[.\d]+ "
-        r"to \+[.\d]+ %; \d+ runs in \d+ replicates\)",
+        r"on 20 validation samples A and B cannot be told apart at any of 4 sizes \([−+.\d]+ to [−+.\d]+ %; intervals "
+        r"within −[.\d]+ to \+[.\d]+ %; \d+ runs in \d+ replicates\); on the test text, without intervals: .* tokens",
         headlines._gaps(equal, "planted"),
     )
     chance = said["How much is chance? quick"]

@@ -184,8 +184,8 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         elif max(counts) > 1:
             limits = f"They cover other {' and '.join(varied)} only where both have several replicates (runs: {each})."
         yield (
-            f"These intervals cover the choice of the {samples} validation samples, on which both configurations were "
-            f"judged token by token. {limits}"
+            f"These intervals cover the choice of the {samples} validation samples (of the test text, of its samples), "
+            f"on which both configurations were judged token by token. {limits}"
         )
 
 
@@ -213,15 +213,19 @@ def verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, A
         f"{_winners(names, a, b, differences)}. Validation PPL of {a} against {b}, with 95 % intervals (below 0, {a} "
         f"is better): {_values(differences)} tokens."
     )
+    return f"{said} {tested[0].upper()}{tested[1:]}." if (tested := on_test(a, b, differences)) else said
+
+
+def on_test(a: str, b: str, differences: list[dict[str, Any]]) -> str:
+    """What the test text says of the same runs, without a full stop; nothing where they were not judged on one."""
     tested = [d | d["test"] for d in differences if d["test"]]
     if not tested:
-        return said
+        return ""
     if any(d["samples"] is None for d in tested):
         plain = "; ".join(f"{percent(math.expm1(d['log_ppl']))} at {d['train_tokens']:,}" for d in tested)
-        return f"{said} On the test text, without intervals: {plain} tokens."
-    samples = span(d["samples"] for d in tested)
-    said += f" On the test text ({samples} samples, which decided nothing) "
-    return f"{said}{_winners({a: a, b: b}, a, b, tested)}: {_values(tested)} tokens."
+        return f"on the test text, without intervals: {plain} tokens"
+    which = f"on the test text ({span(d['samples'] for d in tested)} samples, which decided nothing)"
+    return f"{which} {_winners({a: a, b: b}, a, b, tested)}: {_values(tested)} tokens"
 
 
 def _values(differences: list[dict[str, Any]]) -> str:

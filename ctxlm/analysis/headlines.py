@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from ctxlm.analysis import explain, proposals, ranking, reasons, recipe, variance
-from ctxlm.analysis.findings import shapes_text, verdict
+from ctxlm.analysis.findings import on_test, shapes_text, verdict
 from ctxlm.analysis.phrases import (
     change,
     count,
@@ -141,13 +141,17 @@ def _gaps(grid: Grid, name: str) -> str:
         return ""
     gaps = with_tests(gaps, grid[0], load_table(name, "test_by_sample.csv") if name else None)
     a, b = gaps[0]["a"], gaps[0]["b"]
-    if any(winner(d) or winner(d | (d["test"] or {})) for d in gaps):
+    if any(map(winner, gaps)):
         return verdict({label: label for label in (a, b)}, a, b, gaps).replace("**", "")
     found, ends = [gap["log_ppl"] for gap in gaps], [end for gap in gaps for end in gap["interval"] or ()]
     estimates = percents((min(found), max(found)))
     within = f"intervals within {percents((min(ends), max(ends)))}; " if ends else ""
     runs = f"{count(len(grid[0]), 'run')} in {count(grid[0]['replicate'].nunique(), 'replicate')}"
-    return f"{a} and {b} cannot be told apart at any of {count(len(gaps), 'size')} ({estimates}; {within}{runs})"
+    tested = on_test(a, b, gaps).replace("**", "")
+    return (
+        f"on {span(d['samples'] for d in gaps)} validation samples {a} and {b} cannot be told apart at any of "
+        f"{count(len(gaps), 'size')} ({estimates}; {within}{runs}){tested and f'; {tested}'}"
+    )
 
 
 def _signs(drawn: Grid, fixed: Grid) -> str:
