@@ -520,3 +520,6 @@ def test_runs_of_one_configuration_stay_together_across_machines_and_versions(ou
     runs, _, _ = read_grid("planted")
     assert set(runs["experiment"]) == {"A, dtype bfloat16", "A, dtype float32"}
     assert findings.one_kind(runs) == ""
+    texts = runs.assign(corpus="mine.txt", data_hash=["a", "b", *[None] * (len(runs) - 2)])  # older runs have none
+    assert "was another** for some of them" in findings.one_kind(texts)
+    assert findings.one_kind(texts.assign(data_hash=["a", *[None] * (len(runs) - 1)])) == ""

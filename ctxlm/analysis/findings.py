@@ -114,11 +114,13 @@ def sources(runs: pd.DataFrame) -> str:
 
 
 def one_kind(runs: pd.DataFrame) -> str:
-    """A word where runs were made by different versions of the code, or multiply in different types."""
+    """A word where runs were made by different versions of the code or of the text, or multiply in different types."""
     said, versions = "", runs["code_hash"].nunique()
+    if "data_hash" in runs and runs.groupby(["corpus", "embedding"])["data_hash"].nunique().max() > 1:
+        said = " **The corpus's or the embedding's file was another** for some of them: run the grid again."
     if versions > 1:
         commits = ", ".join(str(commit)[:12] for commit in runs.groupby("code_hash")["git_commit"].first())
-        said = f" **{versions} versions of the code** made them (commits {commits})."
+        said += f" **{versions} versions of the code** made them (commits {commits})."
     if runs.groupby("experiment")["dtype"].nunique().max() > 1:
         types = " and in ".join(f"{kind} in {n}" for kind, n in runs["dtype"].value_counts().items())
         said += f" **Matrix products** are in {types} of them."
