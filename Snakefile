@@ -153,6 +153,7 @@ rule corpus:
             }
             | largest(wildcards.corpus)
         ),
+        data=lambda wildcards: DATA[CORPORA[wildcards.corpus]["corpus"], CORPORA[wildcards.corpus]["embedding"]],
     threads: CORES
     # Before all runs, which find its caches then. It is no input of theirs: what a run takes from the corpus is among
     # the run's own parameters, and Snakemake does not look at the parameters of a job whose input is being made anew.

@@ -262,7 +262,7 @@ def check_runs(grid: str) -> None:
     for run in run_folders(grid):
         load_val_losses(grid, run)
     for name in TABLES:
-        if all((folder / name).exists() for folder, _ in run_folders(grid).values()):
+        if name == YOUNGER or all((folder / name).exists() for folder, _ in run_folders(grid).values()):
             load_table(grid, name)
 
 

@@ -89,7 +89,7 @@ def test_two_sizes_give_exponents_without_intervals_and_an_extrapolated_crossove
     assert table[["Runs", "d.o.f.", "95 % interval"]].to_numpy().tolist() == [["2", "0", "none"]] * 2
     assert table["Estimate"].tolist() == ["−0.300", "−0.500"] and "Robust interval" not in table
     assert "extrapolated from 20,000 to 30,000" in texts[2] and "None can be claimed" in texts[2]
-    assert "nothing says how surely: the laws have no d.o.f." in texts[2]
+    assert "nothing says how surely: the laws have no degrees of freedom." in texts[2]
 
 
 def test_a_crossover_with_errors_refers_to_them(outputs):

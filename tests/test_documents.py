@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ctxlm.analysis import proposals, recipe, scaling
-from ctxlm.config import load_grid
+from ctxlm.config import BASELINES, load_grid
 from ctxlm.files import ROOT
 
 RESULTS = ROOT / "data" / "results"
@@ -122,3 +122,15 @@ def test_falling_widths_at_full_size_are_those_of_the_runs():
             (against,) = [cells[column] for name, cells in rows.items() if name.startswith(f"against {label}")]
             usual = metrics(f"study/{label}_train_tokens-{size}_seed-42")
             assert number(against) == pytest.approx(100 * (small["val_ppl"] / usual["val_ppl"] - 1), abs=0.051)
+
+
+@pytest.mark.parametrize("grid", sorted(path.name for path in RESULTS.iterdir()))
+def test_committed_runs_are_those_that_their_grid_asks_for(grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    plan = load_grid(grid).runs
+    read = [scaling.read_grid(grid, plan, models)[0] for models in (["context"], BASELINES)]
+    names = {run for runs in read for run in (runs["run"] if len(runs) else [])}
+    assert names == {path.name for path in (RESULTS / grid).iterdir()}
+    for run in names:  # a run that could keep losses by test sample has them committed, too
+        kept = (RESULTS / grid / run / "test_by_sample.csv").exists()
+        assert kept == ("data_hash" in metrics(f"{grid}/{run}"))

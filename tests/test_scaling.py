@@ -331,7 +331,9 @@ def test_a_run_without_losses_by_test_sample_takes_the_interval_with_it(outputs)
     found = summarise("planted", runs, val_by_sample)["paired_differences"]
     assert [pair["test"]["samples"] for pair in found] == [None, 50, 50, 50]
     said = findings.verdict({"A": "A", "B": "B"}, "A", "B", found)
-    assert "On the test text, without intervals: +6.3 % at " in said
+    assert said.endswith(f"; without intervals: +6.3 % at {SIZES[0]:,} tokens.") and "decided nothing) A **did" in said
+    said = findings.verdict({"A": "A", "B": "B"}, "A", "B", found[:1])
+    assert said.endswith(f"On the test text, without intervals: +6.3 % at {SIZES[0]:,} tokens.")
     said = findings.verdict({"A": "A", "B": "B"}, "A", "B", found[1:])
     assert said.startswith("B **did better")  # by validation text
     assert "On the test text (50 samples, which decided nothing) A **did better, in single runs, than** B at " in said

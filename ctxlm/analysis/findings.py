@@ -186,7 +186,7 @@ def answers(runs: pd.DataFrame, summary: dict[str, Any]) -> Iterable[str]:
         elif max(counts) > 1:
             limits = f"They cover other {' and '.join(varied)} only where both have several replicates (runs: {each})."
         yield (
-            f"These intervals cover the choice of the {samples} validation samples (of the test text, of its samples), "
+            f"These intervals cover the choice of the {samples} validation samples (on the test text, of its samples), "
             f"on which both configurations were judged token by token. {limits}"
         )
 
@@ -221,13 +221,14 @@ def verdict(names: dict[str, str], a: str, b: str, differences: list[dict[str, A
 def on_test(a: str, b: str, differences: list[dict[str, Any]]) -> str:
     """What the test text says of the same runs, without a full stop; nothing where they were not judged on one."""
     tested = [d | d["test"] for d in differences if d["test"]]
-    if not tested:
-        return ""
-    if any(d["samples"] is None for d in tested):
-        plain = "; ".join(f"{percent(math.expm1(d['log_ppl']))} at {d['train_tokens']:,}" for d in tested)
-        return f"on the test text, without intervals: {plain} tokens"
-    which = f"on the test text ({span(d['samples'] for d in tested)} samples, which decided nothing)"
-    return f"{which} {_winners({a: a, b: b}, a, b, tested)}: {_values(tested)} tokens"
+    known = [d for d in tested if d["interval"]]
+    plain = [f"{percent(math.expm1(d['log_ppl']))} at {d['train_tokens']:,}" for d in tested if not d["interval"]]
+    without = f"without intervals: {'; '.join(plain)} tokens" if plain else ""
+    if not known:
+        return f"on the test text, {without}" if plain else ""
+    which = f"on the test text ({span(d['samples'] for d in known)} samples, which decided nothing)"
+    said = f"{which} {_winners({a: a, b: b}, a, b, known)}: {_values(known)} tokens"
+    return f"{said}; {without}" if plain else said
 
 
 def _values(differences: list[dict[str, Any]]) -> str:
@@ -267,7 +268,7 @@ def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any
     if tested.get("slope_interval") and not steeper(tested):
         why = f"{slope_verdict(tested)} (p {p_text(tested['p_value'])})"
     elif not why and min(laws[label]["residual_dof"] for label in (a, b)) == 0:
-        why = "nothing says how surely: the laws have no d.o.f."
+        why = "nothing says how surely: the laws have no degrees of freedom"
     if why:
         return f"**Crossover.** None can be claimed: {meet}, but {why}."
     return (

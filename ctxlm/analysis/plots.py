@@ -280,8 +280,9 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
     samples, tokens = differences["samples"].max(), differences["tokens"].max()
     over = "samples" if differences["replicates"].max() == 1 else "samples and replicates"
     hollow = max((test["samples"] or 0 for test in differences["test"] if test), default=0)
-    tests = f" (hollow: {hollow} test samples)" if hollow else ""
-    axes.set_title(f"{samples} validation samples, {tokens:,} tokens{tests}; 95 % intervals over {over}", loc="left")
+    text = f"{samples} validation samples, {tokens:,} tokens"
+    text = f"{samples} validation samples (hollow: {hollow} of the test text)" if hollow else text
+    axes.set_title(f"{text}; 95 % intervals over {over}", loc="left")
     cells = {(row[side], row["train_tokens"]) for _, row in differences.iterrows() for side in "ab"}
     _say_n(
         figure,

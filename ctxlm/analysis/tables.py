@@ -110,8 +110,8 @@ def gaps_table(summary: Mapping[str, Any]) -> pd.DataFrame:
         row = {"PPL of": f"{d['a']} against {d['b']}", "Training tokens": f"{d['train_tokens']:,}"}
         row["Validation text"] = change(d["log_ppl"], d["interval"])
         if d["without"] is not None:
-            part = f"{d['without_tokens']:,} of {d['tokens']:,} tokens"
-            row["Without one sample"] = f"{percent(math.expm1(d['without']))} ({part})"
+            left_out = f"{d['without_tokens']:,} of {d['tokens']:,} tokens left out"
+            row["Without the sample that moves it most"] = f"{percent(math.expm1(d['without']))} ({left_out})"
         if test := d["test"]:
             row["Test text"] = change(*[test[x] for x in ("log_ppl", "interval")]).replace(" (no interval)", "")
             row["Test samples"] = test["samples"] or "–"
