@@ -149,6 +149,8 @@ def test_falling_widths_are_judged_in_pairs(outputs, ppl, verdict):
     text = "which is better cannot be told; on the test text better"
     assert said(proposals.falling_widths, turned, val) == [verdict, text]
     assert said(proposals.falling_widths, turned, val, "Test PPL")[1].startswith("−2")
+    elsewhere = runs.assign(test_tokens=runs["test_tokens"] + (runs["experiment"] == "B-arithmetic-small"))
+    assert said(proposals.falling_widths, elsewhere, val, "Test PPL")[1] == ""  # judged on another test text
     names = [effect.name for effect in proposals.falling_effects(runs, val)]  # a figure has no room for the shapes
     assert names == ["A-arithmetic against A", "B-arithmetic-small against B"]
     one = list(proposals.falling_widths(runs[runs["seed"] == 42], val))  # each size by itself

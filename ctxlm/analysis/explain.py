@@ -64,6 +64,8 @@ def paired_effect(
     pairs = pairs.dropna(subset=[f"{column}_a", f"{column}_b"])
     if pairs.empty:
         raise ValueError(f"{label} and {against} have no runs of equal size, seed and training window")
+    if column == "test_loss" and (pairs["test_tokens_a"] != pairs["test_tokens_b"]).any():
+        raise ValueError(f"{label} and {against} were judged on different test tokens")
     replicate = pairs.index.get_level_values("replicate")
     weights = np.array([(replicate == r) / (replicate == r).sum() for r in replicate.unique()])
     values = weights @ (pairs[f"{column}_a"] - pairs[f"{column}_b"]).to_numpy(float)

@@ -1,8 +1,7 @@
 """What the runs of a grid say, in sentences: every number in them is computed from the runs."""
 
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,6 +11,7 @@ from ctxlm.analysis.explain import stopped
 from ctxlm.analysis.phrases import (
     SINGLE,
     change,
+    change_if_known,
     count,
     p_text,
     percent,
@@ -222,8 +222,8 @@ def on_test(a: str, b: str, differences: list[dict[str, Any]]) -> str:
     """What the test text says of the same runs, without a full stop; nothing where they were not judged on one."""
     tested = [d | d["test"] for d in differences if d["test"]]
     known = [d for d in tested if d["interval"]]
-    plain = [f"{percent(math.expm1(d['log_ppl']))} at {d['train_tokens']:,}" for d in tested if not d["interval"]]
-    without = f"without intervals: {'; '.join(plain)} tokens" if plain else ""
+    plain = [d for d in tested if not d["interval"]]
+    without = f"without intervals: {_values(plain, change_if_known)} tokens"
     if not known:
         return f"on the test text, {without}" if plain else ""
     which = f"on the test text ({span(d['samples'] for d in known)} samples, which decided nothing)"
@@ -231,8 +231,8 @@ def on_test(a: str, b: str, differences: list[dict[str, Any]]) -> str:
     return f"{said}; {without}" if plain else said
 
 
-def _values(differences: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{change(d['log_ppl'], d['interval'])} at {d['train_tokens']:,}" for d in differences)
+def _values(differences: list[dict[str, Any]], text: Callable[..., str] = change) -> str:
+    return "; ".join(f"{text(d['log_ppl'], d['interval'])} at {d['train_tokens']:,}" for d in differences)
 
 
 def _winners(names: dict[str, str], a: str, b: str, differences: list[dict[str, Any]]) -> str:

@@ -37,6 +37,11 @@ def change(nats: float, interval: Sequence[float] | None) -> str:
     return f"{percent(math.expm1(nats))} ({percents(interval)})"
 
 
+def change_if_known(nats: float, interval: Sequence[float] | None) -> str:
+    """`change`, or where there is no interval the value alone."""
+    return change(nats, interval) if interval else percent(math.expm1(nats))
+
+
 def effect_text(effect: Effect) -> str:
     return change(effect.estimate, effect.interval)
 

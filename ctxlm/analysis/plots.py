@@ -246,6 +246,9 @@ def plot_scaling(
     return figure
 
 
+DOTS, HOLLOW = {"linestyle": "none"}, {"markerfacecolor": "white", "alpha": 0.7}
+
+
 def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> Figure:
     """Difference in PPL of each pair of configurations by size, with 95 % intervals; at 0 there is none.
 
@@ -259,15 +262,14 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
     differences["pair"] = differences["a"] + " against " + differences["b"]
     for position, (pair, look) in enumerate(_styles(differences["pair"]).items()):
         group = differences[differences["pair"] == pair]
-        centre = np.expm1(group["log_ppl"].to_numpy())
-        ends = np.transpose([np.expm1(i or (d, d)) for i, d in zip(group["interval"], group["log_ppl"], strict=True)])
-        tokens = group["train_tokens"] * _dodge(position, differences["pair"].nunique())
-        axes.errorbar(tokens, centre, abs(ends - centre), capsize=4, label=pair, **look | {"linestyle": "none"})
+        tokens, look = group["train_tokens"] * _dodge(position, differences["pair"].nunique()), look | DOTS
+        drawn = [(tokens, group.to_dict("records"), {"label": pair, "capsize": 4})]
         if all(test and test["interval"] for test in group["test"]):
-            centre = np.expm1([test["log_ppl"] for test in group["test"]])
-            ends = np.transpose([np.expm1(test["interval"]) for test in group["test"]])
-            look |= {"linestyle": "none", "markerfacecolor": "white", "alpha": 0.7}
-            axes.errorbar(1.03 * tokens, centre, abs(ends - centre), capsize=2, label=f"{pair}, test text", **look)
+            drawn.append((1.03 * tokens, group["test"], {"label": f"{pair}, test text", "capsize": 2} | HOLLOW))
+        for at, found, style in drawn:
+            centre = np.expm1([d["log_ppl"] for d in found])
+            ends = np.transpose([np.expm1(d["interval"] or (d["log_ppl"],) * 2) for d in found])
+            axes.errorbar(at, centre, abs(ends - centre), **look | style)
     axes.axhline(0, color="0.2", linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(1.2 * low, -0.01), max(1.2 * high, 0.01))

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis import explain
-from ctxlm.analysis.phrases import SINGLE, count, effect_text, side
+from ctxlm.analysis.phrases import SINGLE, change_if_known, count, effect_text, side
 from ctxlm.analysis.replicates import together
 from ctxlm.analysis.scaling import CELL, Grid, loss_sums, mean_loss
 from ctxlm.config import Experiment
@@ -85,7 +85,7 @@ def _row(
         "Of": of,
         "Verdict": "; ".join(said),
         "PPL": effect_text(best),
-        "Test PPL": effect_text(test).replace(" (no interval)", "") if test else "",
+        "Test PPL": change_if_known(test.estimate, test.interval) if test else "",
         "Last PPL / best PPL": effect_text(last) if last else "",
         "From": rests + (f"; {count(last.n, unit)} to the early stop" if last and last.n < best.n else ""),
     }
@@ -107,7 +107,9 @@ def learning_rate(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[R
     by_size = ["train_tokens"] if runs["replicate"].nunique() == 1 else []
     for (label, *size), own in runs.groupby(["configuration", *by_size]):
         of = label + "".join(f" at {tokens:,} tokens" for tokens in size)
-        last, ended = None, explain.stopped(own)
+        test, last, ended = None, None, explain.stopped(own)
+        with contextlib.suppress(ValueError):  # judged on different test texts
+            test = RATES(own, RATE / 2, RATE, "test_loss")
         with contextlib.suppress(ValueError):  # one of the two was still getting better
             last = RATES(ended.assign(rise=np.log1p(ended["overfit_rate"])), RATE / 2, RATE, "rise")
         try:
@@ -115,7 +117,7 @@ def learning_rate(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[R
         except ValueError as error:  # judged on different tokens, or no pair
             yield _untold(error, of)
             continue
-        yield _row(of, BEST, "pair", best, RATES(own, RATE / 2, RATE, "test_loss"), last)
+        yield _row(of, BEST, "pair", best, test, last)
 
 
 def rates_table(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> pd.DataFrame:
@@ -201,7 +203,7 @@ def falling_widths(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> Iterator[
     for effect in effects:
         pair, _, size = effect.name.partition(" at ")
         shapes = " against ".join(f"{label} ({_shape(runs, label)})" for label in pair.split(" against "))
-        yield _row(f"{shapes}{size and f' at {size}'}", DESIGN, "pair", effect, tested[effect.name])
+        yield _row(f"{shapes}{size and f' at {size}'}", DESIGN, "pair", effect, tested.get(effect.name))
 
 
 def falling_effects(

@@ -11,7 +11,7 @@ from pandas.io.formats.style import Styler
 
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import as_printed
-from ctxlm.analysis.phrases import change, effect_text, magnitude, p_text, percent, signed, tokens_text
+from ctxlm.analysis.phrases import change, change_if_known, effect_text, magnitude, p_text, percent, signed, tokens_text
 from ctxlm.analysis.reasons import effect_verdict, slope_verdict
 from ctxlm.analysis.replicates import student
 from ctxlm.analysis.scaling import ppl_interval
@@ -113,7 +113,7 @@ def gaps_table(summary: Mapping[str, Any]) -> pd.DataFrame:
             left_out = f"{d['without_tokens']:,} of {d['tokens']:,} tokens left out"
             row["Without the sample that moves it most"] = f"{percent(math.expm1(d['without']))} ({left_out})"
         if test := d["test"]:
-            row["Test text"] = change(*[test[x] for x in ("log_ppl", "interval")]).replace(" (no interval)", "")
+            row["Test text"] = change_if_known(test["log_ppl"], test["interval"])
             row["Test samples"] = test["samples"] or "–"
         rows.append(row)
     return pd.DataFrame(rows, dtype=object).fillna("")
