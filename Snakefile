@@ -4,6 +4,7 @@
 #
 # A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
+import json
 import os
 import re
 import shutil
@@ -18,18 +19,17 @@ import yaml
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import digest
+from ctxlm.files import digest, resolve
+from ctxlm.results import check_runs, grid_dtype, outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
-DATA_PARAMETERS = ["corpus", "embedding", "embed_dim", "val_samples", "test_samples"]
-DATA_PARAMETERS += ["train_capacity_tokens", "train_capacity_samples"]
-ANALYSIS = [f"ctxlm/analysis/{name}.py" for name in sorted(glob_wildcards("ctxlm/analysis/{name}.py").name)]
+DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "test_samples", "max_sample_tokens"}
 
 try:  # everything that can be said before any work starts is said here, in one sentence
     GRID = load_grid(GRID_FILE)
     if any(run.device.startswith("cuda") for run in GRID.runs.values()):
-        from ctxlm.model import resolve_device
+        from ctxlm.device import resolve_device
 
         for run in GRID.runs.values():
             resolve_device(run)
@@ -38,25 +38,24 @@ try:  # everything that can be said before any work starts is said here, in one 
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
     DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
-    read = {GRID.name, *glob_wildcards("params/grids/{name}.yaml").name}  # by a report, whatever its grid
-    if begun := [name for name in sorted(read) if os.path.isdir(f"{OUTPUTS}/{name}")]:
-        from ctxlm.results import check_runs
-
-        for name in begun:  # before the new runs are paid for, not after
-            check_runs(name)
+    check_runs(GRID.name)  # before new runs are paid for, not after
+    if any(run.dtype == "auto" for run in GRID.runs.values()):  # one type for all, wherever each of them runs
+        ONE = {"dtype": grid_dtype(GRID.name)}
+        RUNS = {name: run.model_copy(update=ONE if run.dtype == "auto" else {}) for name, run in GRID.runs.items()}
+    else:
+        RUNS = GRID.runs
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"
+# What the analysis reads beside its grid's runs.
+BESIDES = [*sorted(Path("data/reference").rglob("*.csv")), *sorted(Path("ctxlm/analysis").glob("*.py"))]
 
-
-def read_besides() -> str:
-    """Digest of what the analysis reads beside its own grid's runs: other grids and their results, published tables."""
-    results = Path(os.environ.get("CTXLM_RESULTS") or "data/results")
-    files = [*Path("params/grids").glob("*.yaml"), *Path("data/reference").rglob("*.csv"), *results.glob("*/*/*")]
-    files += [path for name in read - {GRID.name} for path in Path(OUTPUTS).glob(f"{name}/*/metrics.json")]
-    return digest(*(part for path in sorted(files) for part in (path.as_posix(), path.read_bytes())))
-
+for derived in (outputs_dir() / GRID.name / "analysis.json",):  # damaged from outside: it is made anew
+    try:
+        json.loads(derived.read_bytes()) if derived.exists() else None
+    except ValueError:
+        derived.unlink()
 
 RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 
@@ -78,7 +77,7 @@ os.environ["CTXLM_GPUS"] = " ".join(GPUS)
 # The cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU. A cluster's
 # executor names no cores: `--config threads=8` then says how many a run gets.
 CORES = workflow.cores or 1
-SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(GRID.runs)  # rounded up, so that no run lacks a GPU
+SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(RUNS)  # rounded up, so that no run lacks a GPU
 THREADS = int(config.get("threads", max(1, SHARE)))
 # Each run that may choose takes a free GPU and keeps it locked until it ends.
 TAKE_A_GPU = (
@@ -95,7 +94,7 @@ def takes_a_gpu(run) -> bool:
 # The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
 CORPORA: dict[str, dict] = {}
 CORPUS_OF: dict[str, str] = {}
-for name, run in GRID.runs.items():
+for name, run in RUNS.items():
     values = run.model_dump(include=set(DATA_PARAMETERS))
     known = [corpus for corpus, others in CORPORA.items() if others == values]
     CORPUS_OF[name] = known[0] if known else f"corpus-{len(CORPORA) + 1}" if CORPORA else "corpus"
@@ -104,7 +103,7 @@ for name, run in GRID.runs.items():
 
 def largest(corpus: str) -> dict:
     """The largest training size asked of a corpus, in tokens if any run gives tokens, else in samples."""
-    runs = [run for name, run in GRID.runs.items() if CORPUS_OF[name] == corpus]
+    runs = [run for name, run in RUNS.items() if CORPUS_OF[name] == corpus]
     tokens = max((run.train_tokens or 0 for run in runs)) or None
     samples = None if tokens else max(run.train_samples for run in runs)
     return {"train_tokens": tokens, "train_samples": samples}
@@ -121,7 +120,7 @@ OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 
 
 wildcard_constraints:
-    run="|".join(map(re.escape, GRID.runs)),
+    run="|".join(map(re.escape, RUNS)),
     corpus="|".join(CORPORA),
 
 
@@ -131,7 +130,7 @@ rule all:
         # named here too, so that what was deleted is made again
         f"{HOME}/analysis.json",
         f"{HOME}/audit.csv",
-        expand(f"{HOME}/{{run}}/{{file}}", run=GRID.runs, file=RUN_FILES),
+        expand(f"{HOME}/{{run}}/{{file}}", run=RUNS, file=RUN_FILES),
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
 
 
@@ -174,16 +173,16 @@ rule experiment:
         text=f"{HOME}/{{run}}/experiment.log",
     params:
         values=lambda wildcards: papermill_yaml(
-            GRID.runs[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
+            RUNS[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
         # By name, not by value: another number of GPUs is no reason to run anything again.
-        gpus=lambda wildcards: "$CTXLM_GPUS" if takes_a_gpu(GRID.runs[wildcards.run]) else "",
-        notebook=lambda wildcards: NOTEBOOKS[GRID.runs[wildcards.run].model],
-        code=lambda wildcards: code_hash(GRID.runs[wildcards.run].model),
-        data=lambda wildcards: DATA[GRID.runs[wildcards.run].corpus, GRID.runs[wildcards.run].embedding],
+        gpus=lambda wildcards: "$CTXLM_GPUS" if takes_a_gpu(RUNS[wildcards.run]) else "",
+        notebook=lambda wildcards: NOTEBOOKS[RUNS[wildcards.run].model],
+        code=lambda wildcards: code_hash(RUNS[wildcards.run].model),
+        data=lambda wildcards: DATA[RUNS[wildcards.run].corpus, RUNS[wildcards.run].embedding],
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
-    priority: lambda wildcards: GRID.runs[wildcards.run].train_tokens or GRID.runs[wildcards.run].train_samples
+    priority: lambda wildcards: RUNS[wildcards.run].train_tokens or RUNS[wildcards.run].train_samples
     message:
         "Run {wildcards.run}"
     shell:
@@ -192,20 +191,21 @@ rule experiment:
         ' case "$line" in iteration*|epoch*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
 
 
+# No `update()` here: Snakemake would give an earlier result back after a failure, with a new time, and take it for
+# the new one from then on. Both are made of the runs, so that nothing is lost with them.
 rule analysis:
     input:
         "notebooks/03_analysis.ipynb",
-        ANALYSIS,
-        expand(f"{HOME}/{{run}}/{{file}}", run=GRID.runs, file=RUN_FILES),
+        BESIDES,
+        expand(f"{HOME}/{{run}}/{{file}}", run=RUNS, file=RUN_FILES),
     output:
-        update(f"{HOME}/analysis.json"),
-        update(f"{HOME}/audit.csv"),
+        f"{HOME}/analysis.json",
+        f"{HOME}/audit.csv",
     log:
         notebook=f"{HOME}/analysis.ipynb",
         text=f"{HOME}/analysis.log",
     params:
-        values=papermill_yaml({"grid": GRID_FILE, "output_dir": HOME}),
-        besides=read_besides(),
+        values=lambda wildcards: papermill_yaml({"grid": GRID_FILE, "output_dir": HOME}),
     message:
         "Analysing the grid"
     shell:
@@ -218,9 +218,10 @@ rule report:
         f"{HOME}/analysis.json",
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
     output:
-        update(f"{HOME}/report/index.html"),
+        f"{HOME}/report/index.html",
     params:
-        words=[GRID.title, GRID.description],  # a changed title is a new report
+        # A changed title is a new report. Only its digest: braces in it would be taken for wildcards.
+        words=digest(GRID.title, GRID.description),
     message:
         "Writing the report"
     shell:

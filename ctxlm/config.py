@@ -3,6 +3,7 @@
 A grid file names several experiments and the values to sweep; `load_grid` expands it into runs.
 """
 
+import difflib
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ctxlm.files import ROOT, digest, resolve, source_hash
 
@@ -23,12 +24,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-BASELINES = ("kneser-ney", "lstm", "transformer")
+NETWORKS = ("lstm", "transformer")
+"""Values of `model` that `ctxlm.networks` trains."""
+BASELINES = ("kneser-ney", *NETWORKS)
 """Values of `model` that are what a user would otherwise pick."""
 NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/06_baseline.ipynb")
 """What runs each `model`."""
-SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ctxlm").glob("*.py")))
-"""What a run's numbers depend on beside its notebook; the analysis is left out on purpose."""
+MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(
+    NETWORKS, ("networks",)
+)
+"""The modules of `ctxlm` that a run of each `model` enters by; what these import belongs to it too."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
@@ -37,8 +42,8 @@ LONGEST_NAME = 200
 
 
 def code_hash(model: str = "context") -> str:
-    """Digest of `SOURCES` and the notebook that runs `model`."""
-    return source_hash(*SOURCES, NOTEBOOKS[model])
+    """Digest of the code that a run's numbers depend on: its model's modules and the notebook that runs it."""
+    return source_hash(*(f"ctxlm/{name}.py" for name in MODULES[model]), NOTEBOOKS[model])
 
 
 class ConfigError(ValueError):
@@ -61,22 +66,21 @@ class Experiment(BaseModel):
     )
     train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
-    val_samples: Count = Field(50, description="validation samples: the first after the training capacity")
-    test_samples: Count = Field(50, description="test samples: the first after validation")
-    train_capacity_tokens: Count | None = Field(None, description="tokens kept for training; null: the corpus's own")
-    train_capacity_samples: Count | None = Field(None, description="samples kept for training; null: the corpus's own")
-    data_seed: Seed = Field(0, description="0: the first samples; otherwise the training window starts elsewhere")
+    data_seed: int = Field(
+        0, ge=0, lt=60, description="the training window begins at so many sixtieths of the training capacity"
+    )
+    val_samples: Count = Field(200, description="validation samples: the first of the region kept for validation")
+    test_samples: Count = Field(200, description="test samples: the first of the region kept for the test")
+    max_sample_tokens: Count | None = Field(
+        256, description="a validation or test sample is cut to its first so many tokens; null: it is whole"
+    )
+    held_out_tokens: int = Field(
+        0, ge=0, description="for tuning: so many last training tokens are left out, and stand in for validation"
+    )
     # The model
     model: Literal["context", "kneser-ney", "lstm", "transformer"] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
     )
-    ngram_order: Few = Field(4, description="tokens that an n-gram of kneser-ney spans")
-    ngram_second_half: bool = Field(
-        False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
-    )
-    hidden_dim: Width = Field(1712, description="width of the lstm's state, or of the transformer's layers")
-    window: Count = Field(32, description="tokens an lstm is trained through at a time, or a transformer sees at most")
-    num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
     design: Literal["constant", "arithmetic"] = Field(
         "constant", description="width of the layers: constant, or falling in an arithmetic progression"
     )
@@ -103,18 +107,18 @@ class Experiment(BaseModel):
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
     phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
-    # Phase 2: what the study does not have; all of it is off by default
+    # The recipes' ingredients: what the study does not have, off by default
     output_bias: Literal["none", "unigram"] = Field(
-        "none", description="a trained bias of the output that starts at the training tokens' log frequencies (unigram)"
+        "none", description="unigram: a trained bias of the output, started at the training tokens' log frequencies"
     )
+    phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
+    logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
     phase2_context_window: int = Field(
         0, ge=0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
     )
     slow_decay: Share = Field(
         0.0, description="decay a token of a slow context, a decayed sum of embeddings that the head reads too; 0: none"
     )
-    phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
-    logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
     phase2_shuffle: bool = Field(
         False, description="updates read tokens (or whole windows of them) in random order, not the stream's"
     )
@@ -122,69 +126,68 @@ class Experiment(BaseModel):
     phase2_final_rate: float = Field(
         1.0, gt=0, le=1, description="the learning rate after phase2_epochs as a share of its peak (half a cosine)"
     )
-    phase2_weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
-    phase2_dropout: Share = Field(0.0, description="share of context and input entries dropped in training")
     phase2_token_dropout: Share = Field(
-        0.0, description="share of input tokens (but for the ContextBlock's) blanked in training"
+        0.0, description="share of the input tokens blanked in training; the ContextBlock reads them all the same"
     )
-    phase2_label_smoothing: Share = Field(0.0, description="share of the target spread over all tokens")
     phase2_weight_average: Share = Field(
         0.0, description="decay an update of the average of the weights that is judged and kept; 0: none"
     )
-    held_out_tokens: int = Field(
-        0, ge=0, description="for tuning: so many last training tokens are left out, and stand in for validation"
+    # What a user would otherwise pick
+    ngram_order: Few = Field(4, description="tokens that an n-gram of kneser-ney spans")
+    ngram_second_half: bool = Field(
+        False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
     )
+    hidden_dim: Width = Field(1712, description="width of the lstm's state, or of the transformer's layers")
+    window: Count = Field(32, description="tokens an lstm is trained through at a time, or a transformer sees at most")
+    num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
+    # Looking into it
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
         "none", description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens"
     )
     train_loss_after_epoch: bool = Field(False, description="measure the training loss also after every epoch")
     val_every_steps: int = Field(0, ge=0, description="validate also every so many updates; 0: after epochs only")
     # The machine
-    seed: Seed = Field(42, description="of initialisation and noise")
+    seed: Seed = Field(42, description="of initialisation, noise and order")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matrix products in both phases")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the matrix products in both phases; auto: the faster one, the same for a whole grid"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
+        def refuse(remedy: str, *names: str) -> None:
+            raise ValueError(f"{' and '.join(f'{name} = {getattr(self, name)}' for name in names)}: {remedy}")
+
         if (self.train_tokens is None) == (self.train_samples is None):
-            raise ValueError(
-                f"train_tokens = {self.train_tokens} and train_samples = {self.train_samples}: "
-                "give exactly one of the two and set the other to null (on papermill's command line: None)"
-            )
-        if self.train_capacity_tokens is not None and self.train_capacity_samples is not None:
-            raise ValueError(
-                f"train_capacity_tokens = {self.train_capacity_tokens} and train_capacity_samples = "
-                f"{self.train_capacity_samples}: give at most one of the two"
-            )
+            remedy = "give exactly one of the two and set the other to null (on papermill's command line: None)"
+            refuse(remedy, "train_tokens", "train_samples")
         if self.ngram_second_half and self.model != "kneser-ney":
-            raise ValueError(f"ngram_second_half = True is not possible for model = {self.model!r}: set it to false")
+            refuse("only kneser-ney counts, so set the first to false", "ngram_second_half", "model")
         if self.embedding_seed and self.embedding not in ("ppmi", "random"):
-            raise ValueError(
-                f"embedding_seed = {self.embedding_seed} is not possible for embedding = {self.embedding!r}, of which "
-                "nothing is drawn: set it to 0"
-            )
-        if self.model in ("lstm", "transformer"):
-            self._check_network()
+            refuse("nothing of that embedding is drawn, so set embedding_seed to 0", "embedding_seed", "embedding")
         if self.phase1_min_iterations > self.phase1_max_iterations:
-            raise ValueError(
-                f"phase1_min_iterations = {self.phase1_min_iterations} is above phase1_max_iterations = "
-                f"{self.phase1_max_iterations}: lower the first or raise the second"
-            )
-        window = self.phase2_context_window if self.model == "context" else 0
-        if window and self.phase2_batch_size % window:
-            raise ValueError(
-                f"phase2_batch_size = {self.phase2_batch_size} is not a multiple of phase2_context_window = {window}, "
-                "and a batch holds whole windows: make it one"
-            )
-        for name in ("phase2_context_window", "slow_decay"):
-            if self.model == "context" and getattr(self, name) and self.context_ablation != "none":
-                raise ValueError(
-                    f"{name} = {getattr(self, name)} trains or adds contexts that context_ablation = "
-                    f"{self.context_ablation} does not replace: set one of the two to its default (0, none)"
-                )
-        targets = (self.train_tokens or 0) - self.held_out_tokens - 1
-        if self.model == "context" and targets > 0:  # otherwise only the corpus tells how many updates there are
-            self.check_warmup(-(-targets // self.phase2_batch_size))
+            refuse("lower the first or raise the second", "phase1_min_iterations", "phase1_max_iterations")
+        if self.model in NETWORKS:
+            if self.model == "transformer" and self.hidden_dim % self.num_heads:
+                refuse("the first must divide among the second, so change one of them", "hidden_dim", "num_heads")
+            if self.phase2_batch_size % self.window:
+                refuse("the first must be a multiple of the second, so change one", "phase2_batch_size", "window")
+            others = "use_weight_tying phase2_shuffle phase2_context_window phase2_init_std design context_ablation"
+            for name in others.split():
+                if getattr(self, name) != (default := type(self).model_fields[name].default):
+                    refuse(f"that model has no such switch, so set it to {default!r}", name, "model")
+        if self.model == "context":
+            window = self.phase2_context_window
+            if window and self.phase2_batch_size % window:
+                remedy = "the first must be a multiple of the second, for a batch holds whole windows"
+                refuse(remedy, "phase2_batch_size", "phase2_context_window")
+            for name in ("phase2_context_window", "slow_decay"):
+                if getattr(self, name) and self.context_ablation != "none":
+                    remedy = "the second replaces no contexts that the first trains or adds: set one to its default"
+                    refuse(remedy, name, "context_ablation")
+            targets = (self.train_tokens or 0) - self.held_out_tokens - 1
+            if targets > 0:  # otherwise only the corpus tells how many updates there are
+                self.check_warmup(-(-targets // self.phase2_batch_size))
         return self
 
     def check_warmup(self, updates: int) -> None:
@@ -199,23 +202,6 @@ class Experiment(BaseModel):
                 f"{self.phase2_epochs} of {updates} updates each: lower it, or raise phase2_epochs"
             )
 
-    def _check_network(self) -> None:
-        if self.model == "transformer" and self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"hidden_dim = {self.hidden_dim} does not divide among num_heads = {self.num_heads}: change one of them"
-            )
-        if self.phase2_batch_size % self.window:
-            raise ValueError(
-                f"phase2_batch_size = {self.phase2_batch_size} is no multiple of window = {self.window}: change one"
-            )
-        others = "use_weight_tying phase2_shuffle phase2_context_window phase2_init_std design context_ablation"
-        for name in others.split():
-            value = type(self).model_fields[name].default
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)!r} is not possible for model = {self.model!r}: set it to {value!r}"
-                )
-
     @classmethod
     def from_mapping(cls, *layers: Mapping[str, Any]) -> "Experiment":
         """An experiment from parameter mappings, later ones overriding earlier ones.
@@ -223,31 +209,27 @@ class Experiment(BaseModel):
         Raises:
             ConfigError: an unknown name, a wrong type, a value out of bounds: one sentence for each, on one line.
         """
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            merged.update({str(name): value for name, value in layer.items()})  # YAML's `on:` and `1:` are no text
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from None
+        merged = {str(name): value for layer in layers for name, value in layer.items()}  # YAML's `1:` is no text
+        return _validated(cls, merged)
 
     @classmethod
-    def from_namespace(cls, namespace: Mapping[str, Any], also: tuple[str, ...] = ("output_dir",)) -> "Experiment":
+    def from_namespace(cls, namespace: dict[str, Any], also: tuple[str, ...] = ("output_dir",)) -> "Experiment":
         """An experiment from a notebook's `globals()`, called before the notebook defines anything but parameters.
 
-        papermill only warns about a parameter it does not know, and injects it all the same; here every
-        plain value in the namespace that is not a parameter (or in `also`) is refused.
+        papermill only warns about a parameter it does not know, and injects it all the same; here every value that
+        YAML could have put there and that is no parameter (or in `also`) is refused. Cells can be run again: of the
+        names that turn up after the first check, only those that look like a misspelt parameter are.
 
         Raises:
             ConfigError: as `from_mapping`.
         """
-        plain = (bool, int, float, str, type(None))
-        found = {
-            name: value
-            for name, value in namespace.items()
-            if not name.startswith("_") and name not in also and (name in cls.model_fields or type(value) in plain)
-        }
-        return cls.from_mapping(found)
+        data = (bool, int, float, str, list, dict, type(None))
+        there = {name for name, value in namespace.items() if type(value) in data and not name.startswith("_")}
+        there -= {*also, "In", "Out"}  # the latter are IPython's
+        if "_given" in namespace:
+            there = {name for name in there if name in namespace["_given"] or _closest(name)}
+        namespace["_given"] = frozenset(there)
+        return cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
 
     def meant_for(self, notebook: str) -> "Experiment":
         """Itself, once it is known that this notebook (its path in the repository) runs its model.
@@ -265,38 +247,54 @@ class Experiment(BaseModel):
         return digest(json.dumps(self.model_dump(), sort_keys=True))
 
 
-_PATTERNS = {
+_WORDS = {
     "experiment": "a label holds letters, digits, '.', '_' and '-' only, and begins with a letter or a digit",
     "device": "it must be auto, cpu, cuda or cuda:N, as cuda:0",
+    "title": "write a text after it (a number in quotes), or leave the line out",
+    "description": "write a text after it (a number in quotes), or leave the line out",
+    "experiments": "it must map at least one label to a parameter file, to values, or to a list of such",
+    "sweep": "it must map parameter names to non-empty lists of values",
+    "common": "it must be a parameter file, values, or a list of such",
 }
-"""What the parameters that have a pattern must be, in words."""
+"""What pydantic's own messages would not say plainly."""
 
 
-def _sentence(detail: Mapping[str, Any]) -> str:
+def _validated(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
+    """An instance of a model, or what is wrong with its values in one line, a sentence each."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        details = {detail["loc"][:1]: detail for detail in error.errors()}  # of a union's, one
+        raise ConfigError("; ".join(_sentence(kind, detail) for detail in details.values())) from None
+
+
+def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     """One of pydantic's error details as a sentence: parameter, value, remedy."""
-    name = ".".join(str(part) for part in detail["loc"][:1])
-    value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
-    if kind == "value_error":  # raised by `_consistent`, a sentence already
-        return str(context["error"])
-    if kind == "extra_forbidden":
-        return f"{name} = {value!r} is not a parameter{_did_you_mean(name)}"
-    if kind == "literal_error":
-        return f"{name} = {value!r} is not possible: choose {context['expected']}"
-    if kind == "string_pattern_mismatch":
-        return f"{name} = {value!r} is not possible: {_PATTERNS[name]}"
-    message = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
-    hints = {"int_type": " (write it without quotes)", "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)"}
-    number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE)
-    return f"{name} = {value!r} is not possible: {message}{hints.get(kind, '') if number else ''}"
+    if not detail["loc"]:  # raised by a validator of the whole, a sentence already
+        return str(detail["ctx"]["error"])
+    name, value = str(detail["loc"][0]), detail["input"]
+    if detail["type"] == "extra_forbidden":
+        if kind is not Experiment:
+            return f"{name!r} is no key of a grid file: see params/grids/quick.yaml"
+        closest = _closest(name, 0.6)
+        hint = f"did you mean {' or '.join(closest)}?" if closest else "see docs/parameters.md"
+        return f"{name} = {value!r} is not a parameter: {hint}"
+    said = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
+    if detail["type"] == "literal_error":
+        said = f"choose {detail['ctx']['expected']}"
+    elif detail["type"] != "string_too_long":
+        said = _WORDS.get(name, said)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE):
+        hints = {"int_type": " (write it without quotes)", "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)"}
+        said += hints.get(detail["type"], "")
+    return f"{name} = {value!r} is not possible: {said}"
 
 
-def _did_you_mean(name: str) -> str:
-    from difflib import SequenceMatcher
-
-    scores = {known: SequenceMatcher(None, known, name).ratio() for known in Experiment.model_fields}
+def _closest(name: str, least: float = 0.8) -> list[str]:
+    """The parameters that a name resembles most, if it resembles any that much."""
+    scores = {known: difflib.SequenceMatcher(None, known, name).ratio() for known in Experiment.model_fields}
     best = max(scores.values())
-    closest = [known for known, score in scores.items() if score == best][:3]
-    return f": did you mean {' or '.join(closest)}?" if best >= 0.6 else ": see the README's table of parameters"
+    return [known for known, score in scores.items() if score == best][:3] if best >= least else []
 
 
 class _Loader(yaml.SafeLoader):
@@ -304,11 +302,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 line = key.start_mark.line + 1
                 raise ConfigError(f"line {line}: {key.value!r} is given a second time: remove or rename one of the two")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -318,9 +316,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
-    file = resolve(path)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(resolve(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): check the name") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -332,28 +329,66 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _parameters(names: str) -> list[str]:
-    """The parameters that one line of a grid's sweep names."""
-    return [name.strip() for name in str(names).split(",")]
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given or {}]
 
 
-def _steps(path: Path, names: str, values: list[Any]) -> list[dict[str, Any]]:
-    """What one line of a grid's sweep sets, step by step."""
-    twice = [value for i, value in enumerate(values) if value in values[:i]]
-    if twice:
-        raise ConfigError(f"{path}: 'sweep' of '{names}' has {twice[0]!r} twice: remove one of the two")
-    parameters = _parameters(names)
-    if len(parameters) == 1:
-        return [{parameters[0]: value} for value in values]
-    if not all(isinstance(value, list) and len(value) == len(parameters) for value in values):
-        raise ConfigError(f"{path}: 'sweep' of '{names}' needs lists of {len(parameters)} values each, as [42, 0]")
-    return [dict(zip(parameters, value, strict=True)) for value in values]
+Layers = Annotated[list[str | dict[Any, Any]], BeforeValidator(_as_list)]
+"""A parameter file, values, or a list of such, of which later ones win."""
+
+
+class GridFile(BaseModel):
+    """What a file in `params/grids/` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    title: str
+    description: str = ""
+    common: Layers = []
+    experiments: dict[Annotated[Any, BeforeValidator(str)], Layers] = Field(min_length=1)
+    sweep: dict[Annotated[Any, BeforeValidator(str)], Annotated[list[Any], Field(min_length=1)]] = {}
+
+    @property
+    def swept(self) -> list[str]:
+        """The parameters that the sweep names."""
+        return [name for names in self.sweep for name in _names(names)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GridFile":
+        for name in self.swept:
+            if self.swept.count(name) > 1:
+                raise ValueError(f"'sweep' names {name} twice: keep one of the two")
+            for label, given in self.experiments.items():  # a file's values are defaults, shared among grids
+                for own in (own for own in given if isinstance(own, dict) and name in own):
+                    raise ValueError(
+                        f"{name} = {own[name]!r} of experiment {label!r} would be overridden by 'sweep': remove one of "
+                        "the two"
+                    )
+        for names, values in self.sweep.items():
+            if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+                raise ValueError(f"'sweep' of '{names}' has {twice[0]!r} twice: remove one of the two")
+            count = len(_names(names))
+            if count > 1 and not all(isinstance(value, list) and len(value) == count for value in values):
+                raise ValueError(f"'sweep' of '{names}' needs lists of {count} values each, as [42, 0]")
+        return self
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The sweep's values, combination by combination."""
+        lines = []
+        for names, values in self.sweep.items():
+            several = len(_names(names)) > 1
+            lines.append([dict(zip(_names(names), value if several else [value], strict=True)) for value in values])
+        for combination in itertools.product(*lines):
+            yield {name: value for part in combination for name, value in part.items()}
+
+
+def _names(line: str) -> list[str]:
+    """The parameters that one line of a sweep names."""
+    return [name.strip() for name in line.split(",")]
 
 
 class Grid(BaseModel):
-    """Several experiments crossed with swept values. `runs` maps each run's name to its experiment."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    """A grid file's experiments crossed with its swept values: `runs` maps each run's name to its experiment."""
 
     name: str
     title: str
@@ -361,103 +396,77 @@ class Grid(BaseModel):
     runs: dict[str, Experiment]
 
 
-def _layers(path: Path, where: str, given: Any) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Values of a parameter file, of a mapping or of each in a list of such, and whether they are a file's."""
-    for part in given if isinstance(given, list) else [given or {}]:
-        values = read_yaml(part) if isinstance(part, str) else part
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{path}: {where} must be a parameter file, values, or a list of such, but holds {values!r}"
-            )
-        yield values, isinstance(part, str)
-
-
 def load_grid(name: str) -> Grid:
     """Expand `params/grids/<name>.yaml` (or the file `name`) into runs, every one checked.
 
     The file holds `title`, `description`, `common` (over `params/base.yaml`), `experiments` (by label) and `sweep`
-    (parameter → list, or several parameters, as "seed, data_seed" → list of lists, that change together). What is
-    common, and an experiment, is a parameter file, values, or a list of such of which later ones win.
-    A run is called after its label and every swept value, so a longer list adds runs and renames none.
+    (parameter → list, or several parameters, as "seed, data_seed" → list of lists, that change together). A run is
+    called after its label and every swept value, so a longer list adds runs and renames none.
 
     Raises:
         ConfigError: as `read_yaml` and `Experiment.from_mapping`, naming the run.
     """
     path = _grid_file(name)
-    content = _grid_content(path)
-    sweep = content["sweep"]
-    swept = [parameter for names in sweep for parameter in _parameters(names)]
-    for parameter in swept:
-        if swept.count(parameter) > 1:
-            raise ConfigError(f"{path}: 'sweep' names {parameter} twice: keep one of the two")
-    base = read_yaml("params/base.yaml")
-    common = [values for values, _ in _layers(path, "'common'", content["common"])]
-    steps = [_steps(path, names, values) for names, values in sweep.items()]
-    runs: dict[str, Experiment] = {}
-    for label, given in content["experiments"].items():
-        own = []
-        for values, from_file in _layers(path, f"experiment {label!r}", given):
-            own.append(values)
-            for parameter in () if from_file else swept:  # a file's values are defaults, shared among grids
-                if parameter in values:
-                    raise ConfigError(
-                        f"{path}: {parameter} = {values[parameter]!r} of experiment {label!r} would be overridden by "
-                        "'sweep': remove one of the two"
-                    )
-        for combination in itertools.product(*steps):
-            step = {parameter: value for part in combination for parameter, value in part.items()}
-            run = "_".join([str(label), *(f"{key}-{value}" for key, value in step.items())])
-            try:
-                runs[run] = Experiment.from_mapping(base, *common, *own, {"experiment": str(label)}, step)
-            except ConfigError as error:
-                raise ConfigError(f"{path}, run {run}: {error}") from None
-            _check_run_name(path, run)
-    return Grid(name=path.stem, title=content["title"], description=content["description"], runs=runs)
+    given = {"title": path.stem} | read_yaml(path)
+    # a key without a value is one that is left out
+    given = {key: value for key, value in given.items() if value is not None or key in ("title", "description")}
+    where, runs = str(path), {}
+    try:
+        file: GridFile = _validated(GridFile, {"experiments": {}} | given)
+        base = [read_yaml("params/base.yaml"), *_read(file.common)]
+        for label, layers in file.experiments.items():
+            own = _read(layers)
+            for step in file.steps():
+                run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
+                where = f"{path}, run {run}"
+                runs[run] = Experiment.from_mapping(*base, *own, {"experiment": label}, step)
+                _check_name(run)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return Grid(name=path.stem, title=file.title, description=file.description, runs=runs)
+
+
+def _read(layers: list[str | dict[str, Any]]) -> list[dict[str, Any]]:
+    return [read_yaml(layer) if isinstance(layer, str) else layer for layer in layers]
 
 
 def _grid_file(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("params/grids") / f"{name}.yaml"
+    ours = ROOT / "params" / "grids"
     if not resolve(path).exists():
-        known = ", ".join(sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml")))
+        known = ", ".join(sorted(file.stem for file in ours.glob("*.yaml")))
         missing = f"grid {name!r} does not exist" if name else "grid = '' names no grid"
         raise ConfigError(f"{missing}: choose one of {known}, or name a .yaml file")
-    ours = ROOT / "params" / "grids" / f"{path.stem}.yaml"
-    if ours.exists() and resolve(path).resolve() != ours:
+    own = ours / f"{path.stem}.yaml"
+    if own.exists() and resolve(path).resolve() != own:
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
     if not re.fullmatch(NAME, path.stem):
         raise ConfigError(f"{path}: {path.stem!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'")
     return path
 
 
-def _grid_content(path: Path) -> dict[str, Any]:
-    """What a grid file holds under each of its keys, checked for its shape; what it leaves out is filled in."""
-    empty = {"title": path.stem, "description": "", "common": None, "experiments": {}, "sweep": {}}
-    given = read_yaml(path)
-    unknown = set(given) - set(empty)
-    if unknown:
-        raise ConfigError(f"{path}: {min(map(str, unknown))!r} is no key of a grid file: see params/grids/quick.yaml")
-    content = empty | given | {key: given.get(key) or {} for key in ("experiments", "sweep")}
-    experiments, sweep = content["experiments"], content["sweep"]
-    if not isinstance(experiments, dict) or not experiments:
-        raise ConfigError(f"{path}: 'experiments' must map at least one label to a parameter file or to values")
-    if not isinstance(sweep, dict) or not all(isinstance(values, list) and values for values in sweep.values()):
-        raise ConfigError(f"{path}: 'sweep' must map parameter names to non-empty lists of values")
-    for key in ("title", "description"):
-        if not isinstance(content[key], str):
-            remedy = f"write a text after '{key}:' (a number in quotes), or leave the line out"
-            raise ConfigError(f"{path}: {key} = {content[key]!r} is not possible: {remedy}")
-    return content
-
-
-def _check_run_name(path: Path, run: str) -> None:
+def _check_name(run: str) -> None:
+    """Refuse a run's name that cannot be its folder's."""
     if run in ("report", "analysis") or run.startswith("corpus"):
-        raise ConfigError(
-            f"{path}: a run cannot be called {run!r}, as the report, the analysis and the corpus are: rename it"
-        )
+        raise ConfigError("the report, the analysis and the corpus are called so: rename it")
     if not re.fullmatch(NAME, run):  # a path among the swept values, say
-        raise ConfigError(f"{path}: run {run!r} cannot name a folder: give such a value under 'experiments'")
+        raise ConfigError("that cannot name a folder: give such a value under 'experiments'")
     if len(run) > LONGEST_NAME:
         raise ConfigError(
-            f"{path}: run {run!r} has a name of {len(run)} characters, more than {LONGEST_NAME}: shorten its "
-            "label, or give long values under 'experiments'"
+            f"its name has {len(run)} characters, more than {LONGEST_NAME}: shorten its label, or give long values "
+            "under 'experiments'"
         )
+
+
+def parameters_table() -> str:
+    """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
+    rows = ["# Parameters", "", "Generated from `ctxlm.config.Experiment` by `make docs`; edit them there.", ""]
+    rows += ["| parameter | default | meaning |", "|---|---|---|"]
+    for name, field in Experiment.model_fields.items():
+        default = json.dumps(field.default).strip('"')
+        rows.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "parameters.md").write_text(parameters_table(), encoding="utf-8")

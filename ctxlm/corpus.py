@@ -33,7 +33,12 @@ ULTRACHAT_SPLIT = "train_sft[:20000]"
 ULTRACHAT_SIZES = {500: 86_925, 1000: 183_620}
 """Tokens of so many first samples, as the study of 2025-11-28 reports them."""
 
-DEFAULT_CAPACITY = {"chitchat": {"tokens": 1_000_000}, "ultrachat": {"samples": 1_000}}
+PROTOCOL = 2
+"""How runs are judged (`split`); results of two protocols are not compared."""
+REGION = 200
+"""Samples kept for validation, and as many for the test, at most: an eighth of a corpus's first half."""
+WINDOWS = 60
+"""Places where a training window may begin; it has many divisors, so that 2 to 6, 10 or 12 windows lie evenly."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +59,6 @@ class Split:
     train: Stream
     val: Stream
     test: Stream
-
-    def with_targets(self, experiment: Experiment) -> "Split":
-        """Itself, once every stream that the experiment cut is known to hold a token to predict.
-
-        Raises:
-            ConfigError: a stream of one token.
-        """
-        size = "train_tokens" if experiment.train_samples is None else "train_samples"
-        for name, part in ((size, self.train), ("val_samples", self.val), ("test_samples", self.test)):
-            if len(part) < 2:
-                raise ConfigError(
-                    f"{name} = {getattr(experiment, name)} leaves a single token, and nothing to predict from it: "
-                    "raise it"
-                )
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +86,25 @@ class Corpus:
         """Digest of the tokens and of where samples start."""
         return digest(self.tokens.tobytes(), self.starts.tobytes())
 
-    def stream(self, first: int, last: int) -> Stream:
-        """The whole samples first, …, last − 1."""
+    @property
+    def region(self) -> int:
+        """Samples of the region kept for validation, and of that kept for the test."""
+        return min(REGION, self.half // 8 or 1)
+
+    @property
+    def capacity(self) -> int:
+        """Samples that may be trained on; validation begins right behind them."""
+        return self.half - 2 * self.region
+
+    def stream(self, first: int, last: int, longest: int | None = None) -> Stream:
+        """The samples first, …, last − 1, whole or each cut to its first `longest` tokens."""
         lengths = np.diff(self.starts[first : last + 1])
         samples = np.repeat(np.arange(first, last, dtype=np.int32), lengths)
-        return Stream(self.tokens[self.starts[first] : self.starts[last]], samples)
+        tokens = self.tokens[self.starts[first] : self.starts[last]]
+        if longest is None:
+            return Stream(tokens, samples)
+        place = np.arange(len(tokens)) - np.repeat(self.starts[first:last] - self.starts[first], lengths)
+        return Stream(tokens[place < longest], samples[place < longest])
 
 
 @cache
@@ -149,39 +153,45 @@ def load_corpus(name: str) -> Corpus:
 
 
 def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
-    """The streams of an experiment. They depend on its data parameters alone.
+    """The streams of an experiment, by protocol 2. They depend on its data parameters alone.
 
-    The training capacity is the corpus's first samples up to the first sample boundary at or after
-    `train_capacity_tokens` tokens, or its first `train_capacity_samples` samples. By default it is 1,000,000 tokens
-    for chitchat, 1,000 samples for ultrachat, and for a file as many samples of its first half as leave room there
-    for validation and test. Validation is the `val_samples` whole samples right after the capacity, test the
-    `test_samples` after those, so neither depends on how much is trained on.
+    All three come from the corpus's first half, because the second makes the `ppmi` embedding: first the training
+    capacity, then two regions of equal numbers of samples, one for validation and one for the test. Of each region
+    the first `val_samples` or `test_samples` are read, so that no run's test text is another's validation text, each
+    cut to its first `max_sample_tokens`, so that no long one outweighs the others.
 
     Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
-    `data_seed` > 0 it starts at a random sample of the capacity instead and goes on at its first when it runs out.
+    `data_seed` k it begins at the sample nearest to k sixtieths of it, and goes on at its first when it runs out.
     With `held_out_tokens`, so many of its last tokens are cut off, within a sample if need be, and take the place of
     validation.
 
     Raises:
-        ConfigError: more training than the capacity, or too few samples for validation and test; with `ppmi` all
-            three must lie in the corpus's first half, because its second half makes the embedding.
+        ConfigError: more is asked of a part than it has, or a part is left a single token.
     """
-    corpus = corpus or load_corpus(experiment.corpus)
-    capacity = _capacity(corpus, experiment)
-    start, length = _window(corpus, experiment, capacity)
-    region = corpus.stream(0, capacity)
-    window = np.arange(start, start + length) % len(region)
-    first_test = capacity + experiment.val_samples
-    val = corpus.stream(capacity, first_test)
-    if experiment.held_out_tokens:
-        kept = length - experiment.held_out_tokens
-        window, held_out = window[:kept], window[kept:]
-        val = Stream(region.tokens[held_out], region.samples[held_out])
-    return Split(
-        train=Stream(region.tokens[window], region.samples[window]),
-        val=val,
-        test=corpus.stream(first_test, first_test + experiment.test_samples),
-    )
+    e, corpus = experiment, corpus or load_corpus(experiment.corpus)
+    start, length = _window(corpus, e)
+    for name in ("val_samples", "test_samples"):
+        if getattr(e, name) > corpus.region:
+            raise ConfigError(
+                f"{name} = {getattr(e, name)} is more than the {corpus.region} samples of {corpus.name} that are kept "
+                "for it: lower it, or use a longer corpus"
+            )
+    first_val, first_test = corpus.capacity, corpus.capacity + corpus.region
+    capacity = corpus.stream(0, first_val)
+    window = np.arange(start, start + length) % len(capacity)
+    val = corpus.stream(first_val, first_val + e.val_samples, e.max_sample_tokens)
+    test = corpus.stream(first_test, first_test + e.test_samples, e.max_sample_tokens)
+    if e.held_out_tokens:
+        window, held_out = np.split(window, [-e.held_out_tokens])
+        val = Stream(capacity.tokens[held_out], capacity.samples[held_out])
+    train = Stream(capacity.tokens[window], capacity.samples[window])
+    size = "train_tokens" if e.train_samples is None else "train_samples"
+    for name, part in ((size, train), ("val_samples", val), ("test_samples", test)):
+        if len(part) < 2:
+            raise ConfigError(
+                f"{name} = {getattr(e, name)} leaves a single token, and nothing to predict from it: raise it"
+            )
+    return Split(train, val, test)
 
 
 def check_data(experiments: Iterable[Experiment]) -> None:
@@ -192,119 +202,68 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     Raises:
         ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
     """
+    longest: dict[str, dict[int, Experiment]] = {}
     corpora: dict[str, Corpus] = {}
-    longest: dict[tuple[str, int], dict[int, Experiment]] = {}
     for e in experiments:
         if e.corpus not in corpora:
             corpora[e.corpus] = load_corpus(e.corpus)
-        capacity = _capacity(corpora[e.corpus], e)
-        _, length = _window(corpora[e.corpus], e, capacity)
-        known = longest.setdefault((e.corpus, capacity), {})
+        corpus = corpora[e.corpus]
+        split(e, corpus)
+        known = longest.setdefault(e.corpus, {})
         if e.train_samples is not None and (others := {*known} - {e.data_seed}):
             raise ConfigError(
                 f"data_seed = {e.data_seed} and {min(others)} with train_samples = {e.train_samples}: windows of so "
                 "many samples differ in tokens, so that no two could be compared: give train_tokens instead"
             )
-        if e.data_seed not in known or length > _window(corpora[e.corpus], known[e.data_seed], capacity)[1]:
+        if e.data_seed not in known or _window(corpus, e)[1] > _window(corpus, known[e.data_seed])[1]:
             known[e.data_seed] = e  # a shorter window is the beginning of a longer one
-    for (name, capacity), known in longest.items():
-        windows = {seed: _window(corpora[name], e, capacity) for seed, e in known.items()}
-        tokens = int(corpora[name].starts[capacity])
-        for one, other in itertools.combinations(sorted(known), 2):
-            if shared := _shared(windows[one], windows[other], tokens):
-                kept = [window for seed, window in windows.items() if seed != other]
-                raise ConfigError(
-                    f"data_seed = {other} and {one} have {shared:,} training tokens in common (windows of "
-                    f"{windows[other][1]:,} of {tokens:,}), so that they are no independent texts: "
-                    f"{_apart(corpora[name], known[other], capacity, kept)}"
-                )
+    for name, known in longest.items():
+        _check_apart(corpora[name], known)
 
 
-def _apart(corpus: Corpus, experiment: Experiment, capacity: int, windows: list[tuple[int, int]]) -> str:
-    """The remedy: a data_seed whose window shares no token with the others, if a small one does."""
-    for seed in range(100):
-        window = _window(corpus, experiment.model_copy(update={"data_seed": seed}), capacity)
-        if not any(_shared(window, other, int(corpus.starts[capacity])) for other in windows):
-            return f"use data_seed = {seed} in place of {experiment.data_seed}"
-    return "lower the number of tokens or of windows"
+def _check_apart(corpus: Corpus, known: dict[int, Experiment]) -> None:
+    """Refuse windows, one for each `data_seed`, that have tokens in common."""
+    tokens = int(corpus.starts[corpus.capacity])
+
+    def shared(one: tuple[int, int], other: tuple[int, int]) -> int:
+        (a, m), (b, n) = one, other  # start and length; a window that runs out goes on at the capacity's first token
+        return sum(max(0, min(a + m, b + n + turn) - max(a, b + turn)) for turn in (-tokens, 0, tokens))
+
+    windows = {seed: _window(corpus, e) for seed, e in known.items()}
+    for one, other in itertools.combinations(sorted(known), 2):
+        if common := shared(windows[one], windows[other]):
+            rest, length = [window for seed, window in windows.items() if seed != other], windows[other][1]
+            moved = (known[other].model_copy(update={"data_seed": seed}) for seed in range(WINDOWS))
+            free = [e.data_seed for e in moved if not any(shared(_window(corpus, e), window) for window in rest)]
+            remedy = f"use data_seed = {free[0]} in place of {other}" if free else "lower the number of tokens"
+            raise ConfigError(
+                f"data_seed = {other} and {one} have {common:,} training tokens in common (windows of {length:,} of "
+                f"{tokens:,}), so that they are no independent texts: {remedy}"
+            )
 
 
-def _shared(one: tuple[int, int], other: tuple[int, int], tokens: int) -> int:
-    """Tokens that two windows (start, length) of a capacity of so many tokens, gone on at its first, share."""
-    (a, m), (b, n) = one, other
-    return sum(max(0, min(a + m, b + n + turn) - max(a, b + turn)) for turn in (-tokens, 0, tokens))
-
-
-def _window(corpus: Corpus, experiment: Experiment, capacity: int) -> tuple[int, int]:
-    """First token and number of tokens of the training window in a capacity of so many samples."""
-    _check_training(corpus, experiment, capacity)
-    start = int(np.random.default_rng(experiment.data_seed).integers(capacity)) if experiment.data_seed else 0
-    length = experiment.train_tokens
-    if experiment.train_samples is not None:
-        order = np.arange(start, start + experiment.train_samples) % capacity
-        length = int(np.diff(corpus.starts)[order].sum())
-    if experiment.held_out_tokens and not 2 <= experiment.held_out_tokens <= length - 2:
-        raise ConfigError(
-            f"held_out_tokens = {experiment.held_out_tokens} of {length:,} training tokens: it must leave two "
-            "or more, and hold two or more itself (0: none are held out)"
-        )
-    return int(corpus.starts[start]), length
-
-
-def _room(corpus: Corpus, experiment: Experiment) -> tuple[int, str]:
-    """Samples that training, validation and test may take together, the corpus's first ones, and of what they are."""
-    reader = "embedding ppmi is made from" if experiment.embedding == "ppmi" else ""
-    if experiment.ngram_second_half:
-        reader = "ngram_second_half counts"
-    if reader:
-        return corpus.half, f"the first half of {corpus.name} ({reader} the second)"
-    return corpus.num_samples, corpus.name
-
-
-def _capacity(corpus: Corpus, experiment: Experiment) -> int:
-    """Samples of the training capacity, once validation and test are known to fit behind it."""
-    held_out = experiment.val_samples + experiment.test_samples
-    tokens, samples = experiment.train_capacity_tokens, experiment.train_capacity_samples
-    all_there_is = tokens is None and samples is None and corpus.name not in DEFAULT_CAPACITY
-    if tokens is None and samples is None:
-        default = DEFAULT_CAPACITY.get(corpus.name, {"samples": max(corpus.half - held_out, 1)})
-        tokens, samples = default.get("tokens"), default.get("samples")
-    if tokens is not None:
-        samples = int(np.searchsorted(corpus.starts, tokens))  # one more than there are, if there are too few
-    limit, where = _room(corpus, experiment)
-    if samples + held_out > limit:
-        asked = f"val_samples = {experiment.val_samples} and test_samples = {experiment.test_samples}"
-        there = f"{where} has {limit:,} samples, {corpus.starts[limit]:,} tokens"
-        if all_there_is:
-            remedy = "lower them or use a longer corpus" if limit > 2 else "use a longer corpus"
-            raise ConfigError(f"{asked} leave no sample to train on: {there}; {remedy}")
-        capacity = f"train_capacity_tokens = {tokens}" if tokens is not None else f"train_capacity_samples = {samples}"
-        raise ConfigError(
-            f"{asked} do not fit after the training capacity ({capacity}): {there}; lower one of the three or use a "
-            "longer corpus"
-        )
-    return samples
-
-
-def _check_training(corpus: Corpus, experiment: Experiment, capacity: int) -> None:
-    """Refuse more training than a capacity of so many samples has."""
-    unit = "tokens" if experiment.train_samples is None else "samples"
-    total, most, there = (
-        samples if unit == "samples" else int(corpus.starts[samples])
-        for samples in (
-            corpus.num_samples,
-            _room(corpus, experiment)[0] - experiment.val_samples - experiment.test_samples,
-            capacity,
-        )
-    )
-    asked = getattr(experiment, f"train_{unit}")
+def _window(corpus: Corpus, e: Experiment) -> tuple[int, int]:
+    """First token and number of tokens of the training window in the corpus's capacity."""
+    capacity = corpus.capacity
+    starts = corpus.starts[: max(capacity, 0) + 1]
+    unit = "tokens" if e.train_samples is None else "samples"
+    asked, there = getattr(e, f"train_{unit}"), int(starts[-1]) if unit == "tokens" else max(capacity, 0)
     if asked > there:
-        remedy = "use a longer corpus" if asked > most else "raise train_capacity_tokens or train_capacity_samples"
         raise ConfigError(
-            f"train_{unit} = {asked} is more than the training capacity of {there:,} {unit}, so validation would "
-            f"overlap training: lower it, or {remedy} ({corpus.name} has {total:,} {unit} in all, up to {most:,} of "
-            "them for training)"
+            f"train_{unit} = {asked} is more than the training capacity of {there:,} {unit} ({corpus.name} has "
+            f"{corpus.num_samples:,} samples; the second half makes embeddings, and {2 * corpus.region} samples of the "
+            "first are kept for validation and test): lower it, or use a longer corpus"
         )
+    first = int(np.abs(starts[:-1] - starts[-1] * e.data_seed / WINDOWS).argmin())
+    length = asked
+    if unit == "samples":
+        length = int(np.diff(starts)[np.arange(first, first + asked) % capacity].sum())
+    if e.held_out_tokens and not 2 <= e.held_out_tokens <= length - 2:
+        raise ConfigError(
+            f"held_out_tokens = {e.held_out_tokens} of {length:,} training tokens: it must leave two or more, and hold "
+            "two or more itself (0: none are held out)"
+        )
+    return int(starts[first]), length
 
 
 def _cached_corpus(

@@ -1,5 +1,6 @@
 """Where things lie on disk, how a file is replaced whole, what is cached, and what a piece of source hashes to."""
 
+import ast
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
 
+PLUMBING = ("ctxlm/config.py", "ctxlm/files.py", "ctxlm/results.py")
+"""Modules that no run's numbers depend on: parameters are held by value, files by content."""
 
 if not (ROOT / "params").is_dir():
     raise ImportError("ctxlm works from its repository: install it there with `pip install -e .`")
@@ -80,13 +84,13 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
 
 
 def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] | None:
-    """The arrays `names` of an .npz file, or those it lists under "names"; None where any is damaged or missing."""
+    """The arrays `names` of an .npz file, or all of them; None where the file is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as whole:  # numpy alone stops checking where a damaged header says an array ends
             if whole.testzip() is not None:
                 return None
-        with np.load(path) as file:  # a damaged directory can lose an array: each must be there
-            return {str(name): file[str(name)] for name in names or file["names"]}
+        with np.load(path) as file:
+            return {name: file[name] for name in names or [str(name) for name in file["names"]]}
     except Exception:  # a flipped bit can raise nearly anything
         return None
 
@@ -102,16 +106,36 @@ def digest(*parts: str | bytes) -> str:
 
 
 def source_hash(*names: str) -> str:
-    """Digest of source files, named relative to the repository's root; part of every cache key.
+    """Digest of sources, named relative to the repository's root, and of all of ctxlm that they import.
 
-    Of a notebook only the code counts, so that running it by hand changes nothing.
+    Comments, docstrings and layout do not count; of a notebook only the code cells do. What merely moves, checks and
+    names things is left out (`PLUMBING`), and so is the analysis.
     """
-    return digest(*(part for name in sorted(names) for part in (name, _code(ROOT / name))))
+    found: dict[str, ast.AST] = {}
+    wanted = list(names)
+    while wanted:
+        name = wanted.pop()
+        if name in found or name in PLUMBING or name.startswith("ctxlm/analysis/"):
+            continue
+        found[name] = _syntax(ROOT / name)
+        if name.endswith(".py"):
+            imported = [node.module for node in ast.walk(found[name]) if isinstance(node, ast.ImportFrom)]
+            wanted += [f"{module.replace('.', '/')}.py" for module in imported if module.startswith("ctxlm.")]
+    return digest(*(part for name in sorted(found) for part in (name, ast.unparse(found[name]))))
 
 
-def _code(path: Path) -> bytes:
-    content = path.read_bytes()
-    if path.suffix != ".ipynb":
-        return content
-    cells = json.loads(content)["cells"]
-    return json.dumps(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]).encode()
+class _Bare(ast.NodeTransformer):
+    """Drops strings that stand alone, which explain and do nothing."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if alone else self.generic_visit(node)
+
+
+@cache
+def _syntax(path: Path) -> ast.AST:
+    source = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(source)["cells"] if cell["cell_type"] == "code"]
+        source = "\n".join("".join(cell["source"]) for cell in cells)
+    return _Bare().visit(ast.parse(source))

@@ -14,6 +14,9 @@ ROWS_IN_CACHE = 16
 ALIGNED = 64
 """Rows of logits begin a multiple of so many entries apart: without AVX-512 a product into them is a third faster."""
 
+Losses = tuple[Tensor, Tensor, Tensor]
+"""Of a batch: the mean loss (nats, differentiable), every target's [B], and whether it was predicted first [B]."""
+
 _kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
@@ -131,9 +134,9 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, transposed, torch.is_grad_enabled())
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype`; nothing is rounded where that is float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
+    """Matrix products in `dtype`; nothing is rounded where that is float32. `cache` keeps rounded weights."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
 class Score:

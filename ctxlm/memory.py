@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ctxlm.loss import Losses
 from ctxlm.metrics import perplexity
-from ctxlm.model import ContextBlock, look_up
-from ctxlm.phase2 import Predictor
+from ctxlm.model import ContextBlock, ContextLM, look_up
 from ctxlm.recurrence import Contexts
 
 FORGOTTEN = 0.01
@@ -54,13 +55,15 @@ def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:
 
 
 @torch.no_grad()
-def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024) -> list[dict]:
+def recent_tokens(
+    model: ContextLM, losses: Callable[..., Losses], contexts: Contexts, positions: int = 1024
+) -> list[dict]:
     """PPL at evenly spaced positions when the context (and the slow one), from zero, has read the last k tokens only.
 
-    The TokenBlock reads its own input tokens as ever. Rows of history.csv: phase `recent_tokens`, step k (0: the whole
+    The TokenBlock reads its own input tokens as ever. `losses` is a `Predictor`'s `from_layers`. Rows of history.csv: phase `recent_tokens`, step k (0: the whole
     stream), metrics `val_loss` and `val_ppl`. A k that the stream does not hold is left out.
     """
-    model, tokens, distinct = predict.model, contexts.tokens, contexts.distinct
+    tokens, distinct = contexts.tokens, contexts.distinct
     block, lengths = model.context_block, [k for k in RECENT if k < len(tokens) - 1]
     if not lengths:
         return []
@@ -70,7 +73,7 @@ def recent_tokens(predict: Predictor, contexts: Contexts, positions: int = 1024)
     tables, rows = distinct.tables(block), []
 
     def record(k: int, layers: list[Tensor], slow: Tensor | None = None) -> None:
-        loss = predict.from_layers(tokens, at, layers, slow)[1].double().mean().item()
+        loss = losses(tokens, at, layers, slow)[1].double().mean().item()
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
 

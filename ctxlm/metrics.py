@@ -1,14 +1,22 @@
-"""Effective rank, perplexity, over-fitting."""
+"""Effective rank, perplexity, over-fitting, and what is measured of a model."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ctxlm.model import generator
+from ctxlm.device import generator
 
 MAX_ROWS = 10_000
 """The effective rank of a longer context matrix is that of so many of its rows, always the same ones."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became infinite or not a number; the message names the step and the remedy."""
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -49,3 +57,18 @@ def loss_summary(name: str, losses: Tensor, accuracy: float) -> dict[str, float]
 def overfit_rate(last_ppl: float, best_ppl: float) -> float:
     """How much worse the last epoch is than the best one, as a fraction (0.5: PPL is 50 % higher)."""
     return last_ppl / best_ppl - 1
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A model that a user would otherwise pick, ready to be judged, and what a run of it writes."""
+
+    judge: Callable[[np.ndarray], tuple[np.ndarray, float]]
+    """Tokens [T] → every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
+    val: tuple[np.ndarray, float]
+    """The same of the validation stream; of a network, at its best epoch."""
+    columns: dict[str, Any]
+    """Of metrics.json."""
+    history: list[dict]
+    """Rows phase, step, metric, value."""
+    weights: dict[str, Tensor]

@@ -1,26 +1,17 @@
-"""The two-phase context language model (the designs `constant` and `arithmetic`) and the machine it runs on.
+"""The two-phase context language model, in its designs `constant` and `arithmetic`.
 
 Shapes: V vocabulary, d embed_dim, C context_dim, L num_layers, n num_input_tokens, B rows (any tokens, in any order),
 K distinct tokens of a stream.
 """
 
-import functools
-import hashlib
 import itertools
-import math
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxlm.config import ConfigError, Experiment
-
-
-def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator of its own for each purpose, so that a draw skipped in one place shifts none in another."""
-    name = repr((seed, *purpose)).encode()
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "little"))
+from ctxlm.device import generator
 
 
 def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -> Tensor:
@@ -197,6 +188,25 @@ def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
     return [F.embedding_bag(places, table, mode="sum") for table in tables]
 
 
+class Blanking(nn.Module):
+    """In training, sets a share of the input tokens to zero, as before the stream's start."""
+
+    def __init__(self, e: Experiment):
+        super().__init__()
+        self.share, self.seed = e.phase2_token_dropout, e.seed
+        self.draws: torch.Generator | None = None
+
+    def begin(self, epoch: int, device: torch.device) -> None:
+        """Draw from here on as in this epoch of every run of the seed."""
+        self.draws = generator(self.seed, "phase2_token_dropout", epoch, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., d] with a share of its rows blanked."""
+        if not self.share or not self.training:
+            return x
+        return x * torch.empty(*x.shape[:-1], 1, device=x.device).bernoulli_(1 - self.share, generator=self.draws)
+
+
 class SlowContext(nn.Module):
     """A context that forgets at a set pace, which the head reads through a trained gain: s_t = a·s_{t-1} + w(x_t)·u_t.
 
@@ -219,7 +229,7 @@ class SlowContext(nn.Module):
         self.register_buffer("weights", torch.ones(vocabulary))
 
     def weigh(self, frequencies: Tensor) -> None:
-        """Set the tokens' weights by their `frequencies` [V] in the training tokens, counted as in `phase2.unigram`."""
+        """Set the tokens' weights by their `frequencies` [V] in the training tokens, none of them 0."""
         self.weights.copy_(self.RARE / (self.RARE + frequencies))
 
     def inputs(self, embedding: Tensor, tokens: Tensor) -> Tensor:
@@ -277,10 +287,12 @@ class ContextLM(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if own_bias else None
         self.logit_scale = e.logit_scale
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
+        self.blank = Blanking(e)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""
-        return token_inputs(self.embedding, tokens, positions, self.num_input_tokens)
+        """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T], some of them blanked."""
+        u = token_inputs(self.embedding, tokens, positions, self.num_input_tokens)
+        return self.blank(u.unflatten(-1, (self.num_input_tokens, -1))).flatten(-2)
 
     def context_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
@@ -333,55 +345,3 @@ def load_own_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         model.context_embedding, own = torch.empty_like(model.embedding), torch.empty_like(model.embedding)
         model.embedding.data = own
     model.load_state_dict({"embedding": model.embedding.detach()} | weights)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, from the CPU, on the device; to a GPU from pinned memory, for from any other the host waits for the GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def resolve_device(experiment: Experiment) -> torch.device:
-    """The device that `device` names; `auto` is the first GPU where there is one.
-
-    Raises:
-        ConfigError: a CUDA device is asked for that this machine does not have.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if experiment.device == "auto":
-        return torch.device("cuda" if count else "cpu")
-    device = torch.device(experiment.device)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"device = {experiment.device!r}: torch sees {count} CUDA device(s) here; use auto or cpu")
-    return device
-
-
-def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
-    """The type of both phases' matrix products; `auto` is bfloat16 where that is clearly faster than float32."""
-    if experiment.dtype != "auto":
-        return getattr(torch, experiment.dtype)
-    if device.type == "cuda":
-        faster = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:  # emulated bfloat16 is slower than float32; these probes are private and absent from some versions
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-        faster = native and _bfloat16_gain() > 1.2
-    return torch.bfloat16 if faster else torch.float32
-
-
-@functools.cache
-def _bfloat16_gain() -> float:
-    """How many times as fast this CPU multiplies in bfloat16 as in float32; 0.1 s, once a process.
-
-    Having the instructions is not enough: without AMX a recent Xeon takes twice as long with them as in float32
-    (LOG.md, 2026-11-25). Taking turns, and counting the best, keeps another process's load out of the ratio.
-    """
-    pairs = [(torch.ones(512, 768, dtype=t), torch.ones(768, 4096, dtype=t)) for t in (torch.float32, torch.bfloat16)]
-    seconds = [math.inf, math.inf]
-    for _ in range(5):
-        for index, (left, right) in enumerate(pairs):
-            began = time.perf_counter()
-            left @ right
-            seconds[index] = min(seconds[index], time.perf_counter() - began)
-        if seconds[1] > 10 * seconds[0]:  # emulated: seconds a product
-            break
-    return seconds[0] / seconds[1]

@@ -10,17 +10,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctxlm.config import Experiment
+from ctxlm.device import generator
 from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
-from ctxlm.metrics import singular_values
-from ctxlm.model import ContextLM, generator, look_up
+from ctxlm.loss import autocast
+from ctxlm.metrics import NonFiniteLoss, singular_values
+from ctxlm.model import ContextLM, look_up
 from ctxlm.recurrence import chunked
 
 CONTEXT_PARAMETERS = ["design", "num_layers", "context_dim", "embed_dim", "num_input_tokens", "dist_reg_weight", "seed"]
 """What Phase 1 depends on beside the parameters named after it."""
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss became infinite or not a number; the message names the step and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def shape_contexts(
     key = digest(
         json.dumps(experiment.model_dump(include=set(names)), sort_keys=True),
         f"{dtype} {tokens.device.type} {torch.__version__}",
-        source_hash(*(f"ctxlm/{name}.py" for name in ("metrics", "model", "phase1", "recurrence"))),
+        source_hash("ctxlm/phase1.py"),
         tokens.cpu().numpy().tobytes(),
         *(weight.cpu().numpy().tobytes() for weight in block.state_dict().values()),
         model.distinct_tokens(tokens).rows.cpu().numpy().tobytes(),
@@ -136,7 +134,7 @@ def train_context_block(
         NonFiniteLoss: the loss is no longer finite.
     """
     e, block, total, device = experiment, model.context_block, len(tokens), tokens.device
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    products = autocast(device, dtype, cache=False)
     optimiser = torch.optim.Adam(block.parameters(), lr=e.phase1_learning_rate, fused=True)
     distinct = model.distinct_tokens(tokens)
     bounds = [(start, min(start + e.phase1_batch_size, total)) for start in range(0, total, e.phase1_batch_size)]
@@ -153,7 +151,7 @@ def train_context_block(
         converged_sum = torch.zeros((), dtype=torch.int64, device=device)
         # The weights stand still until the step at the end: every distinct token is projected once, the blocks'
         # gradients of its projections are summed, and one backward pass takes them on to the weights.
-        with autocast:
+        with products:
             tables = distinct.tables(block)
         gradients = [torch.zeros_like(table, dtype=torch.float32) for table in tables]
         carried = contexts[-1:].clone()  # position 0 reads the last context
@@ -162,12 +160,13 @@ def train_context_block(
             previous = contexts[start:stop].clone()
             read = torch.cat([carried, previous[:-1]])
             if e.phase1_context_noise:
-                noise = torch.randn(read.shape, generator=generator(e.seed, "phase1_noise", iteration, index))
-                read = read.add_(noise.to(device), alpha=e.phase1_context_noise)
+                draws = generator(e.seed, "phase1_noise", iteration, index, device=device)
+                noise = torch.randn(read.shape, generator=draws, device=device)
+                read = read.add_(noise, alpha=e.phase1_context_noise)
             rows, places = read_rows[index]
             # float32, because a frequent token's gradient is a sum of hundreds
             own = [table.detach()[rows].float().requires_grad_() for table in tables]
-            with autocast:
+            with products:
                 out = block(read, look_up(own, places))[-1]
             loss, fixed_point, diversity, moved = _context_loss(out, previous, e.dist_reg_weight)
             (loss / len(bounds)).backward()

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import trange
 
 from ctxlm.config import ConfigError, Experiment
+from ctxlm.device import generator
 from ctxlm.files import cache_dir
-from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, SlowContext, generator, look_up, sent
+from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, SlowContext, look_up
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
@@ -55,7 +56,7 @@ class Contexts:
         before = self.values[(positions - 1).clamp(min=0)] * (positions > 0).unsqueeze(1)  # zero before the stream
         return block(before, look_up(self.tables, self.distinct.places(positions)))
 
-    def unrolled(self, model: ContextLM, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def unrolled(self, model: ContextLM, windows: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
         """The contexts of `windows`, computed anew with gradients, each going on from the context held before it.
 
         Back-propagation through time, truncated at the windows' starts (Williams & Peng, 1990). The last layer's
@@ -63,22 +64,21 @@ class Contexts:
 
         Args:
             model: its ContextBlock reads the stream.
-            windows: int64 [R, W] on the CPU, consecutive positions in a row; what is beyond T - 2 is left out.
+            windows: int64 [R, W], consecutive positions in a row.
+            count: positions that are wanted: the last window may reach beyond the stream.
 
         Returns:
-            The positions, int64 [B], and every layer's contexts there, L tensors [B, width]; B is R·W, or less.
+            The positions, int64 [count], and every layer's contexts there, L tensors [count, width].
         """
-        last, device = len(self.tokens) - 2, self.tokens.device
-        kept = sent((windows <= last).flatten().nonzero()[:, 0], device)
-        at = sent(windows.clamp(max=last), device)
+        at = windows.clamp(max=len(self.tokens) - 2)
         block, shares = model.context_block, model.context_block.shares(model.context_inputs(self.tokens, at))
         context = self.values[(at[:, 0] - 1).clamp(min=0)] * (at[:, :1] > 0)  # zero before the stream
         steps = []
         for offset in range(at.shape[1]):
             steps.append(block(context, [share[:, offset] for share in shares]))
             context = steps[-1][-1]
-        positions = at.flatten()[kept]
-        layers = [torch.stack(layer, 1).flatten(0, 1)[kept] for layer in zip(*steps, strict=True)]
+        positions = at.flatten()[:count]
+        layers = [torch.stack(layer, 1).flatten(0, 1)[:count] for layer in zip(*steps, strict=True)]
         self.values[positions] = layers[-1].detach()
         return positions, layers
 
@@ -221,8 +221,10 @@ def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Con
         *inner, last = (contexts.values.new_zeros(1, width).expand(rows, -1) for width in model.context_block.widths)
         return replace(contexts, values=last, inner=inner)
     if experiment.context_ablation == "random_tokens":
-        order = torch.randperm(len(contexts.tokens), generator=generator(experiment.seed, "context_ablation"))
-        return replace(chunked(model, contexts.tokens[order.to(contexts.tokens.device)]), tokens=contexts.tokens)
+        device = contexts.tokens.device
+        draws = generator(experiment.seed, "context_ablation", device=device)
+        order = torch.randperm(len(contexts.tokens), generator=draws, device=device)
+        return replace(chunked(model, contexts.tokens[order]), tokens=contexts.tokens)
     return contexts
 
 

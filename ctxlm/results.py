@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctxlm.config import ConfigError, Experiment, code_hash
+from ctxlm.corpus import PROTOCOL
+from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve
 
@@ -49,6 +51,7 @@ def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype)
     """Every resolved parameter, and the code, versions and machine a run was made with."""
     packages = ("numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
     return experiment.model_dump() | {
+        "protocol": PROTOCOL,
         "params_hash": experiment.params_hash,
         "code_hash": code_hash(experiment.model),
         "data_hash": data_hash(experiment),
@@ -177,6 +180,26 @@ def write_run(
             f"make it writable, and run it again{untouched}"
         ) from None
     return folder / "metrics.json"
+
+
+def grid_dtype(grid: str) -> str:
+    """The type of the products of a grid's runs whose `dtype` is `auto`, resolved once and kept in `<grid>/dtype`.
+
+    A timing a run, or a machine a run, could give runs that are compared two types.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    path = outputs_dir() / grid / "dtype"
+    if not path.exists():
+        finished = [json.loads((folder / "metrics.json").read_bytes()) for folder, _ in run_folders(grid).values()]
+        auto = Experiment()
+        found = next((run["dtype"] for run in finished), None) or str(resolve_dtype(auto, resolve_device(auto)))
+        with atomic(path) as temporary:
+            temporary.write_text(found.removeprefix("torch.") + "\n", encoding="utf-8")
+    if (found := path.read_text(encoding="utf-8").strip()) not in ("float32", "bfloat16"):
+        raise ConfigError(f"{path} holds {found!r}: write float32 or bfloat16 there, as the grid's runs have it")
+    return found
 
 
 def outputs_dir() -> Path:

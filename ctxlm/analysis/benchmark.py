@@ -23,9 +23,10 @@ import torch
 from ctxlm.analysis.scaling import fit_power_law
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, split
+from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT
-from ctxlm.model import ContextLM, resolve_device, resolve_dtype
+from ctxlm.model import ContextLM
 from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import chunked

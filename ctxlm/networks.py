@@ -1,23 +1,29 @@
 """An LSTM and a Transformer that read the embedding, and predict through it, as the context model does.
 
-Both take the normalised embeddings of a stream's tokens and are trained by Phase 2's own loop (`phase2.fit`), with its
-optimiser, early stop and accounts. Shapes: R rows read side by side, W positions of each, d embed_dim, H hidden_dim.
+Both take the normalised embeddings of a stream's tokens and are trained by the loop that trains Phase 2. Shapes: R rows
+read side by side, W positions of each, d embed_dim, H hidden_dim.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxlm.config import Experiment
-from ctxlm.loss import Score, autocast
-from ctxlm.model import SlowContext, generator, sent, token_inputs
-from ctxlm.phase2 import Phase2, fit, set_frequencies
+from ctxlm.corpus import Split
+from ctxlm.device import generator, resolve_device, resolve_dtype, to_device
+from ctxlm.embeddings import load_embedding
+from ctxlm.loss import Losses, Score, autocast
+from ctxlm.metrics import Alternative
+from ctxlm.model import Blanking, SlowContext, own_weights, token_inputs
+from ctxlm.phase2 import set_frequencies
 from ctxlm.recurrence import SlowReader
+from ctxlm.trainer import Trained, Trainer
 
 LSTM_PART, LSTM_WARMUP = 1024, 256
 """An LSTM is judged on parts of a stream side by side, each read on from so many tokens before it."""
@@ -83,7 +89,7 @@ class NeuralLM(nn.Module):
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
         # what the slow context is made from: as it was before training
         self.register_buffer("read_embedding", embedding if self.slow else None, persistent=False)
-        self.logit_scale, self.window = e.logit_scale, e.window
+        self.logit_scale, self.window, self.blank = e.logit_scale, e.window, Blanking(e)
 
     @property
     def recurrent(self) -> bool:
@@ -91,8 +97,8 @@ class NeuralLM(nn.Module):
         return isinstance(self.body, LSTM)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The normalised embeddings at `positions` [...] of the stream `tokens` [T], [..., d]."""
-        return token_inputs(self.embedding, tokens, positions, 1)
+        """The normalised embeddings [..., d] at `positions` [...] of the stream `tokens` [T], some of them blanked."""
+        return self.blank(token_inputs(self.embedding, tokens, positions, 1))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What training changes, by name."""
@@ -100,7 +106,7 @@ class NeuralLM(nn.Module):
 
 
 class Reader:
-    """Batches of windows of a stream, and the loss on them; an LSTM's state goes on from one batch to the next."""
+    """The loss on windows of a stream; an LSTM's state goes on from one batch of windows to the next."""
 
     def __init__(self, model: NeuralLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
@@ -108,53 +114,18 @@ class Reader:
         self.with_slow = SlowReader(model.slow, model.read_embedding)
         self.state: Any = None
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        scored: Tensor,
-        drop: Callable[[Tensor], Tensor] = lambda x: x,
-        blank: Callable[[Tensor], Tensor] = lambda x: x,
-        smoothing: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of predicting the tokens after `positions` [R, W] (mean, per token, correct), where `scored` [R, W].
+    def __call__(self, tokens: Tensor, positions: Tensor, scored: Tensor) -> Losses:
+        """Losses of predicting the tokens after `positions` [R, W], where `scored` [R, W].
 
-        Both lie on the CPU, so that a GPU need not be waited for. `drop` is applied to what is read and to what is
-        predicted from, `blank` to the tokens read.
+        Both lie on the CPU: which positions are scored decides shapes, for which a GPU would have to be waited for.
         """
         which = scored.flatten().nonzero()[:, 0]
-        after = sent(positions.flatten()[which] + 1, tokens.device)
+        after = to_device(positions.flatten()[which] + 1, tokens.device)
         with autocast(tokens.device, self.dtype):
-            read = drop(blank(self.model.inputs(tokens, sent(positions, tokens.device))))
-            h, state = self.model.body(read, self.state)
-            h = drop(h.flatten(0, 1)[sent(which, tokens.device)])
+            h, state = self.model.body(self.model.inputs(tokens, to_device(positions, tokens.device)), self.state)
+            h = h.flatten(0, 1)[to_device(which, tokens.device)]
         self.state = state and tuple(x.detach() for x in state)  # gradients end at the window (Williams & Peng, 1990)
-        return self.score(self.with_slow(h, tokens, after - 1), tokens[after], smoothing)
-
-    def batches(self, targets: int, e: Experiment, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].
-
-        An LSTM reads as many stretches of the stream side by side, from their first window to their last. A
-        Transformer reads windows in random order, from a random first position, so that their joints move.
-        """
-        w, rows = self.model.window, e.phase2_batch_size // self.model.window
-        if self.model.recurrent:
-            self.state, length = None, -(-targets // rows)  # of a stretch
-            first = torch.arange(rows)[:, None] * length
-            for start in range(0, length, w):
-                positions = first + torch.arange(start, min(start + w, length))
-                yield positions.clamp(max=targets - 1), positions < targets
-            return
-        draws = generator(e.seed, "phase2_order", epoch)
-        shift = int(torch.randint(w, (1,), generator=draws))
-        starts = torch.arange(-shift, targets, w)
-        starts = starts[torch.randperm(len(starts), generator=draws)]
-        for some in starts.split(rows):
-            positions = some[:, None] + torch.arange(w)
-            # a window that hangs over the stream's start is read from the start on, so that it sees no other text
-            positions = positions - positions[:, :1].clamp(max=0)
-            end = torch.where(some < 0, some + w, targets)[:, None]
-            yield positions.clamp(max=targets - 1), positions < end.clamp(max=targets)
+        return self.score(self.with_slow(h, tokens, after - 1), tokens[after])
 
 
 def parts(targets: int, part: int, warmup: int) -> tuple[Tensor, Tensor]:
@@ -187,33 +158,94 @@ def evaluate(reader: Reader, tokens: Tensor, lstm_warmup: int = LSTM_WARMUP) -> 
         reader.state = None
         for at, counted in zip(some.split(columns, 1), which.split(columns, 1), strict=True):
             _, found, hits = reader(tokens, at, counted)
-            place = sent(at[counted], tokens.device)
+            place = to_device(at[counted], tokens.device)
             losses[place], correct[place] = found, hits
     reader.state = before  # training may be in the middle of an epoch
     return losses, correct.double().mean().item()
 
 
+class Windows:
+    """What training one of the networks is, for the trainer: windows of the stream, each target once an epoch."""
+
+    def __init__(self, model: NeuralLM, train: Tensor, val: Tensor, experiment: Experiment, dtype: torch.dtype):
+        """`train` and `val` are int64 [T] on the model's device; `dtype` is of the matrix products."""
+        self.model, self.train, self.val, self.e = model, train, val, experiment
+        self.weights = model.trained()
+        set_frequencies(train, len(model.embedding), model.output_bias, model.slow)
+        self.reader, self.targets = Reader(model, dtype), len(train) - 1
+        self.rows = experiment.phase2_batch_size // model.window
+        length = -(-self.targets // self.rows) if model.recurrent else self.targets + model.window
+        self.updates = -(-length // (model.window if model.recurrent else experiment.phase2_batch_size))
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].
+
+        An LSTM reads as many stretches of the stream side by side, from their first window to their last. A
+        Transformer reads windows in random order, from a random first position, so that their joints move.
+        """
+        w, targets = self.model.window, self.targets
+        if self.model.recurrent:
+            self.reader.state, length = None, -(-targets // self.rows)  # of a stretch
+            first = torch.arange(self.rows)[:, None] * length
+            for start in range(0, length, w):
+                positions = first + torch.arange(start, min(start + w, length))
+                yield positions.clamp(max=targets - 1), positions < targets
+            return
+        draws = generator(self.e.seed, "phase2_order", epoch)
+        shift = int(torch.randint(w, (1,), generator=draws))
+        starts = torch.arange(-shift, targets, w)
+        starts = starts[torch.randperm(len(starts), generator=draws)]
+        for some in starts.split(self.rows):
+            positions = some[:, None] + torch.arange(w)
+            # a window that hangs over the stream's start is read from the start on, so that it sees no other text
+            positions = positions - positions[:, :1].clamp(max=0)
+            end = torch.where(some < 0, some + w, targets)[:, None]
+            yield positions.clamp(max=targets - 1), positions < end.clamp(max=targets)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Losses:
+        """The losses of one batch of windows."""
+        return self.reader(self.train, *batch)
+
+    def evaluate(self, part: Literal["train", "val"]) -> tuple[Tensor, float]:
+        """Every target's loss and the accuracy, as `evaluate`."""
+        return evaluate(self.reader, self.train if part == "train" else self.val)
+
+
 def train_network(
     model: NeuralLM, train: Tensor, val: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
-) -> Phase2:
+) -> Trained:
     """Train `model` in place on the stream `train` [T] until `val` gets no better; the best epoch's weights are kept.
 
     Raises:
-        NonFiniteLoss, ConfigError: as `phase2.fit`.
+        NonFiniteLoss, ConfigError: as `Trainer`.
     """
-    e, targets = experiment, len(train) - 1
-    set_frequencies(train, len(model.embedding), model.output_bias, model.slow)
+    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run()
+
+
+def build(experiment: Experiment, streams: Split) -> Alternative:
+    """The network of an experiment, trained on its training stream.
+
+    Raises:
+        NonFiniteLoss, ConfigError: as `Trainer`.
+    """
+    device = resolve_device(experiment)
+    dtype = resolve_dtype(experiment, device)
+
+    def sent(tokens: np.ndarray) -> Tensor:
+        return torch.from_numpy(tokens).long().to(device)
+
+    val = sent(streams.val.tokens)
+    model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
+    found = train_network(model, sent(streams.train.tokens), val, experiment, dtype)
     reader = Reader(model, dtype)
-    length = -(-targets // (e.phase2_batch_size // e.window)) if model.recurrent else targets + e.window
-    updates = -(-length // (e.window if model.recurrent else e.phase2_batch_size))
-    batches = partial(reader.batches, targets, e)
-    return fit(
-        model.trained(),
-        lambda batch, **training: reader(train, *batch, **training),
-        partial(evaluate, reader),
-        batches,
-        updates,
-        train,
-        val,
-        e,
-    )
+
+    def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:
+        losses, accuracy = evaluate(reader, sent(tokens))
+        return losses.cpu().numpy(), accuracy
+
+    columns = found.summary() | {"trained_params": sum(p.numel() for p in model.trained().values())}
+    if model.recurrent:
+        longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
+        columns["lstm_residual"] = (longer - found.val_losses).double().mean().item()
+    known = found.val_losses.cpu().numpy(), found.val_accuracy
+    return Alternative(judge, known, columns, found.history, own_weights(model))

@@ -1,4 +1,4 @@
-"""What a user would otherwise pick, built by `build`; here interpolated modified Kneser-Ney (Chen & Goodman, 1999).
+"""Interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999): what a user would otherwise pick, without a weight.
 
     p_k(w | h) = max(a(hw) − D(a(hw)), 0) / Σ_v a(hv) + γ(h) · p_{k-1}(w | h')
 
@@ -7,71 +7,21 @@ below it, the distinct tokens that come before; D takes three values an order (f
 estimated from how many n-grams occur once to four times; γ hands on what D took.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Split, load_corpus
-from ctxlm.embeddings import load_embedding
-from ctxlm.model import own_weights, resolve_device, resolve_dtype
-from ctxlm.neural import LSTM_WARMUP, NeuralLM, Reader, evaluate, train_network
+from ctxlm.metrics import Alternative
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A model that is ready to be judged, and what a run of it writes."""
-
-    judge: Callable[[np.ndarray], tuple[np.ndarray, float]]
-    """Tokens [T] → every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
-    val: tuple[np.ndarray, float]
-    """The same of the validation stream; of a network, at its best epoch."""
-    columns: dict[str, Any]
-    """Of metrics.json."""
-    history: list[dict]
-    """Rows phase, step, metric, value."""
-    weights: dict[str, Tensor]
-
-
-def machine(experiment: Experiment) -> tuple[torch.device, torch.dtype]:
-    """The device of an experiment's model and the type of its products; n-grams are counted on the CPU in float64."""
-    if experiment.model == "kneser-ney":
-        return torch.device("cpu"), torch.float64
-    device = resolve_device(experiment)
-    return device, resolve_dtype(experiment, device)
-
-
-def build(experiment: Experiment, streams: Split) -> Baseline:
-    """The experiment's `model`, counted or trained on its training tokens; networks stop early by validation.
-
-    Raises:
-        NonFiniteLoss, ConfigError: as `phase2.fit`.
-    """
-    if experiment.model == "kneser-ney":
-        ngrams = kneser_ney(experiment, streams)
-        counts = {"ngrams": sum(map(len, ngrams.keys)), "trained_params": 0}
-        return Baseline(ngrams.judge, ngrams.judge(streams.val.tokens), counts, [], {})
-    device, dtype = machine(experiment)
-    train, val = (torch.from_numpy(stream.tokens).long().to(device) for stream in (streams.train, streams.val))
-    model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
-    found = train_network(model, train, val, experiment, dtype)
-    reader = Reader(model, dtype)
-
-    def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:
-        losses, accuracy = evaluate(reader, torch.from_numpy(tokens).long().to(device))
-        return losses.cpu().numpy(), accuracy
-
-    columns = found.summary() | {"trained_params": sum(p.numel() for p in model.trained().values())}
-    if model.recurrent:
-        longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
-        columns["lstm_residual"] = (longer - found.val_losses).double().mean().item()
-    known = found.val_losses.cpu().numpy(), found.val_accuracy
-    return Baseline(judge, known, columns, found.history, own_weights(model))
+def build(experiment: Experiment, streams: Split) -> Alternative:
+    """The n-gram of an experiment, counted on its training stream."""
+    ngrams = kneser_ney(experiment, streams)
+    columns = {"ngrams": sum(map(len, ngrams.keys)), "trained_params": 0}
+    return Alternative(ngrams.judge, ngrams.judge(streams.val.tokens), columns, [], {})
 
 
 def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":

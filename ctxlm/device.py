@@ -1,0 +1,76 @@
+"""The machine a run takes place on: its device, the type of its products, and where random numbers are drawn."""
+
+import functools
+import hashlib
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from ctxlm.config import ConfigError, Experiment
+
+
+def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each purpose, so that a draw skipped in one place shifts none in another.
+
+    Weights are drawn on the CPU, the same for every device. Noise, masks and permutations are drawn where they are
+    used, since a GPU would wait for them: there they are equal in law to the CPU's, not in bits.
+    """
+    name = repr((seed, *purpose)).encode()
+    return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "little"))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, from the CPU, on the device; to a GPU from pinned memory, for from any other the host waits for the GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def resolve_device(experiment: Experiment) -> torch.device:
+    """The device that `device` names; `auto` is the first GPU where there is one. An n-gram is counted on the CPU.
+
+    Raises:
+        ConfigError: a CUDA device is asked for that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if experiment.device == "auto":
+        return torch.device("cuda" if count and experiment.model != "kneser-ney" else "cpu")
+    device = torch.device(experiment.device)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device = {experiment.device!r}: torch sees {count} CUDA device(s) here; use auto or cpu")
+    return device
+
+
+def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
+    """The type of the matrix products; `auto` is bfloat16 where that is clearly faster than float32.
+
+    The answer may hang on a timing: runs that are compared must share one (`results.grid_dtype`).
+    """
+    if experiment.dtype != "auto":
+        return getattr(torch, experiment.dtype)
+    if device.type == "cuda":
+        faster = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # emulated bfloat16 is slower than float32; these probes are private and absent from some versions
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        faster = native and _bfloat16_gain() > 1.2
+    return torch.bfloat16 if faster else torch.float32
+
+
+@functools.cache
+def _bfloat16_gain() -> float:
+    """How many times as fast this CPU multiplies in bfloat16 as in float32; 0.1 s, once a process.
+
+    Having the instructions is not enough: without AMX a recent Xeon takes twice as long with them as in float32
+    (LOG.md, 2026-11-25). Taking turns, and counting the best, keeps another process's load out of the ratio.
+    """
+    pairs = [(torch.ones(512, 768, dtype=t), torch.ones(768, 4096, dtype=t)) for t in (torch.float32, torch.bfloat16)]
+    seconds = [math.inf, math.inf]
+    for _ in range(5):
+        for index, (left, right) in enumerate(pairs):
+            began = time.perf_counter()
+            left @ right
+            seconds[index] = min(seconds[index], time.perf_counter() - began)
+        if seconds[1] > 10 * seconds[0]:  # emulated: seconds a product
+            break
+    return seconds[0] / seconds[1]

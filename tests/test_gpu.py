@@ -1,0 +1,313 @@
+"""On a GPU: every stage gives what it gives on the CPU, and no update waits for the GPU. Marked `gpu`.
+
+Where there is none, forward paths run on fake CUDA tensors, which have shapes and a device but no numbers: a tensor
+left on the CPU, or a number read back, is found there too. Random draws need a real device and are left out there.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from ctxlm.analysis import gpu
+from ctxlm.config import Experiment
+from ctxlm.device import generator
+from ctxlm.loss import linear_cross_entropy
+from ctxlm.metrics import singular_values
+from ctxlm.networks import NeuralLM, Reader, Windows, train_network
+from ctxlm.phase1 import train_context_block
+from ctxlm.phase2 import Phase2, Predictor, train_token_block
+from ctxlm.recurrence import Contexts, chunked
+from ctxlm.trainer import Trainer
+from tests.conftest import stream, tiny
+
+V = 300
+NETWORKS = {
+    "lstm": {"model": "lstm", "num_layers": 2, "hidden_dim": 24, "window": 16},
+    "transformer": {"model": "transformer", "num_layers": 2, "hidden_dim": 32, "num_heads": 4, "window": 16},
+}
+TRAINING = {"phase2_batch_size": 64, "phase2_epochs": 2, "dtype": "float32"}
+RECIPE = {
+    "output_bias": "unigram",
+    "phase2_freeze_embedding": False,
+    "phase2_weight_average": 0.9,
+    "slow_decay": 0.9,
+    "phase2_warmup_updates": 3,
+    "phase2_final_rate": 0.1,
+}
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+
+
+def gpu_test(function):
+    for mark in on_a_gpu:
+        function = mark(function)
+    return function
+
+
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # it would round what is compared
+
+
+def on_both(build):
+    """What `build` gives on the CPU and on the GPU, as CPU tensors."""
+    found = build(torch.device("cpu")), build(torch.device("cuda"))
+    return tuple([torch.as_tensor(part).detach().cpu().double() for part in parts] for parts in found)
+
+
+def agree(build, tolerance=1e-4):
+    for here, there in zip(*on_both(build), strict=True):
+        torch.testing.assert_close(there, here, rtol=tolerance, atol=tolerance)
+
+
+def network(kind, **parameters):
+    e = Experiment.from_mapping({"embed_dim": 16}, TRAINING, NETWORKS[kind], parameters)
+    embedding = 0.3 * torch.randn(V, 16, generator=torch.Generator().manual_seed(3))
+    return e, NeuralLM(e, embedding)
+
+
+def settings(**parameters):
+    return Experiment.from_mapping({"train_tokens": 100, "phase1_context_noise": 0.0}, TRAINING, parameters)
+
+
+@gpu_test
+@pytest.mark.parametrize("design", ["constant", "arithmetic"])
+def test_the_recurrence_is_the_cpus(design):
+    model = tiny(V, design=design)
+    agree(lambda device: [chunked(copy.deepcopy(model).to(device), stream(3000, V).to(device)).values])
+
+
+@gpu_test
+def test_phase1_is_the_cpus():
+    e, tokens = settings(phase1_batch_size=500, phase1_max_iterations=4), stream(2000, V)
+
+    def shaped(device):
+        model = tiny(V).to(device)
+        contexts = chunked(model, tokens.to(device)).values
+        found = train_context_block(model, tokens.to(device), contexts, e)
+        losses = [row["value"] for row in found.history if row["metric"].endswith("_loss")]
+        return [contexts, losses, singular_values(contexts)]
+
+    agree(shaped)
+
+
+@gpu_test
+@pytest.mark.parametrize("parameters", [{}, RECIPE, RECIPE | {"phase2_context_window": 4}])
+def test_phase2_is_the_cpus(parameters):
+    e, train, val = settings(**parameters), stream(1001, V), stream(400, V, 1)
+
+    def trained(device):
+        own = {name: value for name, value in parameters.items() if name in ("output_bias", "slow_decay")}
+        model = tiny(V, **own).to(device)
+        contexts = [chunked(model, tokens.to(device)) for tokens in (train, val)]
+        found = train_token_block(model, *contexts, e)
+        return [found.val_losses, [row["value"] for row in found.history if row["metric"] == "train_loss"]]
+
+    agree(trained)
+
+
+@gpu_test
+@pytest.mark.parametrize("kind", list(NETWORKS))
+def test_networks_are_the_cpus(kind):
+    train, val = stream(1001, V), stream(400, V, 1)
+
+    def trained(device):
+        e, model = network(kind, output_bias="unigram", phase2_weight_average=0.9)
+        draws = train_network(model.to(device), train.to(device), val.to(device), e)
+        return [draws.val_losses]
+
+    agree(trained)
+
+
+@gpu_test
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_loss_is_the_cpus(frozen):
+    h, weight, bias = torch.randn(70, 16), torch.randn(V, 16), torch.randn(V)
+
+    def computed(device):
+        own = [x.clone().to(device).requires_grad_(grad) for x, grad in ((h, True), (weight, not frozen), (bias, True))]
+        mean, losses, correct = linear_cross_entropy(own[0], own[1], stream(70, V).to(device), own[2])
+        mean.backward()
+        return [mean, losses, correct.float(), *(x.grad for x in own if x.grad is not None)]
+
+    agree(computed)
+
+
+@gpu_test
+@pytest.mark.parametrize("kind", ["study", "recipe", *NETWORKS])
+def test_no_update_waits_for_the_gpu(kind):
+    device, tokens = torch.device("cuda"), stream(2001, V).cuda()
+    if kind in NETWORKS:
+        e, model = network(kind, phase2_token_dropout=0.2)
+        task = Windows(model.to(device), tokens, tokens, e, torch.float32)
+    else:
+        e = settings(phase2_shuffle=True, **({} if kind == "study" else RECIPE | {"phase2_token_dropout": 0.2}))
+        own = {} if kind == "study" else {"slow_decay": 0.9, "phase2_token_dropout": 0.2}
+        model = tiny(V, **own).to(device)
+        task = Phase2(model, chunked(model, tokens), chunked(model, tokens), e, torch.float32)
+    trainer = Trainer(task, e)
+    trainer.run_epoch()  # once, so that everything lazy is made
+    model.train()
+    model.blank.begin(2, device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in task.batches(2):
+            trainer.optimiser.zero_grad()
+            task.loss(batch)[0].backward()
+            torch.nn.utils.clip_grad_norm_(task.weights.values(), 1.0)
+            trainer.optimiser.step()
+            trainer.schedule.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_test
+def test_noise_and_order_come_from_seed_and_purpose_on_a_gpu_too():
+    first, again, other = (
+        torch.randn(50, device="cuda", generator=generator(42, purpose, 1, device="cuda"))
+        for purpose in ("noise", "noise", "order")
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert abs(torch.randn(10**6, device="cuda", generator=generator(1, device="cuda")).mean().item()) < 0.01
+
+
+# Without one: fake CUDA tensors
+
+
+class Indexing(TorchFunctionMode):
+    """x[...] through plain operators: Python's own asks a build of torch without CUDA for a CUDA device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            return self.read(*args)
+        if function is torch.Tensor.__setitem__:
+            target, index, value = args
+            if isinstance(index, slice):
+                return self.read(target, index).copy_(value)
+            return target.index_put_((index,), value)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def read(x, index):
+        tensors, dim = [], 0
+        for part in index if isinstance(index, tuple) else (index,):
+            if part is None:
+                x = x.unsqueeze(dim)
+            elif isinstance(part, slice):
+                x = torch.ops.aten.slice(x, dim, part.start, part.stop)
+            elif part is Ellipsis:
+                dim = x.ndim - 2
+            elif isinstance(part, int):
+                x, dim = x.select(dim, part), dim - 1
+            else:
+                tensors = [None] * dim + [part]
+            dim += 1
+        return torch.ops.aten.index(x, tensors) if tensors else x
+
+
+@pytest.fixture
+def fake_cuda():
+    """Without gradients: a build of torch without CUDA ends the process where one of a CUDA tensor is asked for."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), Indexing():
+        yield mode
+
+
+def faked(module):
+    """The module with fake weights."""
+    for part in module.modules():
+        for name, weight in list(part._parameters.items()):
+            if weight is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty_like(weight, device="cuda"), False)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty_like(buffer, device="cuda")
+    return module
+
+
+def fake_tokens(*shape):
+    return torch.empty(*shape, dtype=torch.int64, device="cuda")
+
+
+def fake_contexts(model):
+    tokens, widths = fake_tokens(100), model.context_block.widths
+    *inner, last = (torch.empty(100, width, device="cuda") for width in widths)
+    return Contexts(tokens, last, None, 0.0, 0, inner=inner)
+
+
+@pytest.mark.parametrize("design", ["constant", "arithmetic"])
+def test_fake_contexts_and_losses_stay_on_the_gpu(design, fake_cuda):
+    model = faked(tiny(V, design=design, slow_decay=0.9, output_bias="unigram"))
+    tokens, positions = fake_tokens(100), torch.arange(20, device="cuda")
+    u = model.context_inputs(tokens, positions)
+    layers = model.context_block(torch.empty(20, 12, device="cuda"), model.context_block.shares(u))
+    assert [layer.device.type for layer in layers] == ["cuda"] * 3
+    found = Predictor(model, torch.float32).from_layers(tokens, positions, layers, torch.empty(20, 8, device="cuda"))
+    assert [x.device.type for x in found] == ["cuda"] * 3 and found[1].shape == (20,)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_fake_epoch_of_phase2_reads_no_number_back(shuffled, fake_cuda):
+    """The last steps, of gradients, are left out: the build without CUDA has none of them."""
+    model = faked(tiny(V))
+    contexts, predict = fake_contexts(model), Predictor(model, torch.float32)
+    for start in range(0, 99, 64):
+        batch = slice(start, min(start + 64, 99))
+        batch = torch.arange(batch.start, batch.stop, device="cuda") if shuffled else batch
+        assert predict(contexts, batch)[1].device.type == "cuda"
+
+
+def test_fake_windows_stay_on_the_gpu(fake_cuda):
+    model = faked(tiny(V))
+    windows = torch.arange(24, device="cuda").view(6, 4)
+    positions, layers = fake_contexts(model).unrolled(model, windows, 22)
+    assert positions.shape == (22,) and {layer.device.type for layer in layers} == {"cuda"}
+
+
+def test_a_fake_transformers_losses_stay_on_the_gpu(fake_cuda):
+    """An LSTM's cells cannot be faked: cuDNN's are asked for at once."""
+    _, model = network("transformer")
+    model = faked(model)
+    h, _ = model.body(model.inputs(fake_tokens(64), fake_tokens(4, 16)))
+    found = Reader(model, torch.float32).score(h.flatten(0, 1), fake_tokens(64))
+    assert [x.device.type for x in (h, *found)] == ["cuda"] * 4
+
+
+def test_a_tensor_left_on_the_cpu_is_found(fake_cuda):
+    model = faked(tiny(V))
+    with pytest.raises(RuntimeError, match=r"(?i)device"):
+        model.context_block(torch.empty(20, 12, device="cuda"), [torch.empty(20, 12)] * 3)
+
+
+# The plan
+
+
+@pytest.mark.slow
+def test_the_plan_rehearsed_on_the_cpu_leaves_one_small_file(tmp_path, monkeypatch, capsys):
+    words = "the a cat dog saw ran to from with red blue big small house tree and then it was".split()
+    paragraphs = (" ".join(words[(i * j) % 19] for j in range(1, 41)) for i in range(1, 121))
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    common = {"corpus": str(tmp_path / "text.txt"), "embedding": "random", "embed_dim": 16, "phase2_epochs": 2}
+    common |= {"val_samples": 5, "test_samples": 5, "phase2_batch_size": 128, "dtype": "float32"}
+    grid = {"common": common, "experiments": {"A": {"num_layers": 4, "context_dim": 16}, "B": {"context_dim": 32}}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(grid | {"sweep": {"train_tokens": [400, 800]}}), encoding="utf-8")
+    options = ["--grid", str(tmp_path / "mine.yaml"), "--device", "cpu", "--sizes", "400", "--output", str(tmp_path)]
+    assert gpu.main(options) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert len(found["runs"]) == 4 and len(found["stages"]) == 2 * 4
+    assert all(run["phase2_seconds"] > 0 and run["test_ppl"] > 1 for run in found["runs"])
+    assert found["training_seconds"] <= found["runs_seconds"] and (tmp_path / "gpu.json").stat().st_size < 20_000
+
+
+def test_without_a_gpu_the_plan_says_so_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--output", str(tmp_path / "out")]) == 1
+    assert "torch sees no CUDA device here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_wheels_are_what_the_plan_needs_and_the_other_machine_lacks():
+    names = {line.partition("==")[0] for line in gpu.wheels()}
+    assert {"pydantic", "pydantic-core", "numpy", "tokenizers"} <= names and not names & {"torch", "triton"}
+    left = {line.partition("==")[0] for line in gpu.wheels("numpy 2.5.2\npydantic_core==2.1\n")}
+    assert names - left == {"numpy", "pydantic-core"}
