@@ -2,7 +2,7 @@
 
 A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished
 run. Small results that took long are committed under `data/results/<grid>/<run>/` and stand in where there is no
-such folder in `outputs`.
+such folder in `outputs`; those judged by protocol 1 are the grids `protocol-1/<grid>`.
 """
 
 import io
@@ -220,7 +220,8 @@ def run_folders(grid: str) -> dict[str, tuple[Path, str]]:
 def load_runs(grid: str) -> pd.DataFrame:
     """One row a finished run: the content of metrics.json, the run's name and its source.
 
-    A parameter that is younger than a run has its default there, which is how the run was made.
+    A parameter that is younger than a run has its default there, which is how the run was made; a run that names no
+    `protocol` was judged by protocol 1.
 
     Raises:
         ConfigError: a metrics.json is not readable, or does not hold what a run has.
@@ -232,7 +233,7 @@ def load_runs(grid: str) -> pd.DataFrame:
             _check_metrics(metrics)
         except (OSError, ValueError) as error:
             raise _damaged(grid, run, source, "metrics.json", error) from None
-        rows.append({"run": run, "source": source, "phase1_cached": False} | younger | metrics)
+        rows.append({"run": run, "source": source, "phase1_cached": False, "protocol": 1} | younger | metrics)
     if not rows:
         return pd.DataFrame()
     return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctxlm.analysis.scaling import Grid, read_grid
+from ctxlm.corpus import PROTOCOL
 
 SHAPES = {"A": (6, 128), "B": (3, 256), "C": (4, 192)}
 """Layers and context width of the planted configurations."""
@@ -94,6 +95,7 @@ def _metrics(label: str, layers: int, width: int, size: int, seed: int, loss: fl
     rate = 2000 * width / 128 / size  # smaller data and wider contexts over-fit more
     return {
         "experiment": label,
+        "protocol": PROTOCOL,
         "corpus": "chitchat",
         "embedding": "ppmi",
         "train_tokens": size,

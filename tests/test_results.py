@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import ctxlm.files
 from ctxlm.config import SOURCES, ConfigError, Experiment, code_hash
+from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
 from ctxlm.results import (
@@ -27,6 +28,7 @@ from ctxlm.results import (
     losses_by_sample,
     provenance,
     run_folder,
+    run_folders,
     write_run,
 )
 
@@ -81,6 +83,20 @@ def test_committed_results_stand_in_and_outputs_win(roots):
     runs = load_runs("g").set_index("run")
     assert runs.loc["A", ["source", "val_ppl"]].tolist() == ["committed", 1.0]
     assert runs.loc["B", ["source", "val_ppl"]].tolist() == ["outputs", 3.0]
+
+
+def test_a_run_that_names_no_protocol_is_of_the_first_and_a_folder_in_a_folder_is_a_grid(roots):
+    for root, run, own in ((roots[1], "A", {}), (roots[1], "B", {"experiment": "B", "protocol": 2})):
+        write(root / "protocol-1" / "g" / run, **own)
+    runs = load_runs("protocol-1/g").set_index("run")
+    assert runs["protocol"].to_dict() == {"A": 1, "B": 2} and set(runs["source"]) == {"committed"}
+    assert len(load_table("protocol-1/g", "val_by_sample.csv")) == 4 and len(run_folders("protocol-1/g")) == 2
+    assert load_val_losses("protocol-1/g", "A")["loss"].tolist() == [1.0, 2.0, 4.0]
+    assert load_runs("g").empty and load_runs("protocol-1").empty
+    check_runs("protocol-1/g")
+    (roots[1] / "protocol-1" / "g" / "A" / "history.csv").write_text("")
+    with pytest.raises(ConfigError, match=r"^A/history.csv of grid protocol-1/g is damaged \(.*\): restore it by git$"):
+        load_table("protocol-1/g", "history.csv")
 
 
 def test_an_unfinished_run_is_not_read(roots):
@@ -237,12 +253,15 @@ def test_a_damaged_table_is_named(roots, name):
 
 def test_every_committed_result_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    for folder in sorted((ROOT / "data" / "results").iterdir()):
-        runs, tables = load_runs(folder.name), [load_table(folder.name, name) for name in TABLES]
+    results = ROOT / "data" / "results"
+    for folder in sorted({path.parent.parent for path in results.rglob("metrics.json")}):
+        grid = folder.relative_to(results).as_posix()
+        runs, tables = load_runs(grid), [load_table(grid, name) for name in TABLES]
+        assert (runs["protocol"] == (1 if grid.startswith("protocol-1/") else PROTOCOL)).all()
         assert len(runs) == len(list(folder.iterdir())) > 0 and set(runs["source"]) == {"committed"}
         assert set(tables[1]["run"]) == set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history
         for run in runs.itertuples():
-            by_token = load_val_losses(folder.name, run.run)  # committed for few
+            by_token = load_val_losses(grid, run.run)  # committed for few
             assert by_token is None or by_token["loss"].astype(float).mean() == pytest.approx(run.val_loss, rel=1e-6)
 
 

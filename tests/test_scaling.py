@@ -26,8 +26,9 @@ from ctxlm.analysis.scaling import (
     write_summary,
 )
 from ctxlm.analysis.tables import read_published
-from ctxlm.config import Experiment
-from tests.planted import SIZES, plant
+from ctxlm.config import BASELINES, ConfigError, Experiment
+from ctxlm.results import load_runs
+from tests.planted import SHAPES, SIZES, plant
 
 
 def law(alpha: float, log_a: float, sizes=SIZES):
@@ -510,18 +511,103 @@ def test_extrapolation_to_held_out_sizes():
 def test_runs_of_one_configuration_stay_together_across_machines_and_versions(outputs):
     older, newer = {"dtype": "bfloat16", "val_every_steps": 5}, {"dtype": "float32", "output_bias": "none"}
     laws = {"A": (-0.3, 500.0)}
-    plant(outputs, laws, sizes=(20_000, 30_000), **older)
-    folder = plant(outputs, laws, sizes=(45_000,), **newer)
-    runs, history, _ = read_grid("planted")
+    grid = "protocol-1/planted"  # of whose runs some multiply in two types
+    plant(outputs, laws, sizes=(20_000, 30_000), grid=grid, **older)
+    folder = plant(outputs, laws, sizes=(45_000,), grid=grid, **newer)
+    runs, history, _ = read_grid(grid)
     assert set(runs["experiment"]) == set(history["experiment"]) == {"A"}
     assert runs["output_bias"].tolist() == ["none"] * 3  # younger than two of the runs, and off when they were made
     assert "bfloat16 in 2 and in float32 in 1 of them" in findings.one_kind(runs)
     # a grid that sweeps the type has the same run in both
     (folder / "A_train_tokens-45000_seed-42").rename(folder / "A_train_tokens-45000_dtype-float32_seed-42")
-    plant(outputs, laws, sizes=(45_000,), **newer | {"dtype": "bfloat16"})
-    runs, _, _ = read_grid("planted")
+    plant(outputs, laws, sizes=(45_000,), grid=grid, **newer | {"dtype": "bfloat16"})
+    runs, _, _ = read_grid(grid)
     assert set(runs["experiment"]) == {"A, dtype bfloat16", "A, dtype float32"}
     assert findings.one_kind(runs) == ""
     texts = runs.assign(corpus="mine.txt", data_hash=["a", "b", *[None] * (len(runs) - 2)])  # older runs have none
     assert "was another** for some of them" in findings.one_kind(texts)
     assert findings.one_kind(texts.assign(data_hash=["a", *[None] * (len(runs) - 1)])) == ""
+
+
+def planned(dtypes, sizes=(20_000, 30_000)):
+    """The plan of planted runs: label → the type of product that the grid's file gives it."""
+    shapes = {label: dict(zip(("num_layers", "context_dim"), SHAPES[label], strict=True)) for label in dtypes}
+    return {
+        f"{label}_train_tokens-{size}_seed-42": Experiment.from_mapping(
+            {"experiment": label, "embed_dim": 128, "dtype": dtype, "train_tokens": size}, shapes[label]
+        )
+        for label, dtype in dtypes.items()
+        for size in sizes
+    }
+
+
+def refused(*arguments, **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_grid(*arguments, **options)
+    return str(caught.value)
+
+
+A, B = {"A": (-0.3, 800)}, {"B": (-0.3, 850)}
+
+
+def test_runs_of_another_protocol_are_refused(outputs):
+    plant(outputs, A, (20_000, 30_000), protocol=1)
+    said = (
+        "grid planted has runs that were judged otherwise than by today's protocol 2 and cannot be read ({}): delete "
+        "the metrics.json of each, as of A_train_tokens-{}_seed-42, and run `make report GRID=planted` again"
+    )
+    assert refused("planted") == said.format("2 by protocol 1", 20000)
+    plant(outputs, B, (20_000, 30_000))
+    assert refused("planted") == said.format("2 by protocol 1 and 2 by protocol 2", 20000)
+    plant(outputs, A, (20_000,))
+    assert refused("planted") == said.format("1 by protocol 1 and 3 by protocol 2", 30000)
+    plant(outputs, A, (30_000,), protocol=3)
+    assert refused("planted") == said.format("3 by protocol 2 and 1 by protocol 3", 30000)
+    path = outputs / "planted" / "A_train_tokens-30000_seed-42" / "metrics.json"
+    path.write_text(path.read_text().replace('"protocol": 3, ', ""))  # as runs were written before there were two
+    assert "protocol" not in path.read_text() and load_runs("planted")["protocol"].tolist() == [2, 1, 2, 2]
+    assert refused("planted") == said.format("1 by protocol 1 and 3 by protocol 2", 30000)
+    plan = planned({"A": "auto", "B": "auto"})
+    assert refused("planted", plan) == said.format("1 by protocol 1 and 3 by protocol 2", 30000)
+    # what is not read is in nobody's way: runs that the plan does not ask for, and other models
+    assert len(read_grid("planted", planned({"A": "auto", "B": "auto"}, (20_000,)))[0]) == 2
+    plant(outputs, A, (30_000,), protocol=1, model="lstm")
+    assert len(read_grid("planted", plan)[0]) == len(read_grid("planted")[0]) == 3
+    assert refused("planted", models=["lstm"]) == said.format("1 by protocol 1", 30000)
+
+
+def test_runs_of_two_types_of_product_are_refused_but_where_the_plan_gives_them(outputs):
+    plant(outputs, A, (20_000, 30_000), dtype="bfloat16")
+    for plan in (None, planned({"A": "auto"}), planned({"A": "bfloat16"})):
+        assert len(read_grid("planted", plan)[0]) == 2
+    plant(outputs, B, (20_000,), dtype="float32")
+    said = (
+        "grid planted has runs whose matrix products are of two types (dtype: 2 in bfloat16 and 1 in float32), which "
+        "its file does not give them: write `dtype: bfloat16`, or the other one, under `common` in that file and run "
+        "`make report GRID=planted` again"
+    )
+    given = {"A": "bfloat16", "B": "float32"}
+    for dtypes in ({"A": "auto", "B": "auto"}, {"A": "float32", "B": "bfloat16"}, given | {"A": "auto"}):
+        assert refused("planted", planned(dtypes)) == said
+    assert refused("planted") == said
+    assert refused("planted", planned(dict.fromkeys("AB", "float32"))) == said  # the grid's file was changed since
+    runs, _, _ = read_grid("planted", planned(given))
+    assert set(runs["experiment"]) == {"A", "B"}
+    assert len(read_grid("planted", planned({"A": "auto"}))[0]) == 2  # B is not asked for
+    plant(outputs, B, (20_000,), dtype="float64", model="kneser-ney")  # an n-gram has no products
+    plant(outputs, {"C": (-0.3, 850)}, (20_000,), dtype="float32", model="lstm")
+    assert len(read_grid("planted", models=BASELINES)[0]) == 2 and len(read_grid("planted")[0]) == 2
+
+
+def test_runs_of_protocol_1_are_read_as_they_are(outputs):
+    committed = outputs.parent / "committed"
+    plant(committed, A, (20_000,), "protocol-1/planted", protocol=1, dtype="bfloat16")
+    folder = plant(committed, B, (20_000, 30_000), "protocol-1/planted", protocol=1, dtype="float32")
+    runs, history, val_by_sample = read_grid("protocol-1/planted")
+    assert len(runs) == 3 and set(runs["source"]) == {"committed"} and set(runs["protocol"]) == {1}
+    assert set(history["run"]) == set(val_by_sample["run"]) == {path.name for path in folder.iterdir()}
+    assert summarise("protocol-1/planted", runs, val_by_sample)["grid"] == "protocol-1/planted"
+    assert "Grid protocol-1/planted: 3 runs in " in findings.origin("protocol-1/planted", runs)
+    assert read_grid("planted")[0].empty and read_grid("protocol-1")[0].empty
+    nothing = "No finished run of grid protocol-1/gone: restore data/results/protocol-1/gone by git."
+    assert findings.origin("protocol-1/gone", read_grid("protocol-1/gone")[0]) == nothing

@@ -22,7 +22,7 @@ from ctxlm.analysis.phrases import (
     winner,
 )
 from ctxlm.analysis.reasons import slope_verdict
-from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, with_phase1
+from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, PROTOCOL_1, with_phase1
 from ctxlm.results import load_runs
 
 VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
@@ -36,6 +36,8 @@ def nothing(grid: str, left_out: int = 0) -> str:
             f"Grid {grid} has {count(left_out, 'finished run')}, of other parameters than the grid file's: run `make "
             f"report GRID={grid}` again."
         )
+    if grid.startswith(PROTOCOL_1):
+        return f"No finished run of grid {grid}: restore data/results/{grid} by git."
     runs = load_runs(grid)
     if len(runs) and (runs["model"] != "context").any():
         return (

@@ -14,7 +14,8 @@ import statsmodels.api as sm
 from scipy import optimize, stats
 
 from ctxlm.analysis.replicates import CONFIDENCE, DRAWN, balanced, each, replicate_of, student
-from ctxlm.config import Experiment
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.corpus import PROTOCOL
 from ctxlm.files import atomic
 from ctxlm.results import load_runs, load_table
 
@@ -26,8 +27,12 @@ MOST_TOKENS = 1e15
 Grid = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 """Runs, histories and losses by validation sample, as `read_grid` gives them."""
 CELL = ["train_tokens", "seed", "data_seed"]
+PROTOCOL_1 = "protocol-1/"
+"""Begins the name of every grid of runs that were judged by protocol 1."""
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
+TYPES = ("float32", "bfloat16")
+"""Types of product that an experiment may have; an n-gram, which has no products, names another."""
 LEFT_OUT, PLANNED = "left_out", "planned"
 """Runs of a name that the plan has, but of other parameters."""
 MEASURED = {"train_loss_after_epoch", "val_every_steps"}
@@ -413,6 +418,11 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
     under `PLANNED` what the plan asks for, of these models.
     Where runs of one label differ in more than size and seed, what differs is added to the label; `configuration`
     keeps the label as it was, and `replicate` says which runs are independent (`replicates`).
+    Of a grid `protocol-1/<name>`, which no grid file describes any more, all runs are read, without a plan.
+
+    Raises:
+        ConfigError: runs, of those read, were not judged by the present protocol, or multiply in two types that the
+            plan does not give them; grids of protocol 1 are read as they are. Or as `load_runs` and `load_table`.
     """
     tables = load_runs(grid), *(load_table(grid, name) for name in ("history.csv", "val_by_sample.csv"))
     if tables[0].empty:
@@ -428,6 +438,8 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
     runs, history, val_by_sample = tables
     if runs.empty:
         return runs, history, val_by_sample
+    if not grid.startswith(PROTOCOL_1):
+        _check_alike(grid, runs, plan or {})
     runs["configuration"] = runs["experiment"]
     for name in (name for name in Experiment.model_fields if name in runs and name not in REPLICATES):
         # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
@@ -436,6 +448,32 @@ def read_grid(grid: str, plan: Mapping[str, Experiment] | None = None, models: C
             runs["experiment"] = runs["experiment"] + f", {name} " + runs[name].astype(str)
     runs["replicate"] = replicate_of(runs)
     return runs, *(_labelled(table, runs) for table in (history, val_by_sample))
+
+
+def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment]) -> None:
+    """Refuse runs that cannot stand beside one another: of another protocol, or in two types that nobody asked for.
+
+    Raises:
+        ConfigError: as `read_grid`.
+    """
+    other = runs.loc[runs["protocol"] != PROTOCOL, "run"]
+    if len(other):
+        judged = " and ".join(f"{n} by protocol {by}" for by, n in runs["protocol"].value_counts().sort_index().items())
+        raise ConfigError(
+            f"grid {grid} has runs that were judged otherwise than by today's protocol {PROTOCOL} and cannot be read "
+            f"({judged}): delete the metrics.json of each, as of {other.iloc[0]}, and run `make report GRID={grid}` "
+            "again"
+        )
+    typed = runs[runs["dtype"].isin(TYPES)]
+    planned = [plan[run].dtype if run in plan else "auto" for run in typed["run"]]
+    if typed["dtype"].nunique() > 1 and planned != typed["dtype"].tolist():
+        counts = typed["dtype"].value_counts().sort_index()
+        types = " and ".join(f"{n} in {kind}" for kind, n in counts.items())
+        raise ConfigError(
+            f"grid {grid} has runs whose matrix products are of two types (dtype: {types}), which its file does not "
+            f"give them: write `dtype: {counts.idxmax()}`, or the other one, under `common` in that file and run `make "
+            f"report GRID={grid}` again"
+        )
 
 
 def _labelled(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
