@@ -9,11 +9,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report benchmark unlock test lab lint clean
+.PHONY: help env report protocol-1 benchmark unlock test lab lint clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
@@ -32,6 +32,12 @@ report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html
 	  if ls .snakemake/locks/*.lock >/dev/null 2>&1; then \
 	    echo "Locked, though no other make report goes on here? Say first: make unlock GRID=$(GRID)" >&2; fi; exit 1; }
 	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
+
+protocol-1: $(VENV)/.ready  ## show the results judged by protocol 1 (outputs/protocol-1/protocol-1.html)
+	@mkdir -p outputs/protocol-1
+	$(BIN)/papermill --log-output --no-progress-bar --cwd . -k python3 \
+	  notebooks/04_protocol_1.ipynb outputs/protocol-1/protocol-1.ipynb
+	$(BIN)/python -m ctxlm.analysis.report --notebook outputs/protocol-1/protocol-1.ipynb
 
 benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
 	@mkdir -p outputs/benchmark

@@ -17,6 +17,7 @@ from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import findings, gaps, nothing, origin, prose, unconverged
 from ctxlm.analysis.phrases import signed
 from ctxlm.analysis.scaling import read_grid, summarise
+from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.planted import SHAPES, SIZES, noise, plant
 
@@ -288,6 +289,18 @@ def test_columns_of_words_are_set_left_and_wide_tables_small():
     assert tables.shown(pd.DataFrame(), "none yet").data == "none yet"
 
 
+def test_what_looks_like_html_is_shown_as_text(outputs):
+    image = "<img src=x onerror=alert(1)>"
+    table = pd.DataFrame([{"Model": image, f"Against {image}": "−5.0 %<br>(p < 0.1) & 10^13", "Runs": 1}])
+    page = tables.shown(table, "", prose=["Model"]).to_html()
+    assert "<img" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;") == 2
+    assert "−5.0 %<br>(p &lt; 0.1) &amp; 10<sup>13</sup></td>" in page
+    assert tables.shown(pd.DataFrame(), f"none of {image}").data == "none of &lt;img src=x onerror=alert(1)>"
+    plant(outputs, {"A": (-0.3, 800)}, corpus=f"{image}.txt")  # a file may be called so
+    text = prose([origin("planted", read_grid("planted")[0]), "p < 0.001"]).data
+    assert "corpus &lt;img src=x onerror=alert(1)>.txt, " in text and text.endswith("\n\np &lt; 0.001")
+
+
 @pytest.mark.parametrize(("replicates", "robust"), [(1, True), (3, False), (10, True)])
 def test_laws_have_their_intervals_and_robust_ones_where_they_can(outputs, replicates, robust):
     plant(outputs, {"A": (-0.3, 800), "B": (-0.4, 850)}, seeds=range(replicates), chance=noise(0.02))
@@ -522,18 +535,25 @@ def test_phase1_left_out_has_not_run_out_of_iterations(outputs):
     assert set(unconverged(left_out)["experiment"]) == {"B"}
 
 
-# The notebook
+# The notebooks
 
-CELLS = nbformat.read(ROOT / "notebooks" / "03_analysis.ipynb", as_version=4).cells
+CELLS, CELLS_1 = (
+    nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells for name in ("03_analysis", "04_protocol_1")
+)
+
+
+def run_cells(cells, **parameters) -> None:
+    """Run a notebook's cells here, in order, with these parameters."""
+    names: dict = {}
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
+        exec(cell.source, names)  # no kernel to wait for, and errors point into ctxlm
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= parameters
 
 
 def run_notebook(grid: str, folder) -> dict:
-    """Run the notebook's cells here, in order, with these parameters; returns analysis.json."""
-    names: dict = {}
-    for cell in (cell for cell in CELLS if cell.cell_type == "code"):
-        exec(cell.source, names)  # no kernel to wait for, and errors point into ctxlm
-        if "parameters" in cell.metadata.get("tags", []):
-            names |= {"grid": grid, "output_dir": str(folder)}
+    """Run the analysis of a grid; returns analysis.json."""
+    run_cells(CELLS, grid=grid, output_dir=str(folder))
     return json.loads((folder / "analysis.json").read_text())
 
 
@@ -561,16 +581,17 @@ def test_notebook_says_what_there_is(outputs, tmp_path, monkeypatch, capsys, law
 
 
 def test_notebook_shows_the_committed_study(outputs, tmp_path, monkeypatch):
-    plan(tmp_path, "AB", (20_000, 30_000), (42,))
-    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
-    plant(tmp_path / "committed", {"A": (-0.3, 846), "B": (-0.4, 1031)}, grid="study", **STUDY)
+    laws = {"A": (-0.3, 846), "B": (-0.4, 1031)}
+    plant(tmp_path / "committed", laws, grid="protocol-1/study", protocol=1, **STUDY)
     shown: list[str] = []
     monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", thing)))
-    run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+    run_cells(CELLS_1, output_dir=None)
     texts = [text for text in shown if isinstance(text, str)]
-    assert any(text.startswith("## The study at full size: committed results") for text in texts)
-    run_notebook("study", tmp_path)
-    assert math.isclose(json.loads((tmp_path / "analysis.json").read_text())["configurations"]["A"]["alpha"], -0.3)
+    (own,) = [text for text in texts if text.startswith("## The study at full size\n\nGrid protocol-1/study: 4 runs ")]
+    assert "Source: committed results (data/results)." in own
+    assert run_notebook("study", tmp_path)["configurations"] == {}  # of what is judged anew, nothing has been run
+    plant(tmp_path / "committed", laws, grid="study", **STUDY)
+    assert math.isclose(run_notebook("study", tmp_path)["configurations"]["A"]["alpha"], -0.3)
 
 
 NESTED = [(42 + k, k // 2) for k in range(4)]
@@ -593,23 +614,21 @@ MODELS = {"baselines": "kneser-ney", "networks": "lstm"}
 
 @pytest.mark.parametrize("missing", ["nothing", "one run", "all but one", "a configuration"])
 def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs, tmp_path, monkeypatch):
-    plan(tmp_path, "AB", (20_000, 30_000), (42,))
-    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
     for grid, (shapes, sizes, pairs) in SIDE.items():
         laws = {label: (-0.3, 800 + 20 * k) for k, label in enumerate(shapes)}
         options = {"pairs": pairs, "shapes": shapes, "chance": noise(0.01), "model": MODELS.get(grid, "context")}
-        folder = plant(outputs, laws, sizes, grid, **options)
+        folder = plant(tmp_path / "committed", laws, sizes, f"protocol-1/{grid}", protocol=1, **options)
         found = sorted(folder.iterdir())
         gone = {"nothing": [], "one run": found[:1], "all but one": found[1:]}
         last = sorted(shapes)[-1]
         for run in gone.get(missing, [run for run in found if run.name.startswith(f"{last}_")]):
             shutil.rmtree(run)
-    monkeypatch.setattr("ctxlm.analysis.scaling.read_grid", lambda grid, names=None, **own: read_grid(grid, **own))
     shown: list[object] = []
     monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", str(thing))))
-    run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+    run_cells(CELLS_1, output_dir=None)
     text = "\n".join(part for part in shown if isinstance(part, str))
     headings = (
+        "The study at full size|"
         "Chance: other seeds|How far back|What Phase 1 and the contexts contribute\n|"
         "What Phase 1 and the contexts contribute at full size|Why Phase 2|Depth or width|What a user would otherwise"
     )
@@ -619,9 +638,10 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
     assert not any(part.astype(str).isin(["nan", "None"]).any(axis=None) for part in shown)
     if missing == "nothing":
         assert "Not " not in text and text.count("nan") == 0
-        better = f"{A} **did better, in single runs, than** {B} at 20,000 and 30,000 tokens, every size that both"
-        assert text.startswith(f"**Deep and narrow, or shallow and wide?** {better}")
-        assert "\n\nGrid planted: 4 runs in 1 replicate, trained on" in text
+        assert text.startswith("**What the grids of this repository say** (quick: A 6 layers of 128, B 3 layers of 256")
+        better = "A (deep and narrow: 6 layers, context 768) **did better, in single runs, than** B ("
+        assert f"**Deep and narrow, or shallow and wide?** {better}" in text
+        assert "\n\nGrid protocol-1/variance: 16 runs in 2 replicates, trained on" in text
         columns = (
             "Law",
             "Slopes α",
@@ -634,8 +654,8 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         laws, slopes, chance, reach, known, ranked, compared = (
             next(part for part in shown if column in part) for column in columns
         )
-        assert laws["Estimate"].tolist() == ["−0.300", "−0.300"]
-        assert slopes["Grid"].tolist() == ["planted", "study", "variance"]
+        assert laws["Estimate"].str.startswith("none: a law needs runs of at least two sizes").sum() == 2
+        assert slopes["Grid"].tolist() == ["study", "variance"]
         assert len(chance) == 4 + 2 + 1 and reach["Configuration"].tolist() == ["A", "B"]
         effects = pd.concat([part for part in shown if "Effect" in part])
         responses = {"last PPL / best PPL", "best PPL", "PPL", "memory horizon", "signs drawn", "signs fixed"}
@@ -653,14 +673,38 @@ def test_notebook_shows_what_there_is_of_the_grids_that_explain(missing, outputs
         assert ranking.LEGEND.replace(" %", "\u00a0%") in text
 
 
-def test_notebook_is_stripped_and_short():
-    for cell in (cell for cell in CELLS if cell.cell_type == "code"):
+def test_notebook_shows_a_grid_and_nothing_of_others(outputs, tmp_path, monkeypatch):
+    plan(tmp_path, "AB", (20_000, 30_000), (42,))
+    plant(outputs, {"A": (-0.3, 800), "B": (-0.3, 850)}, sizes=(20_000, 30_000))
+    for root, grid, protocol in ((outputs, "variance", 2), (tmp_path / "committed", "protocol-1/planted", 1)):
+        plant(root, {"A": (-0.2, 900)}, (45_000,), grid, protocol=protocol)
+    shown: list[object] = []
+    monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", str(thing))))
+    content = run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+    assert len(content["runs"]) == 4 and {run["source"] for run in content["runs"]} == {"outputs"}
+    text = "\n".join(part for part in shown if isinstance(part, str))
+    better = f"{A} **did better, in single runs, than** {B} at 20,000 and 30,000 tokens, every size that both"
+    assert text.startswith(f"**Deep and narrow, or shallow and wide?** {better}")
+    assert "\n\nGrid planted: 4 runs in 1 replicate, trained on" in text and text.count("Grid ") == 1
+    assert "Not " not in text and "nan" not in text and "45,000" not in text and "protocol-1" not in text
+    found = [part for part in shown if isinstance(part, pd.DataFrame)]
+    assert not any(part.astype(str).isin(["nan", "None"]).any(axis=None) for part in found)
+    laws, slopes = (next(part for part in found if column in part) for column in ("Law", "Slopes α"))
+    assert laws["Estimate"].tolist() == ["−0.300", "−0.300"] and slopes["Grid"].tolist() == ["planted"]
+    plant(outputs, {"A": (-0.3, 800)}, (20_000,), protocol=1)
+    with pytest.raises(ConfigError, match=r"^grid planted has runs that were judged otherwise than by today's"):
+        run_notebook(str(tmp_path / "planted.yaml"), tmp_path)
+
+
+@pytest.mark.parametrize("cells", [CELLS, CELLS_1], ids=["03_analysis", "04_protocol_1"])
+def test_notebook_is_stripped_and_short(cells):
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
         # figures come where a cell ends, so that two headings in one cell would part them from their text
         assert len(re.findall(r"(?<!def )\bbegin\(", cell.source)) <= 1 and not re.search(
             r"^ .*begin\(", cell.source, re.M
         )
         assert cell.outputs == [] and cell.execution_count is None and len(cell.source.splitlines()) <= 12
-    assert len({cell.id for cell in CELLS}) == len(CELLS)
+    assert len({cell.id for cell in cells}) == len(cells)
 
 
 def test_of_many_runs_the_table_holds_means(outputs):

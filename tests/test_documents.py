@@ -7,10 +7,10 @@ import re
 import pytest
 
 from ctxlm.analysis import proposals, recipe, scaling
-from ctxlm.config import BASELINES, load_grid
+from ctxlm.config import BASELINES, Experiment
 from ctxlm.files import ROOT
 
-RESULTS = ROOT / "data" / "results"
+RESULTS = ROOT / "data" / "results" / "protocol-1"
 FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 SIZES = (86_925, 183_620)
 MODELS = {
@@ -74,7 +74,7 @@ def test_the_table_of_models_is_that_of_the_runs():
 
 
 def test_the_table_of_sizes_is_that_of_the_runs():
-    grids = [scaling.read_grid(name, load_grid(name).runs) for name in ("sizes", "study")]
+    grids = [scaling.read_grid(f"protocol-1/{name}") for name in ("sizes", "study")]
     runs, _, val_by_sample = proposals.with_study(*grids)
     gaps = {gap["train_tokens"]: gap for gap in scaling.differences(val_by_sample)[0]}
     rows = the_table("training tokens | A | B")
@@ -105,7 +105,7 @@ def test_the_table_of_learning_rates_is_that_of_the_runs():
 
 
 def test_the_table_of_ingredients_is_that_of_the_runs():
-    tuned, without = (scaling.read_grid(name, load_grid(name).runs) for name in ("tuned", "tuned-ablations"))
+    tuned, without = (scaling.read_grid(f"protocol-1/{name}") for name in ("tuned", "tuned-ablations"))
     found = recipe.ingredients(tuned, without)
     rows = the_table("instead of the recipe's")
     assert sorted(number(ppl) for _, ppl, _ in rows) == sorted(round(ppl, 1) for ppl in found["val_ppl"])
@@ -125,12 +125,16 @@ def test_falling_widths_at_full_size_are_those_of_the_runs():
 
 
 @pytest.mark.parametrize("grid", sorted(path.name for path in RESULTS.iterdir()))
-def test_committed_runs_are_those_that_their_grid_asks_for(grid, tmp_path, monkeypatch):
+def test_all_committed_runs_are_read_and_are_what_their_names_say(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    plan = load_grid(grid).runs
-    read = [scaling.read_grid(grid, plan, models)[0] for models in (["context"], BASELINES)]
-    names = {run for runs in read for run in (runs["run"] if len(runs) else [])}
-    assert names == {path.name for path in (RESULTS / grid).iterdir()}
-    for run in names:  # a run that could keep losses by test sample has them committed, too
-        kept = (RESULTS / grid / run / "test_by_sample.csv").exists()
-        assert kept == ("data_hash" in metrics(f"{grid}/{run}"))
+    read = [scaling.read_grid(f"protocol-1/{grid}", models=models)[0] for models in (["context"], BASELINES)]
+    names = [run for runs in read for run in (runs["run"] if len(runs) else [])]
+    assert sorted(names) == sorted(path.name for path in (RESULTS / grid).iterdir()) != []
+    parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
+    for run in names:
+        known = metrics(f"{grid}/{run}")
+        label, *said = re.split(rf"_({parameters})-", run)
+        assert label == known["experiment"] and "protocol" not in known
+        assert [str(known[name]) for name in said[::2]] == said[1::2]
+        # a run that could keep losses by test sample has them committed, too
+        assert (RESULTS / grid / run / "test_by_sample.csv").exists() == ("data_hash" in known)

@@ -133,7 +133,7 @@ def test_the_answer_follows_whoever_wins(outputs, first):
 
 def test_without_results_nothing_is_said():
     assert headlines.elsewhere([], NOTHING).empty
-    assert headlines.scales(NOTHING) == "**What other grids of this repository say**:"
+    assert headlines.scales(NOTHING) == "**What the grids of this repository say**:"
 
 
 def test_models_are_set_against_a_by_name(outputs):

@@ -2,14 +2,17 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import nbformat
 import pandas as pd
 import pytest
 import torch
 import yaml
+from nbconvert import HTMLExporter
 from safetensors.torch import load_file
 
 from ctxlm.analysis.plots import WIDTH
@@ -175,6 +178,77 @@ def test_the_loss_that_is_not_finite_leaves_no_metrics(tmp_path, text):
     assert process.returncode != 0
     assert last_line(process).startswith("NonFiniteLoss: Phase 2's loss is")
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, what scripts and styles hold, and the text that a reader sees."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements, self.hidden, self.text, self.within = [], [], "", ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.within = tag
+
+    def handle_endtag(self, tag):
+        self.within = ""
+
+    def handle_data(self, data):
+        if self.within in ("script", "style"):
+            self.hidden.append(data)
+        else:
+            self.text += data
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    '<meta http-equiv="refresh" content="0;url=http://x">',
+    "</pre><style>",
+    "<script>alert(2)</script>",
+)
+
+
+def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
+    paragraphs = text.read_text(encoding="utf-8").split("\n\n")
+    marked = [f"{' '.join(HOSTILE)} marked {paragraph}" for paragraph in paragraphs]
+    path = tmp_path / f"{HOSTILE[0]}.txt"
+    path.write_text("\n\n".join(marked), encoding="utf-8")
+    own = {"train_tokens": 600, "val_samples": 4, "test_samples": 2, "embed_dim": 16, "embedding": "random"}
+    process, executed = papermill(tmp_path, "01_corpus", corpus=str(path), **own)
+    assert process.returncode == 0, process.stderr
+    pages = [HTMLExporter().from_filename(executed)[0], build_page(executed).read_text(encoding="utf-8")]
+    for page in pages:
+        found = Elements(page)
+        assert f"{' '.join(HOSTILE)} marked" in found.text and f"{HOSTILE[0]}.txt" in found.text  # for the reader
+        assert not any("marked" in hidden or "alert(" in hidden for hidden in found.hidden)
+        for tag, attributes in found.elements:
+            assert "onerror" not in attributes and attributes.get("src") != "x"
+            assert tag != "meta" or attributes.get("http-equiv", "").lower() != "refresh"
+        assert "corpus_digest" in found.text and "Write what was read" in found.text
+
+
+@pytest.mark.slow
+def test_what_protocol_1_said_is_shown_to_the_end(tmp_path):
+    process, executed = papermill(tmp_path, "04_protocol_1", cwd=ROOT / "notebooks", output_dir=str(tmp_path / "out"))
+    assert process.returncode == 0, process.stderr
+    assert not (tmp_path / "out").exists()  # nothing is written but the notebook
+    page = build_page(executed).read_text(encoding="utf-8")
+    headings = """In short|The study at full size|How sure are the laws?|Ours beside the published|
+        The study&#39;s three proposals|Chance: other seeds, other texts|How far back the contexts reach|
+        What Phase 1 and the contexts contribute|What Phase 1 and the contexts contribute at full size|
+        Why Phase 2 over-fits|Depth or width|What a user would otherwise pick|The tuned recipe|
+        Contexts that learn to predict|A longer memory|A single input token|A cache of the words read|
+        Recipes and networks in pairs|Together with an n-gram|Method"""
+    found = [re.sub("<[^>]+>", "", heading) for heading in re.findall("<h2[^>]*>(.*?)</h2>", page)]
+    assert found == [re.sub(r"^\s+", "", heading).replace("&#39;", "'") for heading in headings.split("|")]
+    assert "<h1>Results judged by protocol 1</h1>" in page and "one long conversation could turn a verdict" in page
+    assert page.count("data:image/png") > 20 and "No finished run" not in page
+    counts = {name: int(runs) for name, runs in re.findall(r"Grid protocol-1/([\w-]+): (\d+) runs", page)}
+    committed = ROOT / "data" / "results" / "protocol-1"
+    assert len(counts) > 10 and counts == {name: len([*(committed / name).iterdir()]) for name in counts}
 
 
 @pytest.mark.slow

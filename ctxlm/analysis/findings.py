@@ -64,8 +64,11 @@ def findings(runs: pd.DataFrame, summary: dict[str, Any], pooled: Sequence[dict[
 
 
 def prose(paragraphs: Iterable[str]) -> Markdown:
-    """Paragraphs for a notebook; empty ones are left out, and no line begins with a per cent sign."""
-    return Markdown("\n\n".join(paragraphs).replace(" %", "\u00a0%"))
+    """Paragraphs for a notebook; empty ones are left out, and no line begins with a per cent sign.
+
+    They are Markdown, but hold no HTML: a name that looks like it, as of a corpus's file, is shown as it is.
+    """
+    return Markdown("\n\n".join(paragraphs).replace(" %", "\u00a0%").replace("<", "&lt;"))
 
 
 def origin(grid: str, runs: pd.DataFrame, stood_in: int = 0) -> str:

@@ -21,7 +21,7 @@ from ctxlm.analysis.phrases import (
     winner,
 )
 from ctxlm.analysis.reasons import ABLATIONS
-from ctxlm.analysis.scaling import CELL, Grid, differences, with_tests
+from ctxlm.analysis.scaling import CELL, PROTOCOL_1, Grid, differences, with_tests
 from ctxlm.memory import FORGOTTEN
 from ctxlm.results import load_table
 
@@ -39,7 +39,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
     Args:
         pooled: of `crossing.errors`, from the runs that say most about slopes (grid variance's).
         grids: of the names study, sizes, baselines, networks, tuned, joint, slow, lean, variance, signs, overfitting,
-            ablations, ablations-full and factorial.
+            ablations, ablations-full and factorial, each as protocol 1 judged its runs.
     """
     many, _, many_val = grids["variance"]
     study = grids["study"]
@@ -57,7 +57,7 @@ def elsewhere(pooled: Sequence[dict[str, Any]], grids: Mapping[str, Grid]) -> pd
             "full",
             ("study", "sizes"),
         ),
-        ("And with other seeds and texts?", _gaps(grids["variance"], "variance"), "quick", ("variance",)),
+        ("And with other seeds and texts?", _gaps(grids["variance"], f"{PROTOCOL_1}variance"), "quick", ("variance",)),
         ("How much is chance?", _caution(many, many_val), "quick", ("variance",)),
         (
             "Do the signs of the embedding matter?",
@@ -104,7 +104,7 @@ def scales(grids: Mapping[str, Grid]) -> str:
     """What A and B are at the two scales of `elsewhere`, as its heading; grids as there."""
     known = {"quick": grids["variance"][0], "full": grids["study"][0]}
     said = "; ".join(f"{scale}: {shapes_text(runs)}" for scale, runs in known.items() if len(runs))
-    return f"**What other grids of this repository say**{said and f' ({said})'}:"
+    return f"**What the grids of this repository say**{said and f' ({said})'}:"
 
 
 def _caution(runs: pd.DataFrame, val_by_sample: pd.DataFrame) -> str:

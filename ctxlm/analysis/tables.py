@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -11,6 +13,7 @@ from pandas.io.formats.style import Styler
 
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import as_printed
+from ctxlm.analysis.findings import prose as paragraphs
 from ctxlm.analysis.phrases import change, change_if_known, effect_text, magnitude, p_text, percent, signed, tokens_text
 from ctxlm.analysis.reasons import effect_verdict, slope_verdict
 from ctxlm.analysis.replicates import student
@@ -82,18 +85,24 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     """The table without its index, for a notebook; the sentence `otherwise` where it is empty.
 
     Columns of words are set left; those in `prose` hold sentences, which may break into lines. Powers, as in 10^13, are
-    set high.
+    set high, and a line may end at <br>; nothing else in the table is taken for HTML.
     """
     if table.empty:
-        return Markdown(otherwise)
+        return paragraphs([otherwise])
     table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
     starts = {name: [str(cell)[0].isalpha() for cell in table[name] if str(cell)] for name in table}
     words = [name for name, known in starts.items() if name in prose or (known and sum(known) > len(known) / 2)]
     left = {column: [{"selector": "th.col_heading, td", "props": "text-align: left"}] for column in words}
-    table = table.replace(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", regex=True)
-    styler = table.style.hide(axis="index").set_table_styles(left)
+    table = table.map(lambda cell: _html(cell) if isinstance(cell, str) else cell)
+    styler = table.style.hide(axis="index").format_index(escape="html", axis="columns").set_table_styles(left)
     styler = styler.set_properties(subset=list(prose), **{"white-space": "normal", "min-width": "11em"})
     return styler.set_table_attributes(f'class="{"wide" if table.shape[1] > NARROW else ""}"')
+
+
+def _html(cell: str) -> str:
+    """A cell's text as HTML, its powers set high."""
+    text = escape(cell, quote=False).replace("&lt;br&gt;", "<br>")
+    return re.sub(r"\^(?:\(([^()]*)\)|([−-]?[\d.]*\w))", r"<sup>\1\2</sup>", text)
 
 
 def gaps_table(summary: Mapping[str, Any]) -> pd.DataFrame:
