@@ -20,8 +20,6 @@ from ctxlm.files import cache_dir, cached_arrays, digest, resolve, source_hash
 
 VOCABULARY = 50_257
 """Tokens of GPT-2's byte-level BPE, V."""
-PROTOCOL = 2
-"""How runs are judged now: on which text, and how it is cut; runs of another protocol stand beside no others."""
 
 TOKENIZER_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

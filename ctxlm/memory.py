@@ -60,8 +60,9 @@ def recent_tokens(
 ) -> list[dict]:
     """PPL at evenly spaced positions when the context (and the slow one), from zero, has read the last k tokens only.
 
-    The TokenBlock reads its own input tokens as ever. `losses` is a `Predictor`'s `from_layers`. Rows of history.csv: phase `recent_tokens`, step k (0: the whole
-    stream), metrics `val_loss` and `val_ppl`. A k that the stream does not hold is left out.
+    The TokenBlock reads its own input tokens as ever. `losses` is a `Predictor`'s `from_layers`. Rows of history.csv:
+    phase `recent_tokens`, step k (0: the whole stream), metrics `val_loss` and `val_ppl`. A k that the stream does not
+    hold is left out.
     """
     tokens, distinct = contexts.tokens, contexts.distinct
     block, lengths = model.context_block, [k for k in RECENT if k < len(tokens) - 1]

@@ -26,7 +26,7 @@ class Predictor:
         self.with_slow = SlowReader(model.slow, model.read_embedding)
 
     def __call__(self, stream: Contexts, at: slice | Tensor) -> Losses:
-        """Losses of predicting the tokens after the positions `at` of 0 .. T - 2, a slice without a step or int64 [B]."""
+        """Losses of predicting the tokens after the positions `at`, a slice without a step or int64 [B]."""
         with autocast(stream.tokens.device, self.dtype):
             layers = stream.layers(self.model.context_block, at)
         positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlm.analysis import explain, plots, ranking, tables
+from ctxlm.analysis import explain, plots, ranking, run_plots, tables
 from ctxlm.analysis.crossing import errors
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.findings import findings, gaps, nothing, origin, prose, unconverged
@@ -440,8 +440,8 @@ def test_points_are_ranks_and_bars_minutes(outputs):
 def test_one_run_is_drawn_by_phase(outputs):
     plant(outputs, {"A": (-0.3, 800)}, sizes=(20_000,))
     history = read()[1][["phase", "step", "metric", "value"]]
-    assert [len(axes.lines) for axes in plots.plot_phase1(history).axes] == [1, 1, 2]
-    left, right = plots.plot_phase2(history).axes
+    assert [len(axes.lines) for axes in run_plots.plot_phase1(history).axes] == [1, 1, 2]
+    left, right = run_plots.plot_phase2(history).axes
     assert [line.get_label() for line in left.lines] == [
         "training",
         "training, after the epoch",
@@ -453,12 +453,12 @@ def test_one_run_is_drawn_by_phase(outputs):
     by_the_end = pd.DataFrame(
         {"phase": "phase2", "step": range(1, 6), "metric": "updates", "value": range(40, 201, 40)}
     )
-    between = plots.plot_phase2(pd.concat([history, updates, by_the_end])).axes[0].lines[0]
+    between = run_plots.plot_phase2(pd.concat([history, updates, by_the_end])).axes[0].lines[0]
     assert list(between.get_xdata()) == [0.5, 1.0]
 
 
 def test_singular_values_are_normalised():
-    axes = plots.plot_singular_values({"init_er": [4, 3, 1], "val_er": np.array([1.0, 1.0])}).axes[0]
+    axes = run_plots.plot_singular_values({"init_er": [4, 3, 1], "val_er": np.array([1.0, 1.0])}).axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.375, 0.125], [0.5, 0.5]]
     assert [line.get_label() for line in axes.lines] == ["before Phase 1", "after training, on validation text"]
     assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
@@ -482,7 +482,7 @@ def test_memory_shows_all_tokens_before_and_after(outputs):
     plant(outputs, {"A": (-0.3, 800)}, sizes=SIZES[:2], seeds=(1, 2))
     runs, history, _, _ = read()
     one = history[history["run"] == runs["run"][0]]
-    for figure in (plots.plot_memory(one), plots.plot_reach(history, explain.recency(history))):
+    for figure in (run_plots.plot_memory(one), plots.plot_reach(history, explain.recency(history))):
         before, after = figure.axes[0].lines[:2]
         assert before.get_xdata()[-1] == after.get_xdata()[-1] == 20 and figure.axes[0].get_xlim()[1] > 20
         assert before.get_ydata()[0] == after.get_ydata()[0] == 100
@@ -520,7 +520,7 @@ def test_no_figure_is_wider_than_the_others(outputs, longer):
     figures += [plots.plot_convergence(history, runs), plots.plot_effective_rank(runs)]
     figures += [plots.plot_generalisation(explain.generalisation(history, runs))]
     figures += [plots.plot_reach(history, explain.recency(history))]
-    figures += [plots.plot_memory(history[history["run"] == runs["run"][0]])]
+    figures += [run_plots.plot_memory(history[history["run"] == runs["run"][0]])]
     for figure in figures:
         figure.canvas.draw()
         box = figure.get_tightbbox()

@@ -15,8 +15,8 @@ import yaml
 from nbconvert import HTMLExporter
 from safetensors.torch import load_file
 
-from ctxlm.analysis.plots import WIDTH
 from ctxlm.analysis.report import build_page
+from ctxlm.analysis.run_plots import WIDTH
 from ctxlm.config import BASELINES, Experiment
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding

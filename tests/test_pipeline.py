@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     """A folder with a small corpus and the grid file `tiny.yaml`, shared by the steps below."""
     path = tmp_path_factory.mktemp("pipeline")
     words = "the a cat dog saw ran to from with red blue big small house tree and then it was".split()
-    paragraphs = (" ".join(words[(i * j * j) % 19] for j in range(1, 61)) for i in range(1, 121))
+    paragraphs = (" ".join(words[(i * j * j) % 19] for j in range(1, 61)) for i in range(1, 141))
     (path / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     grid_file(path, [800, 1600])
     return path
@@ -32,16 +32,17 @@ def grid_file(folder, sizes, **common):
     common = {"corpus": str(folder / "text.txt"), "embedding": "random", "embed_dim": 16, "val_samples": 5} | common
     common |= {"test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
     experiments = {"A": {"num_layers": 4, "context_dim": 16}, "B": {"num_layers": 2, "context_dim": 32}}
-    grid = {"title": "Tiny", "common": common, "experiments": experiments, "sweep": {"train_tokens": sizes}}
+    words = {"title": "Tiny {with} braces {0}", "description": "and {more}"}  # which Snakemake takes for wildcards
+    grid = words | {"common": common, "experiments": experiments, "sweep": {"train_tokens": sizes}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
 
 
-def snakemake(folder, *options, grid=None, **popen):
-    """The command of `make report`, in an environment of its own."""
+def snakemake(folder, *options, grid=None, first="", **popen):
+    """The command of `make report`, in an environment of its own; `first` leads PATH."""
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--rerun-incomplete", *options]
     command += ["--config", f"grid={folder / 'tiny.yaml' if grid is None else grid}"]
     own = {"CTXLM_OUTPUTS": str(folder / "outputs"), "CTXLM_RESULTS": str(folder / "none")}
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    path = os.pathsep.join([*filter(None, [first]), os.path.dirname(sys.executable), os.environ["PATH"]])
     popen |= {"cwd": ROOT, "env": os.environ | own | {"PATH": path}, "text": True}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
 
@@ -169,15 +170,20 @@ def test_what_was_deleted_is_made_again(folder, name):
         assert re.search(rf"^{rule} +1$", output, re.MULTILINE), output
 
 
-def test_another_grids_new_result_is_a_new_report(folder):
-    path = folder / "none" / "lr" / "A" / "metrics.json"  # where this pipeline's committed results are
-    path.parent.mkdir(parents=True)
-    path.write_text("{}", encoding="utf-8")
+def test_a_cut_analysis_is_made_anew(folder):
+    path = folder / "outputs" / "tiny" / "analysis.json"
+    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(whole[:300])
     code, output = finished(snakemake(folder, "--dry-run"))
-    shutil.rmtree(folder / "none")
+    path.write_bytes(whole)
+    os.utime(path, ns=times)
     assert code == 0 and re.search(r"^analysis +1$", output, re.MULTILINE), output
-    assert not re.search(r"^experiment +", output, re.MULTILINE), output
     assert "Nothing to be done" in finished(snakemake(folder, "--dry-run"))[1]
+
+
+def test_the_type_of_the_products_is_resolved_once_for_all_runs(folder):
+    kind = (folder / "outputs" / "tiny" / "dtype").read_text(encoding="utf-8").strip()
+    assert {json.loads(path.read_text(encoding="utf-8"))["dtype"] for path in metrics(folder).values()} == {kind}
 
 
 def test_a_failing_run_says_why_and_leaves_the_others(folder):
@@ -187,4 +193,27 @@ def test_a_failing_run_says_why_and_leaves_the_others(folder):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
     code, output = finished(snakemake(folder))
     assert code != 0 and "NonFiniteLoss: Phase 2's loss is" in output
+    assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before
+
+
+def broken(folder, notebook):
+    """A folder for PATH whose papermill fails at once with this notebook, as one that was killed."""
+    path = folder / "broken" / "papermill"
+    path.parent.mkdir(exist_ok=True)
+    real = shutil.which("papermill", path=os.path.dirname(sys.executable))
+    path.write_text(f'#!/bin/sh\ncase "$*" in *{notebook}*) exit 137;; esac\nexec "{real}" "$@"\n', encoding="utf-8")
+    path.chmod(0o755)
+    return str(path.parent)
+
+
+def test_an_analysis_that_was_killed_is_not_taken_for_done(folder):
+    before = {name: path.read_bytes() for name, path in metrics(folder).items()}
+    grid_file(folder, [800, 1600])  # fewer sizes: the analysis and the report are to be made anew
+    code, output = finished(snakemake(folder, first=broken(folder, "03_analysis")))
+    assert code != 0, output
+    code, output = finished(snakemake(folder, "--dry-run"))
+    assert code == 0 and "Nothing to be done" not in output
+    for rule in ("analysis", "report"):
+        assert re.search(rf"^{rule} +1$", output, re.MULTILINE), output
+    grid_file(folder, [800, 1600, 2400])
     assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before

@@ -4,32 +4,26 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from ctxlm.analysis.plots import COLOURS, REFERENCE, new_figure
+from ctxlm.analysis.run_plots import COLOURS, REFERENCE, new_figure
 from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
 
 COMMON = 5000
 """Neighbours are sought among so many of the corpus's most frequent tokens: rare ones are embedded by chance."""
 
-DATA_PARAMETERS = ("corpus", "embedding", "embed_dim", "train_tokens", "train_samples", "val_samples", "test_samples")
-DATA_PARAMETERS += ("train_capacity_tokens", "train_capacity_samples", "data_seed")
+DATA_PARAMETERS = ("corpus", "embedding", "embed_dim", "train_tokens", "train_samples", "data_seed")
+DATA_PARAMETERS += ("val_samples", "test_samples", "max_sample_tokens")
 """What a split and an embedding depend on, and nothing else of an experiment."""
-
-
-def capacity(streams: Split) -> int:
-    """Samples kept for training: validation begins right behind them."""
-    return int(streams.val.samples[0])
 
 
 def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
     """Samples, tokens, tokens a sample and different tokens, for the corpus and each part of it."""
     parts = {
         "corpus": corpus.stream(0, corpus.num_samples),
-        "training capacity": corpus.stream(0, capacity(streams)),
+        "training capacity": corpus.stream(0, corpus.capacity),
         "training": streams.train,
         "validation": streams.val,
         "test": streams.test,
@@ -84,18 +78,18 @@ def _by_frequency(corpus: Corpus) -> np.ndarray:
 
 
 def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
-    """Where training, validation and test lie in the corpus: above in all of it, below up to the end of test."""
-    starts, held = corpus.starts, capacity(streams)
+    """Where training, and the regions of validation and test, lie: above in all the corpus, below up to their end."""
+    starts, held = corpus.starts, corpus.capacity
     first = int(starts[streams.train.samples[0]])
     last, end = first + len(streams.train), int(starts[held])
-    test = int(streams.test.samples[0])
-    after = int(streams.test.samples[-1]) + 1
+    test = held + corpus.region
+    after = test + corpus.region
     parts = [
         ("training capacity", 0, end, "0.85"),
         ("training", first, min(last, end), COLOURS[0]),
         ("training", 0, last - end, COLOURS[0]),  # a window that runs over the end goes on at the start
-        ("validation", end, int(starts[test]), COLOURS[1]),
-        ("test", int(starts[test]), int(starts[after]), COLOURS[2]),
+        ("kept for validation", end, int(starts[test]), COLOURS[1]),
+        ("kept for the test", int(starts[test]), int(starts[after]), COLOURS[2]),
     ]
     if second_half:
         parts.append(("second half: makes the embedding", int(starts[corpus.half]), int(starts[-1]), COLOURS[4]))
@@ -111,7 +105,7 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.grid(visible=False)
     whole.set_title("The whole corpus", loc="left")
-    near.set_title("Up to the end of test", loc="left")
+    near.set_title("Its first half", loc="left")
     near.set_xlabel("position in the corpus (tokens)")
     keys = dict(zip(*reversed(whole.get_legend_handles_labels()), strict=True))
     figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=len(keys))
@@ -152,7 +146,7 @@ def plot_frequencies(corpus: Corpus, streams: Split) -> Figure:
     left.set_xlabel("rank of a token (log)")
     left.set_ylabel("share of all tokens (%, log)")
     left.legend(frameon=False)
-    train = corpus.stream(0, capacity(streams)) if streams.train.samples[0] == 0 else streams.train
+    train = corpus.stream(0, corpus.capacity) if streams.train.samples[0] == 0 else streams.train
     steps = np.unique(np.geomspace(min(1000, len(train)), len(train), 25).astype(int))
     right.plot(steps, [100 * unseen_share(train, streams.val, step) for step in steps], color="0.5")
     here = 100 * unseen_share(streams.train, streams.val, len(streams.train))
@@ -177,7 +171,7 @@ def plot_embedding(embedding: np.ndarray) -> Figure:
     axes.set_xlabel("number of the singular value")
     axes.set_ylabel("singular value")
     axes.legend(frameon=False)
-    sns.despine(ax=axes)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -197,4 +191,4 @@ def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
     if y:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    sns.despine(ax=axes)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Every figure, one function each; all return a matplotlib Figure. Importing this module sets the common style.
+"""The figures of many runs, one function each; all return a matplotlib Figure.
 
 A configuration keeps its colour, marker and line style in every figure, so that it can be told apart in grey print
 too. `history` is long: phase, step, metric, value (and run, experiment, train_tokens where it holds many runs).
@@ -10,50 +10,35 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from IPython import get_ipython
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
-from matplotlib_inline.config import InlineBackend
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from ctxlm.analysis.explain import Effect
 from ctxlm.analysis.phrases import span, steeper
 from ctxlm.analysis.replicates import student
+from ctxlm.analysis.run_plots import (
+    COLOURS,
+    FORGETTING,
+    HATCHES,
+    LINES,
+    MARKERS,
+    RANKS,
+    REFERENCE,
+    convergence_axes,
+    forgetting_axes,
+    headline,
+    legend,
+    log_axis,
+    new_figure,
+    recent_axis,
+    steps_axis,
+)
 from ctxlm.analysis.scaling import PowerLaw, ppl_interval, with_phase1
 from ctxlm.analysis.variance import SOURCES, components
-from ctxlm.memory import FORGOTTEN
-
-sns.set_theme(
-    style="whitegrid",
-    palette="colorblind",
-    rc=dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9)
-    | {"font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10.5, "axes.edgecolor": "0.4", "figure.dpi": 110}
-    | {"lines.linewidth": 1.6, "lines.markersize": 6, "grid.linewidth": 0.6, "hatch.linewidth": 0.6},
-)
-InlineBackend.instance(parent=get_ipython()).print_figure_kwargs = {"bbox_inches": None}  # none is cropped: one width
-COLOURS = sns.color_palette("colorblind")
-MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
-REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
-WIDTH = 8.5
-"""Of every figure, inches."""
-RANKS = {
-    "init_er": "before Phase 1",
-    "train_er": "in Phase 1, with its noise",
-    "train_er_noiseless": "after training, without noise",
-    "val_er": "after training, on validation text",
-}
-"""What a run's effective ranks and spectra are of."""
-FORGETTING = {
-    "forgetting_init": ("before training", {"linestyle": ":", "mfc": "white", "markersize": 7, "markevery": (0, 6)}),
-    "forgetting": ("after it", {"linestyle": "-", "markersize": 4, "markevery": (3, 6)}),
-}
-"""Phases of a history that follow a disturbance; sparse markers, in turns, leave both curves to be seen."""
 
 
 def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -64,11 +49,6 @@ def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
         label: {"color": colours[label.split(", ")[0]], "marker": marker, "linestyle": line}
         for label, marker, line in looks
     }
-
-
-def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of the common width, `height` in inches, and its panels [rows, columns]."""
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
 
 
 def _panels(labels: Sequence[str], height: float) -> tuple[Figure, dict[str, Axes], list[Axes], list[Axes]]:
@@ -87,16 +67,6 @@ def _panels(labels: Sequence[str], height: float) -> tuple[Figure, dict[str, Axe
     return figure, panels, list(grid[:, 0]), lowest
 
 
-def _legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
-    """Below the figure, which grows with its rows, in as many columns as fit; by default of the first panel."""
-    handles = handles or figure.axes[0].get_legend_handles_labels()[0]
-    widths = [43 + 4.7 * len(str(handle.get_label())) for handle in handles]  # points, with the line and the gap
-    fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * WIDTH)
-    columns = next(fitting, 1)
-    figure.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False)
-    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(handles) / columns) - 1))
-
-
 def _says(sentence: str) -> Figure:
     figure, ((axes,),) = new_figure(height=0.6)
     axes.axis("off")
@@ -109,14 +79,10 @@ def _count(numbers: Sequence[int], what: str) -> str:
     return f"{span(numbers, '{:,}'.format)} {what}{'' if max(numbers) == 1 else 's'}"
 
 
-def _headline(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
-
-
 def _say_n(figure: Figure, what: str, runs: pd.DataFrame, how: str = "") -> None:
     """Over the figure: what it shows, and of how many runs, with one row or more in `runs`, of each size and label."""
     each = runs.groupby(["experiment", "train_tokens"])["run"].nunique()
-    _headline(figure, f"{what}: n = {_count([each.sum()], 'run')}, {span(each)} of a configuration and size{how}")
+    headline(figure, f"{what}: n = {_count([each.sum()], 'run')}, {span(each)} of a configuration and size{how}")
 
 
 def _how(runs: pd.DataFrame) -> str:
@@ -136,24 +102,6 @@ def _tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("training tokens (log)")
-
-
-def _log_axis(axes: Axes, label: str) -> None:
-    """A logarithmic axis with plain numbers; LogLocator alone leaves a range under a decade without ticks."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    few = MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
-    subs = (1, 1.5, 2, 3, 5, 7) if high < 80 * low else (1, 3)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs) if high > 8 * low else few)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.3g}")
-    axes.set_ylim(low, high)
-    axes.set_ylabel(label)
-
-
-def _steps_axis(axes: Axes, label: str) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.set_xlabel(label)
 
 
 def _dodge(position: int, count: int) -> float:
@@ -235,14 +183,14 @@ def plot_scaling(
     _tokens_axis(axes, sizes)
     samples = val_by_sample.groupby("run")["sample"].nunique().max()
     several = runs.duplicated(["experiment", "train_tokens"]).any()
-    _log_axis(axes, "validation PPL (log)")
+    log_axis(axes, "validation PPL (log)")
     _say_n(
         figure,
         "Validation PPL by training tokens",
         runs,
         ", a point each" if several else f"; 95 % intervals over {samples} samples",
     )
-    _legend(figure, keys)
+    legend(figure, keys)
     return figure
 
 
@@ -291,7 +239,7 @@ def plot_paired_differences(runs: pd.DataFrame, summary: Mapping[str, Any]) -> F
         "Pairs on the same text",
         runs[[cell in cells for cell in zip(runs["experiment"], runs["train_tokens"], strict=True)]],
     )
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -324,12 +272,12 @@ def plot_learning_curves(history: pd.DataFrame) -> Figure:
         low, high = lowest[0].get_xlim()  # the panels share it
         lowest[0].set_xlim(low, high + 0.14 * (high - low))
     for axes in left:
-        _log_axis(axes, "PPL (log)")
+        log_axis(axes, "PPL (log)")
     for axes in lowest:
-        _steps_axis(axes, "epoch")
+        steps_axis(axes, "epoch")
     several = curves.groupby(["experiment", "train_tokens"])["run"].nunique().max() > 1
     _say_n(figure, "PPL by epoch", curves, "; thick lines are means" if several else "")
-    _legend(figure, [Line2D([], [], color="0.1", marker="o", **look) for look in kinds.values()])
+    legend(figure, [Line2D([], [], color="0.1", marker="o", **look) for look in kinds.values()])
     return figure
 
 
@@ -351,7 +299,7 @@ def plot_overfitting(runs: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _tokens_axis(axes, runs["train_tokens"])
     _say_n(figure, "Over-fitting", runs, _how(runs))
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -401,7 +349,7 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], what: str, cause: str 
     drawn = any(effect.interval for found in effects.values() for effect in found)
     axes.set_xlabel(what + (", 95 % interval" if drawn else " (no interval can be given)"))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    _headline(figure, f"{what[0].upper()}{what[1:]} {cause}".rstrip())
+    headline(figure, f"{what[0].upper()}{what[1:]} {cause}".rstrip())
     return figure
 
 
@@ -434,34 +382,15 @@ def plot_reach(history: pd.DataFrame, recency: pd.DataFrame) -> Figure:
         for label, look in styles.items()
         for what, own in FORGETTING.values()
     ]
-    keys += _forgetting_axes(left)
-    _recent_axis(right, recency["k"])
+    keys += forgetting_axes(left)
+    recent_axis(right, recency["k"])
     right.axhline(0, color="0.2", linewidth=1)
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     right.set_ylabel("PPL above the whole stream's")
     sure = ", 95 % intervals" if recency["n"].max() > 1 else ""
     _say_n(figure, "Memory", shares, f"; means (right: over {_count(recency['n'], 'replicate')}{sure})")
-    _legend(figure, keys)
+    legend(figure, keys)
     return figure
-
-
-def _forgetting_axes(axes: Axes) -> list[Artist]:
-    """The axes of a disturbance's share over the tokens read since; returns their reference lines."""
-    floor = 100 * float(np.finfo(np.float32).eps)
-    lines = [
-        axes.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),
-        axes.axhline(floor, label="rounding of 32-bit numbers: less cannot be seen", **REFERENCE | {"linestyle": "-."}),
-    ]
-    axes.set(yscale="log", ylabel="disturbance that is left, % (log)", ylim=(floor / 3, 200))
-    _steps_axis(axes, "tokens read since")
-    return lines
-
-
-def _recent_axis(axes: Axes, k: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(k)), [str(tokens) for tokens in sorted(set(k))])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens the context was built from, k (log)")
 
 
 def plot_generalisation(gaps: pd.DataFrame) -> Figure:
@@ -479,7 +408,7 @@ def plot_generalisation(gaps: pd.DataFrame) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
     grid.flat[0].set_ylabel("validation − training loss, nats")
     _say_n(figure, "Generalisation", gaps, ", a point each")
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -496,23 +425,15 @@ def plot_convergence(history: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         curves = history[(history["phase"] == "phase1") & (history["metric"] == metric)]
         for (label, size, _), curve in curves.groupby(["experiment", "train_tokens", "run"]):
             axes.plot(curve["step"], curve["value"], alpha=_shade(size, sizes), markersize=4.5, **styles[label])
-    _convergence_axes(left, right)
+    convergence_axes(left, right)
     left.axhline(runs["phase1_min_converged_ratio"].max(), **REFERENCE)
     right.axhline(runs["phase1_convergence_threshold"].max(), **REFERENCE)
     keys = [Line2D([], [], label=label, **look) for label, look in styles.items()]
     thresholds = "thresholds: share at which Phase 1 ends (left), change below which a token has converged (right)"
     keys.append(Line2D([], [], label=thresholds, **REFERENCE))
     _say_n(figure, "Phase 1", runs, ", a line each")
-    _legend(figure, keys)
+    legend(figure, keys)
     return figure
-
-
-def _convergence_axes(left: Axes, right: Axes) -> None:
-    left.set(ylabel="converged tokens", ylim=(-0.03, 1.03))
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _log_axis(right, "mean squared change\nof a context dimension (log)")
-    for axes in (left, right):
-        _steps_axis(axes, "iteration")
 
 
 def plot_effective_rank(runs: pd.DataFrame) -> Figure:
@@ -534,7 +455,7 @@ def plot_effective_rank(runs: pd.DataFrame) -> Figure:
     for axes in lowest:
         _tokens_axis(axes, runs["train_tokens"], math.ceil(math.sqrt(len(labels))))
     _say_n(figure, "Effective rank", runs, _how(runs))
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -561,94 +482,7 @@ def plot_seconds(runs: pd.DataFrame) -> Figure:
     axes.set_xlabel("minutes")
     several = runs.duplicated(["experiment", "train_tokens"]).any()
     _say_n(figure, "Time", runs, "; means" if several else "")
-    _legend(figure)
-    return figure
-
-
-# The experiment notebook's figures: one run
-
-
-def _metric(history: pd.DataFrame, phase: str, name: str) -> pd.Series:
-    rows = history[(history["phase"] == phase) & (history["metric"] == name)]
-    return rows.set_index("step")["value"].sort_index()
-
-
-def plot_phase1(history: pd.DataFrame) -> Figure:
-    """One run's Phase 1 by iteration: converged share, mean squared change, and both terms of the loss."""
-    figure, ((left, middle, right),) = new_figure(1, 3, 3.1)
-    names = ((left, "converged_ratio", None), (middle, "mse", None))
-    names += ((right, "fixed_point_loss", "fixed point"), (right, "diversity_loss", "diversity"))
-    for axes, name, what in names:
-        values = _metric(history, "phase1", name)
-        k = int(name == "diversity_loss")
-        axes.plot(values.index, values, color=COLOURS[k], marker=MARKERS[k], linestyle=LINES[k], label=what)
-    _convergence_axes(left, middle)
-    _steps_axis(right, "iteration")
-    right.set_ylabel("terms of the loss")
-    right.legend()
-    return figure
-
-
-def plot_phase2(history: pd.DataFrame) -> Figure:
-    """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked.
-
-    Validation between epochs (`val_every_steps`) is placed by Phase 2's "updates" by the end of every epoch or, in a
-    history without them, as if its last value stood at the end of the last epoch.
-    """
-    figure, ((left, right),) = new_figure(1, 2, 3.4)
-    between, updates = _metric(history, "phase2_updates", "val_loss"), _metric(history, "phase2", "updates")
-    for axes, name, change in ((left, "loss", np.array), (right, "ppl", np.exp)):
-        train, val = (_metric(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
-        if len(between):
-            epoch = updates.iloc[0] if len(updates) else between.index[-1] / val.index[-1]
-            look = {"color": COLOURS[0], "alpha": 0.6, "linewidth": 1, "marker": ".", "markersize": 3}
-            axes.plot(between.index / epoch, change(between), label="validation between epochs", **look)
-        axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
-        after = _metric(history, "phase2", f"train_{name}_after")
-        if len(after):
-            look = {"color": COLOURS[2], "marker": MARKERS[2], "linestyle": LINES[2]}
-            axes.plot(after.index, after, label="training, after the epoch", **look)
-        axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
-        axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin()}", **REFERENCE)
-        _steps_axis(axes, "epoch")
-    left.set_ylabel("loss, nats a token")
-    _log_axis(right, "PPL (log)")
-    left.legend()
-    return figure
-
-
-def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
-    """Singular values of context matrices, largest first, each divided by their sum: of `RANKS` → values."""
-    figure, ((axes,),) = new_figure()
-    for k, (name, raw) in enumerate(values.items()):
-        p = np.asarray(raw, float)
-        look = {"color": COLOURS[k], "linestyle": LINES[k], "label": RANKS[name]}
-        axes.plot(np.arange(1, len(p) + 1), p / p.sum(), linewidth=4.5 - k, alpha=0.8, **look)  # thinner over thicker
-    axes.set(xlabel="rank of the singular value", ylabel="singular value over their sum (log)", yscale="log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 1e-4 * high), high)  # LayerNorm leaves one direction empty: it would flatten the rest
-    axes.legend()
-    return figure
-
-
-def plot_memory(history: pd.DataFrame) -> Figure:
-    """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
-    figure, ((left, right),) = new_figure(1, 2, 4)
-    for k, (phase, (what, own)) in enumerate(FORGETTING.items()):
-        shares = _metric(history, phase, "share_left")
-        left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **own)
-    keys = left.get_lines() + _forgetting_axes(left)
-    recent = _metric(history, "recent_tokens", "val_ppl")
-    if recent.empty:
-        right.set_axis_off()
-    else:
-        of_last = recent.drop(0)
-        keys += right.plot(of_last.index, of_last, color=COLOURS[2], marker=MARKERS[2], label="the last k tokens")
-        keys.append(right.axhline(recent[0], label="the whole stream", color="0.35", linewidth=1, linestyle="--"))
-        _recent_axis(right, of_last.index)
-        _log_axis(right, "validation PPL (log)")
-    _headline(figure, "n = 1 run, validation text")
-    _legend(figure, keys)
+    legend(figure)
     return figure
 
 
@@ -679,7 +513,7 @@ def plot_shares(table: pd.DataFrame) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("share of the floor (100 %: as fast as the products of the algorithm as defined)")
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -696,7 +530,7 @@ def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         _tokens_axis(axes, sizes)
         axes.tick_params(axis="x", rotation=30)
         axes.set_xlabel("tokens (log)")
-    _log_axis(left, "seconds (log)")
+    log_axis(left, "seconds (log)")
     right.set_ylabel("peak anonymous memory, GiB")
     right.set_ylim(0)
     keys = [Line2D([], [], **(styles[label] | {"linestyle": "-"}), label=label) for label in styles]
@@ -704,5 +538,5 @@ def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         Line2D([], [], color="0.4", linestyle=line, label=name)
         for line, name in zip(LINES, list(STAGES.values())[:3], strict=False)
     ]
-    _legend(figure, keys)
+    legend(figure, keys)
     return figure

@@ -1,0 +1,204 @@
+"""The style of all figures, and the figures of one run.
+
+Every run imports this module, and nothing that only the analysis of many runs needs: seaborn and statsmodels take
+seconds. `history` is long: phase, step, metric, value. Importing the module sets the common style.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from ctxlm.memory import FORGOTTEN
+
+COLOURS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
+"""seaborn's palette `colorblind`."""
+plt.rcParams |= {
+    "axes.prop_cycle": plt.cycler("color", COLOURS),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
+    **{"font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10.5, "figure.dpi": 110},
+    **dict.fromkeys(("axes.grid", "axes.axisbelow", "patch.force_edgecolor"), True),
+    **dict.fromkeys(("xtick.bottom", "ytick.left"), False),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.15"),
+    **{"axes.edgecolor": "0.4", "axes.linewidth": 1.25, "grid.color": "0.8", "grid.linewidth": 0.6},
+    **{"lines.linewidth": 1.6, "lines.markersize": 6, "lines.solid_capstyle": "round"},
+    **{"patch.edgecolor": "w", "hatch.linewidth": 0.6},
+}
+try:  # none is cropped, so that all are of one width
+    from IPython import get_ipython
+    from matplotlib_inline.config import InlineBackend
+
+    InlineBackend.instance(parent=get_ipython()).print_figure_kwargs = {"bbox_inches": None}
+except ImportError:  # without Jupyter, on a bare machine
+    pass
+MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
+REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
+WIDTH = 8.5
+"""Of every figure, inches."""
+RANKS = {
+    "init_er": "before Phase 1",
+    "train_er": "in Phase 1, with its noise",
+    "train_er_noiseless": "after training, without noise",
+    "val_er": "after training, on validation text",
+}
+"""What a run's effective ranks and spectra are of."""
+FORGETTING = {
+    "forgetting_init": ("before training", {"linestyle": ":", "mfc": "white", "markersize": 7, "markevery": (0, 6)}),
+    "forgetting": ("after it", {"linestyle": "-", "markersize": 4, "markevery": (3, 6)}),
+}
+"""Phases of a history that follow a disturbance; sparse markers, in turns, leave both curves to be seen."""
+
+
+def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of the common width, `height` in inches, and its panels [rows, columns]."""
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
+
+
+def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
+    """Below the figure, which grows with its rows, in as many columns as fit; by default of the first panel."""
+    handles = handles or figure.axes[0].get_legend_handles_labels()[0]
+    widths = [43 + 4.7 * len(str(handle.get_label())) for handle in handles]  # points, with the line and the gap
+    fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * WIDTH)
+    columns = next(fitting, 1)
+    figure.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(handles) / columns) - 1))
+
+
+def headline(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
+
+
+def log_axis(axes: Axes, label: str) -> None:
+    """A logarithmic axis with plain numbers; LogLocator alone leaves a range under a decade without ticks."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    few = MaxNLocator(8, steps=(1, 2, 2.5, 5, 10))
+    subs = (1, 1.5, 2, 3, 5, 7) if high < 80 * low else (1, 3)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs) if high > 8 * low else few)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 10 else f"{y:.3g}")
+    axes.set_ylim(low, high)
+    axes.set_ylabel(label)
+
+
+def steps_axis(axes: Axes, label: str) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.set_xlabel(label)
+
+
+def forgetting_axes(axes: Axes) -> list[Artist]:
+    """The axes of a disturbance's share over the tokens read since; returns their reference lines."""
+    floor = 100 * float(np.finfo(np.float32).eps)
+    lines = [
+        axes.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),
+        axes.axhline(floor, label="rounding of 32-bit numbers: less cannot be seen", **REFERENCE | {"linestyle": "-."}),
+    ]
+    axes.set(yscale="log", ylabel="disturbance that is left, % (log)", ylim=(floor / 3, 200))
+    steps_axis(axes, "tokens read since")
+    return lines
+
+
+def recent_axis(axes: Axes, k: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(k)), [str(tokens) for tokens in sorted(set(k))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("tokens the context was built from, k (log)")
+
+
+def convergence_axes(left: Axes, right: Axes) -> None:
+    left.set(ylabel="converged tokens", ylim=(-0.03, 1.03))
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    log_axis(right, "mean squared change\nof a context dimension (log)")
+    for axes in (left, right):
+        steps_axis(axes, "iteration")
+
+
+def metric_of(history: pd.DataFrame, phase: str, name: str) -> pd.Series:
+    rows = history[(history["phase"] == phase) & (history["metric"] == name)]
+    return rows.set_index("step")["value"].sort_index()
+
+
+def plot_phase1(history: pd.DataFrame) -> Figure:
+    """One run's Phase 1 by iteration: converged share, mean squared change, and both terms of the loss."""
+    figure, ((left, middle, right),) = new_figure(1, 3, 3.1)
+    names = ((left, "converged_ratio", None), (middle, "mse", None))
+    names += ((right, "fixed_point_loss", "fixed point"), (right, "diversity_loss", "diversity"))
+    for axes, name, what in names:
+        values = metric_of(history, "phase1", name)
+        k = int(name == "diversity_loss")
+        axes.plot(values.index, values, color=COLOURS[k], marker=MARKERS[k], linestyle=LINES[k], label=what)
+    convergence_axes(left, middle)
+    steps_axis(right, "iteration")
+    right.set_ylabel("terms of the loss")
+    right.legend()
+    return figure
+
+
+def plot_phase2(history: pd.DataFrame) -> Figure:
+    """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked.
+
+    Validation between epochs (`val_every_steps`) is placed by Phase 2's "updates" by the end of every epoch or, in a
+    history without them, as if its last value stood at the end of the last epoch.
+    """
+    figure, ((left, right),) = new_figure(1, 2, 3.4)
+    between, updates = metric_of(history, "phase2_updates", "val_loss"), metric_of(history, "phase2", "updates")
+    for axes, name, change in ((left, "loss", np.array), (right, "ppl", np.exp)):
+        train, val = (metric_of(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
+        if len(between):
+            epoch = updates.iloc[0] if len(updates) else between.index[-1] / val.index[-1]
+            look = {"color": COLOURS[0], "alpha": 0.6, "linewidth": 1, "marker": ".", "markersize": 3}
+            axes.plot(between.index / epoch, change(between), label="validation between epochs", **look)
+        axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
+        after = metric_of(history, "phase2", f"train_{name}_after")
+        if len(after):
+            look = {"color": COLOURS[2], "marker": MARKERS[2], "linestyle": LINES[2]}
+            axes.plot(after.index, after, label="training, after the epoch", **look)
+        axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
+        axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin()}", **REFERENCE)
+        steps_axis(axes, "epoch")
+    left.set_ylabel("loss, nats a token")
+    log_axis(right, "PPL (log)")
+    left.legend()
+    return figure
+
+
+def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Singular values of context matrices, largest first, each divided by their sum: of `RANKS` → values."""
+    figure, ((axes,),) = new_figure()
+    for k, (name, raw) in enumerate(values.items()):
+        p = np.asarray(raw, float)
+        look = {"color": COLOURS[k], "linestyle": LINES[k], "label": RANKS[name]}
+        axes.plot(np.arange(1, len(p) + 1), p / p.sum(), linewidth=4.5 - k, alpha=0.8, **look)  # thinner over thicker
+    axes.set(xlabel="rank of the singular value", ylabel="singular value over their sum (log)", yscale="log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 1e-4 * high), high)  # LayerNorm leaves one direction empty: it would flatten the rest
+    axes.legend()
+    return figure
+
+
+def plot_memory(history: pd.DataFrame) -> Figure:
+    """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
+    figure, ((left, right),) = new_figure(1, 2, 4)
+    for k, (phase, (what, own)) in enumerate(FORGETTING.items()):
+        shares = metric_of(history, phase, "share_left")
+        left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **own)
+    keys = left.get_lines() + forgetting_axes(left)
+    recent = metric_of(history, "recent_tokens", "val_ppl")
+    if recent.empty:
+        right.set_axis_off()
+    else:
+        of_last = recent.drop(0)
+        keys += right.plot(of_last.index, of_last, color=COLOURS[2], marker=MARKERS[2], label="the last k tokens")
+        keys.append(right.axhline(recent[0], label="the whole stream", color="0.35", linewidth=1, linestyle="--"))
+        recent_axis(right, of_last.index)
+        log_axis(right, "validation PPL (log)")
+    headline(figure, "n = 1 run, validation text")
+    legend(figure, keys)
+    return figure
