@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report protocol-1 benchmark unlock test lab lint clean
+.PHONY: help env report protocol-1 benchmark gpu unlock test lab lint docs clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
@@ -45,6 +45,9 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 	  notebooks/05_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
 	$(BIN)/python -m ctxlm.analysis.report --notebook outputs/benchmark/benchmark.ipynb
 
+gpu: $(VENV)/.ready  ## device tests, benchmark and the study's four runs on a GPU (outputs/gpu/gpu.json)
+	$(BIN)/python -m ctxlm.analysis.gpu
+
 unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again
 	$(BIN)/snakemake --cores 1 --unlock --config 'grid=$(GRID)'
 
@@ -60,6 +63,9 @@ lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+
+docs: $(VENV)/.ready  ## write docs/parameters.md from ctxlm/config.py
+	$(BIN)/python -m ctxlm.config
 
 clean:  ## remove the environment and the caches; results in outputs stay
 	rm -rf $(VENV) .snakemake data/cache
