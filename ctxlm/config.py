@@ -156,7 +156,7 @@ class Experiment(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         def refuse(remedy: str, *names: str) -> None:
-            raise ValueError(f"{' and '.join(f'{name} = {getattr(self, name)}' for name in names)}: {remedy}")
+            raise ValueError(f"{' and '.join(f'{name} = {getattr(self, name)!r}' for name in names)}: {remedy}")
 
         if (self.train_tokens is None) == (self.train_samples is None):
             remedy = "give exactly one of the two and set the other to null (on papermill's command line: None)"
@@ -228,8 +228,9 @@ class Experiment(BaseModel):
         there -= {*also, "In", "Out"}  # the latter are IPython's
         if "_given" in namespace:
             there = {name for name in there if name in namespace["_given"] or _closest(name)}
+        found = cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
         namespace["_given"] = frozenset(there)
-        return cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
+        return found
 
     def meant_for(self, notebook: str) -> "Experiment":
         """Itself, once it is known that this notebook (its path in the repository) runs its model.
@@ -273,6 +274,8 @@ def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     if not detail["loc"]:  # raised by a validator of the whole, a sentence already
         return str(detail["ctx"]["error"])
     name, value = str(detail["loc"][0]), detail["input"]
+    if name in ("experiments", "sweep") and len(detail["loc"]) > 1:
+        name = f"{name}, {detail['loc'][1]}"
     if detail["type"] == "extra_forbidden":
         if kind is not Experiment:
             return f"{name!r} is no key of a grid file: see params/grids/quick.yaml"
@@ -283,7 +286,7 @@ def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     if detail["type"] == "literal_error":
         said = f"choose {detail['ctx']['expected']}"
     elif detail["type"] != "string_too_long":
-        said = _WORDS.get(name, said)
+        said = _WORDS.get(name.partition(",")[0], said)
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE):
         hints = {"int_type": " (write it without quotes)", "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)"}
         said += hints.get(detail["type"], "")
@@ -415,6 +418,7 @@ def load_grid(name: str) -> Grid:
         file: GridFile = _validated(GridFile, {"experiments": {}} | given)
         base = [read_yaml("params/base.yaml"), *_read(file.common)]
         for label, layers in file.experiments.items():
+            where = f"{path}, experiment {label}"
             own = _read(layers)
             for step in file.steps():
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])

@@ -202,22 +202,24 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     Raises:
         ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
     """
-    longest: dict[str, dict[int, Experiment]] = {}
     corpora: dict[str, Corpus] = {}
+    longest: dict[str, dict[int, Experiment]] = {}
+    given_in_samples: dict[str, int] = {}
     for e in experiments:
         if e.corpus not in corpora:
             corpora[e.corpus] = load_corpus(e.corpus)
-        corpus = corpora[e.corpus]
+        corpus, known = corpora[e.corpus], longest.setdefault(e.corpus, {})
         split(e, corpus)
-        known = longest.setdefault(e.corpus, {})
-        if e.train_samples is not None and (others := {*known} - {e.data_seed}):
-            raise ConfigError(
-                f"data_seed = {e.data_seed} and {min(others)} with train_samples = {e.train_samples}: windows of so "
-                "many samples differ in tokens, so that no two could be compared: give train_tokens instead"
-            )
+        if e.train_samples is not None:
+            given_in_samples[e.corpus] = e.train_samples
         if e.data_seed not in known or _window(corpus, e)[1] > _window(corpus, known[e.data_seed])[1]:
             known[e.data_seed] = e  # a shorter window is the beginning of a longer one
     for name, known in longest.items():
+        if len(known) > 1 and name in given_in_samples:
+            raise ConfigError(
+                f"data_seed = {' and '.join(map(str, sorted(known)))} with train_samples = {given_in_samples[name]}: "
+                "windows of so many samples differ in tokens, so that no two can be compared: give train_tokens instead"
+            )
         _check_apart(corpora[name], known)
 
 

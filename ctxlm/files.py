@@ -118,9 +118,8 @@ def source_hash(*names: str) -> str:
         if name in found or name in PLUMBING or name.startswith("ctxlm/analysis/"):
             continue
         found[name] = _syntax(ROOT / name)
-        if name.endswith(".py"):
-            imported = [node.module for node in ast.walk(found[name]) if isinstance(node, ast.ImportFrom)]
-            wanted += [f"{module.replace('.', '/')}.py" for module in imported if module.startswith("ctxlm.")]
+        imported = [node.module for node in ast.walk(found[name]) if isinstance(node, ast.ImportFrom)]
+        wanted += [f"{module.replace('.', '/')}.py" for module in imported if module.startswith("ctxlm.")]
     return digest(*(part for name in sorted(found) for part in (name, ast.unparse(found[name]))))
 
 

@@ -189,7 +189,7 @@ def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
 
 
 class Blanking(nn.Module):
-    """In training, sets a share of the input tokens to zero, as before the stream's start."""
+    """In an epoch of training, sets a share of the input tokens to zero, as before the stream's start."""
 
     def __init__(self, e: Experiment):
         super().__init__()
@@ -202,7 +202,7 @@ class Blanking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., d] with a share of its rows blanked."""
-        if not self.share or not self.training:
+        if not self.share or not self.training or self.draws is None:
             return x
         return x * torch.empty(*x.shape[:-1], 1, device=x.device).bernoulli_(1 - self.share, generator=self.draws)
 
@@ -345,3 +345,4 @@ def load_own_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         model.context_embedding, own = torch.empty_like(model.embedding), torch.empty_like(model.embedding)
         model.embedding.data = own
     model.load_state_dict({"embedding": model.embedding.detach()} | weights)
+    model.eval()

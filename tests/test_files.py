@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlm import files
+from ctxlm.config import code_hash
 from ctxlm.files import ROOT, atomic, cache_dir, cached_arrays, digest, resolve, source_hash
 
 
@@ -138,19 +141,27 @@ def test_a_digest_sees_where_one_part_ends(text, cut):
     assert len(digest(text)) == 16 and int(digest(text), 16) >= 0
 
 
+def hashed(*names):
+    """`source_hash` of the files as they are now."""
+    files._syntax.cache_clear()
+    return source_hash(*names)
+
+
 def test_the_source_hash_sees_content_and_name_and_not_the_order(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOT", tmp_path)
     (tmp_path / "one.py").write_text("a = 1\n")
     (tmp_path / "two.py").write_text("b = 2\n")
-    before = source_hash("one.py", "two.py")
-    assert source_hash("two.py", "one.py") == before
+    before = hashed("one.py", "two.py")
+    assert hashed("two.py", "one.py") == before
     (tmp_path / "two.py").write_text("b = 3\n")
-    changed = source_hash("one.py", "two.py")
+    changed = hashed("one.py", "two.py")
     assert changed != before
     (tmp_path / "two.py").rename(tmp_path / "three.py")
-    assert source_hash("one.py", "three.py") not in (before, changed)
+    assert hashed("one.py", "three.py") not in (before, changed)
     with pytest.raises(FileNotFoundError):
-        source_hash("two.py")
+        hashed("two.py")
+    (tmp_path / "one.py").write_text("a: int = 1\n")
+    assert hashed("one.py") != hashed("three.py")
 
 
 def test_paths_are_taken_from_the_repository_wherever_it_runs(tmp_path, monkeypatch):
@@ -172,15 +183,129 @@ def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
 def test_of_a_notebook_only_the_code_is_hashed(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOT", tmp_path)
 
-    def hashed(source, outputs, text):
+    def of_notebook(source, outputs, text):
         cells = [
             {"cell_type": "code", "source": [source], "outputs": outputs},
             {"cell_type": "markdown", "source": text},
         ]
         (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
-        return source_hash("a.ipynb")
+        return hashed("a.ipynb")
 
-    assert hashed("x = 1", [], "one") == hashed("x = 1", ["run"], "two") != hashed("x = 2", [], "one")
+    one, same, other = (
+        of_notebook("x = 1", [], "one"),
+        of_notebook("x = 1", ["run"], "two"),
+        of_notebook("x = 2", [], "one"),
+    )
+    assert one == same != other
+    assert of_notebook("# why\nx = 1  # it is so", [], "one") == one
+
+
+# What a run's code is: a copy of the sources is changed, and its digests are looked at again
+
+MODELS = ("context", "lstm", "transformer", "kneser-ney")
+MODULES = sorted(path.stem for path in (ROOT / "ctxlm").glob("*.py"))
+NETWORKS = {"lstm", "transformer"}
+EVERY = set(MODELS)
+BELONGS = {
+    "corpus": EVERY,
+    "device": EVERY,
+    "metrics": EVERY,
+    "embeddings": EVERY - {"kneser-ney"},
+    "loss": EVERY - {"kneser-ney"},
+    "model": EVERY - {"kneser-ney"},
+    "phase2": EVERY - {"kneser-ney"},  # networks take their start from it
+    "recurrence": EVERY - {"kneser-ney"},
+    "trainer": EVERY - {"kneser-ney"},
+    "phase1": {"context"},
+    "memory": {"context"},
+    "networks": NETWORKS,
+    "ngrams": {"kneser-ney"},
+    "config": set(),
+    "files": set(),
+    "results": set(),
+    "__init__": set(),
+}
+"""The models whose numbers each module makes."""
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A copy of the sources, which is hashed in place of the repository."""
+    for folder in ("ctxlm", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    yield tmp_path
+    files._syntax.cache_clear()
+
+
+def code_hashes():
+    files._syntax.cache_clear()
+    return {model: code_hash(model) for model in MODELS}
+
+
+def test_a_copy_of_the_sources_has_their_digests(sources, monkeypatch):
+    copied = code_hashes()
+    monkeypatch.setattr(files, "ROOT", ROOT)
+    assert code_hashes() == copied and len(set(copied.values())) == 3
+    assert copied["lstm"] == copied["transformer"]
+
+
+def test_comments_docstrings_and_layout_change_no_digest(sources):
+    before = code_hashes()
+    for path in sorted((sources / "ctxlm").rglob("*.py")):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        path.write_text("# said otherwise\n\n\n" + "\n".join(lines) + "\n\n# and at the end\n", encoding="utf-8")
+    assert code_hashes() == before
+    changed = 0
+    for path in sorted((sources / "ctxlm").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        said = re.sub(r'^( *)"""(?=\S)', r'\1"""Now: ', source, flags=re.M)
+        changed += said != source
+        path.write_text(said, encoding="utf-8")
+    assert changed > 15 and code_hashes() == before
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_code_counts_for_the_models_whose_numbers_it_makes(sources, module):
+    before, path = code_hashes(), sources / "ctxlm" / f"{module}.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
+    after = code_hashes()
+    assert {model for model in MODELS if after[model] != before[model]} == BELONGS[module]
+
+
+def test_a_changed_number_counts(sources):
+    before, path = code_hashes(), sources / "ctxlm" / "model.py"
+    source = path.read_text(encoding="utf-8")
+    assert source.count("RARE = 1e-3\n") == 1
+    path.write_text(source.replace("RARE = 1e-3\n", "RARE = 2e-3\n"), encoding="utf-8")
+    after = code_hashes()
+    assert {model for model in MODELS if after[model] != before[model]} == EVERY - {"kneser-ney"}
+
+
+def test_the_analysis_is_no_part_of_a_run(sources):
+    before = code_hashes()
+    for path in sorted((sources / "ctxlm" / "analysis").glob("*.py")):
+        path.write_text(path.read_text(encoding="utf-8") + "\nADDED = 1\n", encoding="utf-8")
+    assert code_hashes() == before
+
+
+@pytest.mark.parametrize(
+    ("notebook", "models"), [("02_experiment", {"context"}), ("06_baseline", EVERY - {"context"}), ("01_corpus", set())]
+)
+def test_a_models_notebook_counts(sources, notebook, models):
+    before, path = code_hashes(), sources / "notebooks" / f"{notebook}.ipynb"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    for cell in written["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [{"output_type": "stream", "name": "stdout", "text": "run"}], 7
+        else:
+            cell["source"] = ["said otherwise"]
+    path.write_text(json.dumps(written), encoding="utf-8")
+    assert code_hashes() == before
+    written["cells"].append({"cell_type": "code", "source": ["ADDED = 1"], "metadata": {}, "outputs": []})
+    path.write_text(json.dumps(written), encoding="utf-8")
+    after = code_hashes()
+    assert {model for model in MODELS if after[model] != before[model]} == models
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

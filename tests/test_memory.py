@@ -45,7 +45,8 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
     model, tokens = tiny(num_input_tokens=n, slow_decay=decay), stream(90)
     contexts = sequential(model, tokens)
     predict = Predictor(model, torch.float32)
-    found = {(row["step"], row["metric"]): row["value"] for row in recent_tokens(predict, contexts, positions=4)}
+    rows = recent_tokens(model, predict.from_layers, contexts, positions=4)
+    found = {(row["step"], row["metric"]): row["value"] for row in rows}
     assert {step for step, _ in found} == {0, *RECENT}
     positions = [64, 72, 80, 88]
     for k in RECENT:
@@ -65,7 +66,7 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
 def test_a_short_stream_shows_what_it_holds(length):
     model = tiny()
     contexts = sequential(model, stream(length))
-    rows = recent_tokens(Predictor(model, torch.float32), contexts)
+    rows = recent_tokens(model, Predictor(model, torch.float32).from_layers, contexts)
     assert {row["step"] for row in rows} == ({0} if length > 2 else set()) | {k for k in RECENT if k < length - 1}
     assert len(forgetting(model.context_block, contexts)) == length // 2 + 1
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ctxlm.config import ConfigError, Experiment, read_yaml
-from ctxlm.model import ContextLM, _bfloat16_gain, generator, own_weights, resolve_device, resolve_dtype, token_inputs
+from ctxlm.device import _bfloat16_gain, generator, resolve_device, resolve_dtype
+from ctxlm.model import ContextLM, own_weights, token_inputs
 from tests import literal
 from tests.conftest import stream, tiny
 
@@ -94,6 +95,23 @@ def test_inputs_before_the_stream_are_zero_and_normalised_after():
     torch.testing.assert_close(inputs[5, 16:].std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
 
 
+def test_a_share_of_the_input_tokens_is_blanked_in_training_alone():
+    model, tokens, at = tiny(phase2_token_dropout=0.3, num_input_tokens=2), stream(4000), torch.arange(4000)
+    whole = model.eval().inputs(tokens, at)
+    assert torch.equal(whole, token_inputs(model.embedding, tokens, at, 2))
+    model.train()
+    found = []
+    for epoch in (1, 1, 2):
+        model.blank.begin(epoch, torch.device("cpu"))
+        found.append(model.inputs(tokens, at).view(4000, 2, 8))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])  # an epoch's draws are its own
+    kept = (found[0] != 0).any(-1)
+    assert torch.equal(found[0], whole.view(4000, 2, 8) * kept.unsqueeze(-1))  # whole tokens, and no other is changed
+    assert (~kept).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(model.context_inputs(tokens, at), whole)  # the ContextBlock reads them all the same
+    assert torch.equal(tiny(num_input_tokens=2).train().inputs(tokens, at), whole)
+
+
 def test_what_is_written_leaves_a_frozen_embedding_out():
     model = tiny()
     assert "embedding" not in own_weights(model)
@@ -111,18 +129,24 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(monkeypatch):
     assert resolve_device(Experiment()) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"device = 'cuda': torch sees 0 CUDA device\(s\) here; use auto or cpu"):
         resolve_device(Experiment.from_mapping({"device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device(Experiment()) == torch.device("cuda")
+    assert resolve_device(Experiment(model="kneser-ney")) == torch.device("cpu")  # nothing of it runs on a GPU
+    with pytest.raises(ConfigError, match=r"device = 'cuda:1': torch sees 1 CUDA device\(s\) here"):
+        resolve_device(Experiment.from_mapping({"device": "cuda:1"}))
 
 
 def test_bfloat16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr("ctxlm.model._bfloat16_gain", lambda: 4.0)
+    monkeypatch.setattr("ctxlm.device._bfloat16_gain", lambda: 4.0)
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.bfloat16
     assert resolve_dtype(Experiment.from_mapping({"dtype": "float32"}), cpu) == torch.float32
-    monkeypatch.setattr("ctxlm.model._bfloat16_gain", lambda: 0.5)  # a Xeon without AMX has it, slowly
+    monkeypatch.setattr("ctxlm.device._bfloat16_gain", lambda: 0.5)  # a Xeon without AMX has it, slowly
     assert resolve_dtype(Experiment(), cpu) == torch.float32
     assert resolve_dtype(Experiment.from_mapping({"dtype": "bfloat16"}), cpu) == torch.bfloat16
 

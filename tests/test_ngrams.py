@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.baselines import KneserNey, build, kneser_ney
+from ctxlm import networks, ngrams
 from ctxlm.config import BASELINES, Experiment
 from ctxlm.corpus import split
+from ctxlm.metrics import Alternative
+from ctxlm.ngrams import KneserNey, kneser_ney
 
 
 class Literal:
@@ -133,7 +135,10 @@ def test_validation_is_that_of_the_weights_that_are_kept(model):
     data |= {"num_heads": 2, "embedding": "random", "embed_dim": 8, "phase2_epochs": 3, "phase2_weight_average": 0.9}
     experiment = Experiment.from_mapping(data | {"phase2_learning_rate": 0.1, "device": "cpu", "dtype": "float32"})
     streams = split(experiment)
-    found = build(experiment, streams)
+    found = (ngrams if model == "kneser-ney" else networks).build(experiment, streams)
+    assert isinstance(found, Alternative) and len(found.val[0]) == len(streams.val) - 1
+    assert bool(found.weights) == bool(found.history) == (model != "kneser-ney")
+    assert (found.columns["trained_params"] > 0) == (model != "kneser-ney")
     if model != "kneser-ney":  # the weights at the end are not those that are kept
         assert found.columns["best_epoch"] < found.columns["epochs_run"]
     losses, accuracy = found.judge(streams.val.tokens)
@@ -150,7 +155,7 @@ def test_text_is_learnt_and_longer_contexts_help():
 
 def test_discounts_of_a_known_text():
     # 4 pairs once, 2 twice, 1 three times, 1 four times: y = 4 / (4 + 2·2) = 1/2
-    from ctxlm.baselines import _discounts
+    from ctxlm.ngrams import _discounts
 
     assert _discounts(np.array([1, 1, 1, 1, 2, 2, 3, 4])) == pytest.approx([0, 0.5, 2 - 3 * 0.5 / 2, 3 - 4 * 0.5])
 

@@ -174,6 +174,33 @@ def test_kept_layers_of_falling_widths(n):
         assert all((one - other).abs().max() < 1e-4 for one, other in layers)
 
 
+def test_windows_are_unrolled_from_the_contexts_held_before_them():
+    model, tokens = tiny(), stream(23)
+    contexts, windows = sequential(model, tokens), torch.tensor([[16, 17, 18, 19], [0, 1, 2, 3], [20, 21, 22, 23]])
+    contexts.values[15].fill_(0.3)  # as left by another batch
+    held, block = contexts.values.clone(), model.context_block
+    positions, layers = contexts.unrolled(model, windows, 10)  # the last window reaches beyond the last target, 21
+    assert positions.tolist() == [16, 17, 18, 19, 0, 1, 2, 3, 20, 21]
+    expected = {}
+    for first, before in ((16, held[15]), (0, torch.zeros(12)), (20, held[19])):
+        for t in range(first, min(first + 4, 22)):
+            expected[t] = block(before[None], block.shares(model.context_inputs(tokens, torch.tensor([t]))))
+            before = expected[t][-1][0]
+    for layer, found in enumerate(layers):
+        by_hand = torch.cat([expected[t][layer] for t in positions.tolist()])
+        torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-5)
+    # The new contexts are held, the others are as they were, and gradients end where a window begins.
+    assert torch.equal(contexts.values[positions], layers[-1]) and not contexts.values.requires_grad
+    others = [t for t in range(23) if t not in positions.tolist()]
+    assert torch.equal(contexts.values[others], held[others])
+    torch.stack([layer.square().sum() for layer in layers]).sum().backward()
+    found = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    sum(layer.square().sum() for t in expected for layer in expected[t]).backward()
+    for one, p in zip(found, block.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad, atol=1e-4, rtol=1e-4)
+
+
 @settings(max_examples=20, deadline=None)
 @given(length=st.integers(1, 3 * SlowContext.BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
 def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):

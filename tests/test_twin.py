@@ -5,7 +5,7 @@ import torch
 
 import ctxlm.loss
 from ctxlm.config import Experiment
-from ctxlm.model import generator
+from ctxlm.device import generator
 from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
