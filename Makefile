@@ -68,4 +68,5 @@ docs: $(VENV)/.ready  ## write docs/parameters.md from ctxlm/config.py
 	$(BIN)/python -m ctxlm.config
 
 clean:  ## remove the environment and the caches; results in outputs stay
-	rm -rf $(VENV) .snakemake data/cache
+	@# .snakemake stays: it knows what the results were made with.
+	rm -rf $(VENV) data/cache

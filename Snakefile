@@ -40,7 +40,7 @@ try:  # everything that can be said before any work starts is said here, in one 
     DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
     check_runs(GRID.name)  # before new runs are paid for, not after
     if any(run.dtype == "auto" for run in GRID.runs.values()):  # one type for all, wherever each of them runs
-        ONE = {"dtype": grid_dtype(GRID.name)}
+        ONE = {"dtype": grid_dtype(GRID.name, GRID.runs)}
         RUNS = {name: run.model_copy(update=ONE if run.dtype == "auto" else {}) for name, run in GRID.runs.items()}
     else:
         RUNS = GRID.runs
@@ -50,12 +50,14 @@ except (ConfigError, OSError) as error:
 HOME = f"{OUTPUTS}/{GRID.name}"
 # What the analysis reads beside its grid's runs.
 BESIDES = [*sorted(Path("data/reference").rglob("*.csv")), *sorted(Path("ctxlm/analysis").glob("*.py"))]
+BESIDES += ["ctxlm/results.py", "ctxlm/metrics.py"]
 
-for derived in (outputs_dir() / GRID.name / "analysis.json",):  # damaged from outside: it is made anew
-    try:
-        json.loads(derived.read_bytes()) if derived.exists() else None
-    except ValueError:
-        derived.unlink()
+ANALYSIS = outputs_dir() / GRID.name / "analysis.json"
+try:
+    if ANALYSIS.exists():
+        json.loads(ANALYSIS.read_bytes())
+except ValueError:  # damaged from outside: it is made anew
+    ANALYSIS.unlink()
 
 RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 

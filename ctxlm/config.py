@@ -451,8 +451,8 @@ def _grid_file(name: str) -> Path:
 
 def _check_name(run: str) -> None:
     """Refuse a run's name that cannot be its folder's."""
-    if run in ("report", "analysis") or run.startswith("corpus"):
-        raise ConfigError("the report, the analysis and the corpus are called so: rename it")
+    if run in ("report", "analysis", "dtype") or run.startswith("corpus"):
+        raise ConfigError("the report, the analysis, the corpus and the type of products are called so: rename it")
     if not re.fullmatch(NAME, run):  # a path among the swept values, say
         raise ConfigError("that cannot name a folder: give such a value under 'experiments'")
     if len(run) > LONGEST_NAME:

@@ -57,6 +57,11 @@ def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if faster else torch.float32
 
 
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
+    """Matrix products in `dtype`; nothing is rounded where that is float32. `cache` keeps rounded weights."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
+
+
 @functools.cache
 def _bfloat16_gain() -> float:
     """How many times as fast this CPU multiplies in bfloat16 as in float32; 0.1 s, once a process.

@@ -53,13 +53,15 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
 
 
 def data_hash(experiment: Experiment) -> str:
-    """Digest of the files an experiment reads: the corpus's tokens and samples, and the embedding's where it names one.
+    """Digest of what an experiment reads: the corpus's tokens and samples, and the embedding's file or hub revision.
 
     Raises:
         ConfigError: one of them cannot be had.
     """
     named = resolve(experiment.embedding)
     embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
+    if experiment.embedding == "gpt2":  # the hub's cache names a folder after the revision
+        embedding = _gpt2_file(experiment.embed_dim).parent.name.encode()
     return digest(load_corpus(experiment.corpus).digest, embedding)
 
 

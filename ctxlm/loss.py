@@ -140,11 +140,6 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, torch.is_grad_enabled())
 
 
-def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
-    """Matrix products in `dtype`; nothing is rounded where that is float32. `cache` keeps rounded weights."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
-
-
 class Score:
     """The loss of what a model predicts, through a head that is kept ready in the type of the products."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -57,6 +58,12 @@ def loss_summary(name: str, losses: Tensor, accuracy: float) -> dict[str, float]
 def overfit_rate(last_ppl: float, best_ppl: float) -> float:
     """How much worse the last epoch is than the best one, as a fraction (0.5: PPL is 50 % higher)."""
     return last_ppl / best_ppl - 1
+
+
+def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
+    """Sum and count of token losses by the sample of the predicted token: columns sample, loss_sum, tokens."""
+    table = pd.DataFrame({"sample": samples, "loss": losses.astype(np.float64)}).groupby("sample")["loss"]
+    return table.agg(loss_sum="sum", tokens="count").reset_index()
 
 
 @dataclass(frozen=True)

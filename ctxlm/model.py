@@ -259,6 +259,20 @@ class SlowContext(nn.Module):
         return h + self.gain * F.layer_norm(rows, rows.shape[-1:])
 
 
+@torch.no_grad()
+def set_frequencies(tokens: Tensor, vocabulary: int, bias: Tensor | None, slow: SlowContext | None) -> None:
+    """Start what goes by the frequencies of the training `tokens` [T]: an output bias [V], a slow context's weights.
+
+    Every token counts once more than it occurs, so that none is impossible.
+    """
+    counts = torch.bincount(tokens, minlength=vocabulary) + 1.0
+    log_frequencies = (counts / counts.sum()).log()
+    if bias is not None:
+        bias.copy_(log_frequencies)
+    if slow is not None:
+        slow.weigh(log_frequencies.exp())
+
+
 class ContextLM(nn.Module):
     """ContextBlock, TokenBlock, embedding and head of one experiment."""
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import Split
-from ctxlm.device import generator, resolve_device, resolve_dtype, to_device
+from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device
 from ctxlm.embeddings import load_embedding
-from ctxlm.loss import Losses, Score, autocast
+from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Alternative
-from ctxlm.model import Blanking, SlowContext, own_weights, token_inputs
-from ctxlm.phase2 import set_frequencies
+from ctxlm.model import Blanking, SlowContext, own_weights, set_frequencies, token_inputs
 from ctxlm.recurrence import SlowReader
 from ctxlm.trainer import Trained, Trainer
 
@@ -231,16 +230,16 @@ def build(experiment: Experiment, streams: Split) -> Alternative:
     device = resolve_device(experiment)
     dtype = resolve_dtype(experiment, device)
 
-    def sent(tokens: np.ndarray) -> Tensor:
+    def on_device(tokens: np.ndarray) -> Tensor:
         return torch.from_numpy(tokens).long().to(device)
 
-    val = sent(streams.val.tokens)
+    val = on_device(streams.val.tokens)
     model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
-    found = train_network(model, sent(streams.train.tokens), val, experiment, dtype)
+    found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:
-        losses, accuracy = evaluate(reader, sent(tokens))
+        losses, accuracy = evaluate(reader, on_device(tokens))
         return losses.cpu().numpy(), accuracy
 
     columns = found.summary() | {"trained_params": sum(p.numel() for p in model.trained().values())}

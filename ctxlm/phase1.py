@@ -10,9 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctxlm.config import Experiment
-from ctxlm.device import generator
+from ctxlm.device import autocast, generator
 from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
-from ctxlm.loss import autocast
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM, look_up
 from ctxlm.recurrence import chunked

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import Experiment
-from ctxlm.device import generator
-from ctxlm.loss import Losses, Score, autocast
-from ctxlm.model import ContextLM, SlowContext
+from ctxlm.device import autocast, generator
+from ctxlm.loss import Losses, Score
+from ctxlm.model import ContextLM, set_frequencies
 from ctxlm.recurrence import Contexts, SlowReader, chunked
 from ctxlm.trainer import Trained, Trainer
 
@@ -27,8 +27,7 @@ class Predictor:
 
     def __call__(self, stream: Contexts, at: slice | Tensor) -> Losses:
         """Losses of predicting the tokens after the positions `at`, a slice without a step or int64 [B]."""
-        with autocast(stream.tokens.device, self.dtype):
-            layers = stream.layers(self.model.context_block, at)
+        layers = stream.layers(self.model.context_block, at)  # in float32, as those that the recurrence keeps
         positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at
         return self.from_layers(stream.tokens, positions, layers)
 
@@ -136,17 +135,3 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, torch
     set_frequencies(tokens, len(model.embedding), bias if e.output_bias == "unigram" else None, model.slow)
     kept = () if e.phase2_context_window else ("context_block.",)
     return {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(kept)}
-
-
-@torch.no_grad()
-def set_frequencies(tokens: Tensor, vocabulary: int, bias: Tensor | None, slow: SlowContext | None) -> None:
-    """Start what goes by the frequencies of the training `tokens` [T]: an output bias [V], a slow context's weights.
-
-    Every token counts once more than it occurs, so that none is impossible.
-    """
-    counts = torch.bincount(tokens, minlength=vocabulary) + 1.0
-    log_frequencies = (counts / counts.sum()).log()
-    if bias is not None:
-        bias.copy_(log_frequencies)
-    if slow is not None:
-        slow.weigh(log_frequencies.exp())

@@ -32,6 +32,7 @@ from ctxlm.corpus import PROTOCOL
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT, atomic, lock, read_arrays, resolve
+from ctxlm.metrics import losses_by_sample
 
 LOSSES = "val_losses.npz"
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
@@ -49,10 +50,11 @@ YOUNGER = "test_by_sample.csv"
 
 def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Every resolved parameter, and the code, versions and machine a run was made with."""
+    resolved = experiment.model_copy(update={"device": str(device), "dtype": str(dtype).removeprefix("torch.")})
     packages = ("numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
-    return experiment.model_dump() | {
+    return resolved.model_dump() | {
         "protocol": PROTOCOL,
-        "params_hash": experiment.params_hash,
+        "params_hash": resolved.params_hash,
         "code_hash": code_hash(experiment.model),
         "data_hash": data_hash(experiment),
         "git_commit": git_commit(),
@@ -60,9 +62,7 @@ def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype)
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in packages}
         | {"torch": str(torch.__version__)},
-        "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
 
@@ -127,12 +127,6 @@ def run_folder(path: str | Path | None) -> Path:
     return folder
 
 
-def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
-    """Sum and count of token losses by the sample of the predicted token: columns sample, loss_sum, tokens."""
-    table = pd.DataFrame({"sample": samples, "loss": losses.astype(np.float64)}).groupby("sample")["loss"]
-    return table.agg(loss_sum="sum", tokens="count").reset_index()
-
-
 def write_run(
     folder: str | Path,
     metrics: Mapping[str, Any] | pd.Series,
@@ -182,22 +176,25 @@ def write_run(
     return folder / "metrics.json"
 
 
-def grid_dtype(grid: str) -> str:
-    """The type of the products of a grid's runs whose `dtype` is `auto`, resolved once and kept in `<grid>/dtype`.
+def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
+    """The type of the products of those of a grid's `runs` whose `dtype` is `auto`: resolved once, kept in a file.
 
-    A timing a run, or a machine a run, could give runs that are compared two types.
+    A timing a run, or a machine a run, could give runs that are compared two types. Finished runs keep theirs. The file
+    is `outputs/<grid>/dtype`; who wants the other type deletes it, and the runs with it.
 
     Raises:
         ConfigError: the file holds something else.
     """
-    path = outputs_dir() / grid / "dtype"
+    path, types = outputs_dir() / grid / "dtype", ("float32", "bfloat16")
     if not path.exists():
-        finished = [json.loads((folder / "metrics.json").read_bytes()) for folder, _ in run_folders(grid).values()]
-        auto = Experiment()
-        found = next((run["dtype"] for run in finished), None) or str(resolve_dtype(auto, resolve_device(auto)))
+        finished = load_runs(grid)
+        known = [run.dtype for run in finished.itertuples() if run.run in runs and runs[run.run].dtype == "auto"]
+        first = next(run for run in runs.values() if run.dtype == "auto")
+        found = next((dtype for dtype in known if dtype in types), None)
+        found = found or str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
         with atomic(path) as temporary:
-            temporary.write_text(found.removeprefix("torch.") + "\n", encoding="utf-8")
-    if (found := path.read_text(encoding="utf-8").strip()) not in ("float32", "bfloat16"):
+            temporary.write_text(found + "\n", encoding="utf-8")
+    if (found := path.read_text(encoding="utf-8").strip()) not in types:
         raise ConfigError(f"{path} holds {found!r}: write float32 or bfloat16 there, as the grid's runs have it")
     return found
 
@@ -233,7 +230,10 @@ def load_runs(grid: str) -> pd.DataFrame:
             _check_metrics(metrics)
         except (OSError, ValueError) as error:
             raise _damaged(grid, run, source, "metrics.json", error) from None
-        rows.append({"run": run, "source": source, "phase1_cached": False, "protocol": 1} | younger | metrics)
+        by_default = {"run": run, "source": source, "phase1_cached": False, "protocol": 1} | younger
+        if "protocol" not in metrics:
+            by_default["max_sample_tokens"] = None  # samples were whole
+        rows.append(by_default | metrics)
     if not rows:
         return pd.DataFrame()
     return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)

@@ -3,6 +3,7 @@
 A model brings a `Task`: its weights, its batches, its loss and its evaluation.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -161,7 +162,10 @@ class Trainer:
         return Trained(best["epoch"], self.epoch, best["losses"], best["accuracy"], self.last_loss, self.history)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training goes on from; draws go by seed, purpose and epoch, so that no random state is in it."""
+        """All that training goes on from, by reference as torch's: copy it, or write it, before going on.
+
+        Draws go by seed, purpose and epoch, so that no random state is in it.
+        """
         return {
             "weights": self.average.weights,
             "means": self.average.means,
@@ -179,7 +183,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         for name in ("epoch", "update", "history", "best", "last_loss"):
-            setattr(self, name, state[name])
+            setattr(self, name, copy.copy(state[name]))
 
     def _rate(self, update: int) -> float:
         """The learning rate as a share of its peak: a linear warm-up, then half a cosine to `phase2_final_rate`."""

@@ -524,7 +524,7 @@ def test_no_figure_is_wider_than_the_others(outputs, longer):
     for figure in figures:
         figure.canvas.draw()
         box = figure.get_tightbbox()
-        assert figure.get_figwidth() == plots.WIDTH and box.x0 >= 0 and box.x1 <= plots.WIDTH
+        assert figure.get_figwidth() == run_plots.WIDTH and box.x0 >= 0 and box.x1 <= run_plots.WIDTH
 
 
 def test_phase1_left_out_has_not_run_out_of_iterations(outputs):

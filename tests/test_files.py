@@ -213,7 +213,7 @@ BELONGS = {
     "embeddings": EVERY - {"kneser-ney"},
     "loss": EVERY - {"kneser-ney"},
     "model": EVERY - {"kneser-ney"},
-    "phase2": EVERY - {"kneser-ney"},  # networks take their start from it
+    "phase2": {"context"},
     "recurrence": EVERY - {"kneser-ney"},
     "trainer": EVERY - {"kneser-ney"},
     "phase1": {"context"},

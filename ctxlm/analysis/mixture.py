@@ -12,7 +12,8 @@ import pandas as pd
 
 from ctxlm.analysis.scaling import Grid
 from ctxlm.corpus import load_corpus
-from ctxlm.results import load_val_losses, losses_by_sample
+from ctxlm.metrics import losses_by_sample
+from ctxlm.results import load_val_losses
 
 CACHE_DECAY, CACHE_SHARE = 0.99, 0.05
 """Of `cached`: chosen for the slow recipe on held-out training text (LOG.md)."""
