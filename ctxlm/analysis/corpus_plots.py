@@ -93,7 +93,7 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
     ]
     if second_half:
         parts.append(("second half: makes the embedding", int(starts[corpus.half]), int(starts[-1]), COLOURS[4]))
-    figure, ((whole,), (near,)) = new_figure(2, height=2.6)
+    figure, ((whole,), (near,)) = new_figure(2, height=2.9)
     for axes, limit in ((whole, int(starts[-1])), (near, int(starts[after]))):
         drawn = set()
         for name, left, right, colour in parts:
@@ -108,7 +108,7 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
     near.set_title("Its first half", loc="left")
     near.set_xlabel("position in the corpus (tokens)")
     keys = dict(zip(*reversed(whole.get_legend_handles_labels()), strict=True))
-    figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=len(keys))
+    figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=3)
     return figure
 
 
