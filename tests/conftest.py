@@ -1,6 +1,8 @@
 """Fixtures shared by the tests: tiny models, streams and their literal twins."""
 
 import os
+from collections import Counter
+from pathlib import Path
 
 # Before torch is imported: tests' products are tiny, and side by side on all cores threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +32,14 @@ def stream(length: int, vocabulary: int = 60, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
+def short_paragraphs(path: Path, count: int = 60, length: int = 40, power: int = 1) -> Path:
+    """A text file of so many paragraphs of so many words."""
+    words = "the a cat dog saw ran to from with red blue big small house tree and then it was".split()
+    paragraphs = (" ".join(words[i * j**power % 19] for j in range(1, length + 1)) for i in range(1, count + 1))
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def one_thread():
     """Products of one thread are summed in one order, so equal inputs give equal bits."""
@@ -53,6 +63,16 @@ def pytest_xdist_auto_num_workers():
     return min(8, available_cpu_count())
 
 
-def pytest_collection_modifyitems(items):
-    """Fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_configure(config):
+    """Side by side, files keep the order below (xdist would begin with those of the most tests)."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config, items):
+    """Fast tests first; side by side, files with the most slow ones first, so that none is waited for at the end."""
+    slow = {item: item.get_closest_marker("slow") is not None for item in items}
+    items.sort(key=slow.get)
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items if slow[item])
+        items.sort(key=lambda item: -counts[item.path])

@@ -1,5 +1,9 @@
 """The benchmark counts what torch multiplies, sees memory that is taken, and says the worse of two figures."""
 
+import json
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 import torch
@@ -111,3 +115,28 @@ def test_what_the_floor_does_not_count_is_refused(other):
     (name,) = other
     with pytest.raises(ConfigError, match=f"{name} = .*: the benchmark counts the products of"):
         benchmark.measure_apart(Experiment.from_mapping(other))
+
+
+def test_a_measurement_apart_that_fails_says_why():
+    with pytest.raises(RuntimeError) as caught:
+        benchmark.measure_apart(Experiment(corpus="no/such.txt"))
+    assert str(caught.value).startswith("ctxlm.config.ConfigError: corpus = 'no/such.txt' is neither chitchat nor")
+
+
+@pytest.mark.parametrize(("stderr", "said"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])
+def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, said, monkeypatch):
+    commands, answers = [], [(0, 'a warning\n{"threads": 2}\n'), (-9, "")]
+
+    def answer(command, **_):
+        commands.append(command)
+        code, stdout = answers[len(commands) - 1]
+        return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", answer)
+    own = Experiment(num_layers=3)
+    assert benchmark.measure_apart(own) == {"threads": 2}
+    with pytest.raises(RuntimeError, match=f"^{said}$"):
+        benchmark.measure_apart(own)
+    *command, parameters = commands[0]
+    assert command == [sys.executable, "-m", "ctxlm.analysis.benchmark"]
+    assert Experiment.from_mapping(json.loads(parameters)) == own

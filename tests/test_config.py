@@ -418,7 +418,7 @@ def test_an_experiment_may_be_a_list_whose_later_parts_win(tmp_path):
     assert complaint in refusal(load_grid, str(path))
 
 
-@pytest.mark.parametrize("label", ["report", "analysis", "corpus", "corpus-2"])
+@pytest.mark.parametrize("label", ["report", "analysis", "dtype", "corpus", "corpus-2"])
 def test_a_run_cannot_be_called_as_the_pipelines_own_folders(tmp_path, label):
     file = grid_file(tmp_path, experiments={label: {}}, sweep={})
     message = refusal(load_grid, file)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from ctxlm.analysis import scaling
 from ctxlm.analysis.explain import (
     between_epochs,
     factorial_effects,
@@ -67,7 +68,8 @@ def judged(runs, val_by_sample):
     return runs.assign(val_loss=runs["run"].map(sums["loss_sum"] / sums["tokens"]))
 
 
-def test_paired_effects_cover_samples_and_replicates():
+def test_paired_effects_cover_samples_and_replicates(monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 999)
     rng, covered, tokens = np.random.default_rng(4), [], np.tile([200, 400, 900], 10)
     for _ in range(150):
         lasting = 0.03 * rng.standard_normal(5)
@@ -182,7 +184,8 @@ def test_effects_of_depth_cover_seeds_that_last_across_sizes():
     assert 0.90 < covered / 150 < 0.99
 
 
-def test_effects_of_width_cover_samples_too():
+def test_effects_of_width_cover_samples_too(monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 999)
     rng, covered, tokens = np.random.default_rng(6), [], np.full(25, 300)
     for _ in range(150):
         runs = factorial(lambda depth, width, size: 6 + 0.05 * (width == 256) + 0.01 * rng.standard_normal())

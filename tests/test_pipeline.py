@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,19 +13,20 @@ import time
 import pytest
 import yaml
 
+from ctxlm.config import Experiment
 from ctxlm.files import ROOT
+from tests.conftest import short_paragraphs
 
 pytestmark = pytest.mark.slow
+GROWN = [400, 800]  # the corpus is read up to the largest size, and so once
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a small corpus and the grid file `tiny.yaml`, shared by the steps below."""
     path = tmp_path_factory.mktemp("pipeline")
-    words = "the a cat dog saw ran to from with red blue big small house tree and then it was".split()
-    paragraphs = (" ".join(words[(i * j * j) % 19] for j in range(1, 61)) for i in range(1, 141))
-    (path / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    grid_file(path, [800, 1600])
+    short_paragraphs(path / "text.txt", count=140, length=60, power=2)
+    grid_file(path, [800])
     return path
 
 
@@ -37,13 +39,30 @@ def grid_file(folder, sizes, **common):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
 
 
-def snakemake(folder, *options, grid=None, first="", **popen):
-    """The command of `make report`, in an environment of its own; `first` leads PATH."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--rerun-incomplete", *options]
-    command += ["--config", f"grid={folder / 'tiny.yaml' if grid is None else grid}"]
-    own = {"CTXLM_OUTPUTS": str(folder / "outputs"), "CTXLM_RESULTS": str(folder / "none")}
+@pytest.fixture
+def grown(folder):
+    """The grid as its runs are made, whatever a test writes into its file."""
+    yield
+    grid_file(folder, GROWN)
+
+
+def arguments(folder, *options, grid=None):
+    """What follows `snakemake` in the command of `make report`."""
+    grid = folder / "tiny.yaml" if grid is None else grid
+    return ["--cores", "2", "--rerun-incomplete", *options, "--config", f"grid={grid}"]
+
+
+def own_environment(folder, first=""):
+    """`first` leads PATH."""
     path = os.pathsep.join([*filter(None, [first]), os.path.dirname(sys.executable), os.environ["PATH"]])
-    popen |= {"cwd": ROOT, "env": os.environ | own | {"PATH": path}, "text": True}
+    own = {"CTXLM_OUTPUTS": str(folder / "outputs"), "CTXLM_RESULTS": str(folder / "none"), "PATH": path}
+    return {"cwd": ROOT, "env": os.environ | own, "text": True}
+
+
+def snakemake(folder, *options, first="", **popen):
+    """The command of `make report`, in an environment of its own."""
+    command = [sys.executable, "-m", "snakemake", *arguments(folder, *options)]
+    popen |= own_environment(folder, first)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
 
 
@@ -52,133 +71,142 @@ def finished(process):
     return process.returncode, output
 
 
+# Snakemake with everything imported once: each line is a command, which a process forked off that carries out.
+SERVER = """
+import json, os, sys
+import ctxlm.corpus, ctxlm.embeddings, ctxlm.results
+from snakemake.cli import main
+for line in sys.stdin:
+    output, arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2)
+        main(arguments)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ask(folder):
+    """Run the command of `make report` where no job is to be carried out, in a third of the time; its output."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, **own_environment(folder)) as server:
+
+        def asked(*options, **other):
+            output = folder / "output"
+            server.stdin.write(json.dumps([str(output), arguments(folder, *options, **other)]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), output.read_text(encoding="utf-8")
+
+        yield asked
+        server.stdin.close()
+
+
 def metrics(folder):
     return {path.parent.name: path for path in sorted((folder / "outputs" / "tiny").glob("*/metrics.json"))}
 
 
-def test_bad_input_is_refused_before_any_work(folder):
+def times(folder):
+    return {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
+
+
+def jobs(output):
+    """Rule → how many jobs of it a dry run would carry out."""
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
+
+
+@pytest.fixture
+def put_back(folder):
+    """Returns a file of the grid's; it is put back as it was, with its times, when the test ends."""
+    before = {}
+
+    def taken(name):
+        path = folder / "outputs" / "tiny" / name
+        before[path] = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        return path
+
+    yield taken
+    for path, (content, stamps) in before.items():
+        path.write_bytes(content)
+        os.utime(path, ns=stamps)
+
+
+def test_bad_input_is_refused_before_any_work(folder, ask):
     grid_file(folder, [800], num_layer=3)
-    code, output = finished(snakemake(folder))
-    grid_file(folder, [800, 1600])
+    code, output = ask()
+    grid_file(folder, [800])
     assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
     assert "Error" not in output and "line " not in output  # the sentence stands alone
-    code, output = finished(snakemake(folder, grid=""))
+    code, output = ask(grid="")
     assert code != 0 and "grid = '' names no grid: choose one of" in output
+    assert "Error" not in output and "line " not in output
     assert not (folder / "outputs").exists()
 
 
-def test_a_grid_may_give_sizes_in_tokens_and_in_samples(folder):
-    grid_file(folder, [800])
+def test_a_grid_may_give_sizes_in_tokens_and_in_samples(folder, ask):
     content = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
     content["experiments"]["S"] = {"num_layers": 2, "context_dim": 16, "train_tokens": None, "train_samples": 5}
     content["sweep"] = {}
-    content["experiments"]["A"]["train_tokens"] = content["experiments"]["B"]["train_tokens"] = 800
+    content["experiments"]["A"]["train_tokens"] = 400
+    content["experiments"]["B"]["train_tokens"] = 800
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    code, output = finished(snakemake(folder, "--until", "corpus"))
-    grid_file(folder, [800, 1600])
-    assert code == 0, output
+    code, output = ask("--dry-run", "--printshellcmds")
+    grid_file(folder, [800])
+    assert code == 0 and jobs(output)["corpus"] == 1 and jobs(output)["experiment"] == 3, output
+    # the corpus is read up to the largest size, and its notebook takes what it is given
+    (command,) = re.findall(r"papermill .*notebooks/01_corpus\.ipynb .*", output)
+    words = shlex.split(command)
+    given = yaml.safe_load(words[words.index("-y") + 1])
+    assert given.pop("output_dir") == f"{folder}/outputs/tiny/corpus"
+    assert (Experiment.from_mapping(given).train_tokens, given["train_samples"]) == (800, None)
     shutil.rmtree(folder / "outputs")
 
 
-def test_a_killed_grid_resumes(folder):
-    process = snakemake(folder, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not metrics(folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+def test_a_killed_grid_resumes(folder, ask):
+    process = snakemake(folder, "--cores", "1", start_new_session=True)
+    logs, deadline = folder / "outputs" / "tiny", time.monotonic() + 300
+    # until one run has ended and the other one has begun
+    while len([*logs.glob("*/experiment.log")]) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    kept = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
-    assert kept and len(kept) < 4
-    unlocked, output = finished(snakemake(folder, "--unlock"))
+    kept = times(folder)
+    assert len(kept) == 1
+    unlocked, output = ask("--unlock")
     assert unlocked == 0, output
+    code, output = finished(snakemake(folder, "--until", "experiment"))  # the next step goes on to the report
+    assert code == 0, output
+    assert len(metrics(folder)) == 2 and times(folder).items() >= kept.items()
+
+
+def test_an_added_size_runs_alone(folder):
+    before = times(folder)
+    grid_file(folder, GROWN)
     code, output = finished(snakemake(folder))
     assert code == 0, output
-    assert len(metrics(folder)) == 4
+    assert times(folder).items() >= before.items() and len(metrics(folder)) == 4
     assert (folder / "outputs" / "tiny" / "report" / "index.html").exists()
     assert (folder / "outputs" / "tiny" / "audit.csv").exists()
+
+
+def test_a_rerun_does_nothing_and_another_size_is_a_new_report(folder, grown, ask):
+    code, output = ask()
+    assert code == 0 and "Nothing to be done" in output
+    grid_file(folder, [*GROWN, 2400])
+    code, output = ask("--dry-run")
+    assert code == 0, output
+    assert jobs(output) == {"corpus": 1, "experiment": 2, "analysis": 1, "report": 1, "all": 1, "total": 6}
 
 
 def test_the_analysis_is_that_of_the_four_runs(folder):
     analysis = json.loads((folder / "outputs" / "tiny" / "analysis.json").read_text(encoding="utf-8"))
     runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in metrics(folder).items()}
-    assert set(runs) == {f"{label}_train_tokens-{size}" for label in "AB" for size in (800, 1600)}
+    assert set(runs) == {f"{label}_train_tokens-{size}" for label in "AB" for size in GROWN}
     assert {run["run"] for run in analysis["runs"]} == set(runs)
     for label in "AB":
         law = analysis["configurations"][label]
         assert (law["n"], law["residual_dof"], law["alpha_interval"]) == (2, 0, None)
-
-
-def test_a_rerun_does_nothing_and_an_added_size_runs_alone(folder):
-    code, output = finished(snakemake(folder))
-    assert code == 0 and "Nothing to be done" in output
-    before = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
-    grid_file(folder, [800, 1600, 2400])
-    code, output = finished(snakemake(folder))
-    assert code == 0, output
-    after = {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
-    assert {name: after[name] for name in before} == before and len(after) == 6
-
-
-@pytest.mark.parametrize(
-    ("sizes", "changed"),
-    [
-        ([800, 1600, 2400], {"val_samples": 4}),  # the corpus is read anew as well
-        ([800, 1600, 2400], {"phase2_learning_rate": 0.001}),
-        ([800, 1600, 2800], {"phase2_learning_rate": 0.001}),
-        ([800, 1600], {"phase2_learning_rate": 0.001}),
-    ],
-)
-def test_a_changed_parameter_runs_all_anew_whatever_else_is_changed(folder, sizes, changed):
-    grid_file(folder, sizes, **changed)
-    code, output = finished(snakemake(folder, "--dry-run"))
-    grid_file(folder, [800, 1600, 2400])
-    assert code == 0, output
-    for rule, jobs in (("experiment", 2 * len(sizes)), ("analysis", 1), ("report", 1)):
-        assert re.search(rf"^{rule} +{jobs}$", output, re.MULTILINE), output
-
-
-def test_fewer_sizes_are_a_new_report(folder):
-    grid_file(folder, [800, 1600])
-    code, output = finished(snakemake(folder, "--dry-run"))
-    grid_file(folder, [800, 1600, 2400])
-    assert code == 0 and not re.search(r"^experiment ", output, re.MULTILINE), output
-    assert re.search(r"^analysis +1$", output, re.MULTILINE) and re.search(r"^report +1$", output, re.MULTILINE)
-
-
-def test_a_damaged_run_is_named_before_new_ones_are_paid_for(folder):
-    path = metrics(folder)["A_train_tokens-800"]
-    whole = path.read_bytes()
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    path.write_bytes(whole[:500])
-    grid_file(folder, [800, 1600, 2400, 2800])
-    code, output = finished(snakemake(folder))
-    grid_file(folder, [800, 1600, 2400])
-    path.write_bytes(whole)
-    os.utime(path, ns=times)
-    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
-    assert "experiment" not in output and len(metrics(folder)) == 6
-
-
-@pytest.mark.parametrize("name", ["analysis.json", "audit.csv", "A_train_tokens-800/history.csv"])
-def test_what_was_deleted_is_made_again(folder, name):
-    path = folder / "outputs" / "tiny" / name
-    path.rename(path.with_name("away"))
-    code, output = finished(snakemake(folder, "--dry-run"))
-    path.with_name("away").rename(path)
-    assert code == 0 and "Nothing to be done" not in output, output
-    for rule in ("experiment" if "/" in name else "analysis", "report"):
-        assert re.search(rf"^{rule} +1$", output, re.MULTILINE), output
-
-
-def test_a_cut_analysis_is_made_anew(folder):
-    path = folder / "outputs" / "tiny" / "analysis.json"
-    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    path.write_bytes(whole[:300])
-    code, output = finished(snakemake(folder, "--dry-run"))
-    path.write_bytes(whole)
-    os.utime(path, ns=times)
-    assert code == 0 and re.search(r"^analysis +1$", output, re.MULTILINE), output
-    assert "Nothing to be done" in finished(snakemake(folder, "--dry-run"))[1]
 
 
 def test_the_type_of_the_products_is_resolved_once_for_all_runs(folder):
@@ -186,9 +214,64 @@ def test_the_type_of_the_products_is_resolved_once_for_all_runs(folder):
     assert {json.loads(path.read_text(encoding="utf-8"))["dtype"] for path in metrics(folder).values()} == {kind}
 
 
-def test_a_failing_run_says_why_and_leaves_the_others(folder):
+@pytest.mark.parametrize(
+    ("sizes", "changed"),
+    [
+        ([400, 800], {"val_samples": 4}),  # the corpus is read anew as well
+        ([400, 800], {"phase2_learning_rate": 0.001}),
+        ([400, 2800], {"phase2_learning_rate": 0.001}),
+        ([800], {"phase2_learning_rate": 0.001}),
+    ],
+)
+def test_a_changed_parameter_runs_all_anew_whatever_else_is_changed(folder, grown, ask, sizes, changed):
+    grid_file(folder, sizes, **changed)
+    code, output = ask("--dry-run")
+    assert code == 0, output
+    found = jobs(output)
+    assert (found["experiment"], found["analysis"], found["report"]) == (2 * len(sizes), 1, 1), output
+    assert "val_samples" not in changed or found["corpus"] == 1
+
+
+def test_fewer_sizes_are_a_new_report(folder, grown, ask):
+    grid_file(folder, [800])
+    code, output = ask("--dry-run")
+    found = jobs(output)
+    assert code == 0 and "experiment" not in found and (found["analysis"], found["report"]) == (1, 1), output
+
+
+def test_a_damaged_run_is_named_before_new_ones_are_paid_for(folder, grown, ask, put_back):
+    path = put_back("A_train_tokens-800/metrics.json")
+    path.write_bytes(path.read_bytes()[:500])
+    grid_file(folder, [*GROWN, 2800])
+    code, output = ask()
+    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
+    assert "experiment" not in output and len(metrics(folder)) == 4
+
+
+@pytest.mark.parametrize("name", ["analysis.json", "audit.csv", "A_train_tokens-800/history.csv"])
+def test_what_was_deleted_is_made_again(ask, put_back, name):
+    put_back(name).unlink()
+    code, output = ask("--dry-run")
+    found = jobs(output)
+    assert code == 0 and (found["experiment" if "/" in name else "analysis"], found["report"]) == (1, 1), output
+
+
+def test_a_cut_analysis_is_made_anew(ask, put_back):
+    path = put_back("analysis.json")
+    path.write_bytes(path.read_bytes()[:300])
+    code, output = ask("--dry-run")
+    assert code == 0 and jobs(output)["analysis"] == 1 and "experiment" not in jobs(output), output
+
+
+def test_what_was_put_back_is_as_it_was(ask):
+    code, output = ask("--dry-run")
+    assert code == 0 and "Nothing to be done" in output, output
+
+
+def test_a_failing_run_says_why_and_leaves_the_others(folder, grown):
     before = {name: path.read_bytes() for name, path in metrics(folder).items()}
     grid = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
+    grid["sweep"] = {"train_tokens": [800]}
     grid["experiments"]["C"] = {"num_layers": 1, "context_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
     code, output = finished(snakemake(folder))
@@ -206,14 +289,11 @@ def broken(folder, notebook):
     return str(path.parent)
 
 
-def test_an_analysis_that_was_killed_is_not_taken_for_done(folder):
+def test_an_analysis_that_was_killed_is_not_taken_for_done(folder, grown, ask):
     before = {name: path.read_bytes() for name, path in metrics(folder).items()}
-    grid_file(folder, [800, 1600])  # fewer sizes: the analysis and the report are to be made anew
+    grid_file(folder, [800])  # fewer sizes: the analysis and the report are to be made anew
     code, output = finished(snakemake(folder, first=broken(folder, "03_analysis")))
     assert code != 0, output
-    code, output = finished(snakemake(folder, "--dry-run"))
-    assert code == 0 and "Nothing to be done" not in output
-    for rule in ("analysis", "report"):
-        assert re.search(rf"^{rule} +1$", output, re.MULTILINE), output
-    grid_file(folder, [800, 1600, 2400])
+    code, output = ask("--dry-run")
+    assert code == 0 and (jobs(output)["analysis"], jobs(output)["report"]) == (1, 1), output
     assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before

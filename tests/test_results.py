@@ -13,19 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
-from ctxlm.config import SOURCES, ConfigError, Experiment, code_hash
+from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
+from ctxlm.metrics import losses_by_sample
 from ctxlm.results import (
     TABLES,
     YOUNGER,
     Stopwatch,
     check_runs,
+    grid_dtype,
     load_runs,
     load_table,
     load_val_losses,
-    losses_by_sample,
     provenance,
     run_folder,
     run_folders,
@@ -99,6 +100,16 @@ def test_a_run_that_names_no_protocol_is_of_the_first_and_a_folder_in_a_folder_i
         load_table("protocol-1/g", "history.csv")
 
 
+def test_samples_were_whole_under_protocol_1_and_are_of_the_default_length_since(roots):
+    write(roots[1] / "protocol-1" / "g" / "A")
+    assert load_runs("protocol-1/g")["max_sample_tokens"].tolist() == [None]
+    write(roots[1] / "protocol-1" / "g" / "B", experiment="B", protocol=2)  # which does not name it
+    write(roots[1] / "protocol-1" / "g" / "C", experiment="C", max_sample_tokens=64)
+    found = load_runs("protocol-1/g")["max_sample_tokens"]
+    assert found.isna().tolist() == [True, False, False] and found.tolist()[1:] == [256, 64]
+    assert Experiment.model_fields["max_sample_tokens"].default == 256
+
+
 def test_an_unfinished_run_is_not_read(roots):
     write(roots[0] / "g" / "A").unlink()
     assert load_runs("g").empty and load_table("g", "history.csv").empty and load_table("g", "val_by_sample.csv").empty
@@ -158,11 +169,23 @@ def test_losses_by_sample_sum_in_double_precision():
 def test_provenance_says_with_what_a_run_was_made():
     own = Experiment()
     found = provenance(own, torch.device("cpu"), torch.bfloat16)
-    assert found["params_hash"] == own.params_hash and found["code_hash"] == code_hash()
-    assert (found["device"], found["dtype"]) == ("cpu", "bfloat16")
-    assert set(own.model_dump()) <= set(found) and found["versions"]["torch"] == torch.__version__
-    assert found["data_hash"] == data_hash(own)
-    assert code_hash("kneser-ney") != code_hash() and not any("analysis" in name for name in SOURCES)
+    assert (found["device"], found["dtype"]) == ("cpu", "bfloat16") and found["code_hash"] == code_hash()
+    assert found == found | own.model_dump(exclude={"device", "dtype"}) and found["protocol"] == PROTOCOL
+    assert found["data_hash"] == data_hash(own) and found["versions"]["torch"] == torch.__version__
+    assert set(MODULES) == set(NOTEBOOKS) and len({code_hash(model) for model in MODULES}) == 3  # networks share theirs
+    assert not any("analysis" in name for names in MODULES.values() for name in names)
+
+
+def test_the_hash_of_a_run_is_that_of_its_resolved_parameters(roots):
+    own = Experiment(device="auto", dtype="auto", train_tokens=100)
+    found = provenance(own, torch.device("cpu"), torch.float32)
+    write(roots[0] / "g" / "A", **found)
+    metrics = json.loads((roots[0] / "g" / "A" / "metrics.json").read_text(encoding="utf-8"))
+    again = Experiment.from_mapping({name: metrics[name] for name in Experiment.model_fields})
+    assert again.params_hash == metrics["params_hash"] != own.params_hash
+    assert again == own.model_copy(update={"device": "cpu", "dtype": "float32"})
+    other = provenance(own, torch.device("cpu"), torch.bfloat16)
+    assert other["params_hash"] != metrics["params_hash"]  # the type of the products decides numbers
 
 
 def test_the_stopwatch_adds_up_by_step():
@@ -288,3 +311,85 @@ def test_a_folder_is_one_process_own(tmp_path):
         other.stdin.close()
     assert run_folder(folder) == run_folder(folder) == folder  # a kernel may write there again
     assert not any(folder.iterdir())
+
+
+# The type of the products of a whole grid
+
+
+def auto(**parameters) -> Experiment:
+    return Experiment.from_mapping({"train_tokens": 100, "device": "cpu"}, parameters)
+
+
+@pytest.fixture
+def machine(roots, monkeypatch):
+    """A machine whose CPU is faster in float32, and whose GPU in bfloat16; lists whom it was asked about."""
+    asked = []
+
+    def resolve_dtype(experiment, device):
+        asked.append((experiment, device.type))
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    monkeypatch.setattr("ctxlm.results.resolve_device", lambda experiment: torch.device(experiment.device))
+    monkeypatch.setattr("ctxlm.results.resolve_dtype", resolve_dtype)
+    return asked
+
+
+def test_the_type_of_a_grid_is_resolved_once_and_kept(roots, machine):
+    plan = {"A": auto(), "B": auto(seed=1)}
+    path = roots[0] / "g" / "dtype"
+    assert grid_dtype("g", plan) == "float32" and path.read_text(encoding="utf-8") == "float32\n"
+    assert machine == [(plan["A"], "cpu")]
+    for device in ("cpu", "cuda"):  # another machine, or another timing, changes nothing
+        assert grid_dtype("g", {"A": auto(device=device)}) == "float32"
+    write(roots[0] / "g" / "A", dtype="bfloat16")
+    assert grid_dtype("g", plan) == "float32" and len(machine) == 1
+    path.unlink()  # as who wants the other type does
+    assert grid_dtype("g", plan) == "bfloat16" and path.read_text(encoding="utf-8") == "bfloat16\n"
+    assert load_runs("g")["run"].tolist() == ["A"]  # the file is no run
+    assert grid_dtype("h", plan) == "float32" and (roots[0] / "h" / "dtype").exists()  # a grid, a file
+
+
+def test_the_type_is_that_of_the_device_that_the_runs_are_for(roots, machine):
+    given = {"A": auto(dtype="float32"), "B": auto(device="cuda"), "C": auto(device="cuda", seed=1)}
+    assert grid_dtype("g", given) == "bfloat16" and machine == [(given["B"], "cuda")]  # A asks for nothing
+    assert grid_dtype("h", {"A": auto(dtype="bfloat16"), "B": auto()}) == "float32"
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_finished_runs_of_the_plan_keep_their_type(roots, machine, source):
+    write(roots[source] / "g" / "B", experiment="B", dtype="bfloat16")
+    assert grid_dtype("g", {"A": auto(), "B": auto()}) == "bfloat16" and machine == []
+    assert (roots[0] / "g" / "dtype").read_text(encoding="utf-8") == "bfloat16\n"
+
+
+@pytest.mark.parametrize(
+    ("plan", "metrics"),
+    [
+        ({"A": auto(), "B": auto(dtype="bfloat16")}, {"dtype": "bfloat16"}),  # it was asked for
+        ({"A": auto()}, {"dtype": "bfloat16"}),  # no longer planned
+        ({"A": auto(), "B": auto(model="kneser-ney")}, {"dtype": "float64"}),  # an n-gram has no products
+        ({"A": auto(), "B": auto()}, {}),  # as runs were written before the type was
+    ],
+)
+def test_other_finished_runs_do_not_decide_the_type(roots, machine, plan, metrics):
+    write(roots[0] / "g" / "B", experiment="B", **metrics)
+    assert grid_dtype("g", plan) == "float32" and machine == [(plan["A"], "cpu")]
+
+
+def test_of_finished_runs_one_that_can_decide_does(roots, machine):
+    write(roots[0] / "g" / "A", dtype="float64")
+    write(roots[0] / "g" / "B", experiment="B")
+    write(roots[0] / "g" / "C", experiment="C", dtype="bfloat16")
+    assert grid_dtype("g", dict.fromkeys("ABC", auto())) == "bfloat16" and machine == []
+
+
+@pytest.mark.parametrize("content", ["", "float64\n", "bfloat16 float32", "half"])
+def test_a_type_that_is_none_is_refused_in_one_sentence(roots, machine, content):
+    path = roots[0] / "g" / "dtype"
+    path.parent.mkdir(parents=True)
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        grid_dtype("g", {"A": auto()})
+    asked = "write float32 or bfloat16 there, as the grid's runs have it"
+    assert str(caught.value) == f"{path} holds {content.strip()!r}: {asked}" and machine == []
+    assert path.read_text(encoding="utf-8") == content

@@ -392,7 +392,9 @@ def test_a_run_that_the_grid_no_longer_asks_for_is_not_read(outputs):
     assert [len(table) for table in read_grid("planted", {"B": plan.popitem()[1]})] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("other", [{"embedding": "random"}, {"train_capacity_tokens": 40_000}, {"seed": 43}])
+@pytest.mark.parametrize(
+    "other", [{"embedding": "random"}, {"max_sample_tokens": 128}, {"max_sample_tokens": None}, {"seed": 43}]
+)
 def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(outputs, other):
     plant(outputs, {"A": (-0.3, 800)}, (20_000, 30_000))
     planted = {"num_layers": 6, "context_dim": 128, "embed_dim": 128}
@@ -413,12 +415,13 @@ def test_a_run_of_other_parameters_than_the_grid_files_is_not_read_but_counted(o
 
 
 def test_a_parameter_that_the_grid_file_leaves_open_must_be_open_in_the_run(outputs):
-    plant(outputs, {"A": (-0.3, 800)}, (20_000,), train_capacity_tokens=30_000)
     wanted = {"num_layers": 6, "context_dim": 128, "embed_dim": 128, "train_tokens": 20_000}
     name = "A_train_tokens-20000_seed-42"
-    assert read_grid("planted", {name: Experiment.from_mapping(wanted)})[0].empty
-    plan = {name: Experiment.from_mapping(wanted, {"train_capacity_tokens": 30_000})}
-    assert len(read_grid("planted", plan)[0]) == 1
+    for there, asked in ((None, 256), (256, None)):
+        plant(outputs, {"A": (-0.3, 800)}, (20_000,), max_sample_tokens=there)
+        assert read_grid("planted", {name: Experiment.from_mapping(wanted, {"max_sample_tokens": asked})})[0].empty
+        plan = {name: Experiment.from_mapping(wanted, {"max_sample_tokens": there})}
+        assert len(read_grid("planted", plan)[0]) == 1
     plant(outputs, {"A": (-0.3, 800)}, (20_000,), train_samples=25)  # asked for in samples, kept with its tokens
     wanted |= {"train_tokens": None, "train_samples": 25}
     assert len(read_grid("planted", {name: Experiment.from_mapping(wanted)})[0]) == 1
@@ -568,6 +571,9 @@ def test_runs_of_another_protocol_are_refused(outputs):
     assert "protocol" not in path.read_text() and load_runs("planted")["protocol"].tolist() == [2, 1, 2, 2]
     assert refused("planted") == said.format("1 by protocol 1 and 3 by protocol 2", 30000)
     plan = planned({"A": "auto", "B": "auto"})
+    found = read_grid("planted", plan)[0]  # of whole samples, so that it is not what the plan asks for: it is run anew
+    assert len(found) == 3 and "1 more run of other parameters" in findings.origin("planted", found)
+    plant(outputs, A, (30_000,), protocol=1)
     assert refused("planted", plan) == said.format("1 by protocol 1 and 3 by protocol 2", 30000)
     # what is not read is in nobody's way: runs that the plan does not ask for, and other models
     assert len(read_grid("planted", planned({"A": "auto", "B": "auto"}, (20_000,)))[0]) == 2
