@@ -16,11 +16,12 @@ sys.path.insert(0, workflow.basedir)
 
 import yaml
 
+from ctxlm.analysis.runs import check_runs, grid_dtype
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import data_hash, load_embedding
 from ctxlm.files import digest, resolve
-from ctxlm.results import check_runs, grid_dtype, outputs_dir
+from ctxlm.results import outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`

@@ -22,8 +22,8 @@ from ctxlm.analysis.phrases import (
     winner,
 )
 from ctxlm.analysis.reasons import slope_verdict
+from ctxlm.analysis.runs import load_runs
 from ctxlm.analysis.scaling import LEFT_OUT, PLANNED, PROTOCOL_1, with_phase1
-from ctxlm.results import load_runs
 
 VARIED = {"seed": "seeds", "data_seed": "training texts", "embedding_seed": "signs of the embedding"}
 LEAD = "**Deep and narrow, or shallow and wide?** "

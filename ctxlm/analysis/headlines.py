@@ -21,9 +21,9 @@ from ctxlm.analysis.phrases import (
     winner,
 )
 from ctxlm.analysis.reasons import ABLATIONS
+from ctxlm.analysis.runs import load_table
 from ctxlm.analysis.scaling import CELL, PROTOCOL_1, Grid, differences, with_tests
 from ctxlm.memory import FORGOTTEN
-from ctxlm.results import load_table
 
 ORDINARY = ("LSTM", "Transformer", "KN-4", "KN-4-second-half")
 """What a user would otherwise pick, of grids networks and baselines."""

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ctxlm.analysis.runs import load_val_losses
 from ctxlm.analysis.scaling import Grid
 from ctxlm.corpus import load_corpus
 from ctxlm.metrics import losses_by_sample
-from ctxlm.results import load_val_losses
 
 CACHE_DECAY, CACHE_SHARE = 0.99, 0.05
 """Of `cached`: chosen for the slow recipe on held-out training text (LOG.md)."""

@@ -14,10 +14,10 @@ import statsmodels.api as sm
 from scipy import optimize, stats
 
 from ctxlm.analysis.replicates import CONFIDENCE, DRAWN, balanced, each, replicate_of, student
+from ctxlm.analysis.runs import load_runs, load_table
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import PROTOCOL
 from ctxlm.files import atomic
-from ctxlm.results import load_runs, load_table
 
 DRAWS = 9999
 FEWEST_CLUSTERS = 10
