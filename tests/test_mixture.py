@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlm.analysis import mixture, recipe
+from ctxlm.analysis.runs import check_runs
 from ctxlm.analysis.scaling import read_grid
 from ctxlm.config import ConfigError
 from ctxlm.corpus import Corpus
-from ctxlm.results import check_runs
 from tests.planted import plant
 
 SIZES = (20_000, 40_000)

@@ -13,25 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
+from ctxlm.analysis.runs import TABLES, YOUNGER, check_runs, grid_dtype, load_runs, load_table, load_val_losses
 from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
 from ctxlm.metrics import losses_by_sample
-from ctxlm.results import (
-    TABLES,
-    YOUNGER,
-    Stopwatch,
-    check_runs,
-    grid_dtype,
-    load_runs,
-    load_table,
-    load_val_losses,
-    provenance,
-    run_folder,
-    run_folders,
-    write_run,
-)
+from ctxlm.results import Stopwatch, provenance, run_folder, run_folders, write_run
 
 HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
 
@@ -329,8 +317,8 @@ def machine(roots, monkeypatch):
         asked.append((experiment, device.type))
         return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    monkeypatch.setattr("ctxlm.results.resolve_device", lambda experiment: torch.device(experiment.device))
-    monkeypatch.setattr("ctxlm.results.resolve_dtype", resolve_dtype)
+    monkeypatch.setattr("ctxlm.analysis.runs.resolve_device", lambda experiment: torch.device(experiment.device))
+    monkeypatch.setattr("ctxlm.analysis.runs.resolve_dtype", resolve_dtype)
     return asked
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ctxlm.analysis import findings, plots, scaling, tables
+from ctxlm.analysis.runs import load_runs
 from ctxlm.analysis.scaling import (
     crossover,
     differences,
@@ -27,7 +28,6 @@ from ctxlm.analysis.scaling import (
 )
 from ctxlm.analysis.tables import read_published
 from ctxlm.config import BASELINES, ConfigError, Experiment
-from ctxlm.results import load_runs
 from tests.planted import SHAPES, SIZES, plant
 
 

@@ -158,9 +158,10 @@ def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
     """
     path, types = outputs_dir() / grid / "dtype", ("float32", "bfloat16")
     if not path.exists():
-        finished = load_runs(grid)
-        known = [run.dtype for run in finished.itertuples() if run.run in runs and runs[run.run].dtype == "auto"]
-        first = next(run for run in runs.values() if run.dtype == "auto")
+        asking = {name: run for name, run in runs.items() if run.dtype == "auto"}
+        networks = {name: run for name, run in asking.items() if run.model != "kneser-ney"}  # an n-gram has no products
+        known = [run.dtype for run in load_runs(grid).itertuples() if run.run in networks]
+        first = next(iter((networks or asking).values()))
         found = next((dtype for dtype in known if dtype in types), None)
         found = found or str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
         with atomic(path) as temporary:
