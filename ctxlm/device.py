@@ -44,7 +44,7 @@ def resolve_device(experiment: Experiment) -> torch.device:
 def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
     """The type of the matrix products; `auto` is bfloat16 where that is clearly faster than float32.
 
-    The answer may hang on a timing: runs that are compared must share one (`results.grid_dtype`).
+    The answer may hang on a timing: runs that are compared must share one (`analysis.runs.grid_dtype`).
     """
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)
