@@ -20,7 +20,7 @@ from ctxlm.analysis.runs import check_runs, grid_dtype
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import digest, resolve
+from ctxlm.files import digest
 from ctxlm.results import outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"

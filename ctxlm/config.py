@@ -18,7 +18,7 @@ from ctxlm.files import ROOT, digest, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
-Few = Annotated[int, Field(ge=1, le=64)]
+UpTo64 = Annotated[int, Field(ge=1, le=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -27,7 +27,7 @@ Positive = Annotated[float, Field(gt=0)]
 NETWORKS = ("lstm", "transformer")
 """Values of `model` that `ctxlm.networks` trains."""
 BASELINES = ("kneser-ney", *NETWORKS)
-"""Values of `model` that are what a user would otherwise pick."""
+"""Values of `model` beside the two-phase one."""
 NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/06_baseline.ipynb")
 """What runs each `model`."""
 MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(
@@ -87,7 +87,7 @@ class Experiment(BaseModel):
     num_layers: int = Field(6, ge=1, le=1024, description="layers of each block, L")
     context_dim: int = Field(768, ge=2, le=65_536, description="width of the context, C")
     embed_dim: Width = Field(768, description="width of a token embedding, d")
-    num_input_tokens: Few = Field(2, description="tokens read at a time, n")
+    num_input_tokens: UpTo64 = Field(2, description="tokens read at a time, n")
     use_weight_tying: bool = Field(True, description="the head is the embedding matrix")
     # Phase 1
     phase1_init_std: Positive = Field(0.1, description="sd of the ContextBlock's initial weights (of biases a tenth)")
@@ -132,8 +132,8 @@ class Experiment(BaseModel):
     phase2_weight_average: Share = Field(
         0.0, description="decay an update of the average of the weights that is judged and kept; 0: none"
     )
-    # What a user would otherwise pick
-    ngram_order: Few = Field(4, description="tokens that an n-gram of kneser-ney spans")
+    # Other models
+    ngram_order: UpTo64 = Field(4, description="tokens that an n-gram of kneser-ney spans")
     ngram_second_half: bool = Field(
         False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
     )

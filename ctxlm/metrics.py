@@ -68,7 +68,7 @@ def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A model that a user would otherwise pick, ready to be judged, and what a run of it writes."""
+    """A model to set beside the context model, counted or trained: how it is judged, and what its run writes."""
 
     judge: Callable[[np.ndarray], tuple[np.ndarray, float]]
     """Tokens [T] → every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""

@@ -1,4 +1,4 @@
-"""Interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999): what a user would otherwise pick, without a weight.
+"""Interpolated modified Kneser-Ney n-grams (Chen & Goodman, 1999), to set beside the context model.
 
     p_k(w | h) = max(a(hw) − D(a(hw)), 0) / Σ_v a(hv) + γ(h) · p_{k-1}(w | h')
 

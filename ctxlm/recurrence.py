@@ -65,7 +65,7 @@ class Contexts:
         Args:
             model: its ContextBlock reads the stream.
             windows: int64 [R, W], consecutive positions in a row.
-            count: positions that are wanted: the last window may reach beyond the stream.
+            count: positions that lie in the stream: the last window may reach beyond it.
 
         Returns:
             The positions, int64 [count], and every layer's contexts there, L tensors [count, width].

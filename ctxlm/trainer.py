@@ -25,7 +25,7 @@ class Task(Protocol):
     """What a model brings to the trainer."""
 
     model: nn.Module
-    """Whatever goes by `training`, and a `Blanking` in `blank`."""
+    """The module that is trained; its `blank` is a `Blanking`."""
     weights: dict[str, nn.Parameter]
     """What is trained, by name, on one device."""
     updates: int

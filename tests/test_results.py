@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
-from ctxlm.analysis.runs import TABLES, YOUNGER, check_runs, grid_dtype, load_runs, load_table, load_val_losses
+from ctxlm.analysis.runs import OPTIONAL_TABLE, TABLES, check_runs, grid_dtype, load_runs, load_table, load_val_losses
 from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
@@ -239,7 +239,7 @@ def test_a_damaged_table_is_named(roots, name):
     damaged = [None, b"", b"\x89PNG\r\n\x1a\n\x00\xff", b"a,b\n1,2\n", whole[:-2], whole.replace(b".0", b"x")]
     if "by_sample" in name:  # of a history nothing tells how long it was
         damaged.append(whole[: whole.rindex(b"\n", 0, -1) + 1])
-    if name == YOUNGER:  # older runs do not have it
+    if name == OPTIONAL_TABLE:  # older runs do not have it
         damaged.remove(None)
         path.unlink()
         assert load_table("g", name).empty

@@ -24,7 +24,7 @@ TABLES = {
     "test_by_sample.csv": BY_SAMPLE,
 }
 """The columns of a run's tables, which are committed beside its metrics.json when it took long."""
-YOUNGER = "test_by_sample.csv"
+OPTIONAL_TABLE = "test_by_sample.csv"
 """A table that older runs do not have."""
 
 
@@ -100,7 +100,7 @@ def check_runs(grid: str) -> None:
     for run in run_folders(grid):
         load_val_losses(grid, run)
     for name in TABLES:
-        if name == YOUNGER or all((folder / name).exists() for folder, _ in run_folders(grid).values()):
+        if name == OPTIONAL_TABLE or all((folder / name).exists() for folder, _ in run_folders(grid).values()):
             load_table(grid, name)
 
 
@@ -115,7 +115,7 @@ def load_table(grid: str, name: str) -> pd.DataFrame:
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():
         path = folders[row.run][0] / name
-        if name == YOUNGER and not path.exists():
+        if name == OPTIONAL_TABLE and not path.exists():
             continue
         try:
             table = _read_table(path)
