@@ -330,8 +330,10 @@ def test_the_type_of_a_grid_is_resolved_once_and_kept(roots, machine):
     for device in ("cpu", "cuda"):  # another machine, or another timing, changes nothing
         assert grid_dtype("g", {"A": auto(device=device)}) == "float32"
     write(roots[0] / "g" / "A", dtype="bfloat16")
-    assert grid_dtype("g", plan) == "float32" and len(machine) == 1
-    path.unlink()  # as who wants the other type does
+    with pytest.raises(ConfigError, match=r"dtype says float32, but 1 finished runs are in bfloat16: write that, or"):
+        grid_dtype("g", plan)
+    assert len(machine) == 1
+    path.unlink()
     assert grid_dtype("g", plan) == "bfloat16" and path.read_text(encoding="utf-8") == "bfloat16\n"
     assert load_runs("g")["run"].tolist() == ["A"]  # the file is no run
     assert grid_dtype("h", plan) == "float32" and (roots[0] / "h" / "dtype").exists()  # a grid, a file
@@ -343,11 +345,11 @@ def test_the_type_is_that_of_the_device_that_the_runs_are_for(roots, machine):
     assert grid_dtype("h", {"A": auto(dtype="bfloat16"), "B": auto()}) == "float32"
 
 
-@pytest.mark.parametrize("source", [0, 1])
-def test_finished_runs_of_the_plan_keep_their_type(roots, machine, source):
+@pytest.mark.parametrize(("source", "found"), [(0, "bfloat16"), (1, "float32")])
+def test_finished_runs_of_the_plan_keep_their_type_and_committed_ones_ask_for_nothing(roots, machine, source, found):
     write(roots[source] / "g" / "B", experiment="B", dtype="bfloat16")
-    assert grid_dtype("g", {"A": auto(), "B": auto()}) == "bfloat16" and machine == []
-    assert (roots[0] / "g" / "dtype").read_text(encoding="utf-8") == "bfloat16\n"
+    assert grid_dtype("g", {"A": auto(), "B": auto()}) == found and len(machine) == source
+    assert (roots[0] / "g" / "dtype").read_text(encoding="utf-8") == f"{found}\n"
 
 
 @pytest.mark.parametrize(

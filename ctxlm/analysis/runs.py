@@ -150,22 +150,27 @@ def _read_table(path: Path) -> pd.DataFrame:
 def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
     """The type of the products of those of a grid's `runs` whose `dtype` is `auto`: resolved once, kept in a file.
 
-    A timing a run, or a machine a run, could give runs that are compared two types. Finished runs keep theirs. The file
-    is `outputs/<grid>/dtype`; who wants the other type deletes it, and the runs with it.
+    A timing a run, or a machine a run, could give runs that are compared two types. Runs that `outputs` holds keep
+    theirs; committed ones, which are run anew, ask for nothing. The file is `outputs/<grid>/dtype`.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: the file holds something else, or another type than finished runs have.
     """
     path, types = outputs_dir() / grid / "dtype", ("float32", "bfloat16")
+    asking = {name: run for name, run in runs.items() if run.dtype == "auto"}
+    networks = {name: run for name, run in asking.items() if run.model != "kneser-ney"}  # an n-gram has no products
+    finished = (run for run in load_runs(grid).itertuples() if run.run in networks and run.source == "outputs")
+    known = [run.dtype for run in finished if run.dtype in types]
     if not path.exists():
-        asking = {name: run for name, run in runs.items() if run.dtype == "auto"}
-        networks = {name: run for name, run in asking.items() if run.model != "kneser-ney"}  # an n-gram has no products
-        known = [run.dtype for run in load_runs(grid).itertuples() if run.run in networks]
         first = next(iter((networks or asking).values()))
-        found = next((dtype for dtype in known if dtype in types), None)
-        found = found or str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
+        found = known[0] if known else str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
         with atomic(path) as temporary:
             temporary.write_text(found + "\n", encoding="utf-8")
     if (found := path.read_text(encoding="utf-8").strip()) not in types:
         raise ConfigError(f"{path} holds {found!r}: write float32 or bfloat16 there, as the grid's runs have it")
+    if known and found not in known:
+        raise ConfigError(
+            f"{path} says {found}, but {len(known)} finished runs are in {known[0]}: write that, or delete their "
+            "metrics.json to run them again"
+        )
     return found

@@ -253,6 +253,8 @@ def crossover(law_a: PowerLaw, law_b: PowerLaw) -> Crossover:
 
 def beyond(log_tokens: float) -> str:
     """The reason against a crossover at so many tokens."""
+    if log_tokens < 0:
+        return "the laws would meet below a single token"
     return f"the laws would meet at {power_of_ten(log_tokens / math.log(10))} tokens, which no text has"
 
 
