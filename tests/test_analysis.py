@@ -81,7 +81,7 @@ def test_a_crossing_is_told_by_size_and_as_crossover(outputs):
 def test_configurations_that_do_not_differ_cannot_be_told_apart(outputs):
     texts = said(outputs, {"A": (-0.3, 800), "B": (-0.3, 800)}, spread=0.05)
     assert f"{A} and {B} **cannot be told apart** at 20,000, 30,000" in texts[0] and "is better than" not in texts[0]
-    assert "There is none between A and B" in texts[2]
+    assert "None can be claimed between A and B" in texts[2]
 
 
 def test_two_sizes_give_exponents_without_intervals_and_an_extrapolated_crossover(outputs):
@@ -690,7 +690,7 @@ def test_notebook_shows_a_grid_and_nothing_of_others(outputs, tmp_path, monkeypa
     found = [part for part in shown if isinstance(part, pd.DataFrame)]
     assert not any(part.astype(str).isin(["nan", "None"]).any(axis=None) for part in found)
     laws, slopes = (next(part for part in found if column in part) for column in ("Law", "Slopes α"))
-    assert laws["Estimate"].tolist() == ["−0.300", "−0.300"] and slopes["Grid"].tolist() == ["planted"]
+    assert laws["Estimate"].tolist() == ["−0.300", "−0.300"] and slopes["Slopes α"].tolist() == ["of B minus A"]
     plant(outputs, {"A": (-0.3, 800)}, (20_000,), protocol=1)
     with pytest.raises(ConfigError, match=r"^grid planted has runs that were judged otherwise than by today's"):
         run_notebook(str(tmp_path / "planted.yaml"), tmp_path)

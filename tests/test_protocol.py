@@ -433,3 +433,9 @@ def test_windows_of_unequal_size_are_refused(second, swapped, monkeypatch):
     with pytest.raises(ConfigError, match=r"with train_samples = 4: .*: give train_tokens instead$") as refused:
         check_data(pair[::-1] if swapped else pair)
     assert re.match(r"data_seed = (0 and 30|30 and 0) ", str(refused.value))
+
+
+def test_every_place_of_a_window_may_be_asked_for_and_no_other():
+    assert Experiment(data_seed=WINDOWS - 1).data_seed == WINDOWS - 1
+    with pytest.raises(ConfigError, match=f"data_seed = {WINDOWS} is not possible"):
+        Experiment.from_mapping({"data_seed": WINDOWS})

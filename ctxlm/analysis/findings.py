@@ -261,7 +261,7 @@ def _winners(names: dict[str, str], a: str, b: str, differences: list[dict[str, 
 def _crossover(pair: dict[str, Any], laws: dict[str, Any], tested: dict[str, Any]) -> str:
     a, b = pair["a"], pair["b"]
     if pair["tokens"] is None:
-        return f"**Crossover.** There is none between {a} and {b}: {pair['reason']}."
+        return f"**Crossover.** None can be claimed between {a} and {b}: {pair['reason']}."
     low = max(laws[label]["tokens_min"] for label in (a, b))
     high = min(laws[label]["tokens_max"] for label in (a, b))
     below, above = (a, b) if laws[a]["alpha"] > laws[b]["alpha"] else (b, a)

@@ -89,13 +89,14 @@ def shown(table: pd.DataFrame, otherwise: str, prose: Sequence[str] = ()) -> Sty
     """
     if table.empty:
         return paragraphs([otherwise])
+    prose = [column for column in prose if column in table]
     table = table.assign(**{column: table[column].str.replace(" %", "\u00a0%") for column in prose})
     starts = {name: [str(cell)[0].isalpha() for cell in table[name] if str(cell)] for name in table}
     words = [name for name, known in starts.items() if name in prose or (known and sum(known) > len(known) / 2)]
     left = {column: [{"selector": "th.col_heading, td", "props": "text-align: left"}] for column in words}
     table = table.map(lambda cell: _html(cell) if isinstance(cell, str) else cell)
     styler = table.style.hide(axis="index").format_index(escape="html", axis="columns").set_table_styles(left)
-    styler = styler.set_properties(subset=list(prose), **{"white-space": "normal", "min-width": "11em"})
+    styler = styler.set_properties(subset=list(prose), **{"white-space": "normal", "min-width": "9em"})
     return styler.set_table_attributes(f'class="{"wide" if table.shape[1] > NARROW else ""}"')
 
 
