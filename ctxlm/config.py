@@ -28,7 +28,7 @@ NETWORKS = ("lstm", "transformer")
 """Values of `model` that `ctxlm.networks` trains."""
 BASELINES = ("kneser-ney", *NETWORKS)
 """Values of `model` beside the two-phase one."""
-NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/06_baseline.ipynb")
+NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/03_baseline.ipynb")
 """What runs each `model`."""
 MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(
     NETWORKS, ("networks",)
@@ -107,7 +107,7 @@ class Experiment(BaseModel):
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
     phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
-    # The recipes' ingredients: what the study does not have, off by default
+    # The tuned recipe's ingredients: what the study does not have, off by default
     output_bias: Literal["none", "unigram"] = Field(
         "none", description="unigram: a trained bias of the output, started at the training tokens' log frequencies"
     )

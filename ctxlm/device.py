@@ -67,7 +67,7 @@ def _bfloat16_gain() -> float:
     """How many times as fast this CPU multiplies in bfloat16 as in float32; 0.1 s, once a process.
 
     Having the instructions is not enough: without AMX a recent Xeon takes twice as long with them as in float32
-    (LOG.md, 2026-11-25). Taking turns, and counting the best, keeps another process's load out of the ratio.
+    (docs/log-2026-11.md). Taking turns, and counting the best, keeps another process's load out of the ratio.
     """
     pairs = [(torch.ones(512, 768, dtype=t), torch.ones(768, 4096, dtype=t)) for t in (torch.float32, torch.bfloat16)]
     seconds = [math.inf, math.inf]

@@ -1,138 +1,105 @@
-"""What docs/findings.md and the README state in tables, against the committed results."""
+"""Documents hold: links lead somewhere, files they name are there, tables are those of the code and the files.
+
+Numbers in prose are held elsewhere.
+"""
 
 import json
-import math
 import re
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from ctxlm.analysis import proposals, recipe, scaling
-from ctxlm.config import BASELINES, Experiment
+from ctxlm.analysis.runs import load_runs, load_table
+from ctxlm.config import Experiment, load_grid, read_yaml
 from ctxlm.files import ROOT
+from ctxlm.model import ContextLM
 
 RESULTS = ROOT / "data" / "results" / "protocol-1"
-FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-SIZES = (86_925, 183_620)
-MODELS = {
-    "A, the study's settings": "study/A_train_tokens-{}_seed-42",
-    "B, the study's settings": "study/B_train_tokens-{}_seed-42",
-    "Kneser-Ney of order 2": "baselines/KN-2_train_tokens-{}",
-    "Kneser-Ney of order 4": "baselines/KN-4_train_tokens-{}",
-    "Kneser-Ney of order 4, counting the second half too": "baselines/KN-4-second-half_train_tokens-{}",
-    "Transformer": "networks/Transformer_train_tokens-{}",
-    "LSTM": "networks/LSTM_train_tokens-{}",
-    "Transformer with a slow context": "networks/Transformer-slow_train_tokens-{}",
-    "LSTM with a slow context": "networks/LSTM-slow_train_tokens-{}",
-    "A, tuned recipe": "tuned/tuned-A_train_tokens-{}",
-    "B, tuned recipe": "tuned/tuned-B_train_tokens-{}",
-    "A, joint recipe": "joint/joint-A_train_tokens-{}",
-    "A, slow recipe": "slow/slow-A_train_tokens-{}",
-    "B, slow recipe": "slow/slow-B_train_tokens-{}",
-    "A, lean recipe": "lean/lean-A_train_tokens-{}",
-    "A, tuned recipe, on a random embedding": "random/tuned-A-random_train_tokens-{}",
-    "A, slow recipe, on a random embedding": "random/slow-A-random_train_tokens-{}",
-}
-"""Rows of the table of models, and the runs they are about."""
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += sorted((ROOT / "data").glob("**/README.md"))
+OF_THEIR_TIME = ("LOG.md", "log-*.md")
+"""They name files as they were called."""
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """Every table as rows of cells, without bold and without the line under the heading."""
-    found = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    return [
-        [[cell.strip() for cell in line.replace("**", "").strip("|\n").split("|")] for line in table.splitlines()]
-        for table in found
-    ]
+def prose(path: Path) -> str:
+    """A document without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def the_table(heading: str) -> list[list[str]]:
-    """The one table whose first line begins so, without that line and the one under it."""
-    (found,) = [table for table in tables(FINDINGS) if " | ".join(table[0]).strip().startswith(heading)]
-    return found[2:]
+def anchors(path: Path) -> set[str]:
+    """What a document's headings are called in links."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def number(cell: str) -> float:
-    return float(re.match(r"[−+]?[\d.,]+", cell)[0].replace("−", "-").replace(",", ""))
+def rows(name: str, heading: str) -> list[list[str]]:
+    """The cells of the table of a document in `docs/` whose first line begins so, without it and the line under it."""
+    tables = re.findall(r"(?:^\|.*\n)+", prose(ROOT / "docs" / name), flags=re.MULTILINE)
+    (found,) = [table.splitlines() for table in tables if table.startswith(heading)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[2:]]
 
 
-def metrics(run: str) -> dict:
-    return json.loads((RESULTS / run / "metrics.json").read_text(encoding="utf-8"))
+@each_document
+def test_links_lead_to_what_is_there(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        if path.match("docs/index*.md") and Path(file).suffix in ("", ".html"):
+            continue  # a page of the site, or a figure of one: the site itself is made only if it is there
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
 
 
-def test_the_table_of_models_is_that_of_the_runs():
-    stated = {}
-    for name, *cells in the_table("model | 86,925 tokens: validation"):
-        for size, (val, test, over) in zip(SIZES, (cells[:3], cells[3:6]), strict=True):
-            run = MODELS[name].format(size)
-            stated[run] = val
-            assert (val == "not run") == (not (RESULTS / run).exists()), run
-            if val == "not run":
-                continue
-            known = metrics(run)
-            assert (val, test) == (f"{known['val_ppl']:.1f}", f"{known['test_ppl']:.1f}"), run
-            assert over == "" or number(over) == pytest.approx(100 * known["overfit_rate"], abs=0.51), run
-    assert {run.partition("/")[0] for run in stated} >= {"study", "baselines", "networks", "tuned", "joint", "slow"}
+@pytest.mark.parametrize(
+    "path",
+    [path for path in DOCUMENTS if not any(path.match(name) for name in OF_THEIR_TIME)],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_that_are_named_are_there(path):
+    named = re.findall(r"`((?:ctxlm|docs|notebooks|params|tests)/[\w./-]+\.\w+)`", path.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_table_of_sizes_is_that_of_the_runs():
-    grids = [scaling.read_grid(f"protocol-1/{name}") for name in ("sizes", "study")]
-    runs, _, val_by_sample = proposals.with_study(*grids)
-    gaps = {gap["train_tokens"]: gap for gap in scaling.differences(val_by_sample)[0]}
-    rows = the_table("training tokens | A | B")
-    assert len(rows) == len(gaps) == 5
-    for size, *cells in rows:
-        own = runs[runs["train_tokens"] == number(size)].set_index("experiment")
-        assert cells[:2] == [f"{own.loc[label, 'val_ppl']:.1f}" for label in "AB"]
-        gap = gaps[number(size)]
-        found = [100 * math.expm1(nats) for nats in (gap["log_ppl"], *gap["interval"])]
-        assert [number(part) for part in re.findall(r"[−+][\d.]+", cells[2])] == pytest.approx(found, abs=0.051)
-        over = [100 * own.loc[label, "overfit_rate"] for label in "AB"]
-        assert [number(cell) for cell in cells[3:]] == pytest.approx(over, abs=0.51)
+def test_every_grid_is_listed_with_its_runs():
+    listed = {name.strip("`"): int(runs) for name, _, runs in rows("grids.md", "| grid")}
+    assert listed == {
+        path.stem: len(load_grid(path.stem).runs) for path in sorted((ROOT / "params" / "grids").glob("*.yaml"))
+    }
 
 
-def test_the_table_of_learning_rates_is_that_of_the_runs():
-    label, size = "", ""
-    rows = the_table("| training tokens | rate")
-    assert len(rows) == 12
-    for first, tokens, rate, ppl, change, epochs, over in rows:
-        label, size = first or label, tokens.replace(",", "") or size
-        run = f"lr/{label}_train_tokens-{size}_phase2_learning_rate-{rate}"
-        usual = metrics(f"study/{label}_train_tokens-{size}_seed-42")
-        known = usual if rate == "0.002" else metrics(run)
-        assert ppl == f"{known['val_ppl']:.1f}" and epochs == f"{known['best_epoch']} of {known['epochs_run']}"
-        assert number(over) == pytest.approx(100 * known["overfit_rate"], abs=0.51)
-        if change:
-            assert number(change) == pytest.approx(100 * (known["val_ppl"] / usual["val_ppl"] - 1), abs=0.051)
+def test_the_grid_that_is_shown_is_the_quick_one():
+    text = (ROOT / "docs" / "grids.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    quick = read_yaml("params/grids/quick.yaml")
+    assert yaml.safe_load(shown) == {name: quick[name] for name in ("common", "experiments", "sweep")}
 
 
-def test_the_table_of_ingredients_is_that_of_the_runs():
-    tuned, without = (scaling.read_grid(f"protocol-1/{name}") for name in ("tuned", "tuned-ablations"))
-    found = recipe.ingredients(tuned, without)
-    rows = the_table("instead of the recipe's")
-    assert sorted(number(ppl) for _, ppl, _ in rows) == sorted(round(ppl, 1) for ppl in found["val_ppl"])
-    changes = sorted(100 * math.expm1(effect.estimate) for effect in found["effect"])
-    assert sorted(number(change) for *_, change in rows) == pytest.approx(changes, abs=0.051)
-
-
-def test_falling_widths_at_full_size_are_those_of_the_runs():
-    rows = {name: cells for name, *cells in the_table("| 86,925 tokens | 183,620 tokens")}
-    for size, column in zip(SIZES, range(2), strict=True):
-        small = metrics(f"designs-full/B-arithmetic-small_train_tokens-{size}")
-        assert rows["PPL: B-arithmetic-small"][column] == f"{small['val_ppl']:.1f}"
-        for label in "AB":
-            (against,) = [cells[column] for name, cells in rows.items() if name.startswith(f"against {label}")]
-            usual = metrics(f"study/{label}_train_tokens-{size}_seed-42")
-            assert number(against) == pytest.approx(100 * (small["val_ppl"] / usual["val_ppl"] - 1), abs=0.051)
+def test_the_table_of_parameters_is_that_of_the_models():
+    stated = {row[0]: row[1:] for row in rows("method.md", "| | L | C |")}
+    files = {"A": ["A"], "B": ["B"], "A, arithmetic": ["A-arithmetic"], "B, arithmetic": ["B-arithmetic"]}
+    files |= {"B, arithmetic, small": ["B-arithmetic-small"]}
+    files |= {f"{label}, tuned recipe": [label, "tuned"] for label in "AB"}
+    assert stated.keys() == files.keys()
+    for label, names in files.items():
+        e = Experiment.from_mapping(*(read_yaml(f"params/{name}.yaml") for name in names))
+        counts = ContextLM(e, torch.zeros(2, e.embed_dim)).parameter_counts().values()
+        assert stated[label] == [str(e.num_layers), str(e.context_dim), *(f"{count:,}" for count in counts)]
 
 
 @pytest.mark.parametrize("grid", sorted(path.name for path in RESULTS.iterdir()))
 def test_all_committed_runs_are_read_and_are_what_their_names_say(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    read = [scaling.read_grid(f"protocol-1/{grid}", models=models)[0] for models in (["context"], BASELINES)]
-    names = [run for runs in read for run in (runs["run"] if len(runs) else [])]
+    names = load_runs(f"protocol-1/{grid}")["run"].tolist()
     assert sorted(names) == sorted(path.name for path in (RESULTS / grid).iterdir()) != []
+    assert set(load_table(f"protocol-1/{grid}", "val_by_sample.csv")["run"]) == set(names)
     parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
     for run in names:
-        known = metrics(f"{grid}/{run}")
+        known = json.loads((RESULTS / grid / run / "metrics.json").read_text(encoding="utf-8"))
         label, *said = re.split(rf"_({parameters})-", run)
         assert label == known["experiment"] and "protocol" not in known
         assert [str(known[name]) for name in said[::2]] == said[1::2]

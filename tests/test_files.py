@@ -290,7 +290,7 @@ def test_the_analysis_is_no_part_of_a_run(sources):
 
 
 @pytest.mark.parametrize(
-    ("notebook", "models"), [("02_experiment", {"context"}), ("06_baseline", EVERY - {"context"}), ("01_corpus", set())]
+    ("notebook", "models"), [("02_experiment", {"context"}), ("03_baseline", EVERY - {"context"}), ("01_corpus", set())]
 )
 def test_a_models_notebook_counts(sources, notebook, models):
     before, path = code_hashes(), sources / "notebooks" / f"{notebook}.ipynb"

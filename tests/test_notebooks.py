@@ -151,10 +151,10 @@ def test_a_baseline_writes_the_columns_of_every_other_run(model, tmp_path, text)
     own |= {"model": model, "embed_dim": 16, "hidden_dim": 16, "phase2_epochs": 1, "output_bias": "unigram"}
     own |= {"corpus": str(text), "output_dir": str(tmp_path / "run")}
     if model == "lstm":  # one of them by papermill
-        process, _ = papermill(tmp_path, "06_baseline", **own)
+        process, _ = papermill(tmp_path, "03_baseline", **own)
         assert process.returncode == 0, process.stderr
     else:
-        run_here("06_baseline", **own)
+        run_here("03_baseline", **own)
     metrics = metrics_of(tmp_path / "run")
     assert (metrics["model"], metrics["ngram_order"], metrics["train_tokens"]) == (model, 3, 600)
     assert metrics["val_ppl"] > 1 and 0 <= metrics["test_accuracy"] <= 1
@@ -168,10 +168,10 @@ def test_a_baseline_writes_the_columns_of_every_other_run(model, tmp_path, text)
 
 
 def test_a_model_is_not_run_by_another_ones_notebook(tmp_path):
-    with pytest.raises(ConfigError, match=r"^model = 'kneser-ney' is run by notebooks/06_baseline\.ipynb"):
+    with pytest.raises(ConfigError, match=r"^model = 'kneser-ney' is run by notebooks/03_baseline\.ipynb"):
         run_here(**SMALL, model="kneser-ney", output_dir=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match=r"^model = 'context' is run by notebooks/02_experiment\.ipynb"):
-        run_here("06_baseline", **SMALL, model="context", output_dir=str(tmp_path / "other"))
+        run_here("03_baseline", **SMALL, model="context", output_dir=str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
@@ -216,7 +216,7 @@ def test_the_loss_that_is_not_finite_leaves_no_metrics(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("notebook", "change"),
-    [("02_experiment", {}), ("02_experiment", {"context_ablation": "zero"}), ("06_baseline", {})],
+    [("02_experiment", {}), ("02_experiment", {"context_ablation": "zero"}), ("03_baseline", {})],
 )
 def test_cells_can_be_run_again_after_a_change(notebook, change, tmp_path, text, monkeypatch):
     """As by hand: what earlier cells left behind is not taken for a parameter."""
@@ -232,7 +232,7 @@ def test_cells_can_be_run_again_after_a_change(notebook, change, tmp_path, text,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment", "06_baseline"])
+@pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment", "03_baseline"])
 def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_CACHE", CACHE)  # chitchat is read once for all tests
     own = {"output_dir": str(tmp_path / "out")}

@@ -107,7 +107,7 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, chitchat
 
 def test_several_grids_have_replicates(runs):
     several = [grid for grid in GRIDS if len({run.seed for (of, _), run in runs.items() if of == grid}) > 1]
-    assert set(several) == {"ablations", "designs", "dtype", "factorial", "overfitting", "variance"}
+    assert set(several) == {"ablations", "designs", "dtype", "factorial", "overfitting", "quick", "study", "variance"}
 
 
 # Chitchat

@@ -1,13 +1,18 @@
-"""What Phase 2 has beyond the study, each against plain PyTorch: whole logits, its own loss, Adam and no shortcuts."""
+"""The tuned recipe: what it sets, and what of it Phase 2 does, each against plain PyTorch.
 
+Plain are whole logits, its own loss, Adam and no shortcuts.
+"""
+
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ctxlm.config import Experiment
+from ctxlm.config import Experiment, load_grid
 from ctxlm.device import generator
+from ctxlm.files import ROOT
 from ctxlm.model import ContextLM, own_weights
 from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
@@ -26,6 +31,38 @@ EVERYTHING = {
     "phase2_token_dropout": 0.3,
     "slow_decay": 0.9,
 }
+
+
+def changed(run, before):
+    """The parameters in which two runs differ, but for their label."""
+    return [name for name, value in before.model_dump(exclude={"experiment"}).items() if getattr(run, name) != value]
+
+
+@pytest.mark.parametrize("size", [86_925, 183_620])
+def test_the_tuned_recipe_is_that_of_the_committed_runs(size):
+    """They are called lean-A there, after the last of four recipes, each of which went on from the one before."""
+    run = ROOT / "data" / "results" / "protocol-1" / "lean" / f"lean-A_train_tokens-{size}" / "metrics.json"
+    known = json.loads(run.read_text(encoding="utf-8"))
+    tuned = load_grid("tuned").runs[f"tuned-A_train_tokens-{size}"].model_dump()
+    differ = {name for name, value in tuned.items() if known.get(name, value) != value}
+    assert differ == {"experiment", "val_samples", "test_samples", "device", "dtype"}
+
+
+def test_b_starts_less_small():
+    runs = load_grid("tuned").runs
+    for size in (86_925, 183_620):
+        a, b = (runs[f"tuned-{label}_train_tokens-{size}"] for label in "AB")
+        assert changed(b, a) == ["num_layers", "context_dim", "phase1_init_std"] and b.phase1_init_std == 0.02
+
+
+def test_every_setting_of_the_recipe_is_left_out_once():
+    study, tuned = Experiment(), load_grid("tuned").runs["tuned-A_train_tokens-86925"]
+    left_out = []
+    for run in load_grid("tuned-ablations").runs.values():
+        names = changed(run, tuned)
+        assert all(getattr(run, name) == getattr(study, name) for name in names if name != "context_ablation")
+        left_out += names if run.context_ablation == "none" else []
+    assert sorted(left_out) == sorted(changed(tuned, study))
 
 
 def prepared(**parameters):
@@ -140,12 +177,12 @@ def by_hand(settings, model, train, val):
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "own",
     [{}, *({name: value} for name, value in EVERYTHING.items()), EVERYTHING, EVERYTHING | {"use_weight_tying": False}],
-    ids=lambda changed: "+".join(changed) if len(changed) < 2 else f"{len(changed)} together",
+    ids=lambda own: "+".join(own) if len(own) < 2 else f"{len(own)} together",
 )
-def test_phase2_is_the_plain_loops(changed):
-    parameters = {"phase2_learning_rate": 0.01} | changed
+def test_phase2_is_the_plain_loops(own):
+    parameters = {"phase2_learning_rate": 0.01} | own
     found = train_token_block(*(lambda s, m, t, v: (m, t, v, s))(*prepared(**parameters)))
     losses = [row["value"] for row in found.history if (row["phase"], row["metric"]) == ("phase2", "val_loss")]
     assert losses == pytest.approx(by_hand(*prepared(**parameters)), rel=2e-4)

@@ -35,8 +35,8 @@ RECIPE = {
 }
 KINDS = {
     "study": {"context_dim": 12},
-    "joint": {"context_dim": 12, "phase2_context_window": 8, "phase2_shuffle": True, "phase2_weight_average": 0.9},
-    "lean": RECIPE
+    "windows": {"context_dim": 12, "phase2_context_window": 8, "phase2_shuffle": True, "phase2_weight_average": 0.9},
+    "tuned": RECIPE
     | {
         "context_dim": 12,
         "num_input_tokens": 1,
@@ -110,7 +110,7 @@ def test_training_goes_on_from_any_epoch_to_the_same_bits(kind, by, one_thread, 
         assert fresh.update == whole.update and len(values(found, "seconds")) == 4
 
 
-@pytest.mark.parametrize("kind", ["study", "lean"])
+@pytest.mark.parametrize("kind", ["study", "tuned"])
 def test_training_may_be_stopped_by_patience_after_it_went_on(kind, one_thread):
     settings = {"phase2_patience": 1, "phase2_learning_rate": 0.3, "phase2_warmup_updates": 0, "phase2_epochs": 9}
     whole = trainer(kind, **settings)
@@ -129,7 +129,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from tests.test_trainer import trainer
-fresh = trainer("lean")
+fresh = trainer("tuned")
 fresh.load_state_dict(torch.load(sys.argv[1]))
 found = fresh.run()
 torch.save([found.val_losses, fresh.task.model.state_dict()], sys.argv[1])
@@ -138,7 +138,7 @@ torch.save([found.val_losses, fresh.task.model.state_dict()], sys.argv[1])
 
 @pytest.mark.slow
 def test_training_goes_on_in_another_process(one_thread, tmp_path):
-    whole = trainer("lean")
+    whole = trainer("tuned")
     whole.run_epoch()
     torch.save(whole.state_dict(), tmp_path / "state.pt")
     expected = whole.run()
@@ -182,7 +182,7 @@ def test_the_best_epochs_weights_and_losses_are_kept(kind, one_thread):
     assert summary["overfit_rate"] == pytest.approx(math.exp(losses[-1] - min(losses)) - 1)
 
 
-@pytest.mark.parametrize("kind", ["joint", "lean", "lstm", "transformer"])
+@pytest.mark.parametrize("kind", ["windows", "tuned", "lstm", "transformer"])
 def test_averaged_weights_are_those_that_are_judged_and_kept(kind, one_thread):
     own = trainer(kind, phase2_epochs=1)
     own.run_epoch()
@@ -193,7 +193,7 @@ def test_averaged_weights_are_those_that_are_judged_and_kept(kind, one_thread):
         assert torch.equal(weight, mean)
         assert not torch.equal(mean, trained)
     assert torch.equal(own.task.evaluate("val")[0], found.val_losses)
-    if kind in ("joint", "lean"):  # and what is judged has contexts of the weights that are judged
+    if kind in ("windows", "tuned"):  # and what is judged has contexts of the weights that are judged
         model = own.task.model
         losses, _ = evaluate(Predictor(model, torch.float32), sequential(model, own.task.val.tokens))
         torch.testing.assert_close(losses, found.val_losses)
@@ -233,7 +233,7 @@ def test_the_training_loss_after_an_epoch_is_that_of_its_weights_and_changes_not
     expected, measured = plain.run(), also.run()
     assert_same(also, measured, plain, expected, "train_loss_after", "train_ppl_after")
     losses = also.task.evaluate("train")[0].double()  # one epoch: its weights are the best
-    if kind in ("study", "joint", "lean"):
+    if kind in ("study", "windows", "tuned"):
         model = also.task.model
         anew, _ = evaluate(Predictor(model, torch.float32), sequential(model, also.task.train.tokens))
         torch.testing.assert_close(anew.double(), losses)
