@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report protocol-1 benchmark gpu unlock test lab lint docs clean
+.PHONY: help env report site benchmark gpu unlock test lab lint docs clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
@@ -33,19 +33,16 @@ report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html
 	    echo "Locked, though no other make report goes on here? Say first: make unlock GRID=$(GRID)" >&2; fi; exit 1; }
 	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
 
-protocol-1: $(VENV)/.ready  ## show the results judged by protocol 1 (outputs/protocol-1/protocol-1.html)
-	@mkdir -p outputs/protocol-1
-	$(BIN)/papermill --log-output --no-progress-bar --cwd . -k python3 \
-	  notebooks/04_protocol_1.ipynb outputs/protocol-1/protocol-1.ipynb
-	$(BIN)/python -m ctxlm.analysis.report --notebook outputs/protocol-1/protocol-1.ipynb
+site: $(VENV)/.ready  ## write outputs/site/index.html: the findings and all committed runs, without training
+	@$(BIN)/python -m ctxlm.analysis.site --all
 
 benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
 	@mkdir -p outputs/benchmark
 	$(BIN)/papermill --log-output --no-progress-bar --cwd . -k python3 \
-	  notebooks/05_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
-	$(BIN)/python -m ctxlm.analysis.report --notebook outputs/benchmark/benchmark.ipynb
+	  notebooks/10_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
+	$(BIN)/python -m ctxlm.analysis.site --notebook outputs/benchmark/benchmark.ipynb
 
-gpu: $(VENV)/.ready  ## device tests, benchmark and the study's four runs on a GPU (outputs/gpu/gpu.json)
+gpu: $(VENV)/.ready  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
 	$(BIN)/python -m ctxlm.analysis.gpu
 
 unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again

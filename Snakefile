@@ -4,7 +4,6 @@
 #
 # A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
-import json
 import os
 import re
 import shutil
@@ -49,16 +48,17 @@ except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"
-# What the analysis reads beside its grid's runs.
-BESIDES = [*sorted(Path("data/reference").rglob("*.csv")), *sorted(Path("ctxlm/analysis").glob("*.py"))]
+# What the analysis is made with beside its grid's runs, and what the report is.
+PAGES = [Path("ctxlm/analysis/site.py"), *sorted(Path("ctxlm/analysis/templates").rglob("*.*"))]
+BESIDES = [path for path in sorted(Path("ctxlm/analysis").glob("*.py")) if path not in PAGES]
 BESIDES += ["ctxlm/results.py", "ctxlm/metrics.py"]
 
-ANALYSIS = outputs_dir() / GRID.name / "analysis.json"
+ESTIMATES = outputs_dir() / GRID.name / "estimates.csv"
 try:
-    if ANALYSIS.exists():
-        json.loads(ANALYSIS.read_bytes())
+    if ESTIMATES.exists() and not ESTIMATES.read_text(encoding="utf-8").endswith("\n"):
+        raise ValueError("its last line is not whole")
 except ValueError:  # damaged from outside: it is made anew
-    ANALYSIS.unlink()
+    ESTIMATES.unlink()
 
 RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 
@@ -131,8 +131,7 @@ rule all:
     input:
         f"{HOME}/report/index.html",
         # named here too, so that what was deleted is made again
-        f"{HOME}/analysis.json",
-        f"{HOME}/audit.csv",
+        f"{HOME}/estimates.csv",
         expand(f"{HOME}/{{run}}/{{file}}", run=RUNS, file=RUN_FILES),
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
 
@@ -195,30 +194,30 @@ rule experiment:
 
 
 # No `update()` here: Snakemake would give an earlier result back after a failure, with a new time, and take it for
-# the new one from then on. Both are made of the runs, so that nothing is lost with them.
+# the new one from then on. It is made of the runs, so that nothing is lost with it.
 rule analysis:
     input:
-        "notebooks/03_analysis.ipynb",
+        "notebooks/04_scaling.ipynb",
         BESIDES,
         expand(f"{HOME}/{{run}}/{{file}}", run=RUNS, file=RUN_FILES),
     output:
-        f"{HOME}/analysis.json",
-        f"{HOME}/audit.csv",
+        f"{HOME}/estimates.csv",
     log:
-        notebook=f"{HOME}/analysis.ipynb",
+        notebook=f"{HOME}/04_scaling.ipynb",
         text=f"{HOME}/analysis.log",
     params:
         values=lambda wildcards: papermill_yaml({"grid": GRID_FILE, "output_dir": HOME}),
     message:
         "Analysing the grid"
     shell:
-        PAPERMILL + " notebooks/03_analysis.ipynb {log.notebook:q} -y {params.values:q}"
+        PAPERMILL + " notebooks/04_scaling.ipynb {log.notebook:q} -y {params.values:q}"
         " > {log.text:q} 2>&1" + OR_SAY_WHY
 
 
 rule report:
     input:
-        f"{HOME}/analysis.json",
+        PAGES,
+        f"{HOME}/estimates.csv",
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
     output:
         f"{HOME}/report/index.html",
@@ -228,4 +227,4 @@ rule report:
     message:
         "Writing the report"
     shell:
-        "python -m ctxlm.analysis.report --grid {GRID_FILE:q} --outputs {OUTPUTS:q}"
+        "python -m ctxlm.analysis.site --grid {GRID_FILE:q} --outputs {OUTPUTS:q}"

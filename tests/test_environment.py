@@ -91,7 +91,7 @@ def parameter_cell(path: Path) -> dict:
 
 
 def test_the_main_notebooks_are_there():
-    assert {"01_corpus", "02_experiment", "03_analysis"} <= {path.stem for path in NOTEBOOKS}
+    assert {"01_corpus", "02_experiment", "03_baseline", "10_benchmark"} <= {path.stem for path in NOTEBOOKS}
 
 
 @each_notebook
@@ -116,7 +116,8 @@ def test_a_notebook_is_a_table_of_contents(path):
 
 @each_notebook
 def test_a_notebooks_parameters_are_literals(path):
-    assert parameter_cell(path)
+    committed_only = path.stem in ("05_overfitting", "06_contexts", "07_alternatives", "08_audit")
+    assert committed_only or parameter_cell(path)
 
 
 @pytest.mark.parametrize("notebook", sorted(set(RUN_BY.values())))
@@ -132,7 +133,7 @@ def test_every_model_has_its_notebook():
     for model, notebook in RUN_BY.items():
         values = parameter_cell(ROOT / notebook) | {"model": model}
         assert Experiment.from_namespace(values).meant_for(notebook).model == model
-    with pytest.raises(ConfigError, match=r"is run by notebooks/06_baseline\.ipynb, not by this"):
+    with pytest.raises(ConfigError, match=r"is run by notebooks/03_baseline\.ipynb, not by this"):
         Experiment.from_mapping({"model": "kneser-ney"}).meant_for("notebooks/02_experiment.ipynb")
 
 

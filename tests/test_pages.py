@@ -1,9 +1,8 @@
-"""Notebooks as pages: a corpus as text, what protocol 1 said, the benchmark."""
+"""Notebooks as pages: a corpus as text, the benchmark."""
 
 import base64
 import io
 import json
-import re
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
@@ -14,8 +13,8 @@ from IPython.core.formatters import DisplayFormatter
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_output
 
-from ctxlm.analysis import benchmark, scaling
-from ctxlm.analysis.report import build_page
+from ctxlm.analysis import benchmark
+from ctxlm.analysis.site import build_page
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs
 
@@ -105,34 +104,12 @@ def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
 
 
 @pytest.mark.slow
-def test_what_protocol_1_said_is_shown_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "DRAWS", 299)
-    monkeypatch.chdir(ROOT / "notebooks")
-    executed = execute("04_protocol_1", tmp_path, monkeypatch, output_dir=str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()  # nothing is written but the notebook
-    page = build_page(executed).read_text(encoding="utf-8")
-    headings = """In short|The study at full size|How sure are the laws?|Ours beside the published|
-        The study&#39;s three proposals|Chance: other seeds, other texts|How far back the contexts reach|
-        What Phase 1 and the contexts contribute|What Phase 1 and the contexts contribute at full size|
-        Why Phase 2 over-fits|Depth or width|What a user would otherwise pick|The tuned recipe|
-        Contexts that learn to predict|A longer memory|A single input token|A cache of the words read|
-        Recipes and networks in pairs|Together with an n-gram|Method"""
-    found = [re.sub("<[^>]+>", "", heading) for heading in re.findall("<h2[^>]*>(.*?)</h2>", page)]
-    assert found == [re.sub(r"^\s+", "", heading).replace("&#39;", "'") for heading in headings.split("|")]
-    assert "<h1>Results judged by protocol 1</h1>" in page and "one long conversation could turn a verdict" in page
-    assert page.count("data:image/png") > 20 and "No finished run" not in page
-    counts = {name: int(runs) for name, runs in re.findall(r"Grid protocol-1/([\w-]+): (\d+) runs", page)}
-    committed = ROOT / "data" / "results" / "protocol-1"
-    assert len(counts) > 10 and counts == {name: len([*(committed / name).iterdir()]) for name in counts}
-
-
-@pytest.mark.slow
 def test_the_benchmark_writes_its_figures(tmp_path, text, monkeypatch):
     # in this process, whose products are not timed; tests/test_benchmark.py looks at what goes between processes
     monkeypatch.setattr(benchmark, "measure_apart", lambda own: json.loads(json.dumps(benchmark.measure(own))))
     monkeypatch.setattr(benchmark, "peak_gflops", lambda *_: 50.0)
     own = {"sizes": [300, 900], "literal_tokens": 20, "embed_dim": 16, "corpus": str(text), "output_dir": str(tmp_path)}
-    executed = execute("05_benchmark", tmp_path, monkeypatch, **own)
+    executed = execute("10_benchmark", tmp_path, monkeypatch, **own)
     found = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     positive = """peak_gflops_float32 peak_gflops_bfloat16 phase2_epoch_share_of_floor
         phase2_epoch_speedup_over_literal recurrence_speedup_over_literal phase1_step_share_of_floor""".split()
@@ -140,4 +117,4 @@ def test_the_benchmark_writes_its_figures(tmp_path, text, monkeypatch):
     assert isinstance(found["time_growth_exponent"], float)  # of whatever sign: these sizes are too small to time
     assert found["recurrence_residual"] <= 1e-5 and len(found["stages"]) == 2 * 2 * 4
     page = build_page(executed).read_text(encoding="utf-8")
-    assert page.count("data:image/png") == 2 and page.count("How fast?</h1>") == 1 and "import" not in page
+    assert page.count("data:image/png") == 2 and page.count("How fast?</h1>") == 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -187,7 +188,7 @@ def test_an_added_size_runs_alone(folder):
     assert code == 0, output
     assert times(folder).items() >= before.items() and len(metrics(folder)) == 4
     assert (folder / "outputs" / "tiny" / "report" / "index.html").exists()
-    assert (folder / "outputs" / "tiny" / "audit.csv").exists()
+    assert (folder / "outputs" / "tiny" / "report" / "04_scaling.html").exists()
 
 
 def test_a_rerun_does_nothing_and_another_size_is_a_new_report(folder, grown, ask):
@@ -200,13 +201,15 @@ def test_a_rerun_does_nothing_and_another_size_is_a_new_report(folder, grown, as
 
 
 def test_the_analysis_is_that_of_the_four_runs(folder):
-    analysis = json.loads((folder / "outputs" / "tiny" / "analysis.json").read_text(encoding="utf-8"))
+    estimates = pd.read_csv(folder / "outputs" / "tiny" / "estimates.csv").set_index(["contrast", "at"])
     runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in metrics(folder).items()}
     assert set(runs) == {f"{label}_train_tokens-{size}" for label in "AB" for size in GROWN}
-    assert {run["run"] for run in analysis["runs"]} == set(runs)
-    for label in "AB":
-        law = analysis["configurations"][label]
-        assert (law["n"], law["residual_dof"], law["alpha_interval"]) == (2, 0, None)
+    for size in GROWN:
+        loss = {label: runs[f"{label}_train_tokens-{size}"]["test_loss"] for label in "AB"}
+        found = estimates.loc[("A − B", f"{size} tokens")]
+        assert found["value"] == pytest.approx(loss["A"] - loss["B"], abs=1e-5) and found["n"] == 1
+    page = (folder / "outputs" / "tiny" / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(f"runs/{run}.html" in page for run in runs) and "Tiny {with} braces {0}" in page
 
 
 def test_the_type_of_the_products_is_resolved_once_for_all_runs(folder):
@@ -248,7 +251,7 @@ def test_a_damaged_run_is_named_before_new_ones_are_paid_for(folder, grown, ask,
     assert "experiment" not in output and len(metrics(folder)) == 4
 
 
-@pytest.mark.parametrize("name", ["analysis.json", "audit.csv", "A_train_tokens-800/history.csv"])
+@pytest.mark.parametrize("name", ["estimates.csv", "A_train_tokens-800/history.csv"])
 def test_what_was_deleted_is_made_again(ask, put_back, name):
     put_back(name).unlink()
     code, output = ask("--dry-run")
@@ -257,8 +260,8 @@ def test_what_was_deleted_is_made_again(ask, put_back, name):
 
 
 def test_a_cut_analysis_is_made_anew(ask, put_back):
-    path = put_back("analysis.json")
-    path.write_bytes(path.read_bytes()[:300])
+    path = put_back("estimates.csv")
+    path.write_bytes(path.read_bytes()[:-20])
     code, output = ask("--dry-run")
     assert code == 0 and jobs(output)["analysis"] == 1 and "experiment" not in jobs(output), output
 
@@ -292,7 +295,7 @@ def broken(folder, notebook):
 def test_an_analysis_that_was_killed_is_not_taken_for_done(folder, grown, ask):
     before = {name: path.read_bytes() for name, path in metrics(folder).items()}
     grid_file(folder, [800])  # fewer sizes: the analysis and the report are to be made anew
-    code, output = finished(snakemake(folder, first=broken(folder, "03_analysis")))
+    code, output = finished(snakemake(folder, first=broken(folder, "04_scaling")))
     assert code != 0, output
     code, output = ask("--dry-run")
     assert code == 0 and (jobs(output)["analysis"], jobs(output)["report"]) == (1, 1), output

@@ -262,6 +262,26 @@ def test_a_damaged_table_is_named(roots, name):
         load_table("h", name)
 
 
+def flipped(content):
+    """One bit in the middle of an array, whose length and names stay as they are."""
+    at = len(content) // 3
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[: len(content) // 2], lambda _: b"", lambda _: b"no zip", flipped]
+)
+def test_damaged_losses_by_token_are_named(roots, damage):
+    path = write(roots[0] / "g" / "A").with_name("val_losses.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (lambda: load_val_losses("g", "A"), lambda: check_runs("g")):  # before new runs are paid for
+        with pytest.raises(ConfigError, match=r"^A/val_losses.npz of grid g is damaged \(.*\): delete it"):
+            read()
+    path.unlink()
+    check_runs("g")
+    assert load_val_losses("g", "A") is None
+
+
 def test_every_committed_result_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
     results = ROOT / "data" / "results"

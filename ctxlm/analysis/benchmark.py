@@ -1,4 +1,4 @@
-"""What the stages of a run cost, against the machine's own matrix products: `notebooks/05_benchmark.ipynb` shows it.
+"""What the stages of a run cost, against the machine's own matrix products: `notebooks/10_benchmark.ipynb` shows it.
 
 `python -m ctxlm.analysis.benchmark '{"num_layers": 6, …}'` measures one experiment in a process of its own, so that
 its peak memory is its own, and prints the result as JSON.
@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ctxlm.analysis.scaling import fit_power_law
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, split
 from ctxlm.device import resolve_device, resolve_dtype
@@ -229,7 +228,9 @@ def summarise(
     once = stages[stages["stage"].isin(["recurrence", "phase1_step", "phase2_epoch"])]
     totals = once.groupby(["experiment", "tokens"])["seconds"].sum()
     exponents = {
-        label: fit_power_law(part.index.get_level_values("tokens"), part).alpha if len(part) > 1 else None
+        label: float(np.polyfit(np.log(part.index.get_level_values("tokens")), np.log(part), 1)[0])
+        if len(part) > 1
+        else None
         for label, part in totals.groupby(level=0)
     }
     memory = runs["peak_rss_gib"].astype(float).groupby(level="tokens").max()

@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one command and one small file: `python -m ctxlm.analysis.gpu` (`make gpu`).
 
-The device tests, the benchmark and the study's four runs, on a machine with torch and CUDA, without a network and
+The device tests, the benchmark and the study's runs, on a machine with torch and CUDA, without a network and
 without Jupyter: notebooks run cell by cell in this process. `--wheels` lists the packages to carry to such a machine.
 """
 

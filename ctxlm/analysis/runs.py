@@ -1,4 +1,7 @@
-"""The finished runs of a grid, as data frames; what was damaged from outside is refused in one sentence."""
+"""The finished runs of a grid, as tidy frames: a row a run, and a row a run and judged sample.
+
+What was damaged from outside, or cannot stand beside one another, is refused in one sentence.
+"""
 
 import io
 import json
@@ -9,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError, Experiment, load_grid
+from ctxlm.corpus import PROTOCOL
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.files import atomic, read_arrays
 from ctxlm.results import LOSSES, outputs_dir, run_folders
@@ -26,6 +31,173 @@ TABLES = {
 """The columns of a run's tables, which are committed beside its metrics.json when it took long."""
 OPTIONAL_TABLE = "test_by_sample.csv"
 """A table that older runs do not have."""
+PROTOCOL_1 = "protocol-1/"
+"""Begins the name of every grid of runs that were judged by protocol 1."""
+DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
+"""Parameters that a replicate draws anew, and what each of them is arbitrary about."""
+PAIR = [*DRAWN]
+"""What two runs that are a pair have in common, beside what they are compared at."""
+TYPES = ("float32", "bfloat16")
+"""Types of product that an experiment may have; an n-gram, which has no products, names another."""
+RESOLVED = ("device", "dtype")
+"""Parameters of which a run holds what `auto` became."""
+ALIKE = {"experiment", "train_tokens", "train_samples", "device", "train_loss_after_epoch", "val_every_steps", *DRAWN}
+"""Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
+
+
+def read_runs(*grids: str) -> pd.DataFrame:
+    """The finished runs of one or several grids, a row a run, ready for a formula.
+
+    Of a grid that has a file, only runs that it asks for with the parameters that they have are read; others are an
+    earlier file's. Of `protocol-1/<name>`, all. Beside the content of metrics.json there are
+
+    - `grid`, `run`, and `id`, which joins both;
+    - `configuration`: the experiment's label and, where its runs differ in more than size and replicate, in what;
+    - `replicate`, as `replicates` numbers them over all grids;
+    - `log_ppl` (nats, of the test text; `val_loss` is of validation), `log_tokens`, `log2_tokens`;
+    - `log_over_fitting`: log of the last epoch's validation PPL over the best one's; nan where training ended by the
+      limit of epochs, not by an early stop, and has no over-fitting to show yet.
+
+    `attrs["planned"]` is how many runs the grids' files ask for. A grid without runs has no rows; the frame is then
+    empty.
+
+    Raises:
+        ConfigError: a file is damaged; runs were judged by another protocol than today's, or multiply in two types that
+            their grid's file does not give them. Grids of protocol 1 are read as they are.
+    """
+    frames, planned = [], 0
+    for grid in grids:
+        plan = None if grid.startswith(PROTOCOL_1) else load_grid(grid)
+        runs = load_runs(plan.name if plan else grid)
+        planned += len(plan.runs) if plan else len(runs)
+        if plan and len(runs):
+            runs = runs[[_as_planned(run, plan.runs) for _, run in runs.iterrows()]]
+            _check_alike(plan.name, runs, plan.runs)
+        if len(runs):
+            frames.append(runs.assign(grid=plan.name if plan else grid))
+    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    if len(found):
+        found = _configured(found)
+        found["id"] = found["grid"] + "/" + found["run"]
+        found["replicate"] = replicates(found)
+        found["log_ppl"] = found.get("test_loss", math.nan)
+        found["log_tokens"], found["log2_tokens"] = np.log(found["train_tokens"]), np.log2(found["train_tokens"])
+        if {"overfit_rate", "epochs_run"} <= {*found}:
+            stopped = found["epochs_run"] - found["best_epoch"] >= found["phase2_patience"]
+            found["log_over_fitting"] = np.log1p(found["overfit_rate"]).where(stopped)
+    found.attrs["planned"] = planned
+    return found
+
+
+def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
+    """What was measured on the way, of all `runs`: columns phase, step, metric, value, and all of the runs' own."""
+    tables = pd.concat([load_table(grid, "history.csv").assign(grid=grid) for grid in runs["grid"].unique()])
+    return tables[["grid", "run", "phase", "step", "metric", "value"]].merge(runs, on=["grid", "run"])
+
+
+def loss_sums(runs: pd.DataFrame, part: str = "test") -> tuple[np.ndarray, np.ndarray] | None:
+    """Sums of the losses, nats [runs, samples], on every judged sample of `part`, and the samples' tokens [samples].
+
+    None where a run's losses were not kept by sample, or not all runs were judged on the same text.
+    """
+    sums, tokens, name = {}, None, f"{part}_by_sample.csv"
+    folders = {grid: run_folders(grid) for grid in runs["grid"].unique()}
+    for row in runs.drop_duplicates("id").itertuples():
+        folder, _ = folders[row.grid].get(row.run, (None, ""))
+        table = folder and _table(row.grid, row, folder / name)
+        if table is None:
+            return None
+        judged = table.set_index("sample").sort_index()
+        tokens = judged["tokens"] if tokens is None else tokens
+        if not judged["tokens"].equals(tokens):
+            return None
+        sums[row.id] = judged["loss_sum"].to_numpy(float)
+    return (np.stack([sums[name] for name in runs["id"]]), tokens.to_numpy(float)) if sums else None
+
+
+def replicates(runs: pd.DataFrame) -> pd.Series:
+    """The replicate of every run, numbered from 0.
+
+    Of `DRAWN` those count that vary: runs that have a value of one of them in common, or each with a third run, are of
+    one replicate. Seeds crossed with texts are thus a single one, from which nothing can be concluded beyond them.
+    """
+    varied = [pd.factorize(runs[name])[0] for name in DRAWN if name in runs and runs[name].nunique() > 1]
+    links, nodes = [], len(runs)
+    for codes in varied:  # a node for every run and every value
+        links.append((np.arange(len(runs)), nodes + codes))
+        nodes += codes.max() + 1
+    if not links:
+        return pd.Series(0, runs.index)
+    ends = tuple(np.concatenate(side) for side in zip(*links, strict=True))
+    graph = sparse.coo_matrix((np.ones(len(ends[0])), ends), shape=(nodes, nodes))
+    _, found = sparse.csgraph.connected_components(graph, directed=False)
+    return pd.Series(pd.factorize(found[: len(runs)])[0], runs.index)
+
+
+def overview(runs: pd.DataFrame) -> pd.DataFrame:
+    """What the runs of each grid are: how many, of how many planned, in how many replicates, by which rules."""
+    if runs.empty:
+        return pd.DataFrame({"finished runs": [0], "planned": [runs.attrs.get("planned", 0)]})
+    drawn = [name for name in DRAWN if runs[name].nunique() > 1]
+    rows = {
+        grid: {
+            "finished runs": len(own),
+            "replicates": own["replicate"].nunique(),
+            "drawn anew in each": ", ".join(DRAWN[name] for name in drawn if own[name].nunique() > 1) or "nothing",
+            "training tokens": ", ".join(f"{size:,}" for size in sorted(own["train_tokens"].unique())),
+            "protocol": ", ".join(map(str, sorted(own["protocol"].unique()))),
+            "products": ", ".join(sorted(own["dtype"].unique())),
+            "source": ", ".join(sorted(own["source"].unique())),
+        }
+        for grid, own in runs.groupby("grid")
+    }
+    return pd.DataFrame(rows).T.rename_axis("grid")
+
+
+def _configured(runs: pd.DataFrame) -> pd.DataFrame:
+    """With the column `configuration`."""
+    label = runs["experiment"]
+    for name in (name for name in Experiment.model_fields if name in runs and name not in ALIKE):
+        # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
+        kind = ["experiment", *(["train_tokens", *PAIR] if name == "dtype" else [])]
+        if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
+            label = label + f", {name} " + runs[name].astype(str)
+    return runs.assign(configuration=label)
+
+
+def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment]) -> None:
+    """Refuse runs that cannot stand beside one another.
+
+    Raises:
+        ConfigError: as `read_runs`.
+    """
+    other = runs.loc[runs["protocol"] != PROTOCOL, "run"]
+    if len(other):
+        judged = " and ".join(f"{n} by protocol {by}" for by, n in runs["protocol"].value_counts().sort_index().items())
+        raise ConfigError(
+            f"grid {grid} has runs that were judged otherwise than by today's protocol {PROTOCOL} and cannot be read "
+            f"({judged}): delete the metrics.json of each, as of {other.iloc[0]}, and run `make report GRID={grid}` "
+            "again"
+        )
+    typed = runs[runs["dtype"].isin(TYPES)]
+    if typed["dtype"].nunique() > 1 and [plan[run].dtype for run in typed["run"]] != typed["dtype"].tolist():
+        counts = typed["dtype"].value_counts().sort_index()
+        types = " and ".join(f"{n} in {kind}" for kind, n in counts.items())
+        raise ConfigError(
+            f"grid {grid} has runs whose matrix products are of two types (dtype: {types}), which its file does not "
+            f"give them: write `dtype: {counts.idxmax()}`, or the other one, under `common` in that file and run `make "
+            f"report GRID={grid}` again"
+        )
+
+
+def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
+    """Whether a run has the parameters that the plan gives to one of its name."""
+    if run["run"] not in plan:
+        return False
+    wanted = plan[run["run"]]
+    size = "train_samples" if wanted.train_samples is None else "train_tokens"  # what follows from the other one
+    values = wanted.model_dump(exclude={*RESOLVED, size})
+    return all(pd.isna(run[name]) if value is None else run[name] == value for name, value in values.items())
 
 
 def load_runs(grid: str) -> pd.DataFrame:
@@ -114,21 +286,31 @@ def load_table(grid: str, name: str) -> pd.DataFrame:
     """
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():
-        path = folders[row.run][0] / name
-        if name == OPTIONAL_TABLE and not path.exists():
-            continue
-        try:
-            table = _read_table(path)
-            if "tokens" in table:  # of N tokens N - 1 are predicted
-                asked, there = getattr(row, f"{name.partition('_')[0]}_tokens") - 1, table["tokens"].sum()
-                if there != asked:
-                    raise ValueError(f"it has {there} tokens, metrics.json asks for {asked}")
-        except (OSError, ValueError) as error:
-            raise _damaged(grid, row.run, row.source, name, error) from None
-        for column in ("seed", "train_tokens", "experiment", "run"):
-            table.insert(0, column, getattr(row, column))
-        tables.append(table)
+        table = _table(grid, row, folders[row.run][0] / name)
+        if table is not None:
+            for column in ("seed", "train_tokens", "experiment", "run"):
+                table.insert(0, column, getattr(row, column))
+            tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _table(grid: str, run: Any, path: Path) -> pd.DataFrame | None:
+    """One of `TABLES` of a run, a row of `load_runs`; None where the run is older than it.
+
+    Raises:
+        ConfigError: as `load_table`.
+    """
+    if path.name == OPTIONAL_TABLE and not path.exists():
+        return None
+    try:
+        table = _read_table(path)
+        if "tokens" in table:  # of N tokens N - 1 are predicted
+            asked, there = getattr(run, f"{path.name.partition('_')[0]}_tokens") - 1, table["tokens"].sum()
+            if there != asked:
+                raise ValueError(f"it has {there} tokens, metrics.json asks for {asked}")
+    except (OSError, ValueError) as error:
+        raise _damaged(grid, run.run, run.source, path.name, error) from None
+    return table
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -1,0 +1,453 @@
+"""One kind of estimate: a number, its 95 % interval, and what that interval covers.
+
+An experiment has two sources of chance. *Replicates* each draw seed, training text and signs of the embedding anew;
+*samples* are the pieces of text that all runs are judged on. Whatever is estimated, a difference of two configurations
+or a coefficient of a regression, is computed in every replicate by itself (the summary-measures approach; Frison &
+Pocock, 1992), so that nothing need be assumed of errors inside a replicate, and is a weighted sum of the losses of the
+samples. Its variance is then that of a mean over two crossed factors (two-way clustering; Cameron, Gelbach & Miller,
+2011), and its interval Student's with Satterthwaite's (1946) degrees of freedom. With one replicate the interval
+covers samples alone, and with losses not kept by sample, replicates alone: `over` says which.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+import statsmodels.formula.api as smf
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+from scipy import special
+
+from ctxlm.analysis import runs as tidy
+from ctxlm.analysis.run_plots import REFERENCE, new_figure
+
+LEVEL = 0.95
+MIME = "application/vnd.ctxlm.estimates+json"
+"""Under this type a displayed table carries its estimates as data: the site and the tests read them there."""
+SAMPLES = "samples"
+RESIDUALS = "residuals"
+"""What an interval covers where there is a single replicate, and the regression's own residuals are its error."""
+LOSSES = {"log_ppl": "test", "val_loss": "val"}
+"""Columns that are means of losses, nats, and the text they are of."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a value is shown: as `show(value)`, formatted; a `comparison` is a difference that may be of either sign."""
+
+    show: Any
+    text: str
+    comparison: bool = False
+
+
+UNITS = {
+    "% of PPL": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %", comparison=True),
+    "PPL": Unit(np.exp, "{:.1f}"),
+    "%": Unit(lambda x: 100 * np.expm1(x), "{:+z.0f} %"),
+    "exponent": Unit(lambda x: x, "{:.3f}"),
+    "difference of exponents": Unit(lambda x: x, "{:+z.3f}", comparison=True),
+    "tokens": Unit(np.exp, "{:,.0f}"),
+    "tokens read": Unit(lambda x: x, "{:.1f}"),
+    "nats": Unit(lambda x: x, "{:+z.3f}", comparison=True),
+    "share": Unit(np.exp, "{:.2f}"),
+    "": Unit(lambda x: x, "{:,.4g}"),
+}
+"""What a value is: logarithms of PPL and of tokens, in nats, are shown as what they are logarithms of."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval: the only carrier of one."""
+
+    contrast: str
+    """What is estimated, as "A − B"."""
+    at: str
+    """Where, as "28,000 tokens"."""
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    """Runs, or pairs of runs."""
+    replicates: int
+    dof: float | None
+    over: tuple[str, ...]
+    """What the interval covers: of seed, text, signs, samples; or residuals."""
+    unit: str = "% of PPL"
+    """One of `UNITS`."""
+
+    @property
+    def verdict(self) -> str:
+        """Of a comparison: whether the interval leaves out 0."""
+        if not UNITS[self.unit].comparison:
+            return ""
+        if self.low is None:
+            return "no interval"
+        return "lower" if self.high < 0 else "higher" if self.low > 0 else "no significant difference"
+
+    @property
+    def shown(self) -> tuple[float, float | None, float | None]:
+        """Value and interval in the unit that is read."""
+        ends = (self.value, self.low, self.high)
+        return tuple(None if x is None else float(UNITS[self.unit].show(x)) for x in ends)
+
+    def text(self) -> tuple[str, str]:
+        """Value and interval as they are printed."""
+        unit = UNITS[self.unit]
+        value, *ends = (None if x is None else unit.text.format(x).replace("-", "−") for x in self.shown)
+        return value, "none" if None in ends else f"{ends[0]} to {ends[1]}"
+
+
+class Estimates(list[Estimate]):
+    """Estimates that show themselves as a table, and carry themselves with it."""
+
+    def frame(self) -> pd.DataFrame:
+        """One row an estimate, its own fields and the verdict."""
+        rows = [asdict(e) | {"over": ", ".join(e.over), "verdict": e.verdict} for e in self]
+        return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
+
+    def table(self) -> Styler:
+        """What a reader sees, in at most eight columns; what all rows have in common stands above them."""
+        rows = []
+        for e in self:
+            value, interval = e.text()
+            row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
+            row |= {"covers": ", ".join(e.over) or "nothing", "replicates": str(e.replicates or "")}
+            rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": e.verdict})
+        table, common = pd.DataFrame(rows), []
+        if not any(e.low is not None for e in self):  # plain numbers: nothing to say of intervals
+            table = table.drop(columns=["95 % interval", "covers"], errors="ignore")
+        for name in (name for name in ("covers", "replicates") if name in table):
+            if len(table) > 1 and table[name].nunique() == 1 and table[name][0]:
+                common.append(f"{name.replace('covers', 'intervals cover')}: {table.pop(name)[0]}")
+        if len(table):  # columns in which nothing stands are left out
+            table = table.loc[:, [name for name in table if name in ("", "estimate") or (table[name] != "").any()]]
+        return table.style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
+
+    def forest(self, title: str = "") -> Figure:
+        """Every estimate with its interval, from top to bottom; hollow where the interval holds 0."""
+        unit = UNITS[self[0].unit] if self else UNITS[""]
+        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * max(len(self), 1))
+        for row, e in enumerate(self):
+            value, low, high = e.shown
+            told = e.verdict in ("lower", "higher") or not unit.comparison
+            colour = "#0173b2" if told else "0.45"
+            if low is not None:
+                axes.plot([low, high], [row, row], color=colour, linewidth=2)
+            axes.plot(value, row, "o", color=colour, mfc=colour if told else "white", markersize=7)
+        if unit.comparison:
+            axes.axvline(0, **REFERENCE)
+        labels = [", ".join(part for part in (e.contrast, e.at) if part) for e in self]
+        label = {"% of PPL": "difference of PPL, %", "%": "%"}.get(self[0].unit, self[0].unit) if self else ""
+        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}, with 95 % intervals", title=title)
+        axes.set_yticks(range(len(self)), labels)
+        axes.grid(axis="y", visible=False)
+        plt.close(figure)  # what a cell returns is shown once
+        return figure
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        data = [asdict(e) | {"verdict": e.verdict, "shown": e.shown} for e in self]
+        return {"text/html": self.table().to_html(), "text/plain": self.frame().to_string(), MIME: data}
+
+    def save(self, path: Any) -> None:
+        """Write `frame()` as a CSV file, atomically."""
+        from ctxlm.files import atomic, resolve
+
+        with atomic(resolve(path)) as temporary:
+            self.frame().to_csv(temporary, index=False)
+
+
+def drawn(runs: pd.DataFrame) -> tuple[str, ...]:
+    """What differs between these runs' replicates, of seed, text and signs; nothing for a single one."""
+    if runs["replicate"].nunique() < 2:
+        return ()
+    return tuple(name for column, name in tidy.DRAWN.items() if runs[column].nunique() > 1)
+
+
+def critical(dof: Any) -> Any:
+    """Student's t that intervals reach out to."""
+    return special.stdtrit(dof, (1 + LEVEL) / 2)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means [p] of p quantities, and the covariances of their errors: a sum of `parts` ([p, p], degrees of freedom)."""
+
+    mean: np.ndarray
+    parts: list[tuple[np.ndarray, float]]
+    """Empty where there is no error to be seen."""
+    n: int
+    replicates: int
+    over: tuple[str, ...]
+
+    def variance(self, weights: np.ndarray) -> tuple[Any, Any]:
+        """Of weighted sums [..., p] of the quantities, and its degrees of freedom: numbers, or arrays [...].
+
+        Of all parts together, with Satterthwaite's (1946) degrees of freedom; or of the first one alone where that
+        gives the wider interval, for two or three replicates that happen to lie close together make the other one too
+        narrow. A part whose variance is estimated as negative counts as none.
+        """
+        w = np.asarray(weights, float)
+        found = np.array([np.clip(np.einsum("...i,ij,...j", w, cov, w), 0, None) for cov, _ in self.parts])
+        dofs = np.array([dof for _, dof in self.parts]).reshape(-1, *[1] * (w.ndim - 1))
+        total, few = found.sum(0), np.broadcast_to(dofs[0], found.shape[1:])
+        spread = (found**2 / dofs).sum(0)
+        dof = np.divide(total**2, spread, out=few.copy(), where=spread > 0)
+        alone = critical(few) ** 2 * found[0] >= critical(dof) ** 2 * total
+        return np.where(alone, found[0], total)[()], np.where(alone, few, dof)[()]
+
+    def estimate(self, weights: Sequence[float], contrast: str, at: str = "", unit: str = "% of PPL") -> Estimate:
+        """A weighted sum of the quantities, with Student's interval."""
+        w = np.asarray(weights, float)
+        value, low, high, dof = float(w @ self.mean), None, None, None
+        if self.parts:
+            variance, dof = self.variance(w)
+            half = float(critical(dof) * math.sqrt(variance))
+            low, high, dof = value - half, value + half, float(dof)
+        over = self.over if self.parts else ()
+        return Estimate(contrast, at, value, low, high, self.n, self.replicates, dof, over, unit)
+
+
+def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
+    """Means [p] of p quantities known in replicates and, perhaps, on samples; and the `parts` of their errors.
+
+    The variance over replicates holds what samples and replicates do together; it is taken off the variance over
+    samples, which holds it too, so that it counts once. The sum is never below the variance over replicates alone.
+
+    Args:
+        sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated. Without
+            `tokens`, [replicates, p], and samples are not drawn.
+        tokens: [samples], the samples' weights.
+    """
+    m = len(sums)
+    if tokens is None:
+        return sums.mean(0), [(np.atleast_2d(np.cov(sums.T)) / m, m - 1.0)] if m > 1 else []
+    n, whole = len(tokens), tokens.sum()
+    means = sums.sum((0, 1)) / m / whole
+    errors = (sums - means * tokens[:, None]) / whole / m  # [m, n, p]
+    parts = []
+    if m > 1:
+        by_replicate = errors.sum(1)
+        parts.append((m / (m - 1) * by_replicate.T @ by_replicate, m - 1.0))
+    if n > 1:
+        by_sample = errors.sum(0)
+        between = n / (n - 1) * by_sample.T @ by_sample
+        if m > 1:
+            shared = tokens[:, None] / whole * errors.sum(1, keepdims=True)  # what a replicate does to every token
+            rest = (errors - by_sample / m - shared).reshape(m * n, -1)
+            between -= m * n / ((m - 1) * (n - 1)) * rest.T @ rest
+        effective = whole**2 / np.square(tokens).sum()  # samples of equal length that weigh as much (Kish, 1965)
+        parts.append((between, max(effective - 1, 1.0)))
+    return means, parts
+
+
+class Coefficients:
+    """A formula fitted by least squares in every replicate by itself.
+
+    Args:
+        formula: of statsmodels; its left side is a column of `runs`. `log_ppl` (test) and `val_loss` (validation) are
+            losses: where they were kept by sample, the interval covers samples, too.
+        runs: as `runs.read_runs` gives them, or `pairs`. Replicates in which the formula cannot be fitted are left out.
+        judged: in place of the losses that the runs have: of each row its sums over samples, [rows, samples], and the
+            samples' tokens.
+
+    Attributes:
+        by_replicate: the coefficients, a row a replicate.
+        moments: of the coefficients, in that order. Of a single replicate the error is that of its residuals.
+
+    Raises:
+        ValueError: no replicate can tell the coefficients apart.
+    """
+
+    def __init__(self, formula: str, runs: pd.DataFrame, judged: tuple[np.ndarray, np.ndarray] | None = None):
+        left = formula.partition("~")[0].strip()
+        if left in runs:
+            kept = runs[left].notna().to_numpy()
+            runs, judged = runs[kept], judged and (judged[0][kept], judged[1])
+        runs = runs.reset_index(drop=True)
+        model = smf.ols(formula, runs) if len(runs) else None  # of all replicates, so that all have the same columns
+        used = runs.loc[[] if model is None else model.data.row_labels]
+        if left in LOSSES and judged is None and len(used):
+            judged = tidy.loss_sums(used, LOSSES[left])
+        elif judged is not None:
+            judged = judged[0][used.index], judged[1]
+        fits, members = {}, []
+        for replicate, own in used.reset_index(drop=True).groupby("replicate").indices.items():
+            if np.linalg.matrix_rank(model.exog[own]) == model.exog.shape[1]:
+                fits[replicate] = sm.OLS(model.endog[own], model.exog[own]).fit()
+                members.append(own)
+        if not fits:
+            raise ValueError(f"{len(used)} runs cannot tell the coefficients of {formula!r} apart: run more of them")
+        self.terms = model.exog_names
+        self.by_replicate = pd.DataFrame([one.params for one in fits.values()], list(fits), self.terms)
+        used, whole = used.iloc[np.concatenate(members)], (sum(map(len, members)), len(fits))
+        if len(fits) == 1:
+            (one,) = fits.values()
+            parts = [(one.cov_params(), float(one.df_resid))] if one.df_resid > 0 else []
+            self.moments = Moments(one.params, parts, *whole, (RESIDUALS,))
+        elif judged is None:
+            self.moments = Moments(*crossed(self.by_replicate.to_numpy(), None), *whole, drawn(used))
+        else:
+            sums = [(np.linalg.pinv(model.exog[own]) @ judged[0][own]).T for own in members]  # [samples, p]
+            self.moments = Moments(*crossed(np.stack(sums), judged[1]), *whole, (*drawn(used), *_samples(judged[1])))
+
+    def estimate(
+        self, term: str | Mapping[str, float], contrast: str = "", at: str = "", unit: str = "% of PPL"
+    ) -> Estimate:
+        """A coefficient, or a sum of several, each times its number."""
+        terms = {term: 1.0} if isinstance(term, str) else term
+        missing = [name for name in terms if name not in self.terms]
+        if missing:
+            raise KeyError(f"{missing[0]!r} is not among the coefficients: {', '.join(self.terms)}")
+        weights = [terms.get(name, 0.0) for name in self.terms]
+        return self.moments.estimate(weights, contrast or " + ".join(terms), at, unit)
+
+
+def from_fit(
+    result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL", replicates: int = 0
+) -> Estimate:
+    """A linear combination of a statsmodels result's coefficients, by its own `t_test`: "x", or "x + 2 * y"."""
+    test = result.t_test(hypothesis)
+    low, high = (float(x) if math.isfinite(x) else None for x in np.ravel(test.conf_int(1 - LEVEL)))
+    dof = getattr(test, "df_denom", None)  # of Student's law, which not every model takes
+    dof = dof if dof and math.isfinite(dof) else None
+    value, n = float(np.ravel(test.effect)[0]), int(result.nobs)
+    return Estimate(contrast or hypothesis, at, value, low, high, n, replicates, dof, (RESIDUALS,), unit)
+
+
+def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str = "") -> Estimate:
+    """The mean of a column over replicates: Student's interval.
+
+    Raises:
+        ValueError: no run has a value of it.
+    """
+    own = runs.dropna(subset=[column])
+    if own.empty:
+        raise ValueError(f"none of {len(runs)} runs has {column}: there is no mean of it")
+    values = own.groupby("replicate")[column].mean().to_numpy()
+    moments = Moments(*crossed(values[:, None], None), len(own), len(values), drawn(own))
+    return moments.estimate([1.0], contrast, at, unit)
+
+
+def pairs(
+    runs: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], at: Sequence[str] = ("train_tokens",)
+) -> pd.DataFrame:
+    """Runs with the values `a` beside those with the values `b`: a row a pair, equal in `at`, seed, text and signs.
+
+    Args:
+        runs: as `runs.read_runs` gives them.
+        a, b: column → value.
+        at: columns in which both are equal.
+
+    Returns:
+        columns `at`, `PAIR`, replicate, and of both sides id_a, id_b, log_ppl_a, …
+
+    Raises:
+        ValueError: a side has two runs of one place: name what else they differ in, in `at` or in `a` and `b`.
+    """
+    keys = [*at, *tidy.PAIR]
+    sides = []
+    for wanted in (a, b):
+        side = runs[np.logical_and.reduce([runs[name] == value for name, value in wanted.items()])]
+        if side.duplicated(keys).any():
+            _, alike = next(iter(side[side.duplicated(keys, keep=False)].groupby(keys, dropna=False)["run"]))
+            names = " and ".join(alike[:2])
+            raise ValueError(f"{names} are equal in {', '.join(keys)}: a pair needs one run on each side")
+        sides.append(side.set_index([*keys, "replicate"]))
+    both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
+    return both.copy().reset_index()
+
+
+def paired(
+    runs: pd.DataFrame,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    at: Sequence[str] = ("train_tokens",),
+    column: str = "log_ppl",
+    contrast: str = "",
+    unit: str = "% of PPL",
+    pooled: bool = False,
+) -> Estimates:
+    """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
+
+    Losses (`log_ppl` on test, `val_loss` on validation) are compared sample by sample where they were kept so. Pairs
+    that `comparable` leaves out have no row.
+
+    Args:
+        runs, a, b, at: as `pairs`.
+        column: what is compared.
+        contrast: its name; by default the values of `a` and `b`.
+        unit: one of `UNITS`.
+        pooled: one estimate over all places, each of which weighs alike, instead of one a place. Replicates that lack a
+            place are left out.
+
+    Raises:
+        ValueError: as `pairs`.
+    """
+    contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
+    found = comparable(pairs(runs, a, b, at), column)
+    if found.empty:
+        return Estimates()
+    found["place"] = found.groupby(list(at), dropna=False).ngroup() if at else 0
+    if pooled:
+        places = found.groupby("replicate")["place"].transform("nunique")
+        found = found[places == found["place"].nunique()]
+        return Estimates([_paired(runs, found, column, contrast, "", unit)] if len(found) else [])
+    groups = found.groupby(list(at), dropna=False) if at else [((), found)]
+    return Estimates([_paired(runs, own, column, contrast, place(at, key), unit) for key, own in groups])
+
+
+def place(at: Sequence[str], key: Sequence[Any]) -> str:
+    """Where an estimate is: the values of the columns `at`, with their unit."""
+    shown = (
+        f"{value:,} tokens" if name == "train_tokens" else f"{value:g}" if isinstance(value, float) else value
+        for name, value in zip(at, key, strict=True)
+    )
+    return ", ".join(map(str, shown))
+
+
+def _paired(runs: pd.DataFrame, found: pd.DataFrame, column: str, contrast: str, at: str, unit: str) -> Estimate:
+    judged = differences(runs, found, column)
+    if judged is None:
+        values, tokens = (found[f"{column}_a"] - found[f"{column}_b"]).to_numpy(float)[:, None], None
+    else:
+        values, tokens = judged
+    means = pd.DataFrame(values).groupby([found["replicate"].to_numpy(), found["place"].to_numpy()]).mean()
+    means = means.groupby(level=0).mean().to_numpy()
+    over = (*drawn(found), *_samples(tokens))
+    moments = Moments(*crossed(means if tokens is None else means[..., None], tokens), len(found), len(means), over)
+    return moments.estimate([1.0], contrast, at, unit)
+
+
+def _samples(tokens: np.ndarray | None) -> tuple[str, ...]:
+    """What an interval covers beside replicates: samples, where there are several."""
+    return (SAMPLES,) if tokens is not None and len(tokens) > 1 else ()
+
+
+def comparable(found: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Those of the `pairs` found of which both sides have a value and, of a loss, were judged on equally long text."""
+    alike = found[f"{column}_a"].notna() & found[f"{column}_b"].notna()
+    tokens = f"{LOSSES.get(column)}_tokens"
+    if f"{tokens}_a" in found:
+        alike &= found[f"{tokens}_a"] == found[f"{tokens}_b"]
+    return found[alike].copy()
+
+
+def differences(runs: pd.DataFrame, found: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of each of the `pairs` found among `runs` the difference of loss sums, [pairs, samples], and the samples' tokens.
+
+    None where `column` is no loss, or losses were not kept by sample, or both sides were judged on other text.
+    """
+    by_id = runs.drop_duplicates("id").set_index("id", drop=False)
+    both = by_id.loc[[*found["id_a"], *found["id_b"]]]
+    judged = tidy.loss_sums(both, LOSSES[column]) if column in LOSSES else None
+    return judged and (judged[0][: len(found)] - judged[0][len(found) :], judged[1])
+
+
+def collect(*groups: Iterable[Estimate]) -> Estimates:
+    """Several tables of estimates as one."""
+    return Estimates([e for group in groups for e in group])

@@ -1,0 +1,612 @@
+"""Estimates and their intervals against closed forms, SciPy's and statsmodels' own, planted runs and simulation."""
+
+import json
+import math
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+import statsmodels.formula.api as smf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.anova import anova_lm
+
+from ctxlm.analysis.estimates import (
+    MIME,
+    UNITS,
+    Coefficients,
+    Estimate,
+    Estimates,
+    Moments,
+    collect,
+    comparable,
+    crossed,
+    from_fit,
+    mean,
+    paired,
+    pairs,
+)
+from ctxlm.analysis.runs import read_runs
+from ctxlm.analysis.scaling import crossovers, fieller, laws
+from ctxlm.files import ROOT
+from tests.planted import LAWS, MEETS, MIDDLE, SIZES, Planted, write
+
+A, B = {"configuration": "A"}, {"configuration": "B"}
+ALL = {"text": 0.05, "own": 0.02, "tilt": 0.03, "hard": 0.04, "liked": 0.01, "noise": 0.01}
+fixed = partial(pytest.approx, rel=1e-9, abs=1e-12)
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Plants runs whose losses are known by sample, as `loss_sums` then gives them."""
+
+    def plant(*arguments, **options):
+        planted = Planted(*arguments, **options)
+        monkeypatch.setattr("ctxlm.analysis.runs.loss_sums", planted.loss_sums)
+        return planted
+
+    return plant
+
+
+def moments(sums, tokens=None) -> Moments:
+    return Moments(*crossed(np.asarray(sums, float), tokens), len(sums), len(sums), ())
+
+
+def ends(estimate: Estimate) -> tuple[float, float]:
+    return estimate.low, estimate.high
+
+
+# Errors: what closed forms say
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_over_replicates_alone_the_interval_is_students(values):
+    found = moments(np.array(values)[:, None]).estimate([1.0], "x")
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert ends(found) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert found.value == pytest.approx(np.mean(values), abs=1e-9) and found.dof == fixed(len(values) - 1)
+
+
+def test_over_samples_alone_the_error_is_that_of_a_ratio():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 129, 60).astype(float)
+    sums = rng.normal(0.1, 0.3, 60) * tokens
+    found = moments(sums[None, :, None], tokens).estimate([1.0], "x")
+    ratio = sums.sum() / tokens.sum()  # Cochran (1977), without the finite population's correction
+    s2 = np.square(sums - ratio * tokens).sum() / 59
+    error = math.sqrt(s2 / 60) / tokens.mean()
+    dof = tokens.sum() ** 2 / (tokens**2).sum() - 1
+    half = stats.t.ppf(0.975, dof) * error
+    assert found.value == fixed(ratio) and ends(found) == fixed((ratio - half, ratio + half))
+    assert found.dof == fixed(dof) and dof < 59
+    equal = moments(sums[None, :, None], np.full(60, 80.0)).estimate([1.0], "x")
+    expected = stats.ttest_1samp(sums / 80, 0).confidence_interval()
+    assert ends(equal) == fixed((expected.low, expected.high))
+
+
+def test_without_interaction_both_sources_add_up():
+    rng = np.random.default_rng(1)
+    by_replicate, by_sample = rng.normal(0, 0.3, 5), rng.normal(0, 0.5, 30)
+    table = by_replicate[:, None] + by_sample
+    found, tokens = moments(100 * table[..., None], np.full(30, 100.0)), np.full(30, 100.0)
+    over_replicates, over_samples = np.var(by_replicate, ddof=1) / 5, np.var(by_sample, ddof=1) / 30
+    assert [part.item() for part, _ in found.parts] == fixed([over_replicates, over_samples])
+    variance, dof = found.variance(np.ones(1))
+    assert variance == fixed(over_replicates + over_samples)
+    assert dof == fixed(variance**2 / (over_replicates**2 / 4 + over_samples**2 / 29))  # Satterthwaite (1946)
+    assert found.mean == fixed(np.average(table.mean(0), weights=tokens))
+
+
+def test_what_both_do_together_counts_once():
+    rng = np.random.default_rng(2)
+    m, n = 4, 25
+    table = rng.normal(0, 0.5, (m, 1)) + rng.normal(0, 0.6, n) + rng.normal(0, 0.4, (m, n))
+    long = pd.DataFrame([(r, s, table[r, s]) for r in range(m) for s in range(n)], columns=["r", "s", "y"])
+    squares = anova_lm(smf.ols("y ~ C(r) + C(s)", long).fit())
+    between = squares["sum_sq"] / squares["df"]  # mean squares of replicates, samples, and the rest
+    found = moments(7 * table[..., None], np.full(n, 7.0))
+    expected = (between["C(r)"] + between["C(s)"] - between["Residual"]) / (m * n)
+    assert sum(part.item() for part, _ in found.parts) == fixed(expected)
+
+
+def test_of_samples_of_unequal_length_each_source_is_kept_to_itself():
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(5, 500, 30).astype(float)
+    replicates, samples = rng.normal(0, 0.3, (4, 1)), rng.normal(0, 0.5, 30)
+    first, second = moments(((0 * samples + replicates) * tokens)[..., None], tokens).parts
+    assert first[0].item() == fixed(np.var(replicates, ddof=1) / 4) and second[0].item() == pytest.approx(0, abs=1e-15)
+    first, second = moments(((samples + 0 * replicates) * tokens)[..., None], tokens).parts
+    assert first[0].item() == pytest.approx(0, abs=1e-15)
+    alone = moments((samples * tokens)[None, :, None], tokens)
+    assert second[0].item() == fixed(alone.parts[0][0].item())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 8), st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1))
+def test_an_interval_is_never_narrower_than_over_replicates_alone(seed, m, by_replicate, by_sample, noise):
+    rng, n = np.random.default_rng(seed), 12
+    tokens = rng.integers(10, 129, n).astype(float)
+    values = by_replicate * rng.standard_normal((m, 1)) + by_sample * rng.standard_normal(n)
+    sums = ((values + noise * rng.standard_normal((m, n))) * tokens)[..., None]
+    whole, alone = moments(sums, tokens), moments(sums.sum(1) / tokens.sum())
+    both, one = (found.estimate([1.0], "x") for found in (whole, alone))
+    assert both.low <= one.low + 1e-12 and one.high - 1e-12 <= both.high
+    assert both.value == pytest.approx(one.value) and both.dof >= one.dof - 1e-9
+    variance, dof = whole.variance(np.ones(1))
+    assert (both.high - both.low) / 2 == pytest.approx(stats.t.ppf(0.975, dof) * math.sqrt(variance))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6))
+def test_an_estimate_does_not_depend_on_how_the_quantities_are_written(seed, m):
+    rng, tokens = np.random.default_rng(seed), np.random.default_rng(seed).integers(10, 129, 15).astype(float)
+    sums = rng.standard_normal((m, 15, 3)) + rng.standard_normal((m, 1, 3)) * tokens[:, None] / 50
+    mixed = rng.standard_normal((3, 3)) + 3 * np.eye(3)
+    weights = rng.standard_normal(3)
+    plain = moments(sums, tokens).estimate(weights, "x")
+    turned = moments(sums @ mixed.T, tokens).estimate(np.linalg.solve(mixed.T, weights), "x")
+    assert (turned.value, *ends(turned)) == pytest.approx((plain.value, *ends(plain)), rel=1e-6, abs=1e-9)
+    several, _ = moments(sums, tokens).variance(np.stack([weights, np.eye(3)[1]]))
+    assert several == fixed([moments(sums, tokens).variance(w)[0] for w in (weights, np.eye(3)[1])])
+
+
+def test_no_spread_no_error_and_nothing_to_see_no_interval():
+    exact = moments(np.full((3, 4, 1), 50.0), np.full(4, 10.0)).estimate([1.0], "x", unit="nats")
+    assert ends(exact) == fixed((5.0, 5.0)) and exact.verdict == "higher"
+    for nothing in (moments([[2.0]]), moments([[[20.0]]], np.array([10.0]))):
+        found = nothing.estimate([1.0], "x")
+        assert (found.value, found.low, found.high, found.dof, found.over) == (2.0, None, None, None, ())
+        assert found.verdict == "no interval" and found.text()[1] == "none"
+
+
+# Means and pairs
+
+
+def test_a_mean_is_of_replicates():
+    runs = Planted(replicates=5, own=0.1, text=0.2).runs
+    own = runs[runs["configuration"] == "A"].assign(horizon=lambda x: x["log_ppl"])
+    own = own.assign(horizon=own["horizon"].where(own["seed"] != 42))
+    found = mean(own, "horizon", "horizon of A")
+    values = own.dropna().groupby("replicate")["horizon"].mean()
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert ends(found) == fixed((expected.low, expected.high)) and found.value == fixed(values.mean())
+    assert (found.n, found.replicates, found.dof, found.over) == (20, 4, 3, ("seed", "text", "signs"))
+    with pytest.raises(ValueError, match="horizon"):
+        mean(own.assign(horizon=np.nan), "horizon", "")
+
+
+def test_planted_differences_come_back(judged):
+    planted = judged(own=1e-4, text=0.5, hard=0.5, liked=1e-4, noise=1e-5)  # what a pair shares is no error
+    found = paired(planted.runs, A, B)
+    sizes = sorted(planted.runs["train_tokens"].unique())
+    assert [e.at for e in found] == [f"{size:,} tokens" for size in sizes]
+    for e, size in zip(found, sizes, strict=True):
+        truth = LAWS["A"][1] - LAWS["B"][1] + 0.06 * (math.log(size) - MIDDLE)
+        assert e.low < e.value < e.high and e.value == pytest.approx(truth, abs=2e-3) and e.high - e.low < 2e-3
+        assert (e.n, e.replicates, e.over) == (4, 4, ("seed", "text", "signs", "samples"))
+        assert (e.contrast, e.unit) == ("A − B", "% of PPL")
+        assert e.shown[0] == fixed(100 * (math.exp(e.value) - 1))
+    swapped = paired(planted.runs, B, A)
+    assert [ends(e) for e in swapped] == [fixed((-e.high, -e.low)) for e in found]
+    assert len(paired(planted.runs, A, {"configuration": "C"})) == 0
+
+
+def test_pairs_without_losses_by_sample_have_students_interval(judged):
+    planted = judged(replicates=6, own=0.05, noise=0.02)
+    for e in paired(planted.runs, A, B, column="val_loss"):
+        at = planted.runs[planted.runs["train_tokens"].map("{:,} tokens".format) == e.at]
+        a, b = (at[at["configuration"] == label].set_index("replicate")["val_loss"] for label in "AB")
+        expected = stats.ttest_rel(a, b).confidence_interval()
+        assert ends(e) == fixed((expected.low, expected.high)) and e.over == ("seed", "text", "signs")
+    losses = planted.runs.assign(log_horizon=planted.runs["log_ppl"])
+    assert [e.value for e in paired(losses, A, B, column="log_horizon")] == fixed(
+        [e.value for e in paired(losses, A, B, column="val_loss")]
+    )
+
+
+def test_a_single_replicate_covers_samples_alone(judged):
+    planted = judged(replicates=1, **ALL)
+    for e in paired(planted.runs, A, B):
+        assert (e.n, e.replicates, e.over) == (1, 1, ("samples",)) and e.dof == fixed(39)
+    found = paired(planted.runs, A, B, column="val_loss")
+    assert {(e.low, e.over, e.verdict) for e in found} == {(None, (), "no interval")}
+
+
+def test_seeds_of_one_text_count_once(judged):
+    planted = judged(replicates=6, **ALL)
+    runs = planted.runs.assign(replicate=planted.runs["replicate"] // 2)
+    (e,) = paired(runs[runs["train_tokens"] == 10_000], A, B)
+    assert (e.n, e.replicates) == (6, 3) and e.dof >= 2
+    a, b = (runs[(runs["configuration"] == k) & (runs["train_tokens"] == 10_000)]["log_ppl"] for k in "AB")
+    assert e.value == fixed(a.mean() - b.mean())
+
+
+def test_pooled_places_weigh_alike(judged):
+    planted = judged(**ALL)
+    (one,) = paired(planted.runs, A, B, pooled=True)
+    apart = paired(planted.runs, A, B)
+    assert one.value == fixed(np.mean([e.value for e in apart])) and (one.n, one.at) == (20, "")
+    lone = planted.runs.drop(
+        index=planted.runs.index[(planted.runs["seed"] == 42) & (planted.runs["log_tokens"] < 9.5)]
+    )
+    (one,) = paired(lone, A, B, pooled=True)  # the replicate that lacks a size would shift the mean of the others
+    whole = paired(planted.runs[planted.runs["seed"] > 42], A, B)
+    assert one.value == fixed(np.mean([e.value for e in whole])) and one.replicates == 3
+    assert len(paired(lone[lone["seed"] == 42], A, B)) == 4  # at every place that it has
+    doubled = planted.runs.assign(extra=0)
+    more = doubled[doubled["train_tokens"] == 10_000].assign(data_seed=lambda x: x["data_seed"] + 1)
+    doubled = pd.concat([doubled, more])  # two pairs of that size in every replicate
+    assert paired(doubled, A, B, pooled=True)[0].value == fixed(np.mean([e.value for e in apart]))
+
+
+def test_places_may_be_any_columns(judged):
+    planted = judged(**ALL)
+    runs = planted.runs.assign(halves=np.where(planted.runs["log_tokens"] < MIDDLE, None, 0.5))
+    found = paired(runs, A, B, at=["halves", "train_tokens"])
+    assert len(found) == 5 and sum("0.5, " in e.at for e in found) == 3
+    (lone,) = paired(runs[runs["train_tokens"] == 10_000], A, B, at=[])
+    assert lone.at == "" and lone.value == fixed(found[-2].value if "10,000" in found[-2].at else found[0].value)
+
+
+def test_a_pair_needs_one_run_on_each_side():
+    runs = Planted().runs
+    assert len(pairs(runs, A, B)) == 20
+    other = runs[runs["configuration"] == "B"].iloc[[7]].assign(run="the same again")
+    with pytest.raises(ValueError, match=f"{other['run'].item()}") as caught:
+        pairs(pd.concat([runs, other]), A, B)
+    assert runs[runs["configuration"] == "B"].iloc[7]["run"] in str(caught.value)
+    twice = pd.concat([runs, runs.assign(run=runs["run"] + "-slow")])  # those that are named are alike
+    with pytest.raises(ValueError) as caught:
+        pairs(twice, A, B)
+    first, second = str(caught.value).split(" are equal")[0].split(" and ")
+    assert second == f"{first}-slow"
+    apart = pd.concat([runs.assign(rate=1), runs.assign(rate=2)])
+    assert len(pairs(apart, A, B, at=["rate", "train_tokens"])) == 40
+    assert len(pairs(apart, A | {"rate": 1}, B | {"rate": 2})) == 20
+
+
+def test_a_pair_has_seed_text_and_signs_in_common():
+    runs = Planted().runs
+    for name in ("seed", "data_seed", "embedding_seed"):
+        moved = runs.assign(**{name: runs[name] + 100 * (runs["configuration"] == "B")})
+        assert pairs(moved, A, B).empty
+    moved = runs[(runs["configuration"] == "A") | (runs["seed"] != 43)]
+    assert sorted(pairs(moved, A, B)["seed"].unique()) == [42, 44, 45]
+
+
+def test_runs_judged_on_other_text_are_not_compared():
+    runs = Planted().runs
+    longer = (runs["configuration"] == "B") & (runs["train_tokens"] == 10_000)
+    moved = runs.assign(test_tokens=runs["test_tokens"] + longer, val_loss=runs["val_loss"].where(runs["seed"] > 42))
+    found = pairs(moved, A, B)
+    assert len(comparable(found, "log_ppl")) == 16 and len(comparable(found, "val_loss")) == 15
+    assert len(paired(moved, A, B, column="log_tokens")) == 5  # which no text changes
+
+
+# Coefficients
+
+
+@pytest.mark.parametrize("formula", ["val_loss ~ log_tokens", "val_loss ~ log_tokens * configuration"])
+def test_coefficients_are_those_of_every_replicate_by_itself(formula):
+    runs = Planted(**ALL).runs
+    fits = Coefficients(formula, runs)
+    for replicate, own in runs.groupby("replicate"):
+        assert fits.by_replicate.loc[replicate].to_dict() == fixed(smf.ols(formula, own).fit().params.to_dict())
+    pooled = smf.ols(formula, runs).fit().params  # of balanced runs the mean is the fit of all
+    for term in fits.terms:
+        found = fits.estimate(term)
+        expected = stats.ttest_1samp(fits.by_replicate[term], 0).confidence_interval()
+        assert found.value == fixed(pooled[term]) and ends(found) == fixed((expected.low, expected.high))
+        assert (found.n, found.replicates, found.dof) == (len(runs), 4, 3)
+
+
+def test_coefficients_of_losses_cover_samples(judged):
+    planted = judged(**ALL)
+    own = planted.runs[planted.runs["configuration"] == "A"]
+    fits = Coefficients("log_ppl ~ log_tokens", own)
+    found = fits.estimate("log_tokens", "α", unit="exponent")
+    assert found.value == fixed(fits.by_replicate["log_tokens"].mean()) and found.over[-1] == "samples"
+    x = own["log_tokens"].unique() - MIDDLE
+    slopes = [x @ planted.sums[own.index[own["replicate"] == r]] / (x @ x) for r in range(4)]
+    assert (found.value, *ends(found)) == fixed(
+        (lambda e: (e.value, *ends(e)))(moments(np.array(slopes)[..., None], planted.tokens).estimate([1.0], ""))
+    )
+    centred = Coefficients("log_ppl ~ I(log_tokens - 10)", own).estimate("I(log_tokens - 10)")
+    assert ends(centred) == pytest.approx(ends(found), rel=1e-6)
+    both = Coefficients("log_ppl ~ log_tokens * configuration", planted.runs)
+    turned = Coefficients("log_ppl ~ log_tokens * C(configuration, Sum)", planted.runs)
+    term, other = "log_tokens:configuration[T.B]", "log_tokens:C(configuration, Sum)[S.A]"
+    one, two = both.estimate(term), turned.estimate({other: -2.0})
+    assert (two.value, *ends(two)) == pytest.approx((one.value, *ends(one)), rel=1e-6)
+
+
+def test_given_sums_stand_for_the_left_side(judged):
+    planted = judged(replicates=3, **ALL)
+    b = planted.runs[planted.runs["configuration"] == "B"].reset_index()
+    a = planted.runs[planted.runs["configuration"] == "A"].reset_index()
+    gaps = b.assign(gap=b["log_ppl"] - a["log_ppl"])
+    sums = planted.sums[b["index"]] - planted.sums[a["index"]]
+    found = Coefficients("gap ~ log_tokens", gaps, (sums, planted.tokens)).estimate("log_tokens")
+    whole = Coefficients("log_ppl ~ log_tokens * configuration", planted.runs)
+    expected = whole.estimate("log_tokens:configuration[T.B]")
+    assert (found.value, *ends(found)) == pytest.approx((expected.value, *ends(expected)), rel=1e-6)
+    shorter = gaps.assign(gap=gaps["gap"].where(gaps["seed"] != 43))  # rows without a value go with their sums
+    left = Coefficients("gap ~ log_tokens", shorter, (sums, planted.tokens))
+    kept = (gaps["seed"] != 43).to_numpy()
+    again = Coefficients("gap ~ log_tokens", gaps[kept], (sums[kept], planted.tokens))
+    assert ends(left.estimate("log_tokens")) == fixed(ends(again.estimate("log_tokens")))
+
+
+def test_a_single_replicate_has_the_error_of_its_residuals(judged):
+    planted = judged(replicates=1, noise=0.1)
+    runs = planted.runs[planted.runs["configuration"] == "A"]
+    found = Coefficients("log_ppl ~ log_tokens", runs).estimate("log_tokens")
+    expected = smf.ols("log_ppl ~ log_tokens", runs).fit().conf_int().loc["log_tokens"]
+    assert ends(found) == fixed(tuple(expected)) and (found.over, found.dof) == (("residuals",), 3)
+    two = Coefficients("log_ppl ~ log_tokens", runs.iloc[:2]).estimate("log_tokens")  # no residual is left
+    assert (two.low, two.dof, two.over) == (None, None, ()) and math.isfinite(two.value)
+
+
+def test_replicates_that_cannot_be_fitted_are_left_out(judged):
+    runs = judged(**ALL).runs
+    few = runs[(runs["seed"] != 43) | (runs["train_tokens"] == 10_000)]  # one size
+    lone = runs[(runs["seed"] != 43) | (runs["configuration"] == "A")]  # one configuration: B's columns are all 0
+    whole = runs[runs["seed"] != 43]
+    for part in (few, lone):
+        found, expected = (Coefficients("log_ppl ~ log_tokens * configuration", x) for x in (part, whole))
+        assert found.by_replicate.equals(expected.by_replicate)
+        assert found.moments.n == 30 and list(found.by_replicate.index) == [0, 2, 3]
+        for term in expected.terms:
+            assert ends(found.estimate(term)) == fixed(ends(expected.estimate(term)))
+    with pytest.raises(ValueError, match="run more"):
+        Coefficients("log_ppl ~ log_tokens", runs[runs["train_tokens"] == 10_000])
+    for nothing in (runs.iloc[:0], runs.assign(log_ppl=np.nan)):
+        with pytest.raises(ValueError):
+            Coefficients("log_ppl ~ log_tokens", nothing)
+    with pytest.raises(KeyError, match="log_token"):
+        Coefficients("log_ppl ~ log_tokens", runs).estimate("log_token")
+
+
+def test_rows_without_a_value_are_left_out_on_either_side(judged):
+    planted = judged(**ALL)
+    runs = planted.runs.assign(x=planted.runs["log_tokens"].where(planted.runs["train_tokens"] != 20_000))
+    found = Coefficients("log_ppl ~ x", runs.sample(frac=1, random_state=1))
+    expected = Coefficients("log_ppl ~ log_tokens", runs[runs["train_tokens"] != 20_000])
+    assert found.moments.n == 32
+    assert ends(found.estimate("x")) == fixed(ends(expected.estimate("log_tokens")))
+
+
+def test_a_sum_of_coefficients_is_a_contrast():
+    runs = Planted(**ALL).runs
+    fits = Coefficients("val_loss ~ log_tokens * configuration", runs)
+    slope_b = fits.estimate({"log_tokens": 1, "log_tokens:configuration[T.B]": 1})
+    alone = Coefficients("val_loss ~ log_tokens", runs[runs["configuration"] == "B"]).estimate("log_tokens")
+    assert (slope_b.value, *ends(slope_b)) == fixed((alone.value, *ends(alone)))
+
+
+def test_planted_depth_width_and_interaction_come_back(judged):
+    levels = {(6, 128): 6.30, (3, 128): 6.35, (6, 256): 6.33, (3, 256): 6.40}  # 0.06 for layers, −0.04 for width
+    laws_of = {f"L{layers}-C{width}": (-0.3, level) for (layers, width), level in levels.items()}
+    runs = judged(laws_of, SIZES[:2], replicates=5, own=1e-3, text=0.1, hard=0.3, noise=1e-3).runs
+    deep, wide = (runs["configuration"].str.contains(part) - 0.5 for part in ("L6", "C256"))
+    fits = Coefficients("log_ppl ~ deep * wide + C(train_tokens)", runs.assign(deep=deep, wide=wide))
+    for term, truth in (("deep", -0.06), ("wide", 0.04), ("deep:wide", -0.02)):
+        found = fits.estimate(term)
+        assert found.low < truth < found.high and found.value == pytest.approx(truth, abs=3e-3)
+        assert (found.n, found.replicates) == (40, 5) and found.high - found.low < 0.01
+
+
+@pytest.mark.parametrize("kind", ["nonrobust", "HC3"])
+def test_a_libraries_fit_keeps_its_own_interval(kind):
+    runs = Planted(replicates=1, noise=0.2).runs
+    fit = smf.ols("log_ppl ~ log_tokens * configuration", runs).fit(cov_type=kind, use_t=True)
+    name = "log_tokens:configuration[T.B]"
+    found = from_fit(fit, name, unit="difference of exponents")
+    assert found.value == fixed(fit.params[name]) and ends(found) == fixed(tuple(fit.conf_int().loc[name]))
+    assert (found.dof, found.n, found.over) == (6, 10, ("residuals",))
+    summed = from_fit(fit, f"log_tokens + {name}")
+    test = fit.t_test(f"log_tokens + {name} = 0")
+    assert (summed.value, *ends(summed)) == fixed((test.effect.item(), *test.conf_int()[0]))
+
+
+def test_a_fit_by_the_normal_law_has_no_degrees_of_freedom_and_an_exact_one_no_interval():
+    runs = Planted(replicates=2, noise=0.1).runs
+    fit = sm.GLM(runs["log_ppl"], sm.add_constant(runs["log_tokens"])).fit()
+    found = from_fit(fit, "log_tokens")
+    assert found.dof is None and ends(found) == fixed(tuple(fit.conf_int().loc["log_tokens"]))
+    with np.errstate(all="ignore"):
+        exact = from_fit(smf.ols("log_ppl ~ log_tokens", runs.iloc[:2]).fit(), "log_tokens")
+    assert (exact.low, exact.high, exact.verdict) == (None, None, "no interval")
+
+
+# How estimates are shown
+
+
+def one(value=-0.05, low=-0.08, high=-0.02, **own) -> Estimate:
+    given = {
+        "contrast": "A − B",
+        "at": "28,000 tokens",
+        "n": 8,
+        "replicates": 4,
+        "dof": 3.2,
+        "over": ("seed", "samples"),
+    }
+    return Estimate(value=value, low=low, high=high, **given | own)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unit", "verdict"),
+    [
+        (-0.08, -0.02, "% of PPL", "lower"),
+        (0.02, 0.08, "nats", "higher"),
+        (-0.02, 0.08, "difference of exponents", "no significant difference"),
+        (0.0, 0.08, "nats", "no significant difference"),
+        (None, None, "nats", "no interval"),
+        (0.02, 0.08, "exponent", ""),
+        (None, None, "PPL", ""),
+    ],
+)
+def test_the_verdict_is_whether_the_interval_holds_zero(low, high, unit, verdict):
+    assert one(0.03, low, high, unit=unit).verdict == verdict
+
+
+def test_values_are_shown_as_what_they_are_logarithms_of():
+    ppl = one(math.log(500), math.log(450), math.log(550), unit="PPL")
+    assert ppl.shown == fixed((500, 450, 550)) and ppl.text() == ("500.0", "450.0 to 550.0")
+    tokens = one(math.log(36_000), None, None, unit="tokens")
+    assert tokens.text() == ("36,000", "none")
+    share = one(math.log(1.1), math.log(1.05), math.log(1.2), unit="% of PPL")
+    assert share.shown == fixed((10, 5, 20)) and share.text() == ("+10.0 %", "+5.0 % to +20.0 %")
+    assert one(-1e-5).text()[0] == "+0.0 %" and one(-0.01, unit="nats").text()[0] == "−0.010"
+    assert one(unit="exponent").shown == fixed((-0.05, -0.08, -0.02))
+    for unit in UNITS:
+        assert all(isinstance(text, str) and "-" not in text for text in one(unit=unit).text())
+
+
+def shapes() -> list[Estimates]:
+    mixed = [one(), one(0.0, None, None, dof=None, over=(), replicates=0, at=""), one(0.1, 0.0, 0.2, unit="exponent")]
+    return [Estimates(), Estimates([one()]), Estimates(mixed), Estimates([one(0.0, None, None, dof=None)] * 2)]
+
+
+@pytest.mark.parametrize("found", shapes(), ids=["none", "one", "mixed", "plain"])
+def test_a_table_fits_a_page_and_carries_its_data(found):
+    bundle = found._repr_mimebundle_()
+    table = found.table()
+    assert table.data.shape[1] <= 8 and len(table.data) == len(found)
+    data = json.loads(json.dumps(bundle[MIME], allow_nan=False))
+    assert len(data) == len(found)
+    for row, e in zip(data, found, strict=True):
+        assert (row["value"], row["low"], row["high"], row["dof"]) == (e.value, e.low, e.high, e.dof)
+        assert tuple(row["over"]) == e.over and row["verdict"] == e.verdict and tuple(row["shown"]) == e.shown
+        value, interval = e.text()
+        assert value in bundle["text/html"] and (e.low is None or interval in bundle["text/html"])
+    assert list(found.frame()) == [*Estimate.__dataclass_fields__, "verdict"]
+
+
+def test_what_is_shown_is_escaped():
+    hostile = one(contrast="<script>alert(1)</script> & co", at="<b>here</b>")
+    html = Estimates([hostile, hostile])._repr_mimebundle_()["text/html"]
+    assert "<script>" not in html and "<b>here" not in html and "&lt;script&gt;" in html and "&amp; co" in html
+
+
+def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):
+    found = collect(Estimates([one(), one(0.1, None, None, dof=None, over=())]), [one(contrast="α")])
+    assert [e.contrast for e in found] == ["A − B", "A − B", "α"]
+    found.save(tmp_path / "new" / "estimates.csv")
+    table = pd.read_csv(tmp_path / "new" / "estimates.csv")
+    assert table["value"].tolist() == [-0.05, 0.1, -0.05] and table["low"].isna().tolist() == [False, True, False]
+    assert table["over"][0] == "seed, samples" and list(table) == list(found.frame())
+
+
+def test_a_forest_is_hollow_where_the_interval_holds_zero():
+    figure = Estimates([one(), one(0.1, -0.1, 0.3), one(0.1, None, None)]).forest("title")
+    axes = figure.axes[0]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    hollow = [dot.get_markerfacecolor() == "white" for dot in dots]
+    assert hollow == [False, True, True] and not plt.fignum_exists(figure.number)
+    bars = [line for line in axes.lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
+    assert [tuple(bar.get_xdata()) for bar in bars[:2]] == [
+        fixed(one().shown[1:]),
+        fixed(one(0.1, -0.1, 0.3).shown[1:]),
+    ]
+
+
+# From runs on disk
+
+
+def test_runs_on_disk_are_compared_sample_by_sample(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
+    rng, gaps = np.random.default_rng(4), np.array([0.1, 0.2, 0.3])
+    hard = rng.normal(5, 1, 5)
+    for k, gap in enumerate(gaps):
+        draw = {"seed": 42 + k, "data_seed": k}
+        write(tmp_path / "committed", "protocol-1/g", "A", {"val": 6.0 + gap, "test": hard + gap}, **draw)
+        write(tmp_path / "committed", "protocol-1/g", "B", {"val": 6.0, "test": hard}, **draw)
+    runs = read_runs("protocol-1/g")
+    expected = stats.ttest_1samp(gaps, 0).confidence_interval()
+    for column in ("log_ppl", "val_loss"):  # samples differ in nothing: replicates are all there is
+        (e,) = paired(runs, A, B, column=column)
+        assert (e.value, *ends(e)) == pytest.approx((0.2, expected.low, expected.high))
+        assert e.over == ("seed", "text", "samples") and e.dof == fixed(2)
+
+
+# Coverage
+
+
+LENGTHS = "data/results/variance/A_train_tokens-28000_seed-42_data_seed-0_embedding_seed-1/test_by_sample.csv"
+LIKE_RUNS = {  # standard deviations, nats, as `variance` shows them for B − A: of level, and of slope
+    "replicate": (0.053, 0.035),
+    "sample": (0.005, 0.0016),
+    "both": (0.0085, 0.019),
+}
+SAMPLES_WEIGH = {"replicate": (0.005, 0.004), "sample": (0.005, 0.004), "both": (0.0085, 0.005)}
+APART = {"replicate": (0.03, 0.0005), "sample": (0.001, 0.008), "both": (0.0085, 0.001)}
+"""Chance of the level is between replicates, and of the slope between samples."""
+
+
+def lengths() -> np.ndarray:
+    return pd.read_csv(ROOT / LENGTHS)["tokens"].to_numpy(float)
+
+
+def draws(rng, replicates: int, spread, truth, tokens) -> np.ndarray:
+    """Sums of a level's and a slope's losses, [replicates, samples, 2]."""
+    k = tokens.sum() / math.sqrt(np.square(tokens).sum())
+    replicate, sample, both = (np.array(spread[name]) for name in ("replicate", "sample", "both"))
+    values = truth + replicate * rng.standard_normal((replicates, 1, 2))
+    values = values + k * sample * rng.standard_normal((len(tokens), 2))
+    values += k * both * rng.standard_normal((replicates, len(tokens), 2))
+    return values * tokens[:, None]
+
+
+def held(found, log_tokens: float) -> bool:
+    """Whether a crossover's set holds a place."""
+    low = -math.inf if found.low is None else math.log(found.low)
+    high = math.inf if found.high is None else math.log(found.high)
+    return {
+        "bounded": low <= log_tokens <= high,
+        "outside": not low < log_tokens < high,
+        "unbounded": True,
+    }.get(found.kind, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicates", [4, 8])
+@pytest.mark.parametrize("spread", [LIKE_RUNS, SAMPLES_WEIGH, APART], ids=["as runs", "samples weigh", "apart"])
+def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
+    rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])
+    meet, hits = MIDDLE + 0.3, []
+    for _ in range(2000):
+        found = moments(draws(rng, replicates, spread, truth, tokens), tokens)
+        level, slope = (found.estimate(weights, "") for weights in ([1, 0], [0, 1]))
+        crossing = held(fieller(found, MIDDLE), meet)
+        hits.append((level.low < truth[0] < level.high, slope.low < truth[1] < slope.high, crossing))
+    covered = np.mean(hits, axis=0)
+    assert ((covered > 0.93) & (covered < 0.97)).all(), covered
+
+
+@pytest.mark.slow
+def test_so_do_those_of_whole_runs(monkeypatch):
+    hits, rng = [], np.random.default_rng(21)
+    spread = {"text": 0.06, "own": 0.037, "tilt": 0.025, "hard": 0.035, "liked": 0.0035, "noise": 0.0065}
+    for _ in range(150):
+        planted = Planted(sizes=(14_000, 20_000, 28_000), tokens=lengths(), seed=rng, **spread)
+        monkeypatch.setattr("ctxlm.analysis.runs.loss_sums", planted.loss_sums)
+        alphas, row = laws(planted.runs), crossovers(planted.runs).iloc[0]
+        (gap, *_) = paired(planted.runs, B, A)
+        truth = LAWS["B"][1] - LAWS["A"][1] - 0.06 * (math.log(14_000) - MIDDLE)
+        hits.append(
+            (
+                gap.low < truth < gap.high,
+                alphas[0].low < LAWS["A"][0] < alphas[0].high,
+                row["slopes"].low < -0.06 < row["slopes"].high,
+                held(row.where(row.notna(), None), math.log(MEETS)),
+            )
+        )
+    covered = np.mean(hits, axis=0)  # of 150 draws: 3.5 standard errors below what is asked for
+    assert (covered > 0.89).all(), covered

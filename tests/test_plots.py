@@ -1,0 +1,92 @@
+"""The figures that several pages draw: what they show is what the frames hold, and a label keeps its colour."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex, to_rgb
+
+from ctxlm.analysis import plots
+from ctxlm.analysis.estimates import paired
+from ctxlm.analysis.run_plots import WIDTH
+from ctxlm.analysis.runs import read_histories, read_runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CTXLM_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        return read_runs("variance")
+
+
+@pytest.fixture(scope="module")
+def histories(runs):
+    return read_histories(runs)
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_a_and_b_have_the_same_colours_whatever_else_is_drawn():
+    for labels in (["A", "B"], ["A", "A-zero", "B", "KN-4"], ["B", "LSTM"], ["A, phase2_learning_rate 0.001", "B"]):
+        found = plots.looks(labels)
+        assert len({look["color"] for look in map(lambda k: {"color": to_hex(found[k]["color"])}, found)}) == len(found)
+        for name, colour in plots.FIRST.items():
+            if name in found:
+                assert to_hex(found[name]["color"]) == to_hex(to_rgb(colour))
+
+
+def test_perplexity_by_tokens_shows_every_run_and_the_means(runs):
+    figure = plots.by_tokens(runs)
+    (axes,) = figure.axes
+    assert figure.get_figwidth() == WIDTH and figure.number not in plt.get_fignums()
+    drawn = lines(axes)
+    assert set(drawn) == {"A", "B"}
+    means = runs[runs["experiment"] == "A"].groupby("train_tokens")["log_ppl"].mean()
+    np.testing.assert_allclose(drawn["A"].get_ydata(), np.exp(means))
+    points = [line for line in axes.lines if line.get_linestyle() == "None"]
+    assert sum(len(line.get_ydata()) for line in points) == len(runs)
+
+
+def test_over_fitting_is_shown_in_per_cent_and_leaves_out_runs_without_an_early_stop(runs):
+    some = runs.assign(log_over_fitting=runs["log_over_fitting"].where(runs["seed"] != 42))
+    (axes,) = plots.by_tokens(some, "log_over_fitting", "over-fitting", log=False).axes
+    points = np.concatenate([line.get_ydata() for line in axes.lines if line.get_linestyle() == "None"])
+    expected = 100 * np.expm1(some["log_over_fitting"].dropna())
+    np.testing.assert_allclose(np.sort(points), np.sort(expected))
+
+
+def test_differences_are_where_the_estimates_are(runs):
+    found = paired(runs, {"experiment": "A"}, {"experiment": "B"})
+    (axes,) = plots.differences(found).axes
+    (drawn,) = axes.containers
+    np.testing.assert_allclose(drawn[0].get_ydata(), [e.shown[0] for e in found])
+    (bars,) = drawn[2]
+    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [e.shown[1:] for e in found])
+
+
+def test_learning_curves_have_a_panel_a_size(histories):
+    figure = plots.learning_curves(histories)
+    sizes = sorted(histories["train_tokens"].unique())
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [f"{size:,} tokens" for size in sizes]
+
+
+def test_memory_shows_what_is_lost_by_contexts_of_the_last_tokens(histories):
+    recent = plots.recent_tokens(histories)
+    run = recent["id"].iloc[0]
+    own = histories[(histories["id"] == run) & (histories["phase"] == "recent_tokens")]
+    losses = own[own["metric"] == "val_loss"].set_index("step")["value"]
+    expected = (losses - losses[0]).drop(0)
+    pd.testing.assert_series_equal(
+        recent[recent["id"] == run].set_index("k")["extra"], expected, check_names=False, check_exact=False
+    )
+    left, right = plots.memory(histories).axes
+    means = recent[recent["configuration"] == "A"].groupby("k")["extra"].mean()
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.expm1(means))
+    assert left.get_yscale() == "log"
+
+
+def test_two_factors_are_drawn_a_panel_a_size(runs):
+    figure = plots.groups(runs, "num_layers", "context_dim")
+    assert len(figure.axes) == runs["train_tokens"].nunique()

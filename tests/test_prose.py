@@ -1,0 +1,149 @@
+"""Numbers in prose: every one that a page, the README or the index states is held against the estimate it is of.
+
+In Markdown a number is followed by `<!--= PAGE: CONTRAST @ AT -->`, which names an estimate that the page shows. The
+number before it is its value; where a bracket closes before it, value, low and high.
+"""
+
+import math
+import re
+
+import nbformat
+import papermill
+import pytest
+
+from ctxlm.analysis.estimates import MIME
+from ctxlm.analysis.site import PAGES
+from ctxlm.files import ROOT
+
+MARKER = re.compile(r"<!--= (?P<page>\S+): (?P<contrast>.+?) @ ?(?P<at>.*?) ?-->")
+NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
+DOCUMENTS = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Every page of analysis, executed from committed results alone: name → notebook."""
+    folder, found = tmp_path_factory.mktemp("pages"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CTXLM_OUTPUTS", str(folder / "outputs"))
+        for name, (source, parameters) in PAGES.items():
+            out = folder / f"{name}.ipynb"
+            papermill.execute_notebook(
+                ROOT / "notebooks" / f"{source}.ipynb",
+                out,
+                parameters,
+                cwd=ROOT,
+                kernel_name="python3",
+                progress_bar=False,
+            )
+            found[name] = nbformat.read(out, as_version=4)
+    return found
+
+
+@pytest.fixture(scope="module")
+def estimates(pages):
+    """(page, contrast, at) → the estimate, as the page shows it."""
+    return {
+        (name, found["contrast"], found["at"]): found
+        for name, page in pages.items()
+        for cell in page.cells
+        for output in cell.get("outputs", [])
+        for found in output.get("data", {}).get(MIME, [])
+    }
+
+
+def prose():
+    """(where, text) of all Markdown that may state results."""
+    for name in DOCUMENTS:
+        if (ROOT / name).exists():
+            yield name, (ROOT / name).read_text(encoding="utf-8")
+    for path in sorted((ROOT / "notebooks").glob("0[4-8]_*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                yield path.name, cell.source
+
+
+def stated(text):
+    """(numbers as printed, key) of every marker of a text."""
+    start = 0
+    for marker in MARKER.finditer(text):
+        before = text[start : marker.start()].rstrip().rstrip("*_").rstrip()
+        count = 3 if before.endswith((")", "）")) else 1
+        yield NUMBER.findall(before)[-count:], (marker["page"], marker["contrast"], marker["at"])
+        start = marker.end()
+
+
+def agrees(printed, value):
+    """Whether a printed number is this value, rounded to the printed digits; a sign that is printed must be right."""
+    number = float(printed.replace(",", "").replace("−", "-"))
+    decimals = len(printed.partition(".")[2])
+    if printed[0] in "+−-" and number * value < 0:
+        return False
+    return math.isclose(abs(number), abs(value), abs_tol=0.5 * 10**-decimals + 1e-9)
+
+
+def holds(numbers, found):
+    """Whether printed numbers are an estimate's: its value, or value, low and high, the ends in either order."""
+    shown = found["shown"]
+    if len(numbers) == 1:
+        return agrees(numbers[0], shown[0])
+    ends = [(numbers[1], numbers[2]), (numbers[2], numbers[1])]
+    return agrees(numbers[0], shown[0]) and any(all(map(agrees, end, shown[1:])) for end in ends)
+
+
+@pytest.mark.slow
+def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
+    wrong = []
+    for where, text in prose():
+        for numbers, key in stated(text):
+            if key not in estimates:
+                wrong.append(f"{where}: no estimate {key}")
+            elif not holds(numbers, estimates[key]):
+                wrong.append(f"{where}: {numbers} is not {estimates[key]['shown']} of {key}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_percentage_of_a_result_goes_unmarked():
+    """In the index, the README's results and the findings of a page, a percentage that has no marker cannot be held."""
+    for where, text in prose():
+        if where.startswith("README"):
+            text = text[text.find("<!-- results -->") : text.find("<!-- end of results -->")]
+        elif where.endswith(".ipynb") and "In short" not in text:
+            continue
+        rest = re.sub(r"95\s?[%％]", "", text)  # the level of an interval is no result
+        for marker in MARKER.finditer(rest):
+            before = rest[: marker.start()]
+            line = before[before.rfind("-->") + 3 if "-->" in before else 0 :]
+            rest = rest.replace(line + marker[0], " " * len(line + marker[0]), 1)
+        assert not re.search(r"\d\s?[%％]", rest), f"{where}: {re.search(r'.{0,60}[0-9] ?[%％]', rest)[0]!r}"
+
+
+@pytest.mark.slow
+def test_pages_are_short_and_their_regressions_are_in_sight(pages):
+    for name, page in pages.items():
+        code = [cell for cell in page.cells if cell.cell_type == "code"]
+        assert len(code) <= 15, name
+        assert max(len(cell.source.splitlines()) for cell in code) <= 16, name
+        assert any("smf." in cell.source and "summary()" in cell.source for cell in code), name
+        assert any(MIME in output.get("data", {}) for cell in code for output in cell.outputs), name
+
+
+@pytest.mark.slow
+def test_pages_show_no_warning_and_every_figure_says_what_it_shows(pages):
+    for name, page in pages.items():
+        for cell in page.cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "stream" or output.name != "stderr", f"{name}: {output.text[:300]}"
+                if "image/png" in output.get("data", {}):
+                    assert cell.metadata.get("alt"), f"{name}: {cell.source}"
+
+
+def test_the_markers_are_read_as_they_are_meant():
+    text = "A is **6.4 % lower** (1.8 to 10.7)<!--= 04: A − B @ 28,000 tokens --> and 3<!--= 08: claims @ -->."
+    assert list(stated(text)) == [
+        (["6.4", "1.8", "10.7"], ("04", "A − B", "28,000 tokens")),
+        (["3"], ("08", "claims", "")),
+    ]
+    assert holds(["−6.4", "−10.7", "−1.8"], {"shown": (-6.397, -10.73, -1.849)})
+    assert holds(["6.4", "1.8", "10.7"], {"shown": (-6.397, -10.73, -1.849)})
+    assert not holds(["+6.4"], {"shown": (-6.397, None, None)}) and not holds(["6.5"], {"shown": (-6.397, None, None)})

@@ -1,0 +1,274 @@
+"""Which runs are read, under which names, as which replicates, and what of them cannot stand side by side."""
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctxlm.analysis.runs import loss_sums, overview, read_histories, read_runs, replicates
+from ctxlm.config import ConfigError, read_yaml
+from ctxlm.files import ROOT
+from tests.planted import write
+
+
+@pytest.fixture
+def roots(tmp_path, monkeypatch):
+    """Where finished runs are looked for: outputs and committed ones."""
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
+    return tmp_path / "outputs", tmp_path / "committed"
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Writes the file of the grid `planted`, which asks for A, or for `experiments`; returns its name."""
+
+    def grid_file(experiments=None, **sweep):
+        common = {"val_samples": 4, "test_samples": 5}
+        content = {"title": "Planted", "common": common, "experiments": experiments or {"A": {}}, "sweep": sweep}
+        (tmp_path / "planted.yaml").write_text(json.dumps(content))
+        return str(tmp_path / "planted.yaml")
+
+    return grid_file
+
+
+# Which runs are read
+
+
+def test_a_run_that_the_grid_does_not_ask_for_is_not_read(roots, grid):
+    for size in (20_000, 30_000):
+        write(roots[0], "planted", train_tokens=size)
+    runs = read_runs(grid(train_tokens=[20_000, 45_000], seed=[42]))
+    assert runs["train_tokens"].tolist() == [20_000] and runs.attrs["planned"] == 2
+    assert read_runs(grid(train_tokens=[45_000], seed=[42])).empty
+
+
+@pytest.mark.parametrize("other", [{"embedding": "random"}, {"max_sample_tokens": 128}, {"max_sample_tokens": None}])
+def test_a_run_of_other_parameters_than_the_file_gives_it_is_not_read(roots, grid, other):
+    sizes = {"train_tokens": [20_000, 30_000], "seed": [42]}
+    write(roots[0], "planted", train_tokens=20_000)
+    write(roots[0], "planted", train_tokens=30_000, **other)
+    assert read_runs(grid(**sizes))["train_tokens"].tolist() == [20_000]
+    assert read_runs(grid({"A": other}, **sizes))["train_tokens"].tolist() == [30_000]
+
+
+def test_a_size_may_be_asked_for_in_samples(roots, grid):
+    write(roots[0], "planted", train_samples=25, train_tokens=4321, suffix="_few")
+    asked = {"A": {"train_samples": 25, "train_tokens": None}}
+    name = "A_train_tokens-4321_seed-42_few"
+    (roots[0] / "planted" / name).rename(roots[0] / "planted" / "A_seed-42")
+    assert read_runs(grid(asked, seed=[42]))["train_tokens"].tolist() == [4321]
+
+
+def test_of_a_grid_of_protocol_1_all_runs_are_read_as_they_are(roots):
+    older = {"protocol": 1, "max_sample_tokens": None}
+    write(roots[1], "protocol-1/planted", dtype="bfloat16", **older)
+    write(roots[1], "protocol-1/planted", train_tokens=30_000, without=["protocol", "output_bias"], **older)
+    write(roots[1], "protocol-1/planted", "KN", model="kneser-ney", dtype="float64", **older)
+    runs = read_runs("protocol-1/planted")
+    assert len(runs) == 3 and set(runs["protocol"]) == {1} and set(runs["source"]) == {"committed"}
+    assert set(runs["configuration"]) == {"A", "KN"}  # two types of product at two sizes are one configuration
+    assert set(runs["output_bias"]) == {"none"}  # younger than one of the runs, and off when it was made
+    assert runs.attrs["planned"] == 3 and set(runs["id"]) == set("protocol-1/planted/" + runs["run"])
+
+
+def test_runs_of_another_protocol_are_refused(roots, grid):
+    file = grid(train_tokens=[20_000, 30_000], seed=[42])
+    write(roots[0], "planted", train_tokens=20_000)
+    write(roots[0], "planted", train_tokens=30_000, protocol=1)
+    with pytest.raises(ConfigError, match=r"planted .*1 by protocol 1 and 1 by protocol 2.*-30000_seed-42"):
+        read_runs(file)
+    assert len(read_runs(grid(train_tokens=[20_000], seed=[42]))) == 1  # what is not asked for is in nobody's way
+
+
+def test_runs_of_two_types_are_refused_but_where_the_file_gives_them(roots, grid):
+    sweep = {"train_tokens": [20_000], "seed": [42]}
+    write(roots[0], "planted", "A", dtype="bfloat16")
+    write(roots[0], "planted", "B", dtype="float32")
+    write(roots[0], "planted", "KN", model="kneser-ney", dtype="float64")  # an n-gram has no products
+    ngram = {"KN": {"model": "kneser-ney"}}
+    for a, b in (("auto", "auto"), ("float32", "bfloat16"), ("bfloat16", "auto")):
+        with pytest.raises(ConfigError, match="1 in bfloat16 and 1 in float32"):
+            read_runs(grid({"A": {"dtype": a}, "B": {"dtype": b}} | ngram, **sweep))
+    assert len(read_runs(grid({"A": {"dtype": "bfloat16"}, "B": {"dtype": "float32"}} | ngram, **sweep))) == 3
+    assert len(read_runs(grid({"A": {}} | ngram, **sweep))) == 2
+
+
+@pytest.mark.parametrize(("root", "remedy"), [(0, "delete"), (1, "git")])
+def test_damage_is_refused(roots, grid, root, remedy):
+    folder = write(roots[root], "planted")
+    file = grid(train_tokens=[20_000], seed=[42])
+    runs = read_runs(file)
+    (folder / "test_by_sample.csv").write_text("sample,loss_sum,tokens\n0,5.0,50\n")  # the rest is cut off
+    with pytest.raises(ConfigError, match=rf"test_by_sample.csv of grid planted is damaged .*{remedy}"):
+        loss_sums(runs)
+    (folder / "history.csv").write_text("")
+    with pytest.raises(ConfigError, match=rf"history.csv of grid planted is damaged .*{remedy}"):
+        read_histories(runs)
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(ConfigError, match=rf"metrics.json of grid planted is damaged .*{remedy}"):
+        read_runs(file)
+
+
+def test_a_grid_without_runs_is_an_empty_frame_that_says_what_is_planned(roots, grid):
+    runs = read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43]))
+    assert runs.empty and runs.attrs["planned"] == 4
+    assert overview(runs).iloc[0].tolist() == [0, 4]
+    assert read_runs("protocol-1/nothing").empty
+
+
+# What a row holds
+
+
+def test_a_row_holds_logarithms_of_what_is_fitted(roots, grid):
+    write(roots[0], "planted", overfit_rate=0.2)
+    write(roots[0], "planted", train_tokens=40_000, epochs_run=4, best_epoch=3)  # ended by the limit of epochs
+    runs = read_runs(grid(train_tokens=[20_000, 40_000], seed=[42]))
+    assert runs["log_ppl"].tolist() == [5.0, 5.0] and runs["val_loss"].tolist() == [6.0, 6.0]
+    assert runs["log2_tokens"].diff()[1] == 1 and np.exp(runs["log_tokens"]).round().tolist() == [20_000, 40_000]
+    assert runs["log_over_fitting"][0] == pytest.approx(np.log(1.2)) and np.isnan(runs["log_over_fitting"][1])
+
+
+def test_what_a_grid_sweeps_beside_size_and_replicate_is_in_the_label(roots, grid):
+    for (rate, size), seed in itertools.product([(0.001, 20_000), (0.002, 20_000), (0.002, 30_000)], (42, 43)):
+        run = {"train_tokens": size, "seed": seed, "phase2_learning_rate": rate}
+        write(roots[0], "planted", suffix=f"_phase2_learning_rate-{rate}", **run)
+    runs = read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43], phase2_learning_rate=[0.001, 0.002]))
+    assert set(runs["configuration"]) == {"A, phase2_learning_rate 0.001", "A, phase2_learning_rate 0.002"}
+    assert len(runs) == 6 and set(runs["experiment"]) == {"A"}
+    assert set(runs[runs["train_tokens"] == 30_000]["configuration"]) == {"A, phase2_learning_rate 0.002"}
+    label = runs["phase2_learning_rate"].map("A, phase2_learning_rate {}".format)
+    assert (runs["configuration"] == label).all()
+
+
+def test_runs_of_one_label_in_two_grids_are_one_configuration_only_if_they_are_alike(roots):
+    write(roots[1], "protocol-1/sizes", train_tokens=20_000)
+    write(roots[1], "protocol-1/study", train_tokens=30_000, train_loss_after_epoch=True)
+    write(roots[1], "protocol-1/slow", train_tokens=40_000, phase2_learning_rate=0.001)
+    assert set(read_runs("protocol-1/sizes", "protocol-1/study")["configuration"]) == {"A"}
+    apart = read_runs("protocol-1/sizes", "protocol-1/slow")
+    assert apart["configuration"].nunique() == 2 and apart["experiment"].nunique() == 1
+
+
+def test_a_type_is_a_configuration_only_where_the_same_run_has_both(roots):
+    write(roots[1], "protocol-1/machines", train_tokens=20_000, dtype="bfloat16")
+    write(roots[1], "protocol-1/machines", train_tokens=30_000, dtype="float32")
+    assert set(read_runs("protocol-1/machines")["configuration"]) == {"A"}
+    write(roots[1], "protocol-1/machines", train_tokens=20_000, dtype="float32", suffix="_other")
+    assert set(read_runs("protocol-1/machines")["configuration"]) == {"A, dtype bfloat16", "A, dtype float32"}
+
+
+def test_every_committed_grid_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    grids = sorted(path.name for path in (ROOT / "data/results/protocol-1").iterdir())
+    for grid in ["variance", *(f"protocol-1/{name}" for name in grids)]:
+        runs = read_runs(grid)
+        assert (
+            len(runs)
+            and runs["id"].is_unique
+            and np.isfinite(runs[["log_ppl", "val_loss", "log_tokens"]].to_numpy()).all()
+        )
+        assert runs.attrs["planned"] >= len(runs) and overview(runs)["finished runs"].sum() == len(runs)
+
+
+@pytest.mark.parametrize("label", ["LSTM", "Transformer"])
+def test_the_networks_rates_are_those_that_held_out_text_chose(tmp_path, monkeypatch, label):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    runs = read_runs("protocol-1/baseline-rates")
+    ppl = runs[runs["experiment"] == label].set_index("phase2_learning_rate")["val_ppl"]
+    assert len(ppl) > 2 and ppl.index.min() < ppl.idxmin() < ppl.index.max()
+    assert read_yaml(f"params/baselines/{label.lower()}.yaml")["phase2_learning_rate"] == ppl.idxmin()
+
+
+# Replicates
+
+
+@pytest.mark.parametrize(
+    ("draws", "count"),
+    [
+        ([(42, 0, 0)], 1),
+        ([(42, 0, 0), (43, 0, 0), (44, 0, 0)], 3),  # seeds on one text
+        ([(42, 0, 0), (42, 1, 0)], 2),  # texts from one set of weights
+        ([(42, 0, 1), (43, 1, 2), (44, 2, 3)], 3),
+        ([(42, 0, 0), (43, 0, 0), (44, 1, 0), (45, 1, 0)], 2),  # texts, each with seeds of its own
+        ([(*pair, 0) for pair in itertools.product((42, 43), (0, 1))], 1),  # crossed: nothing is independent
+        ([(42, 0, 0), (43, 0, 0), (43, 1, 0), (44, 2, 0)], 2),  # 43 ties two texts together
+        ([(42, 0, 0), (42, 0, 1), (42, 0, 2)], 3),  # signs alone
+        ([(42, 0, 1), (43, 1, 1), (44, 2, 2)], 2),  # signs tie two texts together
+        ([(42, 0, 5), (43, 1, 5)], 2),  # the same signs for all: held fixed
+    ],
+)
+def test_replicates_share_neither_seed_nor_text_nor_signs(draws, count):
+    names = ["seed", "data_seed", "embedding_seed"]
+    runs = pd.DataFrame([(*own, size) for size in (10, 20) for own in draws], columns=[*names, "train_tokens"])
+    runs = runs.sample(frac=1, random_state=0)  # in any order, under any index
+    runs["replicate"] = replicates(runs)
+    assert set(runs["replicate"]) == set(range(count))
+    for name in [*names, names]:
+        if isinstance(name, list) or runs[name].nunique() > 1:  # what all have in common ties nothing together
+            assert (runs.groupby(name)["replicate"].nunique() == 1).all()
+
+
+def test_replicates_are_numbered_over_all_grids(roots):
+    write(roots[1], "protocol-1/one", "A", seed=42)
+    write(roots[1], "protocol-1/one", "A", seed=43)
+    write(roots[1], "protocol-1/two", "B", seed=43)
+    runs = read_runs("protocol-1/one", "protocol-1/two").set_index("id")["replicate"]
+    assert runs.nunique() == 2
+    assert runs["protocol-1/one/A_train_tokens-20000_seed-43"] == runs["protocol-1/two/B_train_tokens-20000_seed-43"]
+
+
+def test_the_overview_counts(roots, grid):
+    for seed, text in ((42, 0), (43, 1), (44, 2)):
+        write(roots[0], "planted", seed=seed, data_seed=text)
+        write(roots[0], "planted", seed=seed, data_seed=text, train_tokens=30_000)
+    file = grid(train_tokens=[20_000, 30_000], **{"seed, data_seed": [[42, 0], [43, 1], [44, 2]]})
+    for folder in (roots[0] / "planted").iterdir():
+        text = {"42": 0, "43": 1, "44": 2}[folder.name[-2:]]
+        folder.rename(folder.with_name(f"{folder.name}_data_seed-{text}"))
+    row = overview(read_runs(file)).loc["planted"]
+    assert row[["finished runs", "replicates"]].tolist() == [6, 3]
+    assert row["drawn anew in each"] == "seed, text" and row["training tokens"] == "20,000, 30,000"
+
+
+# Losses by sample, and histories
+
+
+def test_losses_come_by_run_and_sample(roots):
+    rng = np.random.default_rng(0)
+    losses = rng.normal(5, 1, (3, 5))
+    for k, own in enumerate(losses):
+        write(roots[1], f"protocol-1/{'ab'[k % 2]}", seed=42 + k, losses={"val": 6.0, "test": own})
+    runs = read_runs("protocol-1/a", "protocol-1/b")
+    sums, tokens = loss_sums(runs)
+    assert tokens.tolist() == [50] * 5 and sums / 50 == pytest.approx(losses[runs["seed"] - 42])
+    assert sums.sum(1) / tokens.sum() == pytest.approx(runs["log_ppl"])
+    again, _ = loss_sums(runs.iloc[[2, 0, 2]])  # in any order, a run as often as it is asked for
+    assert (again == sums[[2, 0, 2]]).all()
+    assert loss_sums(runs, "val")[0] == pytest.approx(np.full((3, 4), 300.0))
+
+
+def test_losses_on_other_text_or_not_kept_are_none(roots):
+    write(roots[1], "protocol-1/a", seed=1)
+    write(roots[1], "protocol-1/a", seed=2, losses={"val": 6.0})
+    runs = read_runs("protocol-1/a")
+    assert loss_sums(runs) is None and loss_sums(runs, "val") is not None
+    assert loss_sums(runs.iloc[:0]) is None
+    write(roots[1], "protocol-1/b", seed=3, val_samples=3)
+    assert loss_sums(read_runs("protocol-1/a", "protocol-1/b"), "val") is None
+    folder = write(roots[1], "protocol-1/b", seed=4)
+    table = pd.read_csv(folder / "val_by_sample.csv")
+    table.assign(sample=table["sample"] + 1).to_csv(folder / "val_by_sample.csv", index=False)
+    both = read_runs("protocol-1/a", "protocol-1/b")
+    assert loss_sums(both[both["seed"].isin([1, 4])], "val") is None
+
+
+def test_histories_carry_their_runs(roots):
+    for seed in (42, 43):
+        write(roots[1], "protocol-1/a", seed=seed, losses={"val": seed / 10})
+        write(roots[1], "protocol-1/b", seed=seed, losses={"val": seed / 20})
+    histories = read_histories(read_runs("protocol-1/a", "protocol-1/b"))
+    assert len(histories) == 4 and histories["value"].tolist() == histories["val_loss"].tolist()
+    assert histories["id"].is_unique
