@@ -42,14 +42,14 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def estimates(pages):
-    """(page, contrast, at) → the estimate, as the page shows it."""
-    return {
-        (name, found["contrast"], found["at"]): found
-        for name, page in pages.items()
-        for cell in page.cells
-        for output in cell.get("outputs", [])
-        for found in output.get("data", {}).get(MIME, [])
-    }
+    """(page, contrast, at) → the estimate, as the page shows it; a name is of one number."""
+    known = {}
+    for name, page in pages.items():
+        for output in (output for cell in page.cells for output in cell.get("outputs", [])):
+            for found in output.get("data", {}).get(MIME, []):
+                key = name, found["contrast"], found["at"]
+                assert known.setdefault(key, found)["shown"] == found["shown"], f"{key} names two numbers"
+    return known
 
 
 def prose():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 import statsmodels.formula.api as smf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -78,6 +78,7 @@ def test_one_size_or_no_loss_has_no_law(judged):
 
 
 @settings(max_examples=100, deadline=None)
+@example(0.0, 0.5, 0.234, 0.0156, 0.0, 0.469, 1, 3.0, 7.0)  # of two gaps
 @given(
     st.floats(-2, 2),
     st.floats(-1, 1),
@@ -172,6 +173,17 @@ def test_without_error_there_is_no_set():
         assert found.tokens == pytest.approx(math.exp(MIDDLE + 0.3))
     parallel = fieller(Moments(np.array([0.03, 0.0]), [(np.eye(2), 3.0)], 4, 4, ()), MIDDLE)
     assert (parallel.tokens, parallel.kind) == (None, "unbounded")
+
+
+@pytest.mark.parametrize("power", [-1, 1, 14, 16])
+def test_no_text_has_fewer_than_one_token_or_more_than_ten_to_the_fifteenth(power):
+    there, cov = power * math.log(10), np.diag([1e-6, 1e-8])
+    found = fieller(Moments(np.array([0.1 * (MIDDLE - there), 0.1]), [(cov, 7.0)], 8, 8, ()), MIDDLE)
+    if power in (1, 14):
+        assert found.kind == "bounded" and found.low < 10**power < found.high
+        assert found.tokens == pytest.approx(10**power)
+    else:
+        assert (found.kind, found.tokens) == ("nowhere", None)
 
 
 def test_planted_crossovers_come_back(judged):

@@ -215,8 +215,9 @@ class Moments:
 def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
     """Means [p] of p quantities known in replicates and, perhaps, on samples; and the `parts` of their errors.
 
-    The variance over replicates holds what samples and replicates do together; it is taken off the variance over
-    samples, which holds it too, so that it counts once. The sum is never below the variance over replicates alone.
+    The variance over replicates, the first part, holds what samples and replicates do together; it is taken off the
+    variance over samples, which holds it too, so that it counts once. As a difference of two estimates, that part need
+    not be positive.
 
     Args:
         sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated. Without
