@@ -99,7 +99,7 @@ class Estimate:
         """Value and interval as they are printed."""
         unit = UNITS[self.unit]
         value, *ends = (None if x is None else unit.text.format(x).replace("-", "−") for x in self.shown)
-        return value, "none" if None in ends else f"{ends[0]} to {ends[1]}"
+        return value, "none" if None in ends else f"{ends[0].removesuffix(' %')} to {ends[1]}"
 
 
 class Estimates(list[Estimate]):
