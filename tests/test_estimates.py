@@ -193,7 +193,10 @@ def test_planted_differences_come_back(judged):
         assert e.shown[0] == fixed(100 * (math.exp(e.value) - 1))
     swapped = paired(planted.runs, B, A)
     assert [ends(e) for e in swapped] == [fixed((-e.high, -e.low)) for e in found]
-    assert len(paired(planted.runs, A, {"configuration": "C"})) == 0
+    with pytest.raises(ValueError, match="configuration = .C."):
+        paired(planted.runs, A, {"configuration": "C"})
+    with pytest.raises(ValueError, match="no column .tset_loss."):
+        paired(planted.runs, A, A, column="tset_loss")
 
 
 def test_pairs_without_losses_by_sample_have_students_interval(judged):
@@ -363,7 +366,7 @@ def test_replicates_that_cannot_be_fitted_are_left_out(judged):
         assert found.moments.n == 30 and list(found.by_replicate.index) == [0, 2, 3]
         for term in expected.terms:
             assert ends(found.estimate(term)) == fixed(ends(expected.estimate(term)))
-    with pytest.raises(ValueError, match="run more"):
+    with pytest.raises(ValueError, match="by itself"):
         Coefficients("log_ppl ~ log_tokens", runs[runs["train_tokens"] == 10_000])
     for nothing in (runs.iloc[:0], runs.assign(log_ppl=np.nan)):
         with pytest.raises(ValueError):
@@ -461,7 +464,7 @@ def test_values_are_shown_as_what_they_are_logarithms_of():
     tokens = one(math.log(36_000), None, None, unit="tokens")
     assert tokens.text() == ("36,000", "none")
     share = one(math.log(1.1), math.log(1.05), math.log(1.2), unit="% of PPL")
-    assert share.shown == fixed((10, 5, 20)) and share.text() == ("+10.0 %", "+5.0 % to +20.0 %")
+    assert share.shown == fixed((10, 5, 20)) and share.text() == ("+10.0 %", "+5.0 to +20.0 %")
     assert one(-1e-5).text()[0] == "+0.0 %" and one(-0.01, unit="nats").text()[0] == "−0.010"
     assert one(unit="exponent").shown == fixed((-0.05, -0.08, -0.02))
     for unit in UNITS:

@@ -49,12 +49,12 @@ def test_perplexity_by_tokens_shows_every_run_and_the_means(runs):
     assert sum(len(line.get_ydata()) for line in points) == len(runs)
 
 
-def test_over_fitting_is_shown_in_per_cent_and_leaves_out_runs_without_an_early_stop(runs):
+def test_what_is_no_loss_is_shown_as_it_is_and_runs_without_it_are_left_out(runs):
     some = runs.assign(log_over_fitting=runs["log_over_fitting"].where(runs["seed"] != 42))
-    (axes,) = plots.by_tokens(some, "log_over_fitting", "over-fitting", log=False).axes
+    (axes,) = plots.by_tokens(some, "log_over_fitting").axes
     points = np.concatenate([line.get_ydata() for line in axes.lines if line.get_linestyle() == "None"])
-    expected = 100 * np.expm1(some["log_over_fitting"].dropna())
-    np.testing.assert_allclose(np.sort(points), np.sort(expected))
+    np.testing.assert_allclose(np.sort(points), np.sort(some["log_over_fitting"].dropna()))
+    assert axes.get_ylabel() == "log_over_fitting"
 
 
 def test_differences_are_where_the_estimates_are(runs):

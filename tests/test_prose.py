@@ -63,6 +63,17 @@ def prose():
                 yield path.name, cell.source
 
 
+COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
+
+
+def replicates_said(text):
+    """(how many replicates a sentence says, key of the number before that) wherever it says so."""
+    for said in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
+        before = [marker for marker in MARKER.finditer(text, 0, said.start())]
+        if before:
+            yield COUNTS[said[1]], (before[-1]["page"], before[-1]["contrast"], before[-1]["at"])
+
+
 def stated(text):
     """(numbers as printed, key) of every marker of a text."""
     start = 0
@@ -101,6 +112,12 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
             elif not holds(numbers, estimates[key]):
                 wrong.append(f"{where}: {numbers} is not {estimates[key]['shown']} of {key}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_a_sentence_that_says_how_many_replicates_there_are_is_right(estimates):
+    said = [(where, *found) for where, text in prose() for found in replicates_said(text)]
+    assert said and not [(where, n, key) for where, n, key in said if estimates[key]["replicates"] != n]
 
 
 def test_no_percentage_of_a_result_goes_unmarked():
@@ -147,3 +164,13 @@ def test_the_markers_are_read_as_they_are_meant():
     assert holds(["−6.4", "−10.7", "−1.8"], {"shown": (-6.397, -10.73, -1.849)})
     assert holds(["6.4", "1.8", "10.7"], {"shown": (-6.397, -10.73, -1.849)})
     assert not holds(["+6.4"], {"shown": (-6.397, None, None)}) and not holds(["6.5"], {"shown": (-6.397, None, None)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["ablations", "protocol-1/baselines"])
+def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    parameters = {"grid": grid, "output_dir": str(tmp_path)}
+    source, out = ROOT / "notebooks" / "04_scaling.ipynb", tmp_path / "04.ipynb"
+    papermill.execute_notebook(source, out, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False)
+    assert (tmp_path / "estimates.csv").exists()

@@ -41,8 +41,9 @@ def test_a_run_that_the_grid_does_not_ask_for_is_not_read(roots, grid):
     for size in (20_000, 30_000):
         write(roots[0], "planted", train_tokens=size)
     runs = read_runs(grid(train_tokens=[20_000, 45_000], seed=[42]))
-    assert runs["train_tokens"].tolist() == [20_000] and runs.attrs["planned"] == 2
-    assert read_runs(grid(train_tokens=[45_000], seed=[42])).empty
+    assert runs["train_tokens"].tolist() == [20_000] and set(runs["planned"]) == {2}
+    with pytest.raises(ConfigError, match="no finished run"):
+        read_runs(grid(train_tokens=[45_000], seed=[42]))
 
 
 @pytest.mark.parametrize("other", [{"embedding": "random"}, {"max_sample_tokens": 128}, {"max_sample_tokens": None}])
@@ -71,7 +72,7 @@ def test_of_a_grid_of_protocol_1_all_runs_are_read_as_they_are(roots):
     assert len(runs) == 3 and set(runs["protocol"]) == {1} and set(runs["source"]) == {"committed"}
     assert set(runs["configuration"]) == {"A", "KN"}  # two types of product at two sizes are one configuration
     assert set(runs["output_bias"]) == {"none"}  # younger than one of the runs, and off when it was made
-    assert runs.attrs["planned"] == 3 and set(runs["id"]) == set("protocol-1/planted/" + runs["run"])
+    assert set(runs["planned"]) == {3} and set(runs["id"]) == set("protocol-1/planted/" + runs["run"])
 
 
 def test_runs_of_another_protocol_are_refused(roots, grid):
@@ -112,11 +113,21 @@ def test_damage_is_refused(roots, grid, root, remedy):
         read_runs(file)
 
 
-def test_a_grid_without_runs_is_an_empty_frame_that_says_what_is_planned(roots, grid):
-    runs = read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43]))
-    assert runs.empty and runs.attrs["planned"] == 4
-    assert overview(runs).iloc[0].tolist() == [0, 4]
-    assert read_runs("protocol-1/nothing").empty
+def test_a_grid_without_runs_is_refused_with_what_to_do(roots, grid):
+    with pytest.raises(ConfigError, match="make report GRID="):
+        read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43]))
+    write(roots[1], "protocol-1/other")
+    with pytest.raises(ConfigError, match=r"protocol-1/othr has no runs: .* other$"):
+        read_runs("protocol-1/othr")
+
+
+def test_two_protocols_are_not_read_together_and_a_grid_counts_once(roots, grid):
+    file = grid(train_tokens=[20_000], seed=[42])
+    write(roots[0], "planted", train_tokens=20_000)
+    write(roots[1], "protocol-1/planted", protocol=1, max_sample_tokens=None)
+    assert len(read_runs(file, file)) == 1
+    with pytest.raises(ConfigError, match="different protocols"):
+        read_runs(file, "protocol-1/planted")
 
 
 # What a row holds
@@ -170,7 +181,7 @@ def test_every_committed_grid_can_be_read(tmp_path, monkeypatch):
             and runs["id"].is_unique
             and np.isfinite(runs[["log_ppl", "val_loss", "log_tokens"]].to_numpy()).all()
         )
-        assert runs.attrs["planned"] >= len(runs) and overview(runs)["finished runs"].sum() == len(runs)
+        assert (runs["planned"] >= len(runs)).all() and overview(runs)["finished runs"].sum() == len(runs)
 
 
 @pytest.mark.parametrize("label", ["LSTM", "Transformer"])

@@ -282,7 +282,12 @@ class Coefficients:
                 fits[replicate] = sm.OLS(model.endog[own], model.exog[own]).fit()
                 members.append(own)
         if not fits:
-            raise ValueError(f"{len(used)} runs cannot tell the coefficients of {formula!r} apart: run more of them")
+            of = used.groupby("replicate").size().max() if len(used) else 0
+            raise ValueError(
+                f"no replicate can tell the {0 if model is None else model.exog.shape[1]} coefficients of {formula!r} "
+                f"apart by itself (it has {of} runs at most): leave a term out, or fit all replicates at once with "
+                "smf.ols(…).fit(cov_type='cluster', …)"
+            )
         self.terms = model.exog_names
         self.by_replicate = pd.DataFrame([one.params for one in fits.values()], list(fits), self.terms)
         used, whole = used.iloc[np.concatenate(members)], (sum(map(len, members)), len(fits))
@@ -348,11 +353,16 @@ def pairs(
         columns `at`, `PAIR`, replicate, and of both sides id_a, id_b, log_ppl_a, …
 
     Raises:
-        ValueError: a side has two runs of one place: name what else they differ in, in `at` or in `a` and `b`.
+        ValueError: a column or a value of it is not there, or a side has two runs of one place: name what else they
+            differ in, in `at` or in `a` and `b`.
     """
     keys = [*at, *tidy.PAIR]
+    if missing := [name for name in (*a, *b, *at) if name not in runs]:
+        raise ValueError(f"the runs have no column {missing[0]!r}")
     sides = []
     for wanted in (a, b):
+        if absent := [f"{name} = {value!r}" for name, value in wanted.items() if not (runs[name] == value).any()]:
+            raise ValueError(f"no run has {absent[0]}")
         side = runs[np.logical_and.reduce([runs[name] == value for name, value in wanted.items()])]
         if side.duplicated(keys).any():
             _, alike = next(iter(side[side.duplicated(keys, keep=False)].groupby(keys, dropna=False)["run"]))
@@ -389,6 +399,8 @@ def paired(
     Raises:
         ValueError: as `pairs`.
     """
+    if column not in runs:
+        raise ValueError(f"the runs have no column {column!r}")
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
     found = comparable(pairs(runs, a, b, at), column)
     if found.empty:

@@ -40,6 +40,10 @@ FIRST = {"A": COLOURS[0], "B": COLOURS[1]}
 """The colours of the two that the study compares."""
 
 
+LABELS = {"log_ppl": "test PPL (log)", "val_loss": "validation PPL (log)"}
+"""Columns that are logarithms of a perplexity, and how it is called."""
+
+
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each label; a variant of A or B ("A-zero") has its colour, lighter or darker."""
     found, others, kin = {}, cycle(COLOURS[2:]), dict.fromkeys(FIRST, 0)
@@ -71,16 +75,19 @@ def tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
     axes.set_xlabel("training tokens (log)")
 
 
-def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "test PPL (log)", log: bool = True) -> Figure:
+def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log: bool | None = None) -> Figure:
     """A column by training tokens: a point a run, a line through each configuration's means.
 
     Args:
         runs: as `runs.read_runs` gives them.
-        column: a logarithm, shown as what it is the logarithm of (less 1, in per cent, unless `log`).
+        column: a loss is shown as perplexity on a logarithmic axis, anything else as it is.
+        label: of the axis; by default the column's name.
+        log: whether the column is such a logarithm; by default, of the two losses.
     """
+    log = column in LABELS if log is None else log
     figure, ((axes,),) = new_figure(height=4.6)
     known = runs.dropna(subset=[column])
-    show = np.exp if log else lambda x: 100 * np.expm1(x)
+    show = np.exp if log else lambda x: x
     styles = looks(known["configuration"])
     for position, (name, own) in enumerate(known.groupby("configuration")):
         dodge = 1 + 0.012 * (2 * position - (len(styles) - 1))  # side by side on a logarithmic axis
@@ -89,11 +96,9 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "test PP
         axes.plot(mean.index * dodge, show(mean), label=name, **look | {"markersize": 8})
     tokens_axis(axes, known["train_tokens"])
     if log:
-        log_axis(axes, label)
+        log_axis(axes, label or LABELS.get(column, column))
     else:
-        axes.set_ylabel(label)
-        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.set_ylabel(label or column)
     legend(figure)
     return _once(figure)
 
@@ -119,9 +124,14 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     return _once(figure)
 
 
-def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure:
-    """Training (dotted) and validation PPL by epoch, a panel a size: a faint line a run, their mean thick."""
+def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
+    """Training (dotted) and validation PPL by epoch, a panel a size: a faint line a run, their mean thick.
+
+    None where no run has epochs.
+    """
     curves = histories[(histories["phase"] == "phase2") & histories["metric"].isin(["train_ppl", "val_ppl"])]
+    if curves.empty:  # of n-grams
+        return None
     sizes, styles = sorted(curves["train_tokens"].unique()), looks(curves["configuration"])
     columns = min(columns, len(sizes))
     rows = math.ceil(len(sizes) / columns)

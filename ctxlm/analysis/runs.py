@@ -6,6 +6,7 @@ What was damaged from outside, or cannot stand beside one another, is refused in
 import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from scipy import sparse
 from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import PROTOCOL
 from ctxlm.device import resolve_device, resolve_dtype
-from ctxlm.files import atomic, read_arrays
+from ctxlm.files import atomic, read_arrays, resolve
 from ctxlm.results import LOSSES, outputs_dir, run_folders
 
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
@@ -58,35 +59,45 @@ def read_runs(*grids: str) -> pd.DataFrame:
     - `log_over_fitting`: log of the last epoch's validation PPL over the best one's; nan where training ended by the
       limit of epochs, not by an early stop, and has no over-fitting to show yet.
 
-    `attrs["planned"]` is how many runs the grids' files ask for. A grid without runs has no rows; the frame is then
-    empty.
+    - `planned`: how many runs the grid's file asks for.
 
     Raises:
-        ConfigError: a file is damaged; runs were judged by another protocol than today's, or multiply in two types that
-            their grid's file does not give them. Grids of protocol 1 are read as they are.
+        ConfigError: a grid has no finished run; a file is damaged; runs were judged by another protocol than today's,
+            or multiply in two types that their grid's file does not give them. Grids of protocol 1 are read as they
+            are, but not beside others.
     """
-    frames, planned = [], 0
-    for grid in grids:
+    frames = []
+    for grid in dict.fromkeys(grids):
         plan = None if grid.startswith(PROTOCOL_1) else load_grid(grid)
-        runs = load_runs(plan.name if plan else grid)
-        planned += len(plan.runs) if plan else len(runs)
+        name = plan.name if plan else grid
+        runs = load_runs(name)
         if plan and len(runs):
             runs = runs[[_as_planned(run, plan.runs) for _, run in runs.iterrows()]]
-            _check_alike(plan.name, runs, plan.runs)
-        if len(runs):
-            frames.append(runs.assign(grid=plan.name if plan else grid))
-    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    if len(found):
-        found = _configured(found)
-        found["id"] = found["grid"] + "/" + found["run"]
-        found["replicate"] = replicates(found)
-        found["log_ppl"] = found.get("test_loss", math.nan)
-        found["log_tokens"], found["log2_tokens"] = np.log(found["train_tokens"]), np.log2(found["train_tokens"])
-        if {"overfit_rate", "epochs_run"} <= {*found}:
-            stopped = found["epochs_run"] - found["best_epoch"] >= found["phase2_patience"]
-            found["log_over_fitting"] = np.log1p(found["overfit_rate"]).where(stopped)
-    found.attrs["planned"] = planned
+        if runs.empty:
+            raise _without_runs(grid, plan is not None)
+        if plan:
+            _check_alike(name, runs, plan.runs)
+        frames.append(runs.assign(grid=name, planned=len(plan.runs) if plan else len(runs)))
+    found = pd.concat(frames, ignore_index=True)
+    if found["protocol"].nunique() > 1:
+        raise ConfigError(f"{' and '.join(grids)} were judged by different protocols: read them apart")
+    found = _configured(found)
+    found["id"] = found["grid"] + "/" + found["run"]
+    found["replicate"] = replicates(found)
+    found["log_ppl"] = found.get("test_loss", math.nan)
+    found["log_tokens"], found["log2_tokens"] = np.log(found["train_tokens"]), np.log2(found["train_tokens"])
+    if {"overfit_rate", "epochs_run"} <= {*found}:
+        stopped = found["epochs_run"] - found["best_epoch"] >= found["phase2_patience"]
+        found["log_over_fitting"] = np.log1p(found["overfit_rate"]).where(stopped)
     return found
+
+
+def _without_runs(grid: str, has_file: bool) -> ConfigError:
+    if has_file:
+        return ConfigError(f"grid {grid} has no finished run yet: run `make report GRID={grid}` first")
+    results = resolve(os.environ.get("CTXLM_RESULTS") or "data/results") / PROTOCOL_1
+    known = ", ".join(sorted(path.name for path in results.glob("*/")))
+    return ConfigError(f"{grid} has no runs: of protocol 1 there are {known}")
 
 
 def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
@@ -136,12 +147,11 @@ def replicates(runs: pd.DataFrame) -> pd.Series:
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
     """What the runs of each grid are: how many, of how many planned, in how many replicates, by which rules."""
-    if runs.empty:
-        return pd.DataFrame({"finished runs": [0], "planned": [runs.attrs.get("planned", 0)]})
     drawn = [name for name in DRAWN if runs[name].nunique() > 1]
     rows = {
         grid: {
             "finished runs": len(own),
+            "planned": own["planned"].iloc[0],
             "replicates": own["replicate"].nunique(),
             "drawn anew in each": ", ".join(DRAWN[name] for name in drawn if own[name].nunique() > 1) or "nothing",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(own["train_tokens"].unique())),
