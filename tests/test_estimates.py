@@ -193,9 +193,9 @@ def test_planted_differences_come_back(judged):
         assert e.shown[0] == fixed(100 * (math.exp(e.value) - 1))
     swapped = paired(planted.runs, B, A)
     assert [ends(e) for e in swapped] == [fixed((-e.high, -e.low)) for e in found]
-    with pytest.raises(ValueError, match="configuration = .C."):
+    with pytest.raises(ValueError, match=r"configuration = .C."):
         paired(planted.runs, A, {"configuration": "C"})
-    with pytest.raises(ValueError, match="no column .tset_loss."):
+    with pytest.raises(ValueError, match=r"no column .tset_loss."):
         paired(planted.runs, A, A, column="tset_loss")
 
 
