@@ -76,7 +76,7 @@ def tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
 
 
 def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log: bool | None = None) -> Figure:
-    """A column by training tokens: a point a run, a line through each configuration's means.
+    """A column by training tokens: a point a run, and a line through the means of the replicates that have most sizes.
 
     Args:
         runs: as `runs.read_runs` gives them.
@@ -91,7 +91,9 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log:
     styles = looks(known["configuration"])
     for position, (name, own) in enumerate(known.groupby("configuration")):
         dodge = 1 + 0.012 * (2 * position - (len(styles) - 1))  # side by side on a logarithmic axis
-        mean, look = own.groupby("train_tokens")[column].mean(), styles[name]
+        sizes = own.groupby("replicate")["train_tokens"].transform("nunique")
+        whole = own[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
+        mean, look = whole.groupby("train_tokens")[column].mean(), styles[name]
         axes.plot(own["train_tokens"] * dodge, show(own[column]), **look | {"linestyle": "none"}, alpha=0.4)
         axes.plot(mean.index * dodge, show(mean), label=name, **look | {"markersize": 8})
     tokens_axis(axes, known["train_tokens"])
@@ -118,7 +120,7 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
         axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
     axes.axhline(0, **REFERENCE)
     tokens_axis(axes, list(sizes.values()))
-    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=None))
     axes.set_ylabel(label or "difference of PPL, 95 % interval")
     legend(figure)
     return _once(figure)
