@@ -96,6 +96,8 @@ def agrees(printed, value):
 def holds(numbers, found):
     """Whether printed numbers are an estimate's: its value, or value, low and high, the ends in either order."""
     shown = found["shown"]
+    if len(numbers) == 3 and shown[1] < 0 < shown[2] and not all(text[0] in "+−" for text in numbers[1:]):
+        return False  # ends on both sides of 0 carry their signs
     if len(numbers) == 1:
         return agrees(numbers[0], shown[0])
     ends = [(numbers[1], numbers[2]), (numbers[2], numbers[1])]
@@ -128,10 +130,14 @@ def test_no_percentage_of_a_result_goes_unmarked():
         elif where.endswith(".ipynb") and "In short" not in text:
             continue
         rest = re.sub(r"95\s?[%％]", "", text)  # the level of an interval is no result
-        for marker in MARKER.finditer(rest):
-            before = rest[: marker.start()]
-            line = before[before.rfind("-->") + 3 if "-->" in before else 0 :]
-            rest = rest.replace(line + marker[0], " " * len(line + marker[0]), 1)
+        for marker in reversed(list(MARKER.finditer(rest))):  # only the numbers that a marker is of are taken out
+            before = rest[: marker.start()].rstrip().rstrip("*_").rstrip()
+            taken = list(NUMBER.finditer(before))[-3 if before.endswith((")", "）")) else -1 :]
+            rest = (
+                rest[: taken[0].start()]
+                + re.sub(r"\d", "", rest[taken[0].start() : marker.start()])
+                + rest[marker.end() :]
+            )
         assert not re.search(r"\d\s?[%％]", rest), f"{where}: {re.search(r'.{0,60}[0-9] ?[%％]', rest)[0]!r}"
 
 

@@ -80,7 +80,15 @@ def analysis(words: str = "A is better") -> str:
 
 
 METRICS = {"experiment": "A", "train_tokens": 28000, "seed": 1, "val_tokens": 9, "val_loss": 6.5, "val_ppl": 654.34}
-METRICS |= {"test_ppl": 571.5, "test_accuracy": 0.1, "best_epoch": 2, "epochs_run": 3, "overfit_rate": 0.0474}
+METRICS |= {
+    "test_ppl": 571.5,
+    "test_accuracy": 0.1,
+    "best_epoch": 2,
+    "epochs_run": 4,
+    "phase2_patience": 2,
+    "epochs_run": 3,
+    "overfit_rate": 0.0474,
+}
 METRICS |= {"protocol": 2, "total_seconds": 90.0, "embed_dim": 128, "num_layers": 6, "versions": {"torch": "2.13"}}
 EPOCH = {"train_loss": 7, "train_ppl": 1100, "val_loss": 6.6, "val_ppl": 700, "val_accuracy": 0.1}
 HISTORY = "phase,step,metric,value\n" + "".join(

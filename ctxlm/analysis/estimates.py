@@ -285,8 +285,7 @@ class Coefficients:
             of = used.groupby("replicate").size().max() if len(used) else 0
             raise ValueError(
                 f"no replicate can tell the {0 if model is None else model.exog.shape[1]} coefficients of {formula!r} "
-                f"apart by itself (it has {of} runs at most): leave a term out, or fit all replicates at once with "
-                "smf.ols(…).fit(cov_type='cluster', …)"
+                f"apart by itself (it has {of} runs at most): leave a term out"
             )
         self.terms = model.exog_names
         self.by_replicate = pd.DataFrame([one.params for one in fits.values()], list(fits), self.terms)
@@ -442,11 +441,13 @@ def _samples(tokens: np.ndarray | None) -> tuple[str, ...]:
 
 
 def comparable(found: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Those of the `pairs` found of which both sides have a value and, of a loss, were judged on equally long text."""
+    """Those of the `pairs` found of which both sides have a value and, of a loss, were judged on the same text."""
     alike = found[f"{column}_a"].notna() & found[f"{column}_b"].notna()
-    tokens = f"{LOSSES.get(column)}_tokens"
-    if f"{tokens}_a" in found:
-        alike &= found[f"{tokens}_a"] == found[f"{tokens}_b"]
+    if column in LOSSES:
+        for name in (f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples", "corpus", "max_sample_tokens"):
+            if {f"{name}_a", f"{name}_b"} <= {*found}:
+                a, b = found[f"{name}_a"], found[f"{name}_b"]
+                alike &= (a == b) | (a.isna() & b.isna())
     return found[alike].copy()
 
 

@@ -171,8 +171,15 @@ def _configured(runs: pd.DataFrame) -> pd.DataFrame:
         # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
         kind = ["experiment", *(["train_tokens", *PAIR] if name == "dtype" else [])]
         if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
-            label = label + f", {name} " + runs[name].astype(str)
+            label = label + f", {name} " + runs[name].map(_shown)
     return runs.assign(configuration=label)
+
+
+def _shown(value: Any) -> str:
+    """A parameter's value in a label; of a column with gaps, pandas makes 256 a 256.0 and None a nan."""
+    if pd.isna(value):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment]) -> None:
