@@ -86,7 +86,6 @@ METRICS |= {
     "best_epoch": 2,
     "epochs_run": 4,
     "phase2_patience": 2,
-    "epochs_run": 3,
     "overfit_rate": 0.0474,
 }
 METRICS |= {"protocol": 2, "total_seconds": 90.0, "embed_dim": 128, "num_layers": 6, "versions": {"torch": "2.13"}}
