@@ -6,6 +6,7 @@ means lines.
 
 import colorsys
 import math
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -75,6 +76,11 @@ def tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
     axes.set_xlabel("training tokens (log)")
 
 
+def aside(position: int, count: int) -> float:
+    """The factor that sets `count` configurations side by side on a logarithmic axis, never far from their size."""
+    return 1 + min(0.024 * count, 0.12) * ((position + 0.5) / count - 0.5)
+
+
 def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log: bool | None = None) -> Figure:
     """A column by training tokens: a point a run, and a line through the means of the replicates that have most sizes.
 
@@ -90,7 +96,7 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log:
     show = np.exp if log else lambda x: x
     styles = looks(known["configuration"])
     for position, (name, own) in enumerate(known.groupby("configuration")):
-        dodge = 1 + 0.012 * (2 * position - (len(styles) - 1))  # side by side on a logarithmic axis
+        dodge = aside(position, len(styles))
         sizes = own.groupby("replicate")["train_tokens"].transform("nunique")
         whole = own[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
         mean, look = whole.groupby("train_tokens")[column].mean(), styles[name]
@@ -109,10 +115,10 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     """Differences in per cent by training tokens, with their intervals; a line a contrast."""
     figure, ((axes,),) = new_figure(height=3.8)
     names = list(dict.fromkeys(e.contrast for e in estimates))
-    sizes = {e: int(e.at.split()[0].replace(",", "")) for e in estimates}
+    sizes = {e: int(re.search(r"([\d,]+) tokens", e.at)[1].replace(",", "")) for e in estimates}
     for position, name in enumerate(names):
         own = [e for e in estimates if e.contrast == name]
-        x = [sizes[e] * (1 + 0.02 * (position - (len(names) - 1) / 2)) for e in own]
+        x = [sizes[e] * aside(position, len(names)) for e in own]
         value, low, high = np.array(
             [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.shown for e in own)]
         ).T
