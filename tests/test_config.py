@@ -550,7 +550,7 @@ def test_the_quick_grid_keeps_the_studys_proportions():
         own = [run for run in runs if run.experiment == label]
         assert {(run.num_layers, run.context_dim / run.embed_dim) for run in own} == {(layers, ratio)}
         assert {run.embed_dim for run in own} == {own[0].embed_dim} and own[0].embed_dim >= 128
-        assert {run.train_tokens for run in own} == {10_000, 20_000}
+        assert {run.train_tokens for run in own} == {8_000, 16_000}
         judged = {(run.val_samples, run.test_samples, run.max_sample_tokens) for run in own}
         assert judged == {(100, 200, 128)}
         assert {run.corpus for run in own} == {"chitchat"}
