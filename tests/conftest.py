@@ -77,3 +77,17 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         counts = Counter(item.path for item in items if slow[item])
         items.sort(key=lambda item: -counts[item.path])
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Plants runs whose losses are known by sample, as `loss_sums` then gives them."""
+
+    from tests.planted import Planted  # statsmodels takes seconds, which other tests need not wait for
+
+    def plant(*arguments, **options):
+        planted = Planted(*arguments, **options)
+        monkeypatch.setattr("ctxlm.analysis.runs.loss_sums", planted.loss_sums)
+        return planted
+
+    return plant

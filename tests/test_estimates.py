@@ -40,18 +40,6 @@ ALL = {"text": 0.05, "own": 0.02, "tilt": 0.03, "hard": 0.04, "liked": 0.01, "no
 fixed = partial(pytest.approx, rel=1e-9, abs=1e-12)
 
 
-@pytest.fixture
-def judged(monkeypatch):
-    """Plants runs whose losses are known by sample, as `loss_sums` then gives them."""
-
-    def plant(*arguments, **options):
-        planted = Planted(*arguments, **options)
-        monkeypatch.setattr("ctxlm.analysis.runs.loss_sums", planted.loss_sums)
-        return planted
-
-    return plant
-
-
 def moments(sums, tokens=None) -> Moments:
     return Moments(*crossed(np.asarray(sums, float), tokens), len(sums), len(sums), ())
 

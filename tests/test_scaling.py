@@ -21,18 +21,6 @@ CHANCE = {"text": 0.05, "own": 0.01, "tilt": 0.01, "hard": 0.05, "liked": 0.01, 
 NARROW = {"text": 0.05, "own": 0.001, "tilt": 0.001, "hard": 0.05, "liked": 0.0005, "noise": 0.0005}
 
 
-@pytest.fixture
-def judged(monkeypatch):
-    """Plants runs whose losses are known by sample, as `loss_sums` then gives them."""
-
-    def plant(*arguments, **options):
-        planted = Planted(*arguments, **options)
-        monkeypatch.setattr("ctxlm.analysis.runs.loss_sums", planted.loss_sums)
-        return planted
-
-    return plant
-
-
 # Laws
 
 
