@@ -64,6 +64,10 @@ class Experiment(BaseModel):
     embedding_seed: Seed = Field(
         0, description="0: ppmi as it is, its signs by a convention; otherwise they, or random's numbers, are drawn"
     )
+    embedding_rotated: bool = Field(False, description="embedding_seed draws a rotation of ppmi instead of its signs")
+    embedding_turned: int | None = Field(
+        None, ge=0, lt=65_536, description="the dimension of ppmi (0: the strongest) whose sign is turned; null: none"
+    )
     train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
     data_seed: int = Field(
@@ -144,6 +148,9 @@ class Experiment(BaseModel):
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
         "none", description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens"
     )
+    context_rank: int = Field(
+        0, ge=0, description="the TokenBlock reads so many principal dimensions of every layer's contexts; 0: all"
+    )
     train_loss_after_epoch: bool = Field(False, description="measure the training loss also after every epoch")
     val_every_steps: int = Field(0, ge=0, description="validate also every so many updates; 0: after epochs only")
     # The machine
@@ -165,6 +172,14 @@ class Experiment(BaseModel):
             refuse("only kneser-ney counts, so set the first to false", "ngram_second_half", "model")
         if self.embedding_seed and self.embedding not in ("ppmi", "random"):
             refuse("nothing of that embedding is drawn, so set embedding_seed to 0", "embedding_seed", "embedding")
+        if self.embedding_rotated and not (self.embedding == "ppmi" and self.embedding_seed):
+            remedy = "only ppmi is rotated, by a number from 1 on, so set the first to false or mend the others"
+            refuse(remedy, "embedding_rotated", "embedding", "embedding_seed")
+        if self.embedding_turned is not None and not (
+            self.embedding == "ppmi" and self.embedding_turned < self.embed_dim
+        ):
+            remedy = "only ppmi has such signs, one a dimension, so set the first to null or to less than embed_dim"
+            refuse(remedy, "embedding_turned", "embedding", "embed_dim")
         if self.phase1_min_iterations > self.phase1_max_iterations:
             refuse("lower the first or raise the second", "phase1_min_iterations", "phase1_max_iterations")
         if self.model in NETWORKS:
@@ -172,8 +187,8 @@ class Experiment(BaseModel):
                 refuse("the first must divide among the second, so change one of them", "hidden_dim", "num_heads")
             if self.phase2_batch_size % self.window:
                 refuse("the first must be a multiple of the second, so change one", "phase2_batch_size", "window")
-            others = "use_weight_tying phase2_shuffle phase2_context_window phase2_init_std design context_ablation"
-            for name in others.split():
+            others = "use_weight_tying phase2_shuffle phase2_context_window phase2_init_std design"
+            for name in f"{others} context_ablation context_rank".split():
                 if getattr(self, name) != (default := type(self).model_fields[name].default):
                     refuse(f"that model has no such switch, so set it to {default!r}", name, "model")
         if self.model == "context":
@@ -185,6 +200,14 @@ class Experiment(BaseModel):
                 if getattr(self, name) and self.context_ablation != "none":
                     remedy = "the second replaces no contexts that the first trains or adds: set one to its default"
                     refuse(remedy, name, "context_ablation")
+            if self.context_rank and window:
+                refuse(
+                    "the first keeps part of contexts that stay: set one to 0", "context_rank", "phase2_context_window"
+                )
+            if self.context_rank and self.context_ablation != "none":
+                refuse("both replace the contexts: set one to its default", "context_rank", "context_ablation")
+            if self.context_rank > self.context_dim:
+                refuse("a context has no more dimensions: lower the first", "context_rank", "context_dim")
             targets = (self.train_tokens or 0) - self.held_out_tokens - 1
             if targets > 0:  # otherwise only the corpus tells how many updates there are
                 self.check_warmup(-(-targets // self.phase2_batch_size))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import scipy.sparse
+import scipy.stats
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus
@@ -29,7 +30,9 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
 
     `ppmi` comes from the corpus's second half and is cached by its tokens; `random` is N(0, 0.14²); `gpt2` and a
     .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or signs for the dimensions of
-    `ppmi`: those of singular vectors are arbitrary, yet a model's perplexity depends on them (LOG.md).
+    `ppmi`: those of singular vectors are arbitrary, yet a model's perplexity depends on them (LOG.md). With
+    `embedding_rotated` it draws a rotation instead, which spreads what a dimension holds over all (Stewart 1980, by
+    scipy); `embedding_turned` turns the sign of one dimension.
 
     Raises:
         ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
@@ -49,6 +52,10 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     second_half = corpus.stream(corpus.half, corpus.num_samples)
     path = cache_dir() / f"embedding-{key}.npz"
     embedding = cached_arrays(path, lambda: {"embedding": ppmi_svd(second_half, dim)})["embedding"]
+    if experiment.embedding_turned is not None:
+        embedding = embedding * np.where(np.arange(dim) == experiment.embedding_turned, np.float32(-1), np.float32(1))
+    if experiment.embedding_rotated:
+        return embedding @ scipy.stats.ortho_group(dim).rvs(random_state=draws).astype(np.float32)
     return embedding * draws.choice(np.float32([-1, 1]), dim) if experiment.embedding_seed else embedding
 
 

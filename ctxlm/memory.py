@@ -1,10 +1,11 @@
-"""How far back a context reaches: how soon a disturbed one is forgotten, and what the last k tokens alone are worth."""
+"""How far back a context reaches: how soon a disturbance is forgotten, and what the last k tokens alone are worth."""
 
 import itertools
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctxlm.loss import Losses
@@ -52,6 +53,36 @@ def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:
         if after <= share < before:
             return step + 1.0 if after == 0 else step + math.log(before / share) / math.log(before / after)
     return None
+
+
+@torch.no_grad()
+def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: int = 64) -> float:
+    """The largest Lyapunov exponent of the contexts, nats a token: below 0, a small disturbance fades as exp(λ t).
+
+    Mean growth of the length of a tangent vector, which is taken along by the block's Jacobian and made unit length
+    again after every token: over `steps` tokens from each of the `starts`, after as many in which it turns into the
+    direction that grows fastest (Benettin et al. 1980; of recurrent networks: Engelken, Wolf & Abbott 2023).
+
+    Args:
+        block: the one that made the contexts.
+        contexts: T tokens with their contexts.
+        steps: tokens averaged over; fewer on a short stream.
+        starts: positions, at most.
+    """
+    total = len(contexts.tokens)
+    steps = min(steps, total // 4)
+    positions = _spaced(0, total - 2 * steps, starts, contexts.tokens.device)
+    context, tables = contexts.values[positions], contexts.distinct.tables(block)
+    tangent = F.normalize(context.roll(1, 1) - context)  # any direction will do, but not a constant: the norm undoes it
+    grown = torch.zeros((), dtype=torch.float64, device=context.device)
+    for step in range(1, 2 * steps + 1):
+        shares = look_up(tables, contexts.distinct.places(positions + step))
+        context, moved = torch.func.jvp(lambda c, shares=shares: block(c, shares)[-1], (context,), (tangent,))
+        length = moved.norm(dim=1).clamp(min=torch.finfo(moved.dtype).tiny)
+        tangent = moved / length[:, None]
+        if step > steps:
+            grown += length.log().double().mean()
+    return (grown / steps).item()
 
 
 @torch.no_grad()

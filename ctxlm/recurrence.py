@@ -209,23 +209,53 @@ class SlowReader:
         return rows
 
 
-@torch.no_grad()
-def ablated(model: ContextLM, contexts: Contexts, experiment: Experiment) -> Contexts:
-    """What the TokenBlock is to read instead of `contexts`, by the experiment's `context_ablation`.
+class Ablation:
+    """What the TokenBlock is to read instead of a stream's contexts, by `context_ablation` and `context_rank`.
 
     `zero`: zeros; `random_tokens`: the contexts of the same tokens in random order, which tell nothing of the text
-    before but look like contexts. Tokens, and what is to be predicted, stay.
+    before but look like contexts. Tokens, and what is to be predicted, stay. With a rank r every layer's contexts are
+    projected on their r principal dimensions (those of the training stream) about their mean.
     """
-    if experiment.context_ablation == "zero":
-        rows = len(contexts.tokens)
-        *inner, last = (contexts.values.new_zeros(1, width).expand(rows, -1) for width in model.context_block.widths)
+
+    def __init__(self, model: ContextLM, train: Contexts, experiment: Experiment):
+        """`train`: the contexts of the training stream, which the principal dimensions are of."""
+        self.model, self.e = model, experiment
+        self.principal = None
+        if experiment.context_rank:
+            layers = train.layers(model.context_block, slice(0, len(train.tokens)))
+            self.principal = [_principal(layer, experiment.context_rank) for layer in layers]
+
+    @torch.no_grad()
+    def __call__(self, contexts: Contexts) -> Contexts:
+        """The contexts of any stream as the TokenBlock is to read them; themselves if nothing is taken from them."""
+        total, device = len(contexts.tokens), contexts.tokens.device
+        if self.e.context_ablation == "zero":
+            widths = self.model.context_block.widths
+            *inner, last = (contexts.values.new_zeros(1, width).expand(total, -1) for width in widths)
+            return replace(contexts, values=last, inner=inner)
+        if self.e.context_ablation == "random_tokens":
+            draws = generator(self.e.seed, "context_ablation", device=device)
+            order = torch.randperm(total, generator=draws, device=device)
+            return replace(chunked(self.model, contexts.tokens[order]), tokens=contexts.tokens)
+        if self.principal is None:
+            return contexts
+        layers = contexts.layers(self.model.context_block, slice(0, total))
+        *inner, last = (
+            (mean + (layer.float() - mean) @ axes @ axes.T).to(layer.dtype)
+            for layer, (mean, axes) in zip(layers, self.principal, strict=True)
+        )
         return replace(contexts, values=last, inner=inner)
-    if experiment.context_ablation == "random_tokens":
-        device = contexts.tokens.device
-        draws = generator(experiment.seed, "context_ablation", device=device)
-        order = torch.randperm(len(contexts.tokens), generator=draws, device=device)
-        return replace(chunked(model, contexts.tokens[order]), tokens=contexts.tokens)
-    return contexts
+
+
+def _principal(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The mean [width] of `rows` [T, width], and their `rank` principal dimensions [width, rank] (at most all)."""
+    mean = rows.float().mean(0)
+    width = rows.shape[1]
+    scatter = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
+    for part in rows.split(8192):  # double precision, a part at a time
+        centred = (part.float() - mean).double()
+        scatter.addmm_(centred.T, centred)
+    return mean, torch.linalg.eigh(scatter).eigenvectors[:, -rank:].float()
 
 
 def _inner_layers(

@@ -116,6 +116,13 @@ def test_every_bad_value_is_named():
         ({"phase2_batch_size": 512, "phase2_context_window": 7}, "first must be a multiple of the second"),
         ({"phase2_context_window": 8, "context_ablation": "zero"}, "set one to its default"),
         ({"slow_decay": 0.9, "context_ablation": "zero"}, "set one to its default"),
+        ({"context_rank": 8, "context_ablation": "zero"}, "set one to its default"),
+        ({"context_rank": 8, "phase2_context_window": 1}, "set one to 0"),
+        ({"context_rank": 769, "context_dim": 768}, "lower the first"),
+        ({"embedding_turned": 768, "embedding": "ppmi", "embed_dim": 768}, "set the first to null"),
+        ({"embedding_turned": 1, "embedding": "random", "embed_dim": 768}, "set the first to null"),
+        ({"embedding_rotated": True, "embedding": "random", "embedding_seed": 1}, "set the first to false"),
+        ({"embedding_rotated": True, "embedding": "ppmi", "embedding_seed": 0}, "set the first to false"),
         ({"embedding_seed": 3, "embedding": "gpt2"}, "set embedding_seed to 0"),
         ({"embedding_seed": 3, "embedding": "mine.safetensors"}, "set embedding_seed to 0"),
         ({"ngram_second_half": True, "model": "context"}, "set the first to false"),
@@ -126,7 +133,7 @@ def test_every_bad_value_is_named():
 def test_values_that_contradict_each_other_are_refused(values, remedy):
     message = refusal(Experiment.from_mapping, values)
     said, asked = message.split(": ", 1)
-    assert said == " and ".join(f"{name} = {value!r}" for name, value in list(values.items())[:2])
+    assert said == " and ".join(f"{name} = {value!r}" for name, value in list(values.items())[: said.count(" = ")])
     assert remedy in asked
 
 
@@ -185,16 +192,21 @@ def parameters(draw) -> dict:
     if values["model"] in ("lstm", "transformer"):
         values |= {"use_weight_tying": True, "phase2_shuffle": False}
         values |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
+        values["context_rank"] = 0
         values["phase2_batch_size"] = values["window"] * draw(st.integers(1, 10))
         values["num_heads"] = draw(st.integers(1, 64))
         values["hidden_dim"] = values["num_heads"] * draw(st.integers(1, 10))
         values["phase2_context_window"] = 0
     elif draw(st.booleans()):
         values["phase2_batch_size"] = values["phase2_context_window"] * draw(st.integers(1, 10))
-        values["context_ablation"] = "none"
+        values |= {"context_ablation": "none", "context_rank": 0}
     else:
         values |= {"phase2_context_window": 0, "slow_decay": 0.0}
+        values["context_rank"] = draw(st.integers(0, values["context_dim"] * (values["context_ablation"] == "none")))
     values["embedding_seed"] *= values["embedding"] != "gpt2"
+    values["embedding_rotated"] &= values["embedding"] == "ppmi" and values["embedding_seed"] > 0
+    turned = draw(st.none() | st.integers(0, values["embed_dim"] - 1))
+    values["embedding_turned"] = turned if values["embedding"] == "ppmi" else None
     values["ngram_second_half"] &= values["model"] == "kneser-ney"
     targets = (values["train_tokens"] or 0) - values["held_out_tokens"] - 1
     if targets > 0:  # the warm-up is over before the training

@@ -202,6 +202,25 @@ def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache):
     assert not np.array_equal(np.abs(random[0]), np.abs(random[1]))
 
 
+def test_a_turned_dimension_is_the_only_one_that_changes(cache):
+    as_it_is = load_embedding(Experiment(embed_dim=8), PLANTED)
+    turned = load_embedding(Experiment(embed_dim=8, embedding_turned=1), PLANTED)
+    np.testing.assert_array_equal(turned, as_it_is * np.float32([1, -1, 1, 1, 1, 1, 1, 1]))
+
+
+def test_a_rotation_changes_every_dimension_and_no_angle(cache):
+    as_it_is = load_embedding(Experiment(embed_dim=8), PLANTED)
+    rotated = Experiment(embed_dim=8, embedding_seed=1, embedding_rotated=True)
+    one, same, other = (
+        load_embedding(rotated.model_copy(update={"embedding_seed": seed}), PLANTED) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert one.dtype == np.float32 and not np.isclose(np.abs(one), np.abs(as_it_is)).all(0).any()
+    assert not np.allclose(one, other)
+    some = np.arange(0, len(one), 997)
+    np.testing.assert_allclose(one[some] @ one[some].T, as_it_is[some] @ as_it_is[some].T, atol=1e-6)
+
+
 def test_a_random_embedding_has_gpt2s_spread(cache):
     embedding = load_embedding(Experiment(embed_dim=32, embedding="random"))
     assert embedding.shape == (VOCABULARY, 32) and embedding.dtype == np.float32

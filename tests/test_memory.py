@@ -1,14 +1,16 @@
 """How far back contexts reach, against contexts made token by token; and what stands in for them in ablations."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from ctxlm.config import Experiment
-from ctxlm.memory import RECENT, forgetting, horizon, recent_tokens
+from ctxlm.memory import RECENT, forgetting, horizon, lyapunov, recent_tokens
 from ctxlm.phase2 import Predictor, train_token_block
-from ctxlm.recurrence import ablated, sequential
+from ctxlm.recurrence import Ablation, sequential
 from tests.conftest import stream, tiny
 
 
@@ -62,6 +64,25 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
     assert found[0, "val_loss"] == pytest.approx(sum(whole) / 4, rel=1e-5)
 
 
+def test_the_largest_lyapunov_exponent_is_that_of_the_jacobians_multiplied_out():
+    model = tiny()
+    block, contexts, steps = model.context_block, sequential(model, stream(60)), 6
+    found = []
+    for start in (0, 24, 47):
+        tangent = torch.nn.functional.normalize(
+            (contexts.values[start].roll(1) - contexts.values[start]).double(), dim=0
+        )
+        for step in range(1, 2 * steps + 1):
+            inputs = model.context_inputs(contexts.tokens, torch.tensor([start + step]))
+            before = contexts.values[start + step - 1][None]
+            last = partial(lambda shares, context: block(context, shares)[-1], block.shares(inputs))
+            jacobian = torch.autograd.functional.jacobian(last, before)[0, :, 0].double()
+            tangent = jacobian @ tangent
+            found += [tangent.norm().log().item()] * (step > steps)
+            tangent = tangent / tangent.norm()
+    assert lyapunov(block, contexts, steps=steps, starts=3) == pytest.approx(np.mean(found), abs=1e-4)
+
+
 @pytest.mark.parametrize("length", [2, 3, 9])
 def test_a_short_stream_shows_what_it_holds(length):
     model = tiny()
@@ -69,6 +90,7 @@ def test_a_short_stream_shows_what_it_holds(length):
     rows = recent_tokens(model, Predictor(model, torch.float32).from_layers, contexts)
     assert {row["step"] for row in rows} == ({0} if length > 2 else set()) | {k for k in RECENT if k < length - 1}
     assert len(forgetting(model.context_block, contexts)) == length // 2 + 1
+    assert not math.isinf(lyapunov(model.context_block, contexts))
 
 
 def experiment(ablation, **parameters):
@@ -80,17 +102,19 @@ def experiment(ablation, **parameters):
 def test_without_an_ablation_the_contexts_are_the_real_ones():
     model = tiny()
     contexts = sequential(model, stream(50))
-    assert ablated(model, contexts, experiment("none")) is contexts
+    assert Ablation(model, contexts, experiment("none"))(contexts) is contexts
 
 
 def test_zeroed_contexts_leave_a_model_of_its_input_tokens():
     model, tokens = tiny(), stream(50)
-    zeroed = ablated(model, sequential(model, tokens), experiment("zero"))
+    contexts = sequential(model, tokens)
+    zero = Ablation(model, contexts, experiment("zero"))
+    zeroed = zero(contexts)
     layers = zeroed.layers(model.context_block, slice(10, 20))
     assert len(layers) == 3 and all(layer.shape == (10, 12) and not layer.any() for layer in layers)
     # Equal input tokens, whatever stood before them, then give equal predictions.
     again = torch.cat([stream(7, seed=5), tokens])
-    other = ablated(model, sequential(model, again), experiment("zero"))
+    other = zero(sequential(model, again))
     predict = Predictor(model, torch.float32)
     torch.testing.assert_close(predict(other, slice(17, 27))[1], predict(zeroed, slice(10, 20))[1])
 
@@ -98,22 +122,44 @@ def test_zeroed_contexts_leave_a_model_of_its_input_tokens():
 def test_contexts_of_shuffled_tokens_go_with_the_real_tokens():
     model, tokens = tiny(), stream(60)
     contexts = sequential(model, tokens)
-    shuffled = ablated(model, contexts, experiment("random_tokens"))
+    shuffled = Ablation(model, contexts, experiment("random_tokens"))(contexts)
     assert torch.equal(shuffled.tokens, tokens)
     order = [(shuffled.values[i] - contexts.values[i]).abs().max().item() for i in range(60)]
     assert min(order[5:]) > 0.1
     # They are the contexts of some order of the same tokens: every layer follows from the one before.
     places = shuffled.distinct.places(torch.arange(60))[:, -1]
     assert sorted(places.tolist()) == sorted(contexts.distinct.places(torch.arange(60))[:, -1].tolist())
-    again = ablated(model, contexts, experiment("random_tokens"))
-    other = ablated(model, contexts, experiment("random_tokens", seed=43))
+    again = Ablation(model, contexts, experiment("random_tokens"))(contexts)
+    other = Ablation(model, contexts, experiment("random_tokens", seed=43))(contexts)
     assert torch.equal(again.values, shuffled.values) and not torch.equal(other.values, shuffled.values)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_a_rank_keeps_the_principal_dimensions_of_the_training_contexts(rank):
+    model = tiny()
+    train, other = (sequential(model, stream(n, seed=n)) for n in (300, 90))
+    keep = Ablation(model, train, experiment("none", context_rank=rank))
+    whole = slice(0, 90)
+    for layer, basis, found in zip(
+        other.layers(model.context_block, whole),
+        train.layers(model.context_block, slice(0, 300)),
+        keep(other).layers(model.context_block, whole),
+        strict=True,
+    ):
+        mean = basis.double().mean(0)
+        axes = np.linalg.svd((basis.double() - mean).numpy(), full_matrices=False)[2][:rank]
+        expected = mean.numpy() + (layer.double() - mean).numpy() @ axes.T @ axes
+        np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+        assert np.linalg.matrix_rank(found.double().numpy() - mean.numpy(), tol=1e-3) <= rank
+    if rank == 12:
+        torch.testing.assert_close(keep(other).values, other.values, atol=1e-5, rtol=0)
 
 
 def test_an_ablated_model_can_be_trained():
     settings = experiment("zero", phase2_epochs=1, phase2_batch_size=32)
     model = tiny()
-    train, val = (ablated(model, sequential(model, stream(n, seed=n)), settings) for n in (200, 80))
+    train, val = (sequential(model, stream(n, seed=n)) for n in (200, 80))
+    train, val = (Ablation(model, train, settings)(contexts) for contexts in (train, val))
     before = [p.clone() for p in model.token_block.from_context.parameters()]
     train_token_block(model, train, val, settings)
     for old, new in zip(before, model.token_block.from_context.parameters(), strict=True):
