@@ -49,11 +49,13 @@ UNITS = {
     "% of PPL": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %", comparison=True),
     "PPL": Unit(np.exp, "{:.1f}"),
     "%": Unit(lambda x: 100 * np.expm1(x), "{:+z.0f} %"),
+    "sd, % of PPL": Unit(lambda x: 100 * np.expm1(x), "{:.1f} %"),
     "exponent": Unit(lambda x: x, "{:.3f}"),
     "difference of exponents": Unit(lambda x: x, "{:+z.3f}", comparison=True),
     "tokens": Unit(np.exp, "{:,.0f}"),
     "tokens read": Unit(lambda x: x, "{:.1f}"),
     "nats": Unit(lambda x: x, "{:+z.3f}", comparison=True),
+    "nats a token": Unit(lambda x: x, "{:+z.2f}"),
     "share": Unit(np.exp, "{:.2f}"),
     "": Unit(lambda x: x, "{:,.4g}"),
 }

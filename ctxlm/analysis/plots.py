@@ -202,17 +202,24 @@ def recent_tokens(histories: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(k=rows["step"], extra=rows["value"] - rows["id"].map(whole))
 
 
-def groups(runs: pd.DataFrame, x: str, hue: str, column: str = "log_ppl", label: str = "test PPL (log)") -> Figure:
-    """PPL by two factors, a panel a size: the mean of each cell, its runs as points."""
-    sizes = sorted(runs["train_tokens"].unique())
-    figure, (panels,) = new_figure(1, len(sizes), 3.8, sharey=True)
+def groups(
+    runs: pd.DataFrame,
+    x: str,
+    hue: str,
+    panel: str = "train_tokens",
+    column: str = "log_ppl",
+    label: str = "test PPL (log)",
+) -> Figure:
+    """PPL by two factors, a panel a size or a value of a third: the mean of each cell, its runs as points."""
+    values = sorted(runs[panel].unique())
+    figure, (panels,) = new_figure(1, len(values), 3.8, sharey=True)
     shown, palette = runs.assign(ppl=np.exp(runs[column])), COLOURS[2 : 2 + runs[hue].nunique()]
     look = {"x": x, "y": "ppl", "hue": hue, "dodge": 0.3, "palette": palette, "legend": False}
-    for size, axes in zip(sizes, panels, strict=True):
-        own = shown[shown["train_tokens"] == size]
+    for value, axes in zip(values, panels, strict=True):
+        own = shown[shown[panel] == value]
         sns.stripplot(own, alpha=0.4, ax=axes, **look)
         sns.pointplot(own, errorbar=None, ax=axes, estimator=stats.gmean, **look)
-        axes.set(title=f"{size:,} tokens", ylabel="")
+        axes.set(title=f"{value:,} tokens" if panel == "train_tokens" else f"{panel} {value}", ylabel="")
     log_axis(panels[0], label)
     names = sorted(shown[hue].unique())
     legend(

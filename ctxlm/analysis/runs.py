@@ -3,6 +3,7 @@
 What was damaged from outside, or cannot stand beside one another, is refused in one sentence.
 """
 
+import functools
 import io
 import json
 import math
@@ -337,6 +338,12 @@ def _read_table(path: Path) -> pd.DataFrame:
         ValueError: it is cut off within a line, or is something else.
         OSError: it cannot be read.
     """
+    known = path.stat()  # a page asks for the same tables again and again
+    return _parsed(path, known.st_mtime_ns, known.st_size).copy()
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(path: Path, _changed: int, _size: int) -> pd.DataFrame:
     content, columns = path.read_bytes(), TABLES[path.name]
     table = pd.read_csv(io.BytesIO(content), dtype=columns)
     if list(table.columns) != list(columns):
