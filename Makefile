@@ -1,6 +1,8 @@
-# `make` alone prints the targets. PYTHON= chooses the interpreter, GRID= the grid, JOBS= how many cores to use.
+# `make` alone prints the targets. PYTHON= chooses the interpreter, GRID= the grid, SEARCH= the search, JOBS= how many
+# cores to use.
 PYTHON ?= python3
 GRID ?= quick
+SEARCH ?= lstm
 JOBS ?= all
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +11,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report site benchmark gpu unlock test lab lint docs clean
+.PHONY: help env report search site benchmark gpu unlock test lab lint docs clean
 
 help:  ## print the targets
-	@echo "make TARGET [GRID=quick] [PYTHON=python3] [JOBS=all]"
+	@echo "make TARGET [GRID=quick] [SEARCH=lstm] [PYTHON=python3] [JOBS=all]"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: pyproject.toml
@@ -32,6 +34,10 @@ report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html
 	  if ls .snakemake/locks/*.lock >/dev/null 2>&1; then \
 	    echo "Locked, though no other make report goes on here? Say first: make unlock GRID=$(GRID)" >&2; fi; exit 1; }
 	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
+
+search: $(VENV)/.ready  ## search hyper-parameters: params/search/$SEARCH.yaml, into data/search (TOP=3: its best at full size)
+	@$(BIN)/python -m ctxlm.search params/search/$(SEARCH).yaml $(addprefix --top ,$(TOP)) \
+	  $(addprefix --jobs ,$(filter-out all,$(JOBS)))
 
 site: $(VENV)/.ready  ## write outputs/site/index.html: the findings and all committed runs, without training
 	@$(BIN)/python -m ctxlm.analysis.site --all

@@ -169,6 +169,7 @@ FLOORS = [
     {"ctxlm.trainer"},
     {"ctxlm.phase1", "ctxlm.phase2", "ctxlm.networks", "ctxlm.ngrams", "ctxlm.generate"},
     {"ctxlm.analysis"},
+    {"ctxlm.search"},
 ]
 
 

@@ -223,6 +223,7 @@ BELONGS = {
     "config": set(),
     "files": set(),
     "results": set(),
+    "search": set(),
     "__init__": set(),
 }
 """The models whose numbers each module makes."""
