@@ -1,0 +1,419 @@
+"""A run asked in words: its losses token by token, what it draws, what its state holds, and what is refused."""
+
+import json
+import math
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxlm.config import ConfigError, Experiment, read_yaml
+from ctxlm.corpus import VOCABULARY, decode, split, tokenizer
+from ctxlm.files import ROOT
+from ctxlm.generate import (
+    ContextSpeaker,
+    LSTMSpeaker,
+    NGramSpeaker,
+    Speaker,
+    State,
+    TransformerSpeaker,
+    changed,
+    generate,
+    load_run,
+    next_tokens,
+    surprise,
+)
+from ctxlm.networks import Reader
+from ctxlm.ngrams import KneserNey
+from ctxlm.phase2 import Predictor
+from tests.conftest import short_paragraphs, stream, tiny
+from tests.test_networks import small
+from tests.test_notebooks import SMALL, run_here
+
+CONTEXT = SMALL | {"dtype": "float32", "device": "cpu", "phase2_epochs": 1}
+NETWORK = {key: value for key, value in CONTEXT.items() if key != "context_dim"} | {"hidden_dim": 16}
+RUNS = {
+    "study": CONTEXT | {"phase2_epochs": 2},
+    "arithmetic": CONTEXT | {"design": "arithmetic", "num_input_tokens": 3, "use_weight_tying": False},
+    "tuned": CONTEXT | read_yaml("params/tuned.yaml") | {"phase2_context_window": 4, "phase2_epochs": 1},
+    "LSTM": NETWORK | {"model": "lstm", "output_bias": "unigram", "slow_decay": 0.9},
+    "Transformer": NETWORK | {"model": "transformer", "window": 16, "num_heads": 2},
+    "KN-3": {key: NETWORK[key] for key in ("train_tokens", "val_samples", "test_samples")}
+    | {"model": "kneser-ney", "ngram_order": 3},
+}
+TEXT = "the cat saw a big dog and then it ran from the house"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of the finished `RUNS`, the grid `small`; only they are there to be found."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = short_paragraphs(folder / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CACHE", "OUTPUTS", "RESULTS"):
+            patch.setenv(f"CTXLM_{name}", str(folder / name.lower()))
+        for name, own in RUNS.items():
+            notebook = "03_baseline" if "model" in own else "02_experiment"
+            run_here(notebook, **own, corpus=str(text), output_dir=str(folder / "outputs" / "small" / name))
+        yield folder / "outputs" / "small"
+
+
+@pytest.fixture(scope="module")
+def loaded(runs):
+    return {name: load_run("small", name) for name in RUNS}
+
+
+def step_by_step(model, tokens):
+    """The loss of every one of `tokens`, [T], and the state after the last."""
+    state, losses = model.start(), []
+    for token in tokens.tolist():
+        losses.append(-model.log_probs(state)[token])
+        state = model.step(state, token)
+    return torch.stack(losses), state
+
+
+each_run = pytest.mark.parametrize("name", RUNS)
+
+
+# Models
+
+
+@each_run
+def test_read_token_by_token_a_run_has_the_losses_it_was_judged_by(name, runs, loaded):
+    metrics = json.loads((runs / name / "metrics.json").read_text(encoding="utf-8"))
+    given = {key: metrics[key] for key in Experiment.model_fields}
+    tokens = torch.from_numpy(split(Experiment.from_mapping(given)).val.tokens).long()
+    losses, _ = step_by_step(loaded[name], tokens)
+    with np.load(runs / name / "val_losses.npz") as kept:
+        np.testing.assert_allclose(losses[1:].numpy(), kept["loss"], atol=1e-4)
+    assert losses[1:].mean().item() == pytest.approx(metrics["val_loss"], abs=1e-5)
+
+
+@each_run
+def test_a_distribution_is_one_and_a_text_of_any_length_has_its_surprises(name, loaded):
+    model = loaded[name]
+    for state in (model.start(), step_by_step(model, stream(5, VOCABULARY))[1]):
+        log_probs = model.log_probs(state)
+        assert log_probs.dtype == torch.float32 and log_probs.shape == (VOCABULARY,)
+        assert log_probs.double().exp().sum().item() == pytest.approx(1, abs=1e-4)
+    for text in ("the", f"{TEXT} 🦜"):
+        table = surprise(model, text)
+        assert list(table) == ["position", "token", "text", "nats"] and "".join(table["text"]) == text
+        assert table["token"].tolist() == tokenizer().encode(text).ids
+        losses, _ = step_by_step(model, torch.tensor(table["token"]))
+        np.testing.assert_allclose(table["nats"], losses, atol=1e-4)
+    assert table["position"].tolist() == list(range(len(table)))
+
+
+def planted(kind, **parameters):
+    """A model with weights as they are drawn, of 30 tokens."""
+    if kind == "n-gram":
+        return NGramSpeaker(KneserNey(stream(400, 30).numpy(), 3, 30))
+    if kind == "context":
+        model = tiny(30, **parameters).requires_grad_(False)
+        return ContextSpeaker(model.eval(), Predictor(model, torch.float32))
+    model = small(kind, **parameters)[1].eval().requires_grad_(False)
+    return {"lstm": LSTMSpeaker, "transformer": TransformerSpeaker}[kind](model, Reader(model, torch.float32))
+
+
+KINDS = [
+    ("context", {"num_input_tokens": 3, "slow_decay": 0.9, "output_bias": "unigram"}),
+    ("context", {"design": "arithmetic"}),
+    ("lstm", {"slow_decay": 0.9}),
+    ("transformer", {}),
+    ("transformer", {"window": 7, "phase2_batch_size": 21, "slow_decay": 0.9}),
+    ("transformer", {"window": 1}),
+    ("n-gram", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "parameters"), KINDS)
+def test_a_long_text_at_once_is_that_text_token_by_token(kind, parameters):
+    model, tokens = planted(kind, **parameters), stream(1300, 30, seed=2)  # an LSTM's run is judged in parts of 1,024
+    torch.testing.assert_close(model.losses(tokens), step_by_step(model, tokens)[0].float(), atol=1e-4, rtol=0)
+
+
+def size(state):
+    """Bytes that a state keeps alive."""
+    tensors = [*state.hidden, *([] if state.slow is None else [state.slow])]
+    return 8 * len(state.recent) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@pytest.mark.parametrize(("kind", "parameters"), KINDS)
+def test_a_state_does_not_grow_with_the_text(kind, parameters):
+    model, sizes = planted(kind, **parameters), []
+    state = model.start()
+    for token in stream(1000, 30).tolist():
+        state = model.step(state, token)
+        sizes.append(size(state))
+    if kind != "transformer":
+        assert sizes[9] == sizes[-1]
+    assert {*sizes[9:20]} == {*sizes[-11:]}  # a window fills up, and is halved, again and again
+
+
+def test_a_step_leaves_the_state_before_it_as_it_was():
+    for kind, parameters in KINDS:
+        model = planted(kind, **parameters)
+        _, state = step_by_step(model, stream(9, 30))
+        before = model.log_probs(state)
+        model.step(model.step(state, 3), 4)
+        assert torch.equal(model.log_probs(state), before)
+
+
+# Drawing
+
+
+class Fixed(Speaker):
+    """Has one and the same distribution always, or goes through `spoken` and knows it by heart."""
+
+    def __init__(self, log_probs=None, spoken=()):
+        self.known, self.spoken = log_probs, spoken
+
+    def step(self, state, token):
+        return State(hidden=(torch.tensor([int(state.hidden[0]) + 1 if state.hidden else 1]),))
+
+    def log_probs(self, state):
+        if self.known is not None:
+            return self.known
+        at = self.spoken[int(state.hidden[0]) if state.hidden else 0]
+        return F.one_hot(torch.tensor(at), VOCABULARY).float().log()
+
+
+SIX = torch.tensor([0.4, 0.05, 0.25, 0.1, 0.15, 0.05]).log()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 2.0])
+@pytest.mark.parametrize("top_k", [0, 3, 99])
+def test_frequencies_follow_temperature_and_top_k(temperature, top_k):
+    drawn = list(generate(Fixed(SIX), "a prompt", 3000, temperature, top_k, seed=5))
+    expected = (SIX / temperature).double().exp()
+    if top_k == 3:
+        expected[[1, 3, 5]] = 0
+    counts = np.bincount([token for token, _, _ in drawn], minlength=6)
+    expected = (3000 * expected / expected.sum()).numpy()
+    assert not counts[expected == 0].any()
+    assert scipy.stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 0.01
+    for token, _, nats in drawn[:20]:  # whatever they are drawn by
+        assert nats == pytest.approx(-SIX[token].item())
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300])
+def test_without_temperature_the_most_probable_token_is_taken(temperature):
+    assert [token for token, _, _ in generate(Fixed(SIX), "", 20, temperature)] == [0] * 20
+
+
+def test_draws_come_from_the_seed_alone():
+    def drawn(seed):
+        return [token for token, _, _ in generate(Fixed(SIX), "", 30, seed=seed)]
+
+    torch.manual_seed(1)
+    first, state = drawn(7), torch.random.get_rng_state()
+    assert first == drawn(np.int64(7)) != drawn(8)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_what_follows_is_drawn_given_the_prompt_and_what_was_drawn(loaded):
+    for model in loaded.values():
+        _, state = step_by_step(model, torch.tensor(tokenizer().encode(TEXT).ids))
+        for token, text, nats in generate(model, TEXT, 5, temperature=0):
+            log_probs = model.log_probs(state)
+            assert token == log_probs.argmax() and nats == pytest.approx(-log_probs.max().item())
+            assert text == decode([token])
+            state = model.step(state, token)
+
+
+# Text
+
+
+def test_characters_are_joined():
+    text = "naïve — “日本語” 🦜🏳️‍🌈 the end"
+    spoken = tokenizer().encode(text).ids
+    pieces = [piece for _, piece, _ in generate(Fixed(spoken=spoken), "", len(spoken), temperature=0)]
+    assert "".join(pieces) == text and "" in pieces and not any("\ufffd" in piece for piece in pieces)
+    table = surprise(Table(spoken), text)
+    assert table["text"].tolist() == pieces
+
+
+class Table(Fixed):
+    """Gives texts of so many tokens losses without looking."""
+
+    def losses(self, tokens):
+        return torch.zeros(len(tokens))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=30))
+def test_bytes_that_are_no_text_show_as_the_tokeniser_shows_them(spoken):
+    """Tokens 0 to 255 are the single bytes: few rows of them are UTF-8, and many end within a character."""
+    pieces = [piece for _, piece, _ in generate(Fixed(spoken=spoken), "", len(spoken), temperature=0)]
+    assert "".join(pieces) == decode(spoken)
+
+
+# What comes next, and what an exchanged token changes
+
+
+def test_the_next_tokens_are_the_most_probable_ones(loaded):
+    model = loaded["study"]
+    table = next_tokens(model, TEXT, top=7)
+    log_probs = model.log_probs(step_by_step(model, torch.tensor(tokenizer().encode(TEXT).ids))[1])
+    assert list(table) == ["token", "text", "probability"]
+    assert table["token"].tolist() == log_probs.argsort(descending=True)[:7].tolist()
+    assert table["text"].tolist() == [decode([token]) for token in table["token"]]
+    np.testing.assert_allclose(table["probability"], log_probs.exp()[table["token"]], rtol=1e-6)
+    assert len(next_tokens(Fixed(SIX), "", top=10)) == 6  # there are no more
+
+
+@each_run
+def test_what_a_token_changes_is_what_the_other_text_has_otherwise(name, loaded):
+    model, tokens = loaded[name], tokenizer().encode(TEXT).ids
+    (other,) = tokenizer().encode(" tree").ids
+    table = changed(model, TEXT, [4, 0, 1], " tree")
+    assert table["back"].tolist() == [4, 0, 1]
+    assert table["text"].tolist() == [decode([tokens[-1 - k]]) for k in (4, 0, 1)]
+    assert ("slow_distance" in table) == (name in ("tuned", "LSTM"))
+    _, true = step_by_step(model, torch.tensor(tokens))
+    for row in table.itertuples():
+        exchanged = [*tokens]
+        exchanged[-1 - row.back] = other
+        _, state = step_by_step(model, torch.tensor(exchanged))
+        p, q = (model.log_probs(x).double() for x in (true, state))
+        assert row.kl == pytest.approx(F.kl_div(q, p, reduction="sum", log_target=True).item(), abs=1e-6)
+        if true.hidden:
+            distance = (true.hidden[-1] - state.hidden[-1]).norm() / true.hidden[-1].norm()
+            assert row.context_distance == pytest.approx(distance.item(), rel=1e-4) and distance > 0
+        else:
+            assert math.isnan(row.context_distance)
+        if true.slow is not None:
+            distance = (true.slow - state.slow).norm() / true.slow.norm()
+            assert row.slow_distance == pytest.approx(distance.item(), rel=1e-4) and distance > 0
+
+
+def test_what_an_n_gram_no_longer_spans_changes_nothing(loaded):
+    assert (changed(loaded["KN-3"], TEXT, range(6), " tree")["kl"] > 1e-9).tolist() == [True] * 2 + [False] * 4
+
+
+def test_a_token_exchanged_for_itself_changes_nothing(loaded):
+    for model in loaded.values():
+        same = changed(model, TEXT, 0, " house").iloc[0]
+        assert same["kl"] == 0 and not same["context_distance"] > 0
+
+
+# What is refused
+
+
+def sentence(call, *arguments, **options):
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+GENERATE, CHANGED = partial(generate, Fixed(SIX)), partial(changed, Table(SIX))
+
+
+@pytest.mark.parametrize(
+    ("call", "start"),
+    [
+        (partial(GENERATE, "", 0), "tokens = 0 is not possible: give a whole number from 1 on"),
+        (partial(GENERATE, "", 2.5), "tokens = 2.5 is not possible: give a whole number from 1 on"),
+        (partial(GENERATE, "", 1, -1), "temperature = -1 is not possible: give a number from 0 on"),
+        (partial(GENERATE, "", 1, math.nan), "temperature = nan is not possible"),
+        (partial(GENERATE, "", 1, math.inf), "temperature = inf is not possible"),
+        (partial(GENERATE, "", 1, "1"), "temperature = '1' is not possible"),
+        (partial(GENERATE, "", 1, top_k=-3), "top_k = -3 is not possible: give a whole number from 0 on"),
+        (partial(GENERATE, "", 1, seed=None), "seed = None is not possible: give a whole number from 0 on"),
+        (partial(GENERATE, None, 1), "prompt = None is not possible: give a text"),
+        (partial(GENERATE, "\ud800", 1), "prompt = '\\ud800' is not possible: give a text"),
+        (partial(next_tokens, Fixed(SIX), "", 0), "top = 0 is not possible: give a whole number from 1 on"),
+        (partial(surprise, Fixed(SIX), ""), "text = '' is not possible: give a text that is not empty"),
+        (partial(CHANGED, "", 0, " the"), "text = '' is not possible: give a text that is not empty"),
+        (partial(CHANGED, TEXT, -1, " the"), "back = -1 is not possible: give a whole number from 0 to 12, for the"),
+        (partial(CHANGED, TEXT, [2, 13], " the"), "back = 13 is not possible: give a whole number from 0 to 12, for"),
+        (partial(CHANGED, TEXT, 0, ""), "token = '' is not possible: give a text that is not empty"),
+        (partial(CHANGED, TEXT, 0, " the cat"), "token = ' the cat' is 2 tokens: give the text of one, as ' the'"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(call, start):
+    assert sentence(call).startswith(start)
+
+
+def test_what_is_no_finished_run_is_refused(runs, tmp_path):
+    names = ", ".join(sorted(RUNS))
+    assert sentence(load_run, "small", "A") == f"run = 'A' is no finished run of grid small: choose one of {names}"
+    assert "of grid none: run `make report GRID=none` first" in sentence(load_run, "none", "A")
+    assert sentence(load_run, tmp_path) == f"folder {tmp_path} holds no finished run: name one that has a metrics.json"
+
+
+def test_a_committed_run_without_weights_is_refused(monkeypatch):
+    monkeypatch.delenv("CTXLM_RESULTS", raising=False)
+    run = next((ROOT / "data" / "results" / "study").glob("*/metrics.json")).parent
+    for arguments in (("study", run.name), (run,)):
+        found = sentence(load_run, *arguments)
+        assert run.name in found and "has no weights (committed results come without" in found
+        assert found.endswith("train it anew, with its grid by `make report` or alone by papermill (README.md)")
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A function that copies a run and changes its metrics.json; returns its folder."""
+
+    def copy(name, **metrics):
+        folder = shutil.copytree(runs / name, tmp_path / name)
+        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        (folder / "metrics.json").write_text(json.dumps(known | metrics), encoding="utf-8")
+        return folder
+
+    return copy
+
+
+def test_a_run_of_samples_is_loaded_from_its_folder(copied, loaded):
+    """Its metrics.json says how many tokens these were."""
+    folder = copied("study", train_samples=14)
+    _, state = step_by_step(model := load_run(folder), stream(9, VOCABULARY))
+    assert torch.equal(model.log_probs(state), step_by_step(loaded["study"], stream(9, VOCABULARY))[1] and state)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "model.safetensors"])
+def test_a_damaged_file_is_refused(name, copied):
+    folder = copied("study")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+    assert name in (found := sentence(load_run, folder)) and "is damaged" in found
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3"])
+def test_a_file_that_holds_no_run_is_refused(content, copied):
+    folder = copied("study")
+    (folder / "metrics.json").write_text(content, encoding="utf-8")
+    assert "metrics.json is damaged" in sentence(load_run, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "said"),
+    [
+        ("study", {"num_layers": 3}, "is damaged, or of another version of the code"),
+        ("study", {"context_rank": 2}, "has context_rank = 2, not its text's own contexts"),
+        ("study", {"context_ablation": "zero"}, "has context_ablation = 'zero', not its text's own contexts"),
+        ("study", {"embedding_seed": 3}, "is not what it was"),  # a frozen embedding is not among the weights
+        ("study", {"logit_scale": 0.1}, "is not what it was"),
+        ("LSTM", {"logit_scale": 0.1}, "is not what it was"),
+        ("KN-3", {"train_tokens": 500}, "is not what it was"),
+    ],
+)
+def test_a_model_that_is_not_the_one_that_was_judged_is_refused(name, metrics, said, copied):
+    assert said in sentence(load_run, copied(name, **metrics))
+
+
+def test_an_n_gram_whose_losses_were_not_kept_is_known_by_its_n_grams(copied):
+    folder = copied("KN-3")
+    (folder / "val_losses.npz").unlink()
+    (folder / "model.safetensors").unlink()
+    assert isinstance(load_run(folder), NGramSpeaker)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"ngrams": 5}), encoding="utf-8")
+    assert "is not what it was" in sentence(load_run, folder)
