@@ -570,12 +570,29 @@ def test_the_quick_grid_keeps_the_studys_proportions():
     assert by_label[0] == by_label[1]
 
 
-def test_the_quick_grid_changes_only_widths_and_sizes():
-    free = {"experiment", "num_layers", "context_dim", "embed_dim"}
+def test_the_quick_grid_changes_only_widths_and_sizes_and_is_sound():
+    free = {"output_bias", "phase2_init_std", "logit_scale"}
+    assert read_yaml("params/sound.yaml").keys() == free
+    free |= {"experiment", "num_layers", "context_dim", "embed_dim"}
     free |= {"train_tokens", "val_samples", "test_samples", "max_sample_tokens", "seed", "data_seed", "embedding_seed"}
     for run in load_grid("quick").runs.values():
         assert run.model_dump(exclude=free) == Experiment().model_dump(exclude=free)
         assert run.val_samples != Experiment().val_samples
+        assert is_sound(run)
+
+
+def is_sound(run):
+    return (run.output_bias, run.phase2_init_std) == ("unigram", 0.01) and (
+        run.logit_scale == pytest.approx(math.sqrt(32 / run.embed_dim), rel=0.03)
+    )
+
+
+def test_logits_of_every_sound_run_spread_alike():
+    sound = [name for name in GRIDS if "sound" in name or name in ("depth", "depth-full", "designs", "sizes", "quick")]
+    mixed = [run for name in ("chance", "signs", "rank", "random", "dtype") for run in load_grid(name).runs.values()]
+    runs = [run for name in sound for run in load_grid(name).runs.values()]
+    runs += [run for run in mixed if run.experiment.startswith("sound-")]
+    assert len(runs) > 200 and all(is_sound(run) for run in runs)
 
 
 def test_the_study_grid_is_the_study_in_five_replicates():

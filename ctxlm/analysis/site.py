@@ -55,8 +55,8 @@ ANALYSIS = "04_scaling"
 """The notebook that is run on every grid."""
 PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     ANALYSIS: (ANALYSIS, {}),
-    "04_quick_scale": (ANALYSIS, {"grid": "variance"}),
-    "04_more_sizes": (ANALYSIS, {"grid": "protocol-1/study + protocol-1/sizes"}),
+    "04_as_studied": (ANALYSIS, {"grid": "study"}),
+    "04_quick_scale": (ANALYSIS, {"grid": "sound-variance"}),
     **{name: (name, {}) for name in ("05_overfitting", "06_contexts", "07_alternatives", "08_audit")},
 }
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
