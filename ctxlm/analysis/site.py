@@ -57,10 +57,10 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     ANALYSIS: (ANALYSIS, {}),
     "04_as_studied": (ANALYSIS, {"grid": "study"}),
     "04_quick_scale": (ANALYSIS, {"grid": "sound-variance"}),
-    **{name: (name, {}) for name in ("05_overfitting", "06_contexts", "07_alternatives", "08_audit")},
+    **{name: (name, {}) for name in ("04_chance", "05_overfitting", "06_contexts", "07_alternatives", "08_audit")},
 }
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
-DOCS = ("method", "parameters", "results")
+DOCS = ("method", "literature", "parameters", "results")
 """Files of `docs` that are pages; the navigation has the first."""
 LONGEST = 30
 """Rows that a notebook's table may have and stay open."""
