@@ -1,0 +1,378 @@
+"""Ask a finished run in words: what comes next, how surprising a text is, what an exchanged token still changes.
+
+A model reads a text token by token into a `State`, which is all that it knows of it, and whose size does not grow with
+the text. Everything is on the CPU and in float32. Shapes: V vocabulary, d embed_dim, L num_layers, T tokens of a text.
+"""
+
+import codecs
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctxlm import networks
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.corpus import decode, split, tokenizer
+from ctxlm.device import generator
+from ctxlm.embeddings import load_embedding
+from ctxlm.files import read_arrays, resolve
+from ctxlm.model import ContextLM, load_own_weights
+from ctxlm.networks import NeuralLM, Reader
+from ctxlm.ngrams import KneserNey, kneser_ney
+from ctxlm.phase2 import Predictor, evaluate
+from ctxlm.recurrence import chunked
+from ctxlm.results import LOSSES, run_folders
+
+CHECKED, TOLERANCE = 128, 0.2
+"""A loaded run gives so many of its validation losses again, to so many nats on average (bfloat16 rounds)."""
+Decoder = codecs.getincrementaldecoder("utf-8")
+"""From bytes to text; the beginning of a character waits for its end."""
+AGAIN = "train it anew, with its grid by `make report` or alone by papermill (README.md)"
+
+
+class State(NamedTuple):
+    """All that a model knows of a text."""
+
+    recent: tuple[int, ...] = ()
+    """The last tokens, oldest first: those that the model reads as they are."""
+    hidden: tuple[Tensor, ...] = ()
+    """What it made of all tokens so far; what it remembers them by stands last."""
+    slow: Tensor | None = None
+    """The slow context, [1, d], where there is one."""
+
+
+class Speaker(Protocol):
+    """A model that reads a text token by token."""
+
+    def start(self) -> State:
+        """Before the text: tokens and contexts read as zeros, though no training has predicted from that."""
+        return State()
+
+    def step(self, state: State, token: int) -> State:
+        """After one token more; `state` stays as it is."""
+
+    def log_probs(self, state: State) -> Tensor:
+        """Log probabilities of the next token, nats, float32 [V]."""
+
+    def losses(self, tokens: Tensor) -> Tensor:
+        """The loss of each of `tokens` [T], one or more, given those before it, nats, float32 [T]; all at once."""
+
+
+class _Neural(Speaker):
+    """What trained models share: the head and the slow context. `judge` knows their losses on a stream."""
+
+    def __init__(self, model: ContextLM | NeuralLM, judge: Predictor | Reader):
+        self.model, self.judge = model, judge
+        self.nothing = None if model.slow is None else torch.zeros(1, model.embedding.shape[1])
+
+    def _slow(self, state: State, token: int) -> Tensor | None:
+        """The slow context after one token more."""
+        slow, embedding = self.model.slow, self.model.read_embedding
+        return None if slow is None else slow.decay * state.slow + slow.inputs(embedding, torch.tensor([token]))
+
+    def _predict(self, h: Tensor, state: State) -> Tensor:
+        """Log probabilities [V] from h [1, d]."""
+        score, h = self.judge.score, h if state.slow is None else self.model.slow(h, state.slow)
+        return F.linear(h * score.scale, score.weight, score.bias)[0].log_softmax(0)
+
+    def losses(self, tokens: Tensor) -> Tensor:
+        first = -self.log_probs(self.start())[tokens[:1]]
+        return torch.cat([first, self._later(tokens)]) if len(tokens) > 1 else first
+
+    def _later(self, tokens: Tensor) -> Tensor:
+        # an LSTM reads on from the start, where its run was judged from 256 tokens before on (`lstm_residual`)
+        return networks.evaluate(self.judge, tokens, len(tokens))[0]
+
+
+class ContextSpeaker(_Neural):
+    """The context model: `recent` are its input tokens, `hidden` the contexts of all layers, L tensors [1, width]."""
+
+    def start(self) -> State:
+        return State((), tuple(torch.zeros(1, width) for width in self.model.context_block.widths), self.nothing)
+
+    def step(self, state: State, token: int) -> State:
+        recent, block = _append(state.recent, token, self.model.num_input_tokens), self.model.context_block
+        contexts = block(state.hidden[-1], block.shares(self.model.context_inputs(*_placed(recent))))
+        return State(recent, tuple(contexts), self._slow(state, token))
+
+    def log_probs(self, state: State) -> Tensor:
+        return self._predict(self.model.token_block(self.model.inputs(*_placed(state.recent)), state.hidden), state)
+
+    def _later(self, tokens: Tensor) -> Tensor:
+        return evaluate(self.judge, chunked(self.model, tokens))[0]
+
+
+class LSTMSpeaker(_Neural):
+    """An LSTM: `hidden` are the two halves of its state, [layers, 1, hidden_dim] each."""
+
+    def start(self) -> State:
+        cells = self.model.body.cells
+        return State((), (torch.zeros(cells.num_layers, 1, cells.hidden_size),) * 2, self.nothing)
+
+    def step(self, state: State, token: int) -> State:
+        inputs = self.model.inputs(*_placed((token,)))[None]
+        return State((), self.model.body(inputs, state.hidden)[1], self._slow(state, token))
+
+    def log_probs(self, state: State) -> Tensor:
+        return self._predict(self.model.body.out(state.hidden[0][-1]), state)
+
+
+class TransformerSpeaker(_Neural):
+    """A Transformer: `recent` is its window; when it is full, half of it is kept, as when a run is judged."""
+
+    def start(self) -> State:
+        return State((-1,) * (self.model.window // 2), (), self.nothing)  # places without a token
+
+    def step(self, state: State, token: int) -> State:
+        window, full = self.model.window, len(state.recent) == self.model.window
+        return State((*state.recent[window - window // 2 if full else 0 :], token), (), self._slow(state, token))
+
+    def log_probs(self, state: State) -> Tensor:
+        tokens, last = _placed(tuple(token for token in state.recent if token >= 0))
+        positions = torch.arange(min(int(last), 0), int(last) + 1)
+        return self._predict(self.model.body(self.model.inputs(tokens, positions)[None])[0][:, -1], state)
+
+
+class NGramSpeaker(Speaker):
+    """An n-gram: `recent` are the tokens that it predicts from."""
+
+    def __init__(self, ngrams: KneserNey):
+        self.ngrams = ngrams
+
+    def step(self, state: State, token: int) -> State:
+        return State(_append(state.recent, token, self.ngrams.order - 1))
+
+    def log_probs(self, state: State) -> Tensor:
+        return torch.from_numpy(self.ngrams.distribution(np.array(state.recent, np.int64))).log().float()
+
+    def losses(self, tokens: Tensor) -> Tensor:
+        return -torch.from_numpy(self.ngrams.probabilities(tokens.numpy())).log().float()
+
+
+def load_run(grid: str | Path, run: str | None = None) -> Speaker:
+    """A finished run of a grid, by its name; without one, that in the folder `grid`.
+
+    An n-gram has no weights: it is counted anew. Whether the model is still the one that was judged is seen by how many
+    n-grams it has, or by its first validation losses, where they were kept.
+
+    Raises:
+        ConfigError: there is no such run; its weights are not there; a file of it is damaged; its contexts were
+            replaced by others; or it no longer is what it was.
+    """
+    folder, name = _folder(grid, run)
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        given = {key: metrics[key] for key in Experiment.model_fields if key in metrics}
+        if not given:
+            raise ValueError("it holds no run")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{name}: metrics.json is damaged ({' '.join(str(error).split())}): {AGAIN}") from None
+    if given.get("train_samples") is not None:  # a run also says how many tokens these were
+        given["train_tokens"] = None
+    e = Experiment.from_mapping(given, {"device": "cpu", "dtype": "float32"})
+    for key, default in (("context_ablation", "none"), ("context_rank", 0)):
+        if given.get(key, default) != default:
+            raise ConfigError(f"{name} has {key} = {given[key]!r}, not its text's own contexts: ask one without that")
+    if e.model == "kneser-ney":
+        speaker = NGramSpeaker(kneser_ney(e, split(e)))
+        same = sum(map(len, speaker.ngrams.keys)) == metrics.get("ngrams")
+    else:
+        speaker, kept = _trained(e, folder, name), read_arrays(folder / LOSSES, ("loss",))
+        found = speaker.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
+        same = kept is None or np.abs(found - kept["loss"][:CHECKED]).mean() < TOLERANCE
+    if not same:
+        raise ConfigError(f"{name} is not what it was, for its text, its embedding or the code has changed: {AGAIN}")
+    return speaker
+
+
+def next_tokens(model: Speaker, prompt: str, top: int = 10) -> pd.DataFrame:
+    """The `top` most probable tokens after the prompt, the most probable first: token, text, probability.
+
+    Raises:
+        ConfigError: a value that is not possible.
+    """
+    _check("top", top, 1)
+    log_probs = model.log_probs(_read(model, _tokens("prompt", prompt)))
+    values, tokens = log_probs.topk(min(top, len(log_probs)))
+    texts = [decode([token]) for token in tokens.tolist()]
+    return pd.DataFrame({"token": tokens.numpy(), "text": texts, "probability": values.exp().numpy()})
+
+
+def generate(
+    model: Speaker, prompt: str, tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
+) -> Iterator[tuple[int, str, float]]:
+    """Go on from the prompt for so many `tokens`, in constant memory.
+
+    Args:
+        temperature: what logits are divided by; 0 takes the most probable token.
+        top_k: draw from so many most probable tokens; 0: from all.
+        seed: of the draws.
+
+    Yields:
+        Token, text, and surprise in nats (of temperature 1, among all tokens). The text of a token that ends within a
+        character is held back until the character is whole.
+
+    Raises:
+        ConfigError: a value that is not possible; at once, not with the first token.
+    """
+    for name, value, least in (("tokens", tokens, 1), ("top_k", top_k, 0), ("seed", seed, 0)):
+        _check(name, value, least)
+    _check("temperature", temperature, 0, Real)
+    read, text, draws = _tokens("prompt", prompt), Decoder("replace"), generator(int(seed), "generate")
+
+    def go_on() -> Iterator[tuple[int, str, float]]:
+        state = _read(model, read)
+        for left in range(tokens - 1, -1, -1):
+            log_probs = model.log_probs(state)
+            token = _draw(log_probs, temperature, top_k, draws)
+            yield token, text.decode(_bytes(token), left == 0), -log_probs[token].item()
+            state = model.step(state, token)
+
+    return go_on()
+
+
+def surprise(model: Speaker, text: str) -> pd.DataFrame:
+    """Every token of a text, and its loss given those before it: position, token, text, nats.
+
+    Raises:
+        ConfigError: the text is empty.
+    """
+    tokens, decoder = _tokens("text", text, 1), Decoder("replace")
+    texts = [decoder.decode(_bytes(token)) for token in tokens]
+    nats = model.losses(torch.tensor(tokens)).numpy()
+    return pd.DataFrame({"position": range(len(tokens)), "token": tokens, "text": texts, "nats": nats})
+
+
+def changed(model: Speaker, text: str, back: int | Sequence[int], token: str) -> pd.DataFrame:
+    """What is still changed after the text if the token `back` steps before its last one is exchanged for `token`.
+
+    Returns:
+        A row for every `back` (0: the last token): back; text, of the token that stood there; context_distance, and
+        slow_distance where there is a slow context, Euclidean distances as shares of the true one's length (nan where
+        the model holds tokens alone); kl, the divergence KL(true, exchanged) of the next token's distributions, nats.
+
+    Raises:
+        ConfigError: the text has no such token, or `token` is not a single one.
+    """
+    tokens, other = _tokens("text", text, 1), _tokens("token", token, 1)
+    if len(other) > 1:
+        raise ConfigError(f"token = {token!r} is {len(other)} tokens: give the text of one, as ' the'")
+    steps = [back] if isinstance(back, Integral) else list(back)
+    for k in steps:
+        _check("back", k, 0, most=len(tokens) - 1)
+    state, before, rows = model.start(), {}, []
+    for left, read in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
+        if left in steps:
+            before[left] = state
+        state = model.step(state, read)
+    contexts, true = _contexts(state), model.log_probs(state).double()
+    for k in steps:
+        exchanged = _read(model, [*other, *tokens[len(tokens) - k :]], before[k])
+        row = {"back": k, "text": decode([tokens[-1 - k]]), "context_distance": math.nan}
+        for name, vector in _contexts(exchanged).items():
+            row[f"{name}_distance"] = ((vector - contexts[name]).norm() / contexts[name].norm()).item()
+        rows.append(row | {"kl": (true.exp() * (true - model.log_probs(exchanged))).sum().clamp(min=0).item()})
+    return pd.DataFrame(rows)
+
+
+def _folder(grid: str | Path, run: str | None) -> tuple[Path, str]:
+    """A finished run's folder, and what a sentence calls the run."""
+    if run is None:
+        if not (resolve(grid) / "metrics.json").exists():
+            raise ConfigError(f"folder {resolve(grid)} holds no finished run: name one that has a metrics.json")
+        return resolve(grid), f"the run in {resolve(grid)}"
+    folders = run_folders(str(grid))
+    if run not in folders:
+        remedy = f"choose one of {', '.join(folders)}" if folders else f"run `make report GRID={grid}` first"
+        raise ConfigError(f"run = {run!r} is no finished run of grid {grid}: {remedy}")
+    return folders[run][0], f"run {run} of grid {grid}"
+
+
+def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
+    """The model of an experiment, with the weights in its run's folder."""
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {AGAIN}")
+    kinds = {"context": (ContextLM, Predictor, ContextSpeaker), "lstm": (NeuralLM, Reader, LSTMSpeaker)}
+    kind, judge, speaker = kinds.get(e.model, (NeuralLM, Reader, TransformerSpeaker))
+    model = kind(e, torch.from_numpy(load_embedding(e)))
+    try:
+        load_own_weights(model, load_file(path))
+    except (RuntimeError, OSError, SafetensorError):
+        raise ConfigError(f"{name}: {path.name} is damaged, or of another version of the code: {AGAIN}") from None
+    model.requires_grad_(False)
+    return speaker(model, judge(model, torch.float32))
+
+
+def _contexts(state: State) -> dict[str, Tensor]:
+    """What a model remembers the text by, apart from tokens: of an LSTM its cells."""
+    slow = {} if state.slow is None else {"slow": state.slow}
+    return slow | ({"context": state.hidden[-1]} if state.hidden else {})
+
+
+def _append(recent: tuple[int, ...], token: int, count: int) -> tuple[int, ...]:
+    """The last `count` of the tokens, with one more at their end."""
+    return (*recent, token)[-count:] if count else ()
+
+
+def _placed(recent: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Tokens as a stream, and its last position, [1]; without any it is -1, which reads as zeros."""
+    return torch.tensor(recent or (0,)), torch.tensor([len(recent) - 1])
+
+
+def _read(model: Speaker, tokens: Sequence[int], state: State | None = None) -> State:
+    """The state after `tokens`, from `state` or from the start on."""
+    state = model.start() if state is None else state
+    for token in tokens:
+        state = model.step(state, token)
+    return state
+
+
+def _draw(log_probs: Tensor, temperature: float, top_k: int, draws: torch.Generator) -> int:
+    if temperature == 0:
+        return int(log_probs.argmax())
+    some, tokens = log_probs.topk(top_k) if 0 < top_k < len(log_probs) else (log_probs, torch.arange(len(log_probs)))
+    scaled = (some - some.max()).double() / temperature  # however small it is, the largest stays 0
+    return int(tokens[torch.multinomial(scaled.softmax(0), 1, generator=draws)])
+
+
+def _tokens(name: str, text: str, least: int = 0) -> list[int]:
+    """The tokens of the parameter `name`, `least` or more."""
+    try:
+        tokens = tokenizer().encode(text).ids
+    except (TypeError, ValueError):  # no text, or one with half a surrogate pair, which has no bytes
+        tokens = None
+    if tokens is None or len(tokens) < least:
+        raise ConfigError(f"{name} = {text!r} is not possible: give a text{' that is not empty' * least}")
+    return tokens
+
+
+def _check(name: str, value: Any, least: int, kind: type = Integral, most: float = math.inf) -> None:
+    if not isinstance(value, kind) or not least <= value <= most or math.isinf(value):
+        numbers = "a whole number" if kind is Integral else "a number"
+        limits = f"{least} on" if math.isinf(most) else f"{least} to {most}, for the text ends there"
+        raise ConfigError(f"{name} = {value!r} is not possible: give {numbers} from {limits}")
+
+
+def _bytes(token: int) -> bytes:
+    """The bytes of a token, which need not be whole characters."""
+    return bytes(_alphabet()[character] for character in tokenizer().id_to_token(token))
+
+
+@cache
+def _alphabet() -> dict[str, int]:
+    """The byte behind each character of byte-level BPE: itself, or one that cannot be seen (Radford et al. 2019)."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = sorted({*range(256)} - {*seen})
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
