@@ -152,6 +152,7 @@ DOCS = {
     "docs/index.md": INDEX,
     "docs/index.ja.md": "# 深さか幅か\n\n深い方が 2.6 % 良い（[詳細](08_audit.ipynb)）。\n",
     "docs/method.md": "# Method\n\n## Judging\n\n| part | tokens |\n|---|---|\n| test | 43,000 |\n",
+    "docs/literature.md": "# Literature\n\nClaims.\n",
     "docs/parameters.md": "# Parameters\n\n[Back](method.md).\n",
     "docs/results.md": "# Results\n\nColumns.\n",
 }
@@ -212,7 +213,7 @@ def made(request) -> Path:
 
 
 def test_pages_load_nothing_and_run_nothing_but_their_own_script(made):
-    assert len(pages(made)) == (6 if made.parent.name == "report" else 10)
+    assert len(pages(made)) == (6 if made.parent.name == "report" else 11)
     for page in pages(made):
         found, text = Loaded(page), page.read_text(encoding="utf-8")
         assert all(value.startswith("data:image/") for value in found.loaded)

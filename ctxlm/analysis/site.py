@@ -257,7 +257,9 @@ def build_all(outputs: Path | None = None) -> Path:
             site.write(page, "page.html", _title_of(docs / f"{name}.md"), body=words, **turns.get(page, {}))
         words, japanese = (_markdown(docs / f"index{suffix}", site.link, executed) for suffix in (".md", ".ja.md"))
         site.write("index.html", "article.html", site.name, body=words, japanese=japanese, after=navigation[1])
-        figure = _image(f"{ANALYSIS}#{MAIN_FIGURE}", docs, executed)  # the README's, too: `make docs` copies it
+        # The index's first figure is the README's, too: `make docs` copies it.
+        first = re.search(r"!\[[^]]*\]\(([^)]+)\)", (docs / "index.md").read_text(encoding="utf-8"))
+        figure = _image(first[1] if first else f"{ANALYSIS}#{MAIN_FIGURE}", docs, executed)
         (folder / "answer.png").write_bytes(base64.b64decode(figure.partition(",")[2]))
         _check_links(folder)
     return outputs / "site" / "index.html"
