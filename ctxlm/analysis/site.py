@@ -532,8 +532,10 @@ def _align(table: Tag) -> None:
     bodies = [cells for cells in rows if cells and cells[-1].name == "td"]
     for k in range(max(map(len, rows), default=0)):
         words = [cells[k].get_text(strip=True) for cells in bodies if len(cells) > k]
-        if sum(not re.match(r"[-+−]?[\d.]", word) for word in words if word) * 2 > sum(map(bool, words)):
-            kind = ["text", "long"] if max(map(len, words)) > 40 else ["text"]
+        long = max(map(len, words), default=0) > 40
+        # a number may have a unit; a sentence that begins with one is no number
+        if long or sum(not re.match(r"[-+−]?[\d.]", word) for word in words if word) * 2 > sum(map(bool, words)):
+            kind = ["text", "long"] if long else ["text"]
             for cells in (cells for cells in rows if len(cells) > k):
                 cells[k]["class"] = [*cells[k].get("class", []), *kind]
 
