@@ -224,6 +224,7 @@ BELONGS = {
     "files": set(),
     "results": set(),
     "search": set(),
+    "generate": set(),
     "__init__": set(),
 }
 """The models whose numbers each module makes."""
