@@ -56,7 +56,7 @@ def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:
 
 
 @torch.no_grad()
-def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: int = 64) -> float:
+def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: int = 64) -> float | None:
     """The largest Lyapunov exponent of the contexts, nats a token: below 0, a small disturbance fades as exp(λ t).
 
     Mean growth of the length of a tangent vector, which is taken along by the block's Jacobian and made unit length
@@ -66,11 +66,13 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
     Args:
         block: the one that made the contexts.
         contexts: T tokens with their contexts.
-        steps: tokens averaged over; fewer on a short stream.
+        steps: tokens averaged over; fewer on a short stream, and None where it has less than four.
         starts: positions, at most.
     """
     total = len(contexts.tokens)
     steps = min(steps, total // 4)
+    if not steps:
+        return None
     positions = _spaced(0, total - 2 * steps, starts, contexts.tokens.device)
     context, tables = contexts.values[positions], contexts.distinct.tables(block)
     tangent = F.normalize(context.roll(1, 1) - context)  # any direction will do, but not a constant: the norm undoes it
