@@ -83,7 +83,7 @@ def test_without_interaction_both_sources_add_up():
     table = by_replicate[:, None] + by_sample
     found, tokens = moments(100 * table[..., None], np.full(30, 100.0)), np.full(30, 100.0)
     over_replicates, over_samples = np.var(by_replicate, ddof=1) / 5, np.var(by_sample, ddof=1) / 30
-    assert [part.item() for part, _ in found.parts] == fixed([over_replicates, over_samples])
+    assert [part.item() for part, _ in found.parts] == fixed([over_replicates, over_samples, 0])
     variance, dof = found.variance(np.ones(1))
     assert variance == fixed(over_replicates + over_samples)
     assert dof == fixed(variance**2 / (over_replicates**2 / 4 + over_samples**2 / 29))  # Satterthwaite (1946)
@@ -93,22 +93,38 @@ def test_without_interaction_both_sources_add_up():
 def test_what_both_do_together_counts_once():
     rng = np.random.default_rng(2)
     m, n = 4, 25
-    table = rng.normal(0, 0.5, (m, 1)) + rng.normal(0, 0.6, n) + rng.normal(0, 0.4, (m, n))
+    table = rng.normal(0, 0.1, (m, 1)) + rng.normal(0, 0.6, n) + rng.normal(0, 0.4, (m, n))
     long = pd.DataFrame([(r, s, table[r, s]) for r in range(m) for s in range(n)], columns=["r", "s", "y"])
     squares = anova_lm(smf.ols("y ~ C(r) + C(s)", long).fit())
     between = squares["sum_sq"] / squares["df"]  # mean squares of replicates, samples, and the rest
     found = moments(7 * table[..., None], np.full(n, 7.0))
     expected = (between["C(r)"] + between["C(s)"] - between["Residual"]) / (m * n)
-    assert sum(part.item() for part, _ in found.parts) == fixed(expected)
+    over_replicates, over_samples, both = (part.item() for part, _ in found.parts)
+    assert over_replicates + over_samples - both == fixed(expected)
+    assert found.variance(np.ones(1))[0] == fixed(expected)
+
+
+def test_replicates_that_lie_closer_than_chance_take_nothing_off():
+    """Where their mean square is below the rest's, their own variance is estimated as none: samples alone count."""
+    rng = np.random.default_rng(4)
+    m, n = 4, 200
+    rest = rng.normal(0, 0.4, (m, n))
+    table = 0.9 * (rng.normal(0, 0.6, n) + rest - rest.mean(1, keepdims=True))  # all replicates have one mean
+    found = moments(7 * table[..., None], np.full(n, 7.0))
+    over_replicates, over_samples, both = (part.item() for part, _ in found.parts)
+    assert over_replicates < both < over_samples
+    variance, dof = found.variance(np.ones(1))
+    assert variance == fixed(over_samples)
+    assert dof == fixed(variance**2 / (both**2 / (m - 1) + (over_samples - both) ** 2 / (n - 1)))
 
 
 def test_of_samples_of_unequal_length_each_source_is_kept_to_itself():
     rng = np.random.default_rng(3)
     tokens = rng.integers(5, 500, 30).astype(float)
     replicates, samples = rng.normal(0, 0.3, (4, 1)), rng.normal(0, 0.5, 30)
-    first, second = moments(((0 * samples + replicates) * tokens)[..., None], tokens).parts
+    first, second, _ = moments(((0 * samples + replicates) * tokens)[..., None], tokens).parts
     assert first[0].item() == fixed(np.var(replicates, ddof=1) / 4) and second[0].item() == pytest.approx(0, abs=1e-15)
-    first, second = moments(((samples + 0 * replicates) * tokens)[..., None], tokens).parts
+    first, second, _ = moments(((samples + 0 * replicates) * tokens)[..., None], tokens).parts
     assert first[0].item() == pytest.approx(0, abs=1e-15)
     alone = moments((samples * tokens)[None, :, None], tokens)
     assert second[0].item() == fixed(alone.parts[0][0].item())
@@ -578,7 +594,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
         crossing = held(fieller(found, MIDDLE), meet)
         hits.append((level.low < truth[0] < level.high, slope.low < truth[1] < slope.high, crossing))
     covered = np.mean(hits, axis=0)
-    assert ((covered > 0.93) & (covered < 0.97)).all(), covered
+    assert ((covered > 0.94) & (covered < 0.975)).all(), covered  # wide where replicates scatter least
 
 
 @pytest.mark.slow

@@ -181,7 +181,8 @@ class Moments:
 
     mean: np.ndarray
     parts: list[tuple[np.ndarray, float]]
-    """Empty where there is no error to be seen."""
+    """Empty where there is no error to be seen. A third one is what the first two, over replicates and over samples,
+    both hold: it counts once."""
     n: int
     replicates: int
     over: tuple[str, ...]
@@ -195,12 +196,16 @@ class Moments:
         """
         w = np.asarray(weights, float)
         found = np.array([np.clip(np.einsum("...i,ij,...j", w, cov, w), 0, None) for cov, _ in self.parts])
-        dofs = np.array([dof for _, dof in self.parts]).reshape(-1, *[1] * (w.ndim - 1))
+        alone = found[0]
+        if len(found) == 3:
+            by_replicate, by_sample, both = found
+            found = np.array([np.maximum(by_replicate, both), np.clip(by_sample - both, 0, None)])
+        dofs = np.array([dof for _, dof in self.parts[: len(found)]]).reshape(-1, *[1] * (w.ndim - 1))
         total, few = found.sum(0), np.broadcast_to(dofs[0], found.shape[1:])
         spread = (found**2 / dofs).sum(0)
         dof = np.divide(total**2, spread, out=few.copy(), where=spread > 0)
-        alone = critical(few) ** 2 * found[0] >= critical(dof) ** 2 * total
-        return np.where(alone, found[0], total)[()], np.where(alone, few, dof)[()]
+        wider = critical(few) ** 2 * alone >= critical(dof) ** 2 * total
+        return np.where(wider, alone, total)[()], np.where(wider, few, dof)[()]
 
     def estimate(self, weights: Sequence[float], contrast: str, at: str = "", unit: str = "% of PPL") -> Estimate:
         """A weighted sum of the quantities, with Student's interval."""
@@ -217,9 +222,8 @@ class Moments:
 def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
     """Means [p] of p quantities known in replicates and, perhaps, on samples; and the `parts` of their errors.
 
-    The variance over replicates, the first part, holds what samples and replicates do together; it is taken off the
-    variance over samples, which holds it too, so that it counts once. As a difference of two estimates, that part need
-    not be positive.
+    The variance over replicates, the first part, holds what samples and replicates do together, the third; the variance
+    over samples, the second, holds it too.
 
     Args:
         sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated. Without
@@ -242,9 +246,10 @@ def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, li
         if m > 1:
             shared = tokens[:, None] / whole * errors.sum(1, keepdims=True)  # what a replicate does to every token
             rest = (errors - by_sample / m - shared).reshape(m * n, -1)
-            between -= m * n / ((m - 1) * (n - 1)) * rest.T @ rest
         effective = whole**2 / np.square(tokens).sum()  # samples of equal length that weigh as much (Kish, 1965)
         parts.append((between, max(effective - 1, 1.0)))
+        if m > 1:
+            parts.append((m * n / ((m - 1) * (n - 1)) * rest.T @ rest, (m - 1.0) * parts[-1][1]))
     return means, parts
 
 
