@@ -1,11 +1,12 @@
 # `make` alone prints the targets. PYTHON= chooses the interpreter, GRID= the grid, SEARCH= the search, JOBS= how many
-# cores to use.
+# cores to use, LAB= JupyterLab's own options.
 PYTHON ?= python3
 GRID ?= quick
 SEARCH ?= lstm
 JOBS ?= all
 VENV := .venv
 BIN := $(VENV)/bin
+STRIP := --keep-id --extra-keys metadata.language_info
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # A virtual environment of its own: neither the user's site-packages nor another PYTHONPATH reach into it.
 export PYTHONNOUSERSITE := 1
@@ -17,13 +18,20 @@ help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [SEARCH=lstm] [PYTHON=python3] [JOBS=all]"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml profiles/jupyterlab.json
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@# The kernel by its own name, for a Jupyter that lives elsewhere: `jupyter kernelspec list` shows it.
+	@$(BIN)/python -m ipykernel install --prefix $(VENV) --name ctxlm --display-name ctxlm >/dev/null
+	@# JupyterLab shows Markdown as a page, and asks no other host for news.
+	@mkdir -p $(VENV)/share/jupyter/lab/settings && cp profiles/jupyterlab.json $(VENV)/share/jupyter/lab/settings/overrides.json
+	@# Executed notebooks become HTML as in the report, by `jupyter nbconvert --to html` and JupyterLab's File > Export.
+	@printf '{"HTMLExporter": {"template_name": "ctxlm"}, "TemplateExporter": {"extra_template_basedirs": ["%s"]}}\n' \
+	  '$(CURDIR)/ctxlm/analysis/templates' >$(VENV)/etc/jupyter/jupyter_config.json
 	@# Notebooks are stripped of their outputs as they are committed (.gitattributes names the filter).
 	@if git rev-parse --git-dir >/dev/null 2>&1; then \
-	  git config filter.nbstripout.clean '"$(CURDIR)/$(BIN)/python" -m nbstripout --keep-id'; \
+	  git config filter.nbstripout.clean '"$(CURDIR)/$(BIN)/python" -m nbstripout $(STRIP)'; \
 	  git config filter.nbstripout.smudge cat; fi
 	@touch $@
 
@@ -59,13 +67,14 @@ test: $(VENV)/.ready  ## check the code's style and run the tests, side by side 
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadfile
 
-lab: $(VENV)/.ready  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(VENV)/.ready  ## open JupyterLab on its first page, notebooks/README.md
+	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/README.md \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
 
 docs: $(VENV)/.ready  ## write docs/parameters.md from ctxlm/config.py, and the figure of the README from the built site
 	$(BIN)/python -m ctxlm.config

@@ -1,14 +1,10 @@
 """The site of small executed notebooks: complete, offline, readable everywhere, and replaced only as a whole."""
 
 import base64
-import fcntl
 import hashlib
 import json
-import os
 import re
-import select
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -20,10 +16,11 @@ import pytest
 from bs4 import BeautifulSoup
 
 from ctxlm.analysis import site
-from ctxlm.analysis.run_plots import new_figure
+from ctxlm.analysis.run_plots import WIDTH, new_figure
 from ctxlm.analysis.site import build, build_all, main
 from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
+from tests.browser import chromium
 
 TITLE = "Wide {with} braces {0} & shallow?"
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -463,84 +460,18 @@ def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tm
 # In a browser
 
 
-class Browser:
-    """Chromium without a window, spoken to through its DevTools pipe: file descriptors 3 and 4."""
-
-    def __init__(self, program: str, profile: Path):
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (*os.pipe(), *os.pipe())]
-        to_it, self.output, self.input, from_it = ends
-        options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe"
-        command = ["bash", "-c", f'exec "$@" 3<&{to_it} 4>&{from_it}', "bash", program, *options.split()]
-        self.process = subprocess.Popen(
-            [*command, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(to_it, from_it),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_it), os.close(from_it)
-        self.session, self.count, self.buffer, self.events = {}, 0, b"", []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Network", "Log", "Runtime"):
-            self.call(f"{domain}.enable")
-
-    def message(self) -> dict:
-        while b"\0" not in self.buffer:
-            assert select.select([self.input], [], [], 60)[0], "the browser does not answer"
-            self.buffer += os.read(self.input, 1 << 20)
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method: str, **params) -> dict:
-        self.count += 1
-        own = {"id": self.count, "method": method, "params": params} | self.session
-        os.write(self.output, json.dumps(own).encode() + b"\0")
-        while (answer := self.message()).get("id") != self.count:
-            self.events.append(answer)
-        assert "result" in answer, answer
-        return answer["result"]
-
-    def open(self, page: Path, width: int = 1280, dark: bool = False) -> None:
-        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.message())
-
-    def run(self, expression: str):
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def printed(self) -> int:
-        """Pages of the print."""
-        pdf = base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"])
-        return len(re.findall(rb"/Type\s*/Page\b", pdf))
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-        os.close(self.output), os.close(self.input)
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("no Chromium is installed")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+def browser():
+    with chromium() as opened:
+        yield opened
 
 
 SMALL = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibility()
   && [...e.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
   && parseFloat(getComputedStyle(e).fontSize) < 14).map(e => e.outerHTML.slice(0, 80))"""
 BESIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+LABELS = f"""[...document.querySelectorAll("img")].map(e => {9 / 72 / WIDTH} * e.clientWidth)"""
+"""Heights of the figures' smallest labels, 9 points on a width of `WIDTH` inches, as they are shown, px."""
 COLUMN = """[...document.querySelector("table").tBodies[0].rows].map(
   row => row.cells[{}].textContent.replace("\u00a0", " "))"""
 CLICK = """(() => {{ const cell = document.querySelector("table").tHead.rows[0].cells[{}];
@@ -548,17 +479,25 @@ CLICK = """(() => {{ const cell = document.querySelector("table").tHead.rows[0].
 
 
 def read_by_everyone(browser, page: Path) -> None:
-    """On a phone and in the dark, a page overflows nowhere, has no small text, asks for nothing and fails nowhere."""
+    """On a phone and in the dark, a page overflows nowhere, has no small text, asks for nothing, fails nowhere and has
+    no barrier that axe-core finds."""
     for width, dark in ((390, False), (1280, True)):
         browser.open(page, width, dark)
-        said = [(event["method"], event["params"]) for event in browser.events]
-        requests = [params["request"]["url"] for method, params in said if method == "Network.requestWillBeSent"]
-        assert requests and all(url.startswith(("file:", "data:")) for url in requests)
-        assert not {"Log.entryAdded", "Runtime.exceptionThrown"} & {method for method, _ in said}, page
+        assert browser.requests and all(url.startswith(("file:", "data:")) for url in browser.requests)
+        assert browser.complaints == [], page
         assert browser.run("innerWidth") == width and browser.run(BESIDE) <= 0, page
         assert browser.run(SMALL) == [], page
+        assert all(shown >= 9 for shown in browser.run(LABELS)), page
         ground = browser.run("getComputedStyle(document.body).backgroundColor")
         assert (ground != "rgb(255, 255, 255)") == dark
+        assert browser.barriers() == [], page
+
+
+@pytest.mark.slow
+def test_a_barrier_would_be_found(tmp_path, browser):
+    (tmp_path / "page.html").write_text('<html lang="en"><title>t</title><img src="x.png">', encoding="utf-8")
+    browser.open(tmp_path / "page.html")
+    assert [barrier.partition(":")[0] for barrier in browser.barriers()] == ["image-alt"]
 
 
 @pytest.mark.slow

@@ -427,7 +427,7 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _common() -> dict[str, Any]:
-    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    style = Markup((TEMPLATES / "ctxlm" / "style.css").read_text(encoding="utf-8"))
     commit, _, changed = (git_commit() or "unknown").partition("-")
     written = (
         f"Written {datetime.now().astimezone():%d %B %Y, %H:%M %Z} · commit {commit[:12]}{changed and ', changed'}"
@@ -470,14 +470,15 @@ def cells_html(notebook: NotebookNode) -> str:
             alt = cell.metadata.get("alt") or heading or "figure"
             output.metadata["alt"] = alt if len(figures) == 1 else f"{alt} ({k} of {len(figures)})"
     exporter = HTMLExporter(
-        template_name="cells",
+        template_name="ctxlm",
         extra_template_basedirs=[str(TEMPLATES)],
         preprocessors=[CoalesceStreamsPreprocessor],  # of a progress bar, its last state
         exclude_anchor_links=True,
         mathjax_url="",
         require_js_url="",
     )
-    return exporter.from_notebook_node(nbformat.v4.new_notebook(cells=kept, metadata=notebook.metadata))[0]
+    kept = nbformat.v4.new_notebook(cells=kept, metadata=notebook.metadata)
+    return exporter.from_notebook_node(kept, {"cells_only": True})[0]
 
 
 def tidy(html: str, link: Callable[[str], str | None], below: bool = False) -> Markup:
@@ -506,6 +507,7 @@ def tidy(html: str, link: Callable[[str], str | None], below: bool = False) -> M
         tag.replace_with(" ")
     for tag in soup("img"):
         tag["alt"] = tag.get("alt") or "figure"
+        tag.parent["tabindex"] = "0"  # on a phone a figure scrolls, so that its labels can be read
     for tag in soup("table"):
         del tag["border"]
         _align(tag)

@@ -1,0 +1,54 @@
+"""A real browser: Debian's Chromium, driven by Playwright."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, sync_playwright
+
+SIZES = {390: 844, 1280: 844}
+
+
+@contextmanager
+def chromium() -> Iterator["Browser"]:
+    """Skips the test where no Chromium is installed."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--hide-scrollbars"])
+        yield Browser(launched.new_page())
+        launched.close()
+
+
+class Browser:
+    """One page, and what it asked for and complained of since it was opened."""
+
+    def __init__(self, page: Page):
+        self.page, self.requests, self.complaints = page, [], []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def open(self, path: Path, width: int = 1280, dark: bool = False) -> None:
+        self.page.set_viewport_size({"width": width, "height": SIZES[width]})
+        self.page.emulate_media(color_scheme="dark" if dark else "light")
+        self.requests.clear(), self.complaints.clear()
+        self.page.goto(path.resolve().as_uri())
+
+    def run(self, expression: str):
+        return self.page.evaluate(expression)
+
+    def printed(self) -> int:
+        """Pages of the print."""
+        return len(re.findall(rb"/Type\s*/Page\b", self.page.pdf(prefer_css_page_size=True)))
+
+    def barriers(self) -> list[str]:
+        """What axe-core finds serious or critical: of each the rule, and the first element."""
+        found = Axe().run(self.page).response["violations"]
+        grave = [one for one in found if one["impact"] in ("serious", "critical")]
+        return [f"{one['id']}: {one['nodes'][0]['html'][:120]}" for one in grave]
