@@ -118,7 +118,7 @@ def papermill_yaml(parameters: dict) -> str:
 
 
 # The notebook's output goes to a log as it runs; on failure its last sentence is repeated where the user looks.
-PAPERMILL = "papermill --cwd . -k python3 --no-progress-bar --log-output"
+PAPERMILL = "CTXLM_PROGRESS=lines papermill --cwd . -k python3 --no-progress-bar --log-output"
 OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 
 
@@ -175,7 +175,7 @@ rule experiment:
         text=f"{HOME}/{{run}}/experiment.log",
     params:
         values=lambda wildcards: papermill_yaml(
-            RUNS[wildcards.run].model_dump() | {"output_dir": f"{HOME}/{wildcards.run}"}
+            RUNS[wildcards.run].for_notebook() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
         # By name, not by value: another number of GPUs is no reason to run anything again.
         gpus=lambda wildcards: "$CTXLM_GPUS" if takes_a_gpu(RUNS[wildcards.run]) else "",
@@ -190,7 +190,7 @@ rule experiment:
     shell:
         TAKE_A_GPU + "OMP_NUM_THREADS={threads} " + PAPERMILL + " {params.notebook:q} {log.notebook:q}"
         " -y {params.values:q} 2>&1 | tee {log.text:q} | while IFS= read -r line; do"
-        ' case "$line" in iteration*|epoch*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
+        ' case "$line" in "iteration "*|"epoch "*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
 
 
 # No `update()` here: Snakemake would give an earlier result back after a failure, with a new time, and take it for

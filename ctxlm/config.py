@@ -30,6 +30,15 @@ BASELINES = ("kneser-ney", *NETWORKS)
 """Values of `model` beside the two-phase one."""
 NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/03_baseline.ipynb")
 """What runs each `model`."""
+BASELINES_ALONE = ("ngram_order", "ngram_second_half", "hidden_dim", "window", "num_heads")
+"""Parameters that the context model does not read."""
+CONTEXT_ALONE = (
+    *("design", "context_dim", "num_input_tokens", "use_weight_tying", "phase1_init_std", "dist_reg_weight"),
+    *("phase1_learning_rate", "phase1_batch_size", "phase1_min_iterations", "phase1_max_iterations"),
+    *("phase1_convergence_threshold", "phase1_min_converged_ratio", "phase1_context_noise", "phase1_gradient_clip"),
+    *("phase2_context_window", "phase2_init_std", "phase2_shuffle", "context_ablation", "context_rank"),
+)
+"""Parameters that no other model reads."""
 MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(
     NETWORKS, ("networks",)
 )
@@ -264,6 +273,10 @@ class Experiment(BaseModel):
         if NOTEBOOKS[self.model] != notebook:
             raise ConfigError(f"model = {self.model!r} is run by {NOTEBOOKS[self.model]}, not by this notebook")
         return self
+
+    def for_notebook(self) -> dict[str, Any]:
+        """The parameters that its model reads, which are those of the notebook that runs it: name → value."""
+        return self.model_dump(exclude={*(BASELINES_ALONE if self.model == "context" else CONTEXT_ALONE)})
 
     @property
     def params_hash(self) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer
-from tqdm import tqdm
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import cache_dir, cached_arrays, digest, resolve, source_hash
+from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
+from ctxlm.progress import track
 
 VOCABULARY = 50_257
 """Tokens of GPT-2's byte-level BPE, V."""
@@ -142,7 +142,7 @@ def load_corpus(name: str) -> Corpus:
     if name == "chitchat":
         raw = (_package("chitchat_dataset", "chitchat-dataset") / "dataset.json").read_bytes()
         return _cached_corpus(name, raw, lambda: _chitchat_texts(raw), CHITCHAT_MIN_TOKENS)
-    path = resolve(name)
+    path = find(name)
     read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
     if not path.is_file():
         raise ConfigError(f"corpus = {name!r} is neither chitchat nor ultrachat nor a file at {path}: check the name")
@@ -286,12 +286,9 @@ def _cached_corpus(
 def _tokenise(name: str, texts: list[str], min_tokens: int) -> dict[str, np.ndarray]:
     """`tokens` and `starts` of a `Corpus`, from those texts that have `min_tokens` or more."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, a later fork would print a warning
-    batches = (texts[i : i + 256] for i in range(0, len(texts), 256))
     encoded: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc=f"tokens of {Path(name).name}", unit="sample") as progress:
-        for batch in batches:
-            encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(batch)]
-            progress.update(len(batch))
+    for i in track(range(0, len(texts), 256), f"tokens of {Path(name).name}"):
+        encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(texts[i : i + 256])]
     kept = [ids for ids in encoded if len(ids) >= min_tokens]
     if not kept:
         raise ConfigError(f"corpus = {name!r} is empty: it holds no text")

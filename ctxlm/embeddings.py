@@ -9,7 +9,7 @@ import scipy.stats
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus
-from ctxlm.files import cache_dir, cached_arrays, digest, resolve, source_hash
+from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14
@@ -44,7 +44,7 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     if kind == "gpt2":
         return _wte(_gpt2_file(dim), kind, dim)
     if kind.endswith(".safetensors"):
-        return _wte(resolve(kind), kind, dim)
+        return _wte(find(kind), kind, dim)
     if kind != "ppmi":
         raise ConfigError(f"embedding = {kind!r} is not possible: choose ppmi, random, gpt2 or a .safetensors file")
     corpus = corpus or load_corpus(experiment.corpus)
@@ -65,7 +65,7 @@ def data_hash(experiment: Experiment) -> str:
     Raises:
         ConfigError: one of them cannot be had.
     """
-    named = resolve(experiment.embedding)
+    named = find(experiment.embedding)
     embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
     if experiment.embedding == "gpt2":  # the hub's cache names a folder after the revision
         embedding = _gpt2_file(experiment.embed_dim).parent.name.encode()

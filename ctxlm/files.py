@@ -19,7 +19,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
 
-PLUMBING = ("ctxlm/config.py", "ctxlm/files.py", "ctxlm/results.py")
+PLUMBING = ("ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 
 if not (ROOT / "params").is_dir():
@@ -29,6 +29,12 @@ if not (ROOT / "params").is_dir():
 def resolve(path: str | Path) -> Path:
     """`path` itself when absolute, otherwise below the repository's root."""
     return ROOT / Path(path).expanduser()
+
+
+def find(path: str | Path) -> Path:
+    """An input file: below the repository's root, or else in the current folder, JupyterLab's beside a notebook."""
+    beside = Path(path).expanduser().absolute()
+    return beside if beside.exists() and not resolve(path).exists() else resolve(path)
 
 
 def cache_dir() -> Path:

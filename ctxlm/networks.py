@@ -5,7 +5,7 @@ read side by side, W positions of each, d embed_dim, H hidden_dim.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -211,18 +211,27 @@ class Windows:
 
 
 def train_network(
-    model: NeuralLM, train: Tensor, val: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
+    model: NeuralLM,
+    train: Tensor,
+    val: Tensor,
+    experiment: Experiment,
+    dtype: torch.dtype = torch.float32,
+    on_epoch: Callable[[list[dict]], bool | None] | None = None,
 ) -> Trained:
     """Train `model` in place on the stream `train` [T] until `val` gets no better; the best epoch's weights are kept.
+
+    `on_epoch` is as in `Trainer.run`.
 
     Raises:
         NonFiniteLoss, ConfigError: as `Trainer`.
     """
-    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run()
+    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch)
 
 
-def build(experiment: Experiment, streams: Split) -> Alternative:
-    """The network of an experiment, trained on its training stream.
+def build(
+    experiment: Experiment, streams: Split, on_epoch: Callable[[list[dict]], bool | None] | None = None
+) -> Alternative:
+    """The network of an experiment, trained on its training stream; `on_epoch` is as in `Trainer.run`.
 
     Raises:
         NonFiniteLoss, ConfigError: as `Trainer`.
@@ -235,7 +244,7 @@ def build(experiment: Experiment, streams: Split) -> Alternative:
 
     val = on_device(streams.val.tokens)
     model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
-    found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype)
+    found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype, on_epoch)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:

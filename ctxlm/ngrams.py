@@ -10,11 +10,11 @@ estimated from how many n-grams occur once to four times; γ hands on what D too
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Split, load_corpus
 from ctxlm.metrics import Alternative
+from ctxlm.progress import track
 
 
 def build(experiment: Experiment, streams: Split) -> Alternative:
@@ -100,7 +100,7 @@ class KneserNey:
         """Every target's loss, nats, float32 [T - 1], and the share of targets that were the most probable token."""
         losses = -np.log(self.probabilities(tokens)[1:]).astype(np.float32)
         hits, best, reach = 0, {}, self.order - 1
-        for t in tqdm(range(1, len(tokens)), desc=f"{self.order}-gram", unit="token", leave=False):
+        for t in track(range(1, len(tokens)), f"{self.order}-gram"):
             history = tuple(tokens[max(t - reach, 0) : t].tolist()) if reach else ()
             if history not in best:
                 best[history] = int(self.distribution(np.array(history, np.int64)).argmax())

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ctxlm.config import Experiment
 from ctxlm.device import autocast, generator
 from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM, look_up
+from ctxlm.progress import say, track
 from ctxlm.recurrence import chunked
 
 CONTEXT_PARAMETERS = ["design", "num_layers", "context_dim", "embed_dim", "num_input_tokens", "dist_reg_weight", "seed"]
@@ -92,7 +92,7 @@ def shape_contexts(
     record = json.loads(str(arrays["record"]))
     if cached:
         block.load_state_dict({name: torch.from_numpy(arrays[name]) for name in block.state_dict()})
-        tqdm.write(f"Phase 1 was found in the cache; it took {record['computed_seconds']:.0f} s when it was computed")
+        say(f"Phase 1 was found in the cache; it took {record['computed_seconds']:.0f} s when it was computed")
     spectra = {name: torch.from_numpy(arrays[name]) for name in ("init_er", "train_er")}
     return Shaped(Phase1(**record["phase1"]), spectra, cached, record["computed_seconds"])
 
@@ -154,8 +154,7 @@ def train_context_block(
             tables = distinct.tables(block)
         gradients = [torch.zeros_like(table, dtype=torch.float32) for table in tables]
         carried = contexts[-1:].clone()  # position 0 reads the last context
-        bar = tqdm(bounds, desc=f"Phase 1, iteration {iteration}", unit="block", leave=False)
-        for index, (start, stop) in enumerate(bar):
+        for index, (start, stop) in enumerate(track(bounds, f"iteration {iteration}")):
             previous = contexts[start:stop].clone()
             read = torch.cat([carried, previous[:-1]])
             if e.phase1_context_noise:
@@ -195,7 +194,7 @@ def train_context_block(
             "seconds": time.perf_counter() - began,
         }
         history += [{"phase": "phase1", "step": iteration, "metric": k, "value": v} for k, v in values.items()]
-        tqdm.write(f"iteration {iteration}: {converged / total:.1%} of the tokens converged")
+        say(f"iteration {iteration}: {converged / total:.1%} of the tokens converged")
         if iteration >= e.phase1_min_iterations and converged / total >= e.phase1_min_converged_ratio:
             break
     optimiser.zero_grad(set_to_none=True)

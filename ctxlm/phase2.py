@@ -1,6 +1,6 @@
 """Phase 2: freeze the contexts (or train them on) and train the TokenBlock to predict the next token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -113,14 +113,21 @@ class Phase2:
 
 
 def train_token_block(
-    model: ContextLM, train: Contexts, val: Contexts, experiment: Experiment, dtype: torch.dtype = torch.float32
+    model: ContextLM,
+    train: Contexts,
+    val: Contexts,
+    experiment: Experiment,
+    dtype: torch.dtype = torch.float32,
+    on_epoch: Callable[[list[dict]], bool | None] | None = None,
 ) -> Trained:
     """Train `model.token_block`, and what else `Phase2` says, in place; the best epoch's weights are kept.
+
+    `on_epoch` is as in `Trainer.run`.
 
     Raises:
         NonFiniteLoss, ConfigError: as `Trainer`.
     """
-    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run()
+    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch)
 
 
 def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, torch.nn.Parameter]:

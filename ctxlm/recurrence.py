@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.device import generator
 from ctxlm.files import cache_dir
 from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, SlowContext, look_up
+from ctxlm.progress import track
 
 IN_MEMORY = 2**29
 """Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
@@ -89,7 +89,8 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
     block, distinct = model.context_block, model.distinct_tokens(tokens)
     context = torch.zeros(1, block.context_dim, device=tokens.device)
     values = _matrix(len(tokens), block.context_dim, tokens.device)
-    for t in trange(len(tokens), desc="contexts", unit="token", disable=not progress):
+    positions = range(len(tokens))
+    for t in track(positions, "contexts, token by token") if progress else positions:
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
         context = block(context, block.shares(inputs))[-1]
         values[t] = context[0]
@@ -120,7 +121,7 @@ def chunked(
         tokens: int64 [T].
         tolerance: largest absolute difference of a context entry at the joints.
         chunk_length: tokens a chunk; the default suits the device and the usual warm-up.
-        progress: show a bar.
+        progress: show how far it is.
         keep: keep the inner layers' contexts too, in this type, if that takes no more than `INNER_KEPT`.
     """
     total, device = len(tokens), tokens.device
@@ -165,7 +166,7 @@ def _chunks(
         return context
 
     context = torch.zeros(count, block.context_dim, device=device)
-    for offset in trange(length, desc=f"contexts, {count} chunks", disable=not progress):
+    for offset in track(range(length), f"contexts, {count} chunks") if progress else range(length):
         context = step(context, 0, offset)
         values[:, offset] = context
     context, warmup, residual = values[:-1, -1].clone(), 0, 0.0

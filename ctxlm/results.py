@@ -5,10 +5,12 @@ run. Small results that took long are committed under `data/results/<grid>/<run>
 such folder in `outputs`; those judged by protocol 1 are the grids `protocol-1/<grid>`.
 """
 
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -26,14 +28,18 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ctxlm.config import ConfigError, Experiment, code_hash
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT, atomic, lock, resolve
+from ctxlm.files import ROOT, atomic, digest, lock, resolve
 from ctxlm.metrics import losses_by_sample
 
 LOSSES = "val_losses.npz"
 """A run's file of every validation token's loss."""
+BY_HAND = "interactive"
+"""The grid of runs that are made by hand and named after what they are: it has no file."""
+REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
+"""Parameters that an experiment's label leaves out: runs that differ in no other are of one configuration."""
 
 
 def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -113,6 +119,51 @@ def run_folder(path: str | Path | None) -> Path:
             "notebook that has it, or name another folder"
         ) from None
     return folder
+
+
+def run_by_hand(settings: Experiment, output_dir: str | Path | None) -> tuple[Experiment, Path]:
+    """A notebook's run and its folder, as `run_folder` makes it.
+
+    Without an `output_dir` the folder is `outputs/interactive/<name>`, named after what differs from the notebook's
+    defaults, as a grid's runs are after what is swept; and so is the experiment, sizes and replicates apart, unless it
+    has another label than the notebook's. The same parameters have the same folder. One that holds a run of others
+    stays as it is, and the new run goes beside it, into `<name>-2`.
+
+    Raises:
+        ConfigError: as `run_folder`.
+    """
+    if output_dir is not None:
+        return settings, run_folder(output_dir)
+    usual = Experiment.from_mapping(read_yaml(f"params/notebooks/{Path(NOTEBOOKS[settings.model]).stem}.yaml"))
+    values = {name: value for name, value in settings.model_dump().items() if value != getattr(usual, name)}
+    name = _name(values, 120) or usual.experiment
+    if "experiment" not in values:
+        label = _name({key: value for key, value in values.items() if key not in REPLICATED}, 60)
+        settings = settings.model_copy(update={"experiment": label or usual.experiment})
+    beside = (f"{name}-{count}" if count > 1 else name for count in itertools.count(1))
+    folders = (outputs_dir() / BY_HAND / own for own in beside)
+    return settings, run_folder(next(folder for folder in folders if not _holds_another(folder, settings)))
+
+
+def _name(values: dict[str, Any], longest: int) -> str:
+    """Parameters as a run's name has them, the label and the model first; a digest ends one that is cut off."""
+    first = [str(values[name]) for name in ("experiment", "model") if name in values]
+    rest = [f"{name}-{value}" for name, value in values.items() if name not in ("experiment", "model")]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "_".join(first + rest))
+    return name if len(name) <= longest else f"{name[: longest - 9]}-{digest(name)[:8]}"
+
+
+def _holds_another(folder: Path, settings: Experiment) -> bool:
+    """Whether a folder holds a finished run of other parameters, or one that cannot be read."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        machine = {name: found[name] for name in ("device", "dtype")}  # what `auto` became
+        return settings.model_copy(update=machine).params_hash != found["params_hash"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
 
 
 def write_run(

@@ -176,8 +176,9 @@ class Search:
             if scale is None or (run is None and "failed" not in trial):
                 continue  # none of ours, or interrupted
             try:
-                wanted = self.experiment(trial["drawn"], scale).model_dump(exclude={*RESOLVED}, exclude_none=True)
-                changed = [name for name in wanted if run and run[name] != wanted[name]]
+                wanted = self.experiment(trial["drawn"], scale).for_notebook()
+                given = [name for name, value in wanted.items() if value is not None and name not in RESOLVED]
+                changed = [name for name in given if run and run[name] != wanted[name]]
             except (LookupError, TypeError, ConfigError):
                 changed = ["space"]
             if changed:
@@ -270,11 +271,11 @@ def run_notebook(experiment: Experiment, folder: Path) -> str:
     Raises:
         ConfigError: it failed, and not because a loss is not finite; or its kernel died again and again.
     """
-    values = experiment.model_dump() | {"output_dir": str(folder)}
+    values = experiment.for_notebook() | {"output_dir": str(folder)}
     command = [sys.executable, "-m", "papermill", "--cwd", ".", "-k", "python3", "--no-progress-bar", "--log-output"]
     command += [NOTEBOOKS[experiment.model], str(folder / "experiment.ipynb")]
     command += ["-y", yaml.safe_dump(values, default_flow_style=True, width=10**6).strip()]
-    environment, path = os.environ | {"OMP_NUM_THREADS": "1"}, folder / "experiment.log"
+    environment, path = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_PROGRESS": "lines"}, folder / "experiment.log"
     for _ in range(ATTEMPTS):
         with path.open("w", encoding="utf-8") as log:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -6,7 +6,7 @@ A model brings a `Task`: its weights, its batches, its loss and its evaluation.
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,11 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from ctxlm.config import Experiment
 from ctxlm.loss import Losses
 from ctxlm.metrics import NonFiniteLoss, loss_summary, overfit_rate, perplexity
+from ctxlm.progress import say, track
 
 
 class Task(Protocol):
@@ -29,7 +29,7 @@ class Task(Protocol):
     weights: dict[str, nn.Parameter]
     """What is trained, by name, on one device."""
     updates: int
-    """Batches of an epoch, or nearly: the learning rate's schedule and the progress bar go by it."""
+    """Batches of an epoch, or nearly: the learning rate's schedule and the progress shown go by it."""
 
     def batches(self, epoch: int) -> Iterable[Any]:
         """The batches of an epoch, from 1."""
@@ -93,14 +93,19 @@ class Trainer:
             self.epoch > 0 and self.epoch - self.best["epoch"] >= self.e.phase2_patience
         )
 
-    def run(self) -> Trained:
+    def run(self, on_epoch: Callable[[list[dict]], bool | None] | None = None) -> Trained:
         """Train to the end.
+
+        Args:
+            on_epoch: is given the history so far after every epoch; what it returns, if true, ends the training there.
 
         Raises:
             NonFiniteLoss: the loss, or its exponential, is no longer finite.
         """
         while not self.done:
             self.run_epoch()
+            if on_epoch and on_epoch(self.history):
+                break
         return self.finish()
 
     def run_epoch(self) -> None:
@@ -118,7 +123,7 @@ class Trainer:
         task.model.train()
         task.model.blank.begin(self.epoch, device)
         batches = task.batches(self.epoch)
-        for batch in tqdm(batches, f"Phase 2, epoch {self.epoch}", task.updates, unit="update", leave=False):
+        for batch in track(batches, f"epoch {self.epoch}", task.updates):
             self.optimiser.zero_grad()
             loss, losses, correct = task.loss(batch)
             loss.backward()
@@ -145,9 +150,7 @@ class Trainer:
         if e.train_loss_after_epoch:
             after = self._evaluate("train")[2]
             self._record("phase2", self.epoch, {"train_loss_after": after, "train_ppl_after": perplexity(after)})
-        tqdm.write(
-            f"epoch {self.epoch}: train PPL {perplexity(train_loss):,.1f}, validation PPL {perplexity(val_loss):,.1f}"
-        )
+        say(f"epoch {self.epoch}: train PPL {perplexity(train_loss):,.1f}, validation PPL {perplexity(val_loss):,.1f}")
         self.last_loss = val_loss
         if val_loss < self.best["loss"]:
             self.best = {"loss": val_loss, "epoch": self.epoch, "losses": val_losses, "accuracy": val_accuracy}

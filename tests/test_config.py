@@ -11,7 +11,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import ConfigError, Experiment, load_grid, parameters_table, read_yaml
+from ctxlm.config import BASELINES_ALONE, CONTEXT_ALONE, ConfigError, Experiment, load_grid, parameters_table, read_yaml
 from ctxlm.files import ROOT
 
 FIELDS = Experiment.model_fields
@@ -356,10 +356,26 @@ def test_a_parameter_file_that_cannot_be_read_is_named(tmp_path):
         assert str(path) in message and "check the name" in message
 
 
-def test_the_base_file_holds_every_parameter_with_its_default_in_order():
+def test_the_base_file_holds_every_parameter_of_the_context_model_with_its_default_in_order():
     base = read_yaml("params/base.yaml")
-    assert list(base.items()) == [(name, field.default) for name, field in FIELDS.items()]
+    assert list(base.items()) == list(Experiment().for_notebook().items())
     assert Experiment.from_mapping(base) == Experiment()
+
+
+def test_other_models_have_a_base_file_of_what_they_read():
+    base = read_yaml("params/baselines/base.yaml")
+    assert base == Experiment(model="kneser-ney").for_notebook()
+    for path in (ROOT / "params" / "baselines").glob("*.yaml"):
+        assert set(read_yaml(path)) <= set(base)
+
+
+def test_a_notebook_is_given_what_its_model_reads():
+    """A parameter of other models that a grid gives all of its runs changes nothing, and papermill warns of none."""
+    for model in ("context", "kneser-ney", "lstm", "transformer"):
+        given = Experiment(model=model).for_notebook()
+        assert ("num_heads" in given) == (model != "context") == ("context_dim" not in given)
+    assert set(BASELINES_ALONE) | set(CONTEXT_ALONE) <= set(FIELDS) and not set(BASELINES_ALONE) & set(CONTEXT_ALONE)
+    assert {name for name in FIELDS if name.startswith("phase1_")} <= set(CONTEXT_ALONE)
 
 
 def test_the_table_of_parameters_is_the_written_one():

@@ -8,13 +8,14 @@ import typing
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ctxlm.config import NOTEBOOKS as RUN_BY
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError, Experiment, read_yaml
 from ctxlm.files import ROOT
 
 # Dependencies
@@ -124,8 +125,11 @@ def test_a_notebooks_parameters_are_literals(path):
 def test_a_notebook_that_runs_experiments_has_every_parameter(notebook):
     """papermill warns of one that it lacks, run after run."""
     values = parameter_cell(ROOT / notebook)
-    assert set(values) == {"output_dir", *Experiment.model_fields}
-    assert RUN_BY[Experiment.from_namespace(values).model] == notebook
+    settings = Experiment.from_namespace(dict(values))
+    assert set(values) == {"output_dir", *settings.for_notebook()}
+    assert set(papermill.inspect_notebook(ROOT / notebook)) == set(values)  # as papermill sees it
+    assert RUN_BY[settings.model] == notebook
+    assert settings == Experiment.from_mapping(read_yaml(f"params/{notebook.replace('.ipynb', '.yaml')}"))
 
 
 def test_every_model_has_its_notebook():
@@ -160,7 +164,7 @@ def test_a_grid_that_was_killed_is_said_to_be_freed_by_make_unlock(tmp_path, loc
 # Imports
 
 FLOORS = [
-    {"ctxlm", "ctxlm.files"},
+    {"ctxlm", "ctxlm.files", "ctxlm.progress"},
     {"ctxlm.config"},
     {"ctxlm.device"},
     {"ctxlm.corpus", "ctxlm.embeddings"},

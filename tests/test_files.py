@@ -210,6 +210,7 @@ BELONGS = {
     "corpus": EVERY,
     "device": EVERY,
     "metrics": EVERY,
+    "progress": set(),
     "embeddings": EVERY - {"kneser-ney"},
     "loss": EVERY - {"kneser-ney"},
     "model": EVERY - {"kneser-ney"},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ctxlm.analysis import gpu
 from ctxlm.analysis.run_plots import WIDTH
-from ctxlm.config import BASELINES, ConfigError, Experiment
+from ctxlm.config import BASELINES, ConfigError, Experiment, read_yaml
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT
@@ -120,7 +120,7 @@ def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
     own |= {"slow_decay": 0.9, "phase2_token_dropout": 0.2}
     run_here(output_dir=str(tmp_path / "run"), **own)
     metrics = metrics_of(tmp_path / "run")
-    settings = Experiment.from_mapping(own)
+    settings = Experiment.from_mapping(read_yaml("params/notebooks/02_experiment.yaml"), own)
     model = ContextLM(settings, torch.from_numpy(load_embedding(settings)))
     before = model.context_block.norms[0].weight.clone()
     load_own_weights(model, load_file(tmp_path / "run" / "model.safetensors"))
@@ -229,6 +229,24 @@ def test_cells_can_be_run_again_after_a_change(notebook, change, tmp_path, text,
             exec(compile(cell.source, cell.id, "exec"), namespace)
             if cell.id == "parameters":
                 namespace |= {name: value for name, value in own.items() if name in namespace}
+
+
+@pytest.mark.slow
+def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
+    """Two runs of one size, and an n-gram; then the analysis of all that lie beside one another."""
+    own = SMALL | {"corpus": str(text), "phase2_epochs": 1}
+    run_here(**own)
+    run_here(**own | {"seed": 43})
+    folders = sorted((outputs / "interactive").iterdir())
+    assert len(folders) == 2 and metrics_of(folders[0])["seed"] != metrics_of(folders[1])["seed"]
+    process, _ = papermill(tmp_path, "04_scaling", grid="interactive", output_dir=str(tmp_path / "replicates"))
+    assert process.returncode == 0, process.stderr
+    run_here(**own | {"num_layers": 3})
+    run_here("03_baseline", corpus=str(text), train_tokens=600, val_samples=2, test_samples=2)
+    process, _ = papermill(tmp_path, "04_scaling", grid="interactive", output_dir=str(tmp_path / "compared"))
+    assert process.returncode == 0, process.stderr
+    found = pd.read_csv(tmp_path / "compared" / "estimates.csv")
+    assert len(found) > 0
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 import ctxlm.files
 from ctxlm.analysis.runs import OPTIONAL_TABLE, TABLES, check_runs, grid_dtype, load_runs, load_table, load_val_losses
-from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash
+from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
 from ctxlm.metrics import losses_by_sample
-from ctxlm.results import Stopwatch, provenance, run_folder, run_folders, write_run
+from ctxlm.results import Stopwatch, provenance, run_by_hand, run_folder, run_folders, write_run
 
 HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
 
@@ -403,3 +403,66 @@ def test_a_type_that_is_none_is_refused_in_one_sentence(roots, machine, content)
     asked = "write float32 or bfloat16 there, as the grid's runs have it"
     assert str(caught.value) == f"{path} holds {content.strip()!r}: {asked}" and machine == []
     assert path.read_text(encoding="utf-8") == content
+
+
+# Runs by hand
+
+USUAL = {notebook: read_yaml(f"params/{notebook.replace('.ipynb', '.yaml')}") for notebook in NOTEBOOKS.values()}
+
+
+def by_hand(notebook="02_experiment", **changed):
+    """The experiment and the folder of a notebook's run with some of its defaults changed."""
+    return run_by_hand(Experiment.from_mapping(USUAL[f"notebooks/{notebook}.ipynb"], changed), None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "label"),
+    [
+        ({}, "A", "A"),
+        ({"seed": 43, "num_layers": 3}, "num_layers-3_seed-43", "num_layers-3"),
+        ({"train_tokens": 5000, "seed": 43}, "train_tokens-5000_seed-43", "A"),  # a size and a replicate of A
+        ({"experiment": "mine", "num_layers": 3}, "mine_num_layers-3", "mine"),
+        ({"corpus": "texts/my own.txt"}, "corpus-texts-my-own.txt", "corpus-texts-my-own.txt"),
+    ],
+)
+def test_a_run_by_hand_is_named_after_what_differs_from_the_notebooks_defaults(roots, changed, name, label):
+    settings, folder = by_hand(**changed)
+    assert folder == roots[0] / "interactive" / name and folder.is_dir() and settings.experiment == label
+    assert by_hand(**changed) == (settings, folder)
+
+
+def test_a_baseline_by_hand_is_named_after_its_model(roots):
+    assert by_hand("03_baseline")[1].name == "KN-4"
+    settings, folder = by_hand("03_baseline", model="lstm", hidden_dim=64, seed=1)
+    assert (settings.experiment, folder.name) == ("lstm_hidden_dim-64", "lstm_hidden_dim-64_seed-1")
+
+
+def test_a_long_name_is_cut_off_and_still_tells_runs_apart(roots):
+    many = {name: 7 for name in ("phase1_batch_size", "phase2_batch_size", "val_samples", "test_samples")}
+    many |= {"phase1_convergence_threshold": 0.5, "phase2_gradient_clip": 2.0, "data_seed": 3}
+    (first, one), (second, other) = by_hand(**many), by_hand(**many | {"phase2_gradient_clip": 3.0})
+    assert len(one.name) <= 120 and len(first.experiment) <= 60
+    assert one != other and first.experiment != second.experiment
+
+
+def test_a_run_of_other_parameters_stays_and_the_new_one_goes_beside_it(roots):
+    settings, folder = by_hand(seed=43)
+    device = torch.device("cpu")
+    write(folder, **provenance(settings, device, torch.float32))
+    assert by_hand(seed=43)[1] == folder  # the same again, whatever `auto` became
+    before = (folder / "metrics.json").read_bytes()
+    other, beside = by_hand("03_baseline", seed=43)
+    assert beside.name == "seed-43-2" and other.experiment == "KN-4"
+    write(beside, **provenance(other, device, torch.float32))
+    assert by_hand("03_baseline", seed=43)[1] == beside and by_hand(seed=43)[1] == folder
+    assert (folder / "metrics.json").read_bytes() == before
+    (folder / "metrics.json").write_text("{}", encoding="utf-8")  # of nobody knows what
+    assert by_hand(seed=43)[1].name == "seed-43-3"
+
+
+def test_a_folder_that_is_named_is_taken_as_it_is(roots, tmp_path):
+    own = Experiment(num_layers=3)
+    write(tmp_path / "mine", **provenance(Experiment(), torch.device("cpu"), torch.float32))
+    assert run_by_hand(own, tmp_path / "mine") == (own, tmp_path / "mine")
+    with pytest.raises(ConfigError, match="name a folder for the run"):
+        run_by_hand(own, "")

@@ -283,3 +283,31 @@ def test_histories_carry_their_runs(roots):
     histories = read_histories(read_runs("protocol-1/a", "protocol-1/b"))
     assert len(histories) == 4 and histories["value"].tolist() == histories["val_loss"].tolist()
     assert histories["id"].is_unique
+
+
+# Runs made by hand
+
+
+def test_all_runs_of_a_folder_without_a_grid_file_are_read(roots):
+    with pytest.raises(ConfigError, match=r"grid interactive has no finished run yet: run notebooks/02_experiment"):
+        read_runs("interactive")
+    write(roots[0], "interactive", "A")
+    write(roots[0], "interactive", "num_layers-3", num_layers=3, seed=43)
+    write(roots[0], "elsewhere", "A")
+    runs = read_runs("interactive")
+    assert runs["configuration"].tolist() == ["A", "num_layers-3"] and set(runs["planned"]) == {2}
+    assert len(read_runs("interactive", "elsewhere")) == 3
+    write(roots[0], "interactive", "old", protocol=1)
+    with pytest.raises(ConfigError, match=r"1 by protocol 1 and 2 by protocol 2.*run it again$"):
+        read_runs("interactive")
+
+
+def test_runs_by_hand_that_nothing_else_tells_apart_are_told_apart(roots):
+    write(roots[0], "interactive", "A", dtype="float32")
+    write(roots[0], "interactive", "B", dtype="bfloat16")
+    write(roots[0], "interactive", "KN", model="kneser-ney", dtype="float64")
+    found = dict(read_runs("interactive")[["experiment", "configuration"]].values)
+    assert found == {"A": "A, dtype float32", "B": "B, dtype bfloat16", "KN": "KN"}
+    write(roots[0], "twice", "A", val_every_steps=10, suffix="_often")
+    write(roots[0], "twice", "A")
+    assert read_runs("twice")["configuration"].nunique() == 2

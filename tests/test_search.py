@@ -289,7 +289,7 @@ def test_a_run_is_begun_again_only_where_its_kernel_died(tmp_path, file, monkeyp
             run_notebook(e, tmp_path)
     else:
         assert run_notebook(e, tmp_path).startswith(why or "")
-    assert len(calls) == len(codes) and all(call == e.model_dump() | {"output_dir": str(tmp_path)} for call in calls)
+    assert len(calls) == len(codes) and all(call == e.for_notebook() | {"output_dir": str(tmp_path)} for call in calls)
 
 
 # Ours

@@ -5,7 +5,8 @@ seconds. `history` is long: phase, step, metric, value. Importing the module set
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from ctxlm.memory import FORGOTTEN
+from ctxlm.progress import in_place
 
 COLOURS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 """seaborn's palette `colorblind`."""
@@ -42,6 +44,8 @@ MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
 WIDTH = 8.5
 """Of every figure, inches."""
+DRAWING, FIRST_DRAWING = 0.05, 0.3
+"""The share of a training's time that its figure may take, and what the first one is taken to take, seconds."""
 RANKS = {
     "init_er": "before Phase 1",
     "train_er": "in Phase 1, with its noise",
@@ -167,6 +171,40 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
     log_axis(right, "PPL (log)")
     left.legend()
     return figure
+
+
+class Live:
+    """The figure of a training that is drawn anew, in its place, while the training goes on: give it as `on_epoch`.
+
+    Where nothing can be updated in place, only `finish` draws.
+    """
+
+    def __init__(self, plot: Callable[[pd.DataFrame], Figure] = plot_phase2):
+        self.plot, self.handle, self.rows = plot, None, 0
+        self.ended, self.cost = time.perf_counter(), FIRST_DRAWING
+
+    def __call__(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Draw the history so far, unless that would take more than `DRAWING` of the time."""
+        if in_place() and DRAWING * (time.perf_counter() - self.ended) > self.cost:
+            self._draw(history)
+
+    def finish(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Leave the figure of the whole training."""
+        if self.handle is None and history:
+            self.plot(pd.DataFrame(history))  # which Jupyter shows at the cell's end
+        elif len(history) > self.rows:
+            self._draw(history)
+
+    def _draw(self, history: Sequence[Mapping[str, Any]]) -> None:
+        from IPython.display import DisplayHandle
+
+        began = time.perf_counter()
+        figure, new = self.plot(pd.DataFrame(history)), self.handle is None
+        self.handle = self.handle or DisplayHandle()
+        (self.handle.display if new else self.handle.update)(figure)
+        plt.close(figure)  # else it would be shown once more at the cell's end
+        self.rows, self.ended = len(history), time.perf_counter()
+        self.cost = self.ended - began
 
 
 def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:

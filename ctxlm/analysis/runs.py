@@ -19,8 +19,8 @@ from scipy import sparse
 from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import PROTOCOL
 from ctxlm.device import resolve_device, resolve_dtype
-from ctxlm.files import atomic, read_arrays, resolve
-from ctxlm.results import LOSSES, outputs_dir, run_folders
+from ctxlm.files import ROOT, atomic, read_arrays, resolve
+from ctxlm.results import BY_HAND, LOSSES, outputs_dir, run_folders
 
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
 """What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
@@ -51,10 +51,12 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """The finished runs of one or several grids, a row a run, ready for a formula.
 
     Of a grid that has a file, only runs that it asks for with the parameters that they have are read; others are an
-    earlier file's. Of `protocol-1/<name>`, all. Beside the content of metrics.json there are
+    earlier file's. Of `protocol-1/<name>`, all; and of a folder in `outputs` without such a file, as `interactive`,
+    where runs made by hand are. Beside the content of metrics.json there are
 
     - `grid`, `run`, and `id`, which joins both;
-    - `configuration`: the experiment's label and, where its runs differ in more than size and replicate, in what;
+    - `configuration`: the experiment's label and, where its runs differ in more than size and replicate, in what; of
+      runs made by hand also what tells one from another that is else its equal;
     - `replicate`, as `replicates` numbers them over all grids;
     - `log_ppl` (nats, of the test text; `val_loss` is of validation), `log_tokens`, `log2_tokens`;
     - `log_over_fitting`: log of the last epoch's validation PPL over the best one's; nan where training ended by the
@@ -69,20 +71,22 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """
     frames = []
     for grid in dict.fromkeys(grids):
-        plan = None if grid.startswith(PROTOCOL_1) else load_grid(grid)
+        plan = None if grid.startswith(PROTOCOL_1) or _by_hand(grid) else load_grid(grid)
         name = plan.name if plan else grid
         runs = load_runs(name)
         if plan and len(runs):
             runs = runs[[_as_planned(run, plan.runs) for _, run in runs.iterrows()]]
         if runs.empty:
             raise _without_runs(grid, plan is not None)
-        if plan:
-            _check_alike(name, runs, plan.runs)
+        if not grid.startswith(PROTOCOL_1):
+            _check_alike(name, runs, plan and plan.runs)
         frames.append(runs.assign(grid=name, planned=len(plan.runs) if plan else len(runs)))
     found = pd.concat(frames, ignore_index=True)
     if found["protocol"].nunique() > 1:
         raise ConfigError(f"{' and '.join(grids)} were judged by different protocols: read them apart")
     found = _configured(found)
+    if by_hand := [grid for grid in grids if _by_hand(grid)]:
+        found = _told_apart(found, found["grid"].isin(by_hand))
     found["id"] = found["grid"] + "/" + found["run"]
     found["replicate"] = replicates(found)
     found["log_ppl"] = found.get("test_loss", math.nan)
@@ -93,7 +97,27 @@ def read_runs(*grids: str) -> pd.DataFrame:
     return found
 
 
+def _by_hand(grid: str) -> bool:
+    """Whether a grid is a folder of finished runs that no file plans."""
+    planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
+    return grid == BY_HAND or (not planned and any(source == "outputs" for _, source in run_folders(grid).values()))
+
+
+def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
+    """Runs made by hand, which no plan keeps apart, with the type of their products in `configuration` where it is not
+    one for all, and with the run's name where two would be equal in all that a pair shares."""
+    label = runs["configuration"].copy()
+    typed = by_hand & runs["dtype"].isin(TYPES)
+    if runs.loc[typed, "dtype"].nunique() > 1:
+        label[typed & ~label.str.contains(", dtype ")] += ", dtype " + runs["dtype"]
+    alike = by_hand & runs.assign(label=label).duplicated(["grid", "label", "train_tokens", *PAIR], keep=False)
+    label[alike] += ", " + runs["run"]
+    return runs.assign(configuration=label)
+
+
 def _without_runs(grid: str, has_file: bool) -> ConfigError:
+    if grid == BY_HAND:
+        return ConfigError(f"grid {grid} has no finished run yet: run notebooks/02_experiment.ipynb first")
     if has_file:
         return ConfigError(f"grid {grid} has no finished run yet: run `make report GRID={grid}` first")
     results = resolve(os.environ.get("CTXLM_RESULTS") or "data/results") / PROTOCOL_1
@@ -183,8 +207,8 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment]) -> None:
-    """Refuse runs that cannot stand beside one another.
+def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment] | None) -> None:
+    """Refuse runs that cannot stand beside one another; without a plan, types of products may differ.
 
     Raises:
         ConfigError: as `read_runs`.
@@ -194,9 +218,11 @@ def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment]) 
         judged = " and ".join(f"{n} by protocol {by}" for by, n in runs["protocol"].value_counts().sort_index().items())
         raise ConfigError(
             f"grid {grid} has runs that were judged otherwise than by today's protocol {PROTOCOL} and cannot be read "
-            f"({judged}): delete the metrics.json of each, as of {other.iloc[0]}, and run `make report GRID={grid}` "
-            "again"
+            f"({judged}): delete the metrics.json of each, as of {other.iloc[0]}, and run "
+            + (f"`make report GRID={grid}` again" if plan else "it again")
         )
+    if not plan:
+        return
     typed = runs[runs["dtype"].isin(TYPES)]
     if typed["dtype"].nunique() > 1 and [plan[run].dtype for run in typed["run"]] != typed["dtype"].tolist():
         counts = typed["dtype"].value_counts().sort_index()
@@ -209,12 +235,12 @@ def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment]) 
 
 
 def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
-    """Whether a run has the parameters that the plan gives to one of its name."""
+    """Whether a run has the parameters that the plan gives to one of its name, as far as its model reads them."""
     if run["run"] not in plan:
         return False
     wanted = plan[run["run"]]
     size = "train_samples" if wanted.train_samples is None else "train_tokens"  # what follows from the other one
-    values = wanted.model_dump(exclude={*RESOLVED, size})
+    values = {name: value for name, value in wanted.for_notebook().items() if name not in (*RESOLVED, size)}
     return all(pd.isna(run[name]) if value is None else run[name] == value for name, value in values.items())
 
 

@@ -1,0 +1,243 @@
+"""A small context model trained in a notebook: a preset with a change, its curve live, stopped at will.
+
+A finished run is named "grid/run".
+"""
+
+import functools
+import json
+import re
+import shlex
+import threading
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+from ctxlm.analysis.explore import beside, has_widgets, large, legend_above, quoted, visible, widget
+from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, steps_axis
+from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.corpus import split
+from ctxlm.device import resolve_device, resolve_dtype
+from ctxlm.embeddings import load_embedding
+from ctxlm.memory import recent_tokens
+from ctxlm.metrics import NonFiniteLoss, loss_summary
+from ctxlm.model import ContextLM, own_weights
+from ctxlm.phase1 import shape_contexts
+from ctxlm.phase2 import Predictor, evaluate, train_token_block
+from ctxlm.recurrence import Ablation, chunked
+from ctxlm.results import Stopwatch, outputs_dir, provenance, run_folder, run_folders, write_run
+
+GRID = "playground"
+"""The grid whose context models are the presets."""
+MINE = "mine"
+"""The grid of runs that are trained here; it has no file."""
+
+
+@functools.lru_cache(4096)
+def _read_metrics(path: Path, _changed: int) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def folder_of(run: str) -> Path:
+    """The folder of the run "grid/run".
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    grid, _, name = run.rpartition("/")
+    folders = run_folders(grid) if grid else {}
+    if name not in folders:
+        raise ConfigError(f"run = {run!r} is no finished run: choose one of the table, as {GRID}/A")
+    return folders[name][0]
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics.json in a run's folder.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / "metrics.json"
+    try:
+        return _read_metrics(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError):
+        raise ConfigError(f"{path} is damaged: restore it, or delete it and run it again") from None
+
+
+def metrics(run: str) -> dict[str, Any]:
+    """The metrics.json of a run."""
+    return read_metrics(folder_of(run))
+
+
+def history(run: str) -> pd.DataFrame:
+    return pd.read_csv(folder_of(run) / "history.csv")
+
+
+def experiment(run: str) -> Experiment:
+    known = metrics(run)
+    given = {name: known[name] for name in Experiment.model_fields if name in known}
+    if given.get("train_samples") is not None:  # it also says how many tokens these were
+        given["train_tokens"] = None
+    return Experiment.from_mapping(given, {"device": "cpu", "dtype": "float32"})
+
+
+def presets() -> dict[str, Experiment]:
+    """What a training may begin with: the playground's context models."""
+    return {name: e for name, e in load_grid(GRID).runs.items() if e.model == "context"}
+
+
+def changed_experiment(preset: str, change: str) -> tuple[Experiment, str]:
+    """A run of the playground's grid with parameters changed, as YAML, and a name for it.
+
+    Raises:
+        ConfigError: there is no such preset, or the change is no mapping of parameters, or not possible.
+    """
+    known = presets()
+    if preset not in known:
+        raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
+    try:
+        given = yaml.safe_load(change) or {}
+    except yaml.YAMLError:
+        given = change
+    if not isinstance(given, dict):
+        raise ConfigError(f"change = {change!r} is no list of parameters: write one a line, as num_layers: 3")
+    e = Experiment.from_mapping(known[preset].model_dump(), given)
+    name = "_".join([preset, *(f"{key}-{value}" for key, value in given.items())])
+    return e, re.sub(r"[^\w.+-]", "-", name)[:100]
+
+
+def train(
+    preset: str,
+    change: str = "",
+    on_epoch: Callable[[list[dict]], bool | None] | None = None,
+    folder: str | Path | None = None,
+) -> str:
+    """Train a preset of the context model with a change, and write the run; returns its name, "mine/<difference>".
+
+    Args:
+        on_epoch: as `Trainer.run`'s. folder: another one than that.
+
+    Raises:
+        ConfigError: as `changed_experiment`; it is no context model; or something that has to be there is not.
+        NonFiniteLoss: the change does not let it learn.
+    """
+    e, name = changed_experiment(preset, change)
+    e.meant_for("notebooks/02_experiment.ipynb")
+    folder, watch = run_folder(folder or outputs_dir() / MINE / name), Stopwatch()
+    device = resolve_device(e)
+    dtype = resolve_dtype(e, device)
+    record, streams = provenance(e, device, dtype), split(e)
+    train, val, test = (
+        torch.from_numpy(s.tokens).long().to(device) for s in (streams.train, streams.val, streams.test)
+    )
+    network = ContextLM(e, torch.from_numpy(load_embedding(e))).to(device)
+    with watch("phase1"):
+        shaped = shape_contexts(network, train, e, dtype)
+    with watch("phase2"):
+        kept = {} if e.context_ablation != "none" or e.phase2_context_window else {"keep": dtype}
+        contexts, val_contexts = chunked(network, train, **kept), chunked(network, val, **kept)
+        ablation = Ablation(network, contexts, e)
+        phase2 = train_token_block(network, ablation(contexts), ablation(val_contexts), e, dtype, on_epoch)
+    predict = Predictor(network, dtype)
+    with watch("test"):
+        losses, accuracy = evaluate(predict, ablation(chunked(network, test, **kept)))
+    if e.phase2_context_window:  # the ContextBlock has moved on
+        val_contexts = chunked(network, val)
+    recent = [] if e.context_ablation != "none" else recent_tokens(network, predict.from_layers, val_contexts)
+    found = record | {"train_tokens": len(train), "val_tokens": len(val), "test_tokens": len(test)}
+    found |= network.parameter_counts() | shaped.summary() | phase2.summary() | watch.seconds
+    found |= loss_summary("test", losses, accuracy) | {"recurrence_residual": contexts.residual}
+    rows = pd.DataFrame(shaped.phase1.history + phase2.history + recent)
+    judged = (
+        (phase2.val_losses.cpu().numpy(), streams.val.samples[1:]),
+        (losses.cpu().numpy(), streams.test.samples[1:]),
+    )
+    write_run(folder, found, rows, *judged, own_weights(network))
+    return f"{folder.parent.name}/{folder.name}"
+
+
+@large
+def curve(history: pd.DataFrame, title: str = "") -> Figure:
+    """Training and validation PPL by epoch, so far."""
+    figure, ((axes,),) = new_figure(height=4)
+    for part, metric, line in (("training", "train_ppl", ":"), ("validation", "val_ppl", "-")):
+        values = metric_of(history, "phase2", metric)
+        axes.plot(values.index, values, line, marker="o", label=part, color=COLOURS[0])
+    best = metric_of(history, "phase2", "val_ppl").idxmin()
+    axes.axvline(best, **REFERENCE)
+    head = f"{visible(title)}\nbest epoch {best}" if title else f"best epoch so far {best}"
+    axes.set_title(head, loc="left", parse_math=False)
+    steps_axis(axes, "epoch")
+    log_axis(axes, "PPL (log)")
+    legend_above(figure)
+    return figure
+
+
+def workbench(preset: list[str], change: str, shown: str) -> None:
+    """Controls that train a preset with a change, in a thread, with its curve live; at first a finished run's curve.
+
+    Stop ends the training after its epoch, and the best one is kept.
+    """
+    first = curve(history(shown), shown)
+    if not has_widgets():
+        display(first)
+        return
+    import ipywidgets
+
+    controls = widget("preset", preset), widget("change", change)
+    start, stop = ipywidgets.Button(description="Train"), ipywidgets.Button(description="Stop", disabled=True)
+    stopped = threading.Event()
+    display(beside([*controls, start, stop]))
+    handle = display(first, display_id=True)
+
+    def follow(rows: list[dict]) -> bool:
+        handle.update(curve(pd.DataFrame(rows)))
+        return stopped.is_set()
+
+    def work() -> None:
+        try:
+            run = train(*(control.value for control in controls), follow)
+            handle.update(curve(history(run), f"{run}, test PPL {metrics(run)['test_ppl']:,.1f}"))
+        except (ConfigError, NonFiniteLoss, OSError) as error:
+            handle.update(HTML(f"<p>{quoted(str(error))}</p>"))
+        finally:
+            start.disabled, stop.disabled = False, True
+
+    def begin(_: Any) -> None:
+        stopped.clear()
+        start.disabled, stop.disabled = True, False
+        handle.update(HTML("<p>Reading the text, then Phase 1; the curve begins with the first epoch.</p>"))
+        threading.Thread(target=work, daemon=True).start()
+
+    start.on_click(begin)
+    stop.on_click(lambda _: stopped.set())
+
+
+def commands(preset: str, change: str) -> HTML:
+    """The papermill command that trains a preset with a change, and a grid that repeats both over replicates."""
+    e, name = changed_experiment(preset, change)
+    base, own = read_yaml("params/base.yaml"), load_grid(GRID).runs[preset]
+    given = {key: value for key, value in e.model_dump().items() if value != base.get(key)}
+    notebook = "02_experiment" if e.model == "context" else "03_baseline"
+    folder = f"outputs/{MINE}/{name}"
+    command = ["papermill", f"notebooks/{notebook}.ipynb", f"{folder}/experiment.ipynb", "--cwd", ".", "-k", "python3"]
+    command += ["-f", "params/base.yaml", "-y", yaml.safe_dump(given, default_flow_style=True, width=10**6).strip()]
+    command += ["-p", "output_dir", folder]
+    changed = {key: value for key, value in e.model_dump().items() if value != getattr(own, key)}
+    drawn = ["seed", "data_seed", "embedding_seed"]
+    common = {key: value for key, value in own.model_dump().items() if value != base.get(key) and key not in drawn}
+    grid = {
+        "title": f"{preset}, and with a change",
+        "common": {key: value for key, value in common.items() if key not in ("experiment", *changed)},
+        "experiments": {preset: {key: getattr(own, key) for key in changed}, "changed": changed},
+        "sweep": {", ".join(drawn): [[42, 0, 1], [43, 20, 2], [44, 40, 3]]},
+    }
+    parts = [f"mkdir -p {shlex.quote(folder)}\n{shlex.join(command)}", yaml.safe_dump(grid, sort_keys=False)]
+    look = "white-space:pre-wrap;overflow-wrap:anywhere;padding:.6em;border:1px solid #8888;border-radius:4px"
+    return HTML("".join(f'<pre style="{look}">{escape(part)}</pre>' for part in parts))

@@ -1,0 +1,445 @@
+"""The playground: its views against known answers, hostile text, its committed runs, and the notebook as it is."""
+
+import json
+import re
+import threading
+import unicodedata
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from IPython.display import HTML
+from matplotlib.figure import Figure
+from nbconvert import HTMLExporter
+from scipy import stats
+
+from ctxlm.analysis import explore as showing
+from ctxlm.analysis import playground as play
+from ctxlm.analysis import workbench as bench
+from ctxlm.analysis.site import cells_html
+from ctxlm.config import ConfigError, Experiment, load_grid
+from ctxlm.corpus import decode, split, tokenizer
+from ctxlm.files import ROOT
+from ctxlm.generate import changed, load_run, next_tokens, surprise
+from ctxlm.results import run_folders
+from tests.conftest import short_paragraphs
+from tests.test_generate import CONTEXT, NETWORK
+from tests.test_notebooks import papermill, run_here
+from tests.test_pages import Elements
+
+A, B, KN = "small/A", "small/B", "small/KN-3"
+RUNS = {
+    "A": CONTEXT | {"experiment": "A", "test_samples": 4},
+    "B": CONTEXT | {"experiment": "B", "test_samples": 4, "num_layers": 1, "context_dim": 24},
+    "other": CONTEXT | {"experiment": "A", "test_samples": 3},
+    "KN-3": {key: NETWORK[key] for key in ("train_tokens", "val_samples")}
+    | {"model": "kneser-ney", "ngram_order": 3, "test_samples": 4},
+}
+TEXT = "the cat saw a big dog\nand then it ran from the house"
+HOSTILE = "<script>alert(1)</script> $x$ **b** \x1b[31m \u202e \\(y\\) 'q' \"r\""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs(tmp_path_factory):
+    """The folder of the finished `RUNS`, the grid `small`; only they are there to be found."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = short_paragraphs(folder / "text.txt", 80)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CACHE", "OUTPUTS", "RESULTS"):
+            patch.setenv(f"CTXLM_{name}", str(folder / name.lower()))
+        for name, own in RUNS.items():
+            notebook = "03_baseline" if "model" in own else "02_experiment"
+            run_here(notebook, **own, corpus=str(text), output_dir=str(folder / "outputs" / "small" / name))
+        yield folder / "outputs" / "small"
+    plt.close("all")
+
+
+def by_sample(runs, name):
+    return pd.read_csv(runs / name / "test_by_sample.csv").set_index("sample")
+
+
+# Texts
+
+
+def test_what_cannot_be_seen_has_a_sign():
+    everything = "".join(map(chr, range(0x3000)))
+    assert all(unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" for c in showing.visible(everything))
+    assert showing.visible("a\n\x1b é 日本") == "a⏎␛ é 日本"
+    assert showing.visible(" a b", spaces=True) == "␣a␣b"
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: play.reading(HOSTILE, A),
+        lambda: play.against(HOSTILE, A, B),
+        lambda: play.continued(A, HOSTILE, 3),
+        lambda: showing.table_of(pd.DataFrame({"<script>": [HOSTILE], "text": [HOSTILE]}), ["text"]),
+        lambda: HTML(showing.quoted(HOSTILE)),
+        lambda: bench.commands("A", f"experiment: A\n{'output_bias'}: none\ncorpus: {json.dumps(HOSTILE)}"),
+    ],
+)
+def test_hostile_text_is_only_text(view):
+    html = view()._repr_html_()
+    page = Elements(html)
+    assert not {"script", "img", "b", "strong"} & {tag for tag, _ in page.elements}
+    assert "\x1b" not in html and "\u202e" not in html
+    assert "alert" in page.text and not any("alert" in hidden for hidden in page.hidden)
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes), tag
+    outside = re.sub(r"<style.*?</style>|<(pre|code)\b.*?</\1>|<[^>]*>", "", html, flags=re.DOTALL)
+    assert "$" not in outside and "alert" not in outside  # where formulas would be looked for
+
+
+def test_tokens_stand_in_their_order_with_what_a_pointer_is_told():
+    page = Elements(play.reading(TEXT, A)._repr_html_())
+    told = [attributes["title"] for tag, attributes in page.elements if tag == "code"]
+    table = surprise(load_run("small", "A"), TEXT)
+    assert [float(title.split(" nats")[0]) for title in told] == pytest.approx(table["nats"].tolist(), abs=0.006)
+    for title, position in zip(told, range(len(table)), strict=True):
+        best = next_tokens(load_run("small", "A"), decode(table["token"][:position]), 4)
+        assert title.split("likelier: ")[1].count("%") == 4
+        assert f"{100 * best['probability'][0]:.1f} %" in title
+
+
+def test_the_gap_of_two_is_the_difference_of_their_surprises():
+    page = Elements(play.against(TEXT, A, B)._repr_html_())
+    told = [attributes["title"] for tag, attributes in page.elements if tag == "code"]
+    first, second = (surprise(load_run("small", name), TEXT)["nats"] for name in "AB")
+    assert told == [f"{x:.2f} − {y:.2f} nats" for x, y in zip(first, second, strict=True)]
+    assert f"{(first - second).mean():+.2f} nats a token".replace("-", "−") in page.text
+
+
+# Runs
+
+
+def test_the_table_has_every_run_and_what_differs():
+    table = play.catalogue("small").data
+    assert sorted(table["run"]) == [A, B, KN, "small/other"] and set(table["can be asked"]) == {"yes"}
+    assert play.catalogue("all").data.equals(table) and play.catalogue("none").data.empty
+    differs = dict(zip(table["run"], table["what differs"], strict=True))
+    assert differs[A] == "–" and differs[B] == "num_layers 1, context_dim 24" and "kneser-ney" in differs[KN]
+    assert play.grids() == ["playground", "all", "small"]
+    assert play.choices(B)[0] == B and sorted(play.choices()) == sorted(table["run"])
+
+
+def test_only_what_differs_is_listed():
+    table = play.differing(A, B).data.set_index("parameter")
+    parameters = [name for name in table.index if name in Experiment.model_fields]
+    assert parameters == ["experiment", "num_layers", "context_dim"]
+    assert table.loc["context_dim"].tolist() == ["16", "24"]
+
+
+def test_a_run_that_is_not_there_is_refused_in_one_sentence():
+    for run in ("small/none", "none/A", "A", ""):
+        with pytest.raises(ConfigError, match="is no finished run: choose one of the table"):
+            play.metrics(run)
+
+
+# Two runs
+
+
+def test_the_difference_is_that_of_the_mean_losses_and_its_interval_is_over_conversations(runs):
+    (found,) = play.difference(A, B)
+    a, b = by_sample(runs, "A"), by_sample(runs, "B")
+    gaps, tokens = (a["loss_sum"] - b["loss_sum"]).to_numpy(), a["tokens"].to_numpy()
+    mean = gaps.sum() / tokens.sum()
+    assert found.value == pytest.approx(mean, abs=1e-9) and found.over == ("samples",) and found.replicates == 1
+    # of a ratio estimator, with n / (n - 1)
+    n = len(gaps)
+    error = np.sqrt(n / (n - 1) * np.square(gaps - mean * tokens).sum()) / tokens.sum()
+    effective = tokens.sum() ** 2 / np.square(tokens).sum()
+    reach = error * stats.t.ppf(0.975, effective - 1)
+    assert (found.low, found.high) == pytest.approx((mean - reach, mean + reach), rel=1e-6)
+
+
+def test_runs_that_cannot_be_compared_are_refused():
+    with pytest.raises(ConfigError, match="choose two runs"):
+        play.difference(A, A)
+    for view in (play.difference, play.most_different):
+        with pytest.raises(ConfigError, match="were not judged on the same test text"):
+            view(A, "small/other")
+
+
+def test_the_conversations_that_differ_most_come_with_their_text(runs):
+    table = play.most_different(A, B, 1).data
+    nats = [by_sample(runs, name).eval("loss_sum / tokens") for name in "AB"]
+    gap = nats[0] - nats[1]
+    assert table["conversation"].tolist() == [gap.argmin(), gap.argmax()]
+    assert [float(x.replace("−", "-")) for x in table["difference"]] == pytest.approx([gap.min(), gap.max()], abs=0.006)
+    test = split(play.experiment(A)).test
+    assert table["text"][0].startswith(decode(test.tokens[test.samples == gap.idxmin()])[:100])
+
+
+def test_best_and_worst_are_the_ends_of_the_order(runs):
+    nats = by_sample(runs, "A").eval("loss_sum / tokens")
+    table = play.extremes(A, 1).data
+    assert table["conversation"].tolist() == [nats.argmin(), nats.argmax()]
+    assert table["PPL"].tolist() == pytest.approx(np.exp([nats.min(), nats.max()]))
+
+
+# Asking
+
+
+def test_the_bars_are_the_probabilities():
+    page = Elements(play.ask(TEXT, A, B, KN, top=5)._repr_html_())
+    for run in (A, B, KN):
+        for row in next_tokens(load_run(*run.split("/")), TEXT, 5).itertuples():
+            assert f"{showing.visible(row.text, True)}{100 * row.probability:.1f}\xa0%" in page.text
+
+
+def test_what_is_kept_of_a_text_does_not_grow():
+    upper, lower = play.cost(A, B, 40).axes
+    for line, width in zip(lower.lines, (2 * 16, 24), strict=True):
+        assert {*line.get_ydata()} == {4 * width + 8 * 2}
+    assert all((line.get_ydata() > 0).all() for line in upper.lines)
+
+
+# Memory and contexts
+
+
+def test_what_an_exchange_leaves_is_drawn_as_it_is():
+    figure = play.exchanged(TEXT, " tree", A, KN, 4)
+    table = changed(load_run("small", "A"), TEXT, range(5), " tree")
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), table["context_distance"], rtol=1e-5)
+    assert len(figure.axes[1].lines) == 2
+
+
+def test_perplexity_from_the_last_tokens_is_the_histories(runs):
+    line = play.recent(A, KN).axes[0].lines[0]
+    history = pd.read_csv(runs / "A" / "history.csv").query("phase == 'recent_tokens' and metric == 'val_ppl'")
+    known = history.set_index("step")["value"].drop(0)
+    assert line.get_xdata().tolist() == known.index.tolist()
+    np.testing.assert_allclose(line.get_ydata(), known)
+    with pytest.raises(ConfigError, match="choose a context model"):
+        play.recent(KN, KN)
+
+
+def test_the_nearest_contexts_are_of_other_conversations_and_in_order():
+    table = play.neighbours(A, 1, 5, count=3).data
+    _, test, found = play.contexts(A)
+    here = np.flatnonzero(test.samples == np.unique(test.samples)[1])[5]
+    distances = (found.values - found.values[here]).norm(dim=1)
+    others = torch.from_numpy(test.samples != test.samples[here])
+    nearest = int(torch.where(others, distances, torch.inf).argmin())
+    first = test.samples[0]
+    assert table["conversation"].tolist()[:2] == [1, test.samples[nearest] - first]
+    assert table["conversation"].is_unique and len(table) == 4
+    shares = [int(text.rstrip(" %")) for text in table["distance"]]
+    assert shares == sorted(shares) and shares[0] == 0
+    assert shares[1] == round(100 * float(distances[nearest] / distances.mean()))
+
+
+def test_the_plane_holds_the_two_largest_shares_of_the_spread():
+    figure = play.space(A, 0)
+    values = play.contexts(A)[2].values
+    spectrum = torch.linalg.svdvals(values - values.mean(0)).square()
+    assert f"{spectrum[0] / spectrum.sum():.0%}" in figure.axes[0].get_xlabel()
+
+
+def test_with_its_own_contexts_a_conversation_has_the_losses_it_was_judged_by(runs):
+    judged = by_sample(runs, "A")
+    for place, sample in enumerate(judged.index):
+        losses = play.replaced(A, place)
+        assert losses["contexts"].sum() == pytest.approx(judged["loss_sum"][sample], rel=1e-4)
+        assert len(losses) == judged["tokens"][sample]
+    # with zeros the TokenBlock is all that speaks
+    network, test, _ = play.contexts(A)
+    at = torch.tensor([3])
+    layers = [torch.zeros(1, width) for width in network.context_block.widths]
+    tokens = torch.from_numpy(test.tokens).long()
+    h = network.token_block(network.inputs(tokens, at), layers)
+    logits = F.linear(network.logit_scale * h, network.embedding, network.output_bias)
+    expected = F.cross_entropy(logits, tokens[4:5]).item()
+    assert play.replaced(A, 0)["zeros"][3] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_without_contexts_is_refused():
+    with pytest.raises(ConfigError, match="has no contexts: choose a context model"):
+        play.space(KN, 0)
+
+
+# Controls
+
+
+def double(x: int, word: str) -> HTML:
+    return HTML(f"<p>{2 * x} {word}</p>")
+
+
+def shown_by(monkeypatch, frontend, view, **controls):
+    """What is displayed, in order, and what it is exchanged for later."""
+    displayed, updated = [], []
+
+    class Handle:
+        def update(self, thing):
+            updated.append(thing)
+
+    def display(thing, display_id=False):
+        displayed.append(thing)
+        return Handle()
+
+    monkeypatch.setattr(showing, "display", display)
+    monkeypatch.setattr(showing, "has_widgets", lambda: frontend)
+    showing.explore(view, **controls)
+    return displayed, updated
+
+
+CONTROLS = {"x": (0, 9, 3), "word": ["a", "b"], "unused": "text"}
+
+
+def test_without_a_frontend_only_the_first_values_are_shown(monkeypatch):
+    (only,), updated = shown_by(monkeypatch, False, double, **CONTROLS)
+    assert only.data == "<p>6 a</p>" and not updated
+
+
+def test_a_moved_control_exchanges_what_is_shown(monkeypatch):
+    (box, only), updated = shown_by(monkeypatch, True, double, **CONTROLS)
+    assert only.data == "<p>6 a</p>"
+    number, choice, unused = box.children
+    number.value, choice.value = 5, "b"
+    unused.value = "no view reads it"
+    assert [thing.data for thing in updated] == ["<p>10 a</p>", "<p>10 b</p>"]
+
+
+@pytest.mark.parametrize(
+    ("session", "names", "expected"),
+    [(None, {}, False), ("09_playground.ipynb", {}, True), (None, {"__vsc_ipynb_file__": "09_playground.ipynb"}, True)],
+)
+def test_widgets_are_shown_where_someone_can_move_them(session, names, expected, monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)  # JupyterLab sets it, papermill and nbconvert do not
+    if session:
+        monkeypatch.setenv("JPY_SESSION_NAME", session)
+    monkeypatch.setattr(showing, "get_ipython", lambda: type("Shell", (), {"user_ns": names})())
+    assert showing.has_widgets() == expected
+    monkeypatch.setattr(showing, "get_ipython", lambda: None)
+    assert not showing.has_widgets()
+
+
+def test_bad_input_is_a_sentence_in_the_place_of_the_view(monkeypatch):
+    (only,), _ = shown_by(monkeypatch, False, play.reading, text="", a=A)
+    assert "text = &#x27;&#x27; is not possible" in only.data
+
+
+# Training
+
+
+@pytest.fixture
+def preset(runs, monkeypatch):
+    """The small run A as the only preset."""
+    known = {"A": Experiment.from_mapping(play.experiment(A).model_dump(), {"phase2_epochs": 3})}
+    monkeypatch.setattr(bench, "presets", lambda: known)
+
+
+def test_a_run_is_trained_named_after_its_change_and_can_be_asked(preset):
+    histories = []
+    run = bench.train("A", "num_layers: 1", lambda rows: histories.append(len(rows)))
+    assert run == "mine/A_num_layers-1" and len(histories) == 3
+    assert play.metrics(run)["num_layers"] == 1 and play.metrics(run)["epochs_run"] == 3
+    assert len(surprise(play.model(run), TEXT)) == len(tokenizer().encode(TEXT).ids)
+    assert len(play.recent(run, A).axes[0].lines) == 4 and len(play.difference(run, A)) == 1
+
+
+def test_the_same_experiment_has_the_test_perplexity_of_the_notebooks(preset):
+    assert play.metrics(bench.train("A", "phase2_epochs: 1"))["test_ppl"] == pytest.approx(
+        play.metrics(A)["test_ppl"], rel=1e-5
+    )
+
+
+def test_stop_ends_it_after_the_epoch(preset, monkeypatch):
+    displayed, updated = [], []
+
+    class Handle:
+        def update(self, thing):
+            updated.append(thing)
+            if isinstance(thing, Figure):
+                stop.click()
+
+    monkeypatch.setattr(bench, "display", lambda thing, display_id=False: displayed.append(thing) or Handle())
+    monkeypatch.setattr(bench, "has_widgets", lambda: True)
+    bench.workbench(["A"], "phase2_epochs: 4", A)
+    box, first = displayed
+    *_, start, stop = box.children
+    assert isinstance(first, Figure) and not start.disabled and stop.disabled
+    start.click()
+    for thread in (thread for thread in threading.enumerate() if thread.name.startswith("Thread-")):
+        thread.join(60)
+    known = play.metrics("mine/A_phase2_epochs-4")
+    assert known["epochs_run"] == known["best_epoch"] == 1 and not start.disabled
+    assert isinstance(updated[-1], Figure)
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "change", "said"),
+    [
+        ("C", "", "preset = 'C' is no context model of grid playground: choose one of A"),
+        ("A", "num_layers", "change = 'num_layers' is no list of parameters: write one a line, as num_layers: 3"),
+        ("A", "a: [", "change = 'a: [' is no list of parameters"),
+        ("A", "num_layer: 3", "num_layer = 3 is not a parameter: did you mean num_layers?"),
+    ],
+)
+def test_a_change_that_is_none_is_refused(preset_name, change, said, preset):
+    with pytest.raises(ConfigError) as caught:
+        bench.changed_experiment(preset_name, change)
+    assert str(caught.value).startswith(said)
+
+
+def test_the_grid_to_copy_is_one(tmp_path):
+    page = Elements(bench.commands("A", "num_layers: 2\nlogit_scale: 0.3")._repr_html_())
+    command, grid = re.match(r"(mkdir.*?)(title:.*)", page.text, flags=re.DOTALL).groups()
+    (tmp_path / "my-own.yaml").write_text(grid, encoding="utf-8")
+    runs = load_grid(str(tmp_path / "my-own.yaml")).runs
+    assert len(runs) == 6
+    own = load_grid("playground").runs["A"]
+    assert {(r.num_layers, r.logit_scale) for r in runs.values()} == {(6, 0.5), (2, 0.3)}
+    assert {r.context_dim for r in runs.values()} == {own.context_dim}
+    given = yaml.safe_load(re.search(r"-y '(.*?)' -p", command, flags=re.DOTALL)[1])
+    assert given["num_layers"] == 2 and given["logit_scale"] == 0.3
+
+
+# The committed runs and the notebook
+
+
+@pytest.mark.parametrize("name", ["A", "B", "KN-4"])
+def test_a_committed_run_has_its_test_losses_again(name, monkeypatch):
+    for variable in ("CTXLM_RESULTS", "CTXLM_OUTPUTS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CTXLM_CACHE", str(ROOT / "data" / "cache"))
+    monkeypatch.setattr("ctxlm.results.outputs_dir", lambda: ROOT / "none")
+    folder, source = run_folders("playground")[name]
+    assert source == "committed"
+    known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    judged = pd.read_csv(folder / "test_by_sample.csv")
+    assert np.exp(judged["loss_sum"].sum() / judged["tokens"].sum()) == pytest.approx(known["test_ppl"], rel=1e-5)
+    first = judged.head(8)  # of two hundred, for time's sake
+    tokens = split(load_grid("playground").runs[name]).test.tokens[: first["tokens"].sum() + 1]
+    losses = load_run("playground", name).losses(torch.from_numpy(tokens).long())[1:]
+    assert losses.sum().item() == pytest.approx(first["loss_sum"].sum(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_page_needs_no_script(tmp_path, monkeypatch):
+    for variable in ("CTXLM_RESULTS", "JPY_SESSION_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CTXLM_CACHE", str(ROOT / "data" / "cache"))
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+    text = f"Hi there, how are you? {HOSTILE}"
+    process, executed = papermill(
+        tmp_path, "09_playground", text=text, prompt="<script>alert(2)</script>", cost_tokens=40
+    )
+    assert process.returncode == 0, process.stderr
+    notebook = nbformat.read(executed, as_version=4)
+    assert "widgets" not in notebook.metadata
+    kinds = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert not any("widget" in kind or "javascript" in kind for kind in kinds)
+    body = cells_html(notebook)
+    assert "<script" not in body and "alert(2)" in Elements(body).text
+    page = HTMLExporter(template_name="lab").from_notebook_node(notebook)[0]
+    assert "jupyter-widgets" not in page and "html-manager" not in page
+    assert not any("alert(" in hidden for hidden in Elements(page).hidden)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        assert {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", [])} or cell.outputs, cell.id
