@@ -140,9 +140,14 @@ def run_by_hand(settings: Experiment, output_dir: str | Path | None) -> tuple[Ex
     if "experiment" not in values:
         label = _name({key: value for key, value in values.items() if key not in REPLICATED}, 60)
         settings = settings.model_copy(update={"experiment": label or usual.experiment})
+    return settings, run_folder(folder_by_hand(name, settings))
+
+
+def folder_by_hand(name: str, settings: Experiment) -> Path:
+    """The folder of a run by hand: `name`, or `name`-2 and so on where that holds a run of other parameters."""
     beside = (f"{name}-{count}" if count > 1 else name for count in itertools.count(1))
     folders = (outputs_dir() / BY_HAND / own for own in beside)
-    return settings, run_folder(next(folder for folder in folders if not _holds_another(folder, settings)))
+    return next(folder for folder in folders if not _holds_another(folder, settings))
 
 
 def _name(values: dict[str, Any], longest: int) -> str:

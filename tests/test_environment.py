@@ -2,7 +2,9 @@
 
 import ast
 import graphlib
+import re
 import subprocess
+import sys
 import tomllib
 import typing
 from pathlib import Path
@@ -103,6 +105,29 @@ def test_a_notebook_is_valid_and_stripped(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and not any(cell.outputs for cell in code)
     assert {cell.execution_count for cell in code} == {None}
+
+
+def test_a_kernel_without_ctxlm_is_told_so_in_one_sentence(monkeypatch):
+    notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
+    (first,) = {next(cell for cell in notebook.cells if cell.cell_type == "code").source for notebook in notebooks}
+    exec(first)
+    monkeypatch.setitem(sys.modules, "ctxlm", None)
+    with pytest.raises(ModuleNotFoundError, match="make lab"):
+        exec(first)
+
+
+def test_running_a_notebook_does_not_change_what_is_committed(tmp_path):
+    """What Jupyter writes into a notebook besides is taken off by the filter that `make env` sets up."""
+    (options,) = re.findall(r"^STRIP := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    path = ROOT / "notebooks" / "08_audit.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.99", "codemirror_mode": {"name": "ipython"}}
+    for count, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.execution_count, cell.outputs = count, [nbformat.v4.new_output("stream", text="1")]
+        cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00"}
+    command = [sys.executable, "-m", "nbstripout", *options.split()]
+    stripped = subprocess.run(command, input=nbformat.writes(notebook), capture_output=True, text=True, check=True)
+    assert stripped.stdout.rstrip() == path.read_text(encoding="utf-8").rstrip()
 
 
 @each_notebook

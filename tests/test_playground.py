@@ -338,7 +338,7 @@ def preset(runs, monkeypatch):
 def test_a_run_is_trained_named_after_its_change_and_can_be_asked(preset):
     histories = []
     run = bench.train("A", "num_layers: 1", lambda rows: histories.append(len(rows)))
-    assert run == "mine/A_num_layers-1" and len(histories) == 3
+    assert run == "interactive/A_num_layers-1" and len(histories) == 3
     assert play.metrics(run)["num_layers"] == 1 and play.metrics(run)["epochs_run"] == 3
     assert len(surprise(play.model(run), TEXT)) == len(tokenizer().encode(TEXT).ids)
     assert len(play.recent(run, A).axes[0].lines) == 4 and len(play.difference(run, A)) == 1
@@ -368,7 +368,7 @@ def test_stop_ends_it_after_the_epoch(preset, monkeypatch):
     start.click()
     for thread in (thread for thread in threading.enumerate() if thread.name.startswith("Thread-")):
         thread.join(60)
-    known = play.metrics("mine/A_phase2_epochs-4")
+    known = play.metrics("interactive/A_phase2_epochs-4")
     assert known["epochs_run"] == known["best_epoch"] == 1 and not start.disabled
     assert isinstance(updated[-1], Figure)
 

@@ -33,7 +33,7 @@ from ctxlm.analysis.explore import (
 )
 from ctxlm.analysis.plots import looks, recent_tokens
 from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, recent_axis, steps_axis
-from ctxlm.analysis.workbench import GRID, MINE, experiment, folder_of, history, metrics, read_metrics, train
+from ctxlm.analysis.workbench import GRID, experiment, folder_of, history, metrics, read_metrics, train
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import Stream, decode, split
 from ctxlm.files import resolve
@@ -41,7 +41,7 @@ from ctxlm.generate import ContextSpeaker, Speaker, State, changed, generate, lo
 from ctxlm.model import ContextLM
 from ctxlm.phase2 import Predictor
 from ctxlm.recurrence import Ablation, Contexts, chunked
-from ctxlm.results import outputs_dir, run_folders
+from ctxlm.results import BY_HAND, outputs_dir, run_folders
 
 MANY = 5
 """Parameters that a row of the table of runs names."""
@@ -86,7 +86,7 @@ def _runs() -> pd.DataFrame:
     for root in (outputs_dir(), resolve(os.environ.get("CTXLM_RESULTS") or "data/results")):
         grids |= {path.parents[1].relative_to(root).as_posix() for path in root.glob("**/*/metrics.json")}
     rows = []
-    for grid in sorted(grids - {"."}, key=lambda name: (name not in (GRID, MINE), name)):
+    for grid in sorted(grids - {"."}, key=lambda name: (name not in (GRID, BY_HAND), name)):
         for name, (folder, source) in run_folders(grid).items():
             known = read_metrics(folder)
             whole = {

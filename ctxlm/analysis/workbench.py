@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from ctxlm.analysis.explore import beside, has_widgets, large, legend_above, quoted, visible, widget
 from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, steps_axis
-from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.corpus import split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
@@ -31,12 +31,10 @@ from ctxlm.model import ContextLM, own_weights
 from ctxlm.phase1 import shape_contexts
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import Ablation, chunked
-from ctxlm.results import Stopwatch, outputs_dir, provenance, run_folder, run_folders, write_run
+from ctxlm.results import BY_HAND, Stopwatch, folder_by_hand, provenance, run_folder, run_folders, write_run
 
 GRID = "playground"
 """The grid whose context models are the presets."""
-MINE = "mine"
-"""The grid of runs that are trained here; it has no file."""
 
 
 @functools.lru_cache(4096)
@@ -118,7 +116,7 @@ def train(
     on_epoch: Callable[[list[dict]], bool | None] | None = None,
     folder: str | Path | None = None,
 ) -> str:
-    """Train a preset of the context model with a change, and write the run; returns its name, "mine/<difference>".
+    """Train a preset of the context model with a change, and write it; returns its name, "interactive/<difference>".
 
     Args:
         on_epoch: as `Trainer.run`'s. folder: another one than that.
@@ -129,7 +127,7 @@ def train(
     """
     e, name = changed_experiment(preset, change)
     e.meant_for("notebooks/02_experiment.ipynb")
-    folder, watch = run_folder(folder or outputs_dir() / MINE / name), Stopwatch()
+    folder, watch = run_folder(folder or folder_by_hand(name, e)), Stopwatch()
     device = resolve_device(e)
     dtype = resolve_dtype(e, device)
     record, streams = provenance(e, device, dtype), split(e)
@@ -222,16 +220,18 @@ def workbench(preset: list[str], change: str, shown: str) -> None:
 def commands(preset: str, change: str) -> HTML:
     """The papermill command that trains a preset with a change, and a grid that repeats both over replicates."""
     e, name = changed_experiment(preset, change)
-    base, own = read_yaml("params/base.yaml"), load_grid(GRID).runs[preset]
-    given = {key: value for key, value in e.model_dump().items() if value != base.get(key)}
-    notebook = "02_experiment" if e.model == "context" else "03_baseline"
-    folder = f"outputs/{MINE}/{name}"
-    command = ["papermill", f"notebooks/{notebook}.ipynb", f"{folder}/experiment.ipynb", "--cwd", ".", "-k", "python3"]
-    command += ["-f", "params/base.yaml", "-y", yaml.safe_dump(given, default_flow_style=True, width=10**6).strip()]
+    path = "params/base.yaml" if e.model == "context" else "params/baselines/base.yaml"
+    base, own = Experiment.from_mapping(read_yaml(path)), load_grid(GRID).runs[preset]
+    given = {key: value for key, value in e.for_notebook().items() if value != getattr(base, key)}
+    folder = f"outputs/{BY_HAND}/{name}"
+    command = ["papermill", NOTEBOOKS[e.model], f"{folder}/experiment.ipynb", "--cwd", ".", "-k", "python3"]
+    command += ["-f", path, "-y", yaml.safe_dump(given, default_flow_style=True, width=10**6).strip()]
     command += ["-p", "output_dir", folder]
-    changed = {key: value for key, value in e.model_dump().items() if value != getattr(own, key)}
+    changed = {key: value for key, value in e.for_notebook().items() if value != getattr(own, key)}
     drawn = ["seed", "data_seed", "embedding_seed"]
-    common = {key: value for key, value in own.model_dump().items() if value != base.get(key) and key not in drawn}
+    common = {
+        key: value for key, value in own.for_notebook().items() if value != getattr(base, key) and key not in drawn
+    }
     grid = {
         "title": f"{preset}, and with a change",
         "common": {key: value for key, value in common.items() if key not in ("experiment", *changed)},

@@ -1,0 +1,161 @@
+"""JupyterLab as `make lab` starts it, in a real browser: the first page, the playground, two runs by hand."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ctxlm.files import ROOT
+from tests.browser import Browser, chromium
+
+pytestmark = pytest.mark.slow
+LAB = ROOT / ".venv" / "bin" / "jupyter-lab"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """What JupyterLab shows and saves into, so that ours stay as they are."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("notebooks", "params", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("Makefile", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(copy: Path) -> Iterator[Browser]:
+    """A browser at the address that JupyterLab prints."""
+    if not LAB.exists():
+        pytest.skip("no environment made by `make env`, whose JupyterLab this is about")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {f"JUPYTER_{name}_DIR": str(copy / ".jupyter" / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    own |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(copy / ".jupyter" / "s"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(copy / ".jupyter" / "w"),
+    }
+    command = [
+        "make",
+        "lab",
+        f"VENV={LAB.parents[1]}",
+        "-o",
+        str(LAB.parents[1] / ".ready"),
+        f"LAB=--no-browser --port={port}",
+    ]
+    with chromium() as browser:
+        log = copy / "lab.log"
+        server = subprocess.Popen(
+            command,
+            cwd=copy,
+            env=os.environ | own | {"CTXLM_OUTPUTS": str(copy / "outputs")},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            browser.page.goto(address(server, log))
+            yield browser
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait()
+
+
+def address(server: subprocess.Popen, log: Path) -> str:
+    for _ in range(1200):
+        found = re.search(r"http://127\.0\.0\.1:\d+/lab\S*token=\w+", log.read_text())
+        if found:
+            return found[0]
+        assert server.poll() is None, log.read_text()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0.1)
+    raise AssertionError(log.read_text())
+
+
+def run_all(lab: Browser, notebook: str) -> None:
+    """Open a notebook, run all of its cells, and see that none of them complains."""
+    page = lab.page
+    if f"/{notebook}" not in page.url:
+        page.goto(page.url.partition("/lab/")[0] + f"/lab/tree/notebooks/{notebook}")
+    page.get_by_text("| Idle").wait_for(timeout=MINUTES)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_function(ALL_RUN, timeout=MINUTES)
+    assert page.locator(COMPLAINTS).all_inner_texts() == []
+
+
+MINUTES = 300_000
+"""How long a notebook may take, milliseconds; nothing waits where all is done."""
+ALL_RUN = """() => {
+  const prompts = [...document.querySelectorAll(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell .jp-InputPrompt")];
+  return prompts.length && prompts.every(prompt => /\\[\\d+\\]/.test(prompt.textContent)); }"""
+COMPLAINTS = ".jp-NotebookPanel:not(.lm-mod-hidden) [data-mime-type$='stderr'], [data-mime-type$='error']"
+
+
+def test_it_opens_on_the_first_page_and_asks_no_other_host(lab):
+    lab.page.get_by_role("heading", name="Welcome").wait_for(timeout=60_000)
+    assert lab.page.get_by_role("link", name="09_playground").count()
+    lab.page.wait_for_timeout(2_000)
+    assert all(re.match(r"(http|ws)://127\.0\.0\.1:|data:|blob:", url) for url in lab.requests)
+
+
+def section(lab: Browser, heading: str):
+    """The first code cell below a heading."""
+    cell = "div[contains(concat(' ', @class, ' '), ' jp-{} ')]"
+    below = f"xpath=ancestor::{cell.format('Cell')}/following-sibling::{cell.format('CodeCell')}[1]"
+    found = lab.page.get_by_role("heading", name=heading).locator(below)
+    found.scroll_into_view_if_needed()  # out of sight, outputs are not drawn
+    return found
+
+
+def becomes_another(lab: Browser, shown, before: str) -> None:
+    for _ in range(600):
+        if shown() != before:
+            return
+        lab.page.wait_for_timeout(100)
+    raise AssertionError(f"nothing changed: {before[:200]}")
+
+
+def test_the_playground_answers(lab):
+    run_all(lab, "09_playground.ipynb")
+    asked = section(lab, "Ask")
+    bars = asked.locator(".jp-RenderedHTML")
+    before = bars.inner_text()
+    asked.locator("textarea").first.fill("I went to the")
+    asked.locator("textarea").first.press("Tab")
+    becomes_another(lab, bars.inner_text, before)
+
+    generated = section(lab, "Generate")
+    before = generated.locator("pre").last.inner_text()
+    temperature = generated.locator(".widget-slider", has_text="temperature")
+    temperature.locator(".noUi-handle").press("ArrowLeft")
+    becomes_another(lab, generated.locator("pre").last.inner_text, before)
+    assert lab.page.locator(COMPLAINTS).all_inner_texts() == []
+
+
+def test_a_second_run_by_hand_leaves_the_first_alone(lab, copy):
+    path = copy / "notebooks" / "02_experiment.ipynb"
+    small = path.read_text().replace("train_tokens = 10_000", "train_tokens = 1_000")
+    path.write_text(small.replace("phase2_epochs = 4", "phase2_epochs = 1"))
+    runs = copy / "outputs" / "interactive"
+    run_all(lab, path.name)
+    (first,) = runs.glob("*/metrics.json")
+    before = first.read_bytes()
+
+    cell = lab.page.locator(".jp-Notebook:visible .cm-content", has_text="phase2_epochs = 1").first
+    cell.get_by_text("num_layers").first.dblclick()
+    lab.page.keyboard.press("End")
+    lab.page.keyboard.press("Backspace")
+    lab.page.keyboard.type("2")
+    run_all(lab, path.name)
+    (second,) = {*runs.glob("*/metrics.json")} - {first}
+    assert first.read_bytes() == before
+    assert [json.loads(metrics.read_text())["num_layers"] for metrics in (first, second)] == [6, 2]
