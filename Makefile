@@ -78,7 +78,7 @@ lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
 
 docs: $(VENV)/.ready  ## write docs/parameters.md from ctxlm/config.py, and the figure of the README from the built site
 	$(BIN)/python -m ctxlm.config
-	@if [ -f outputs/site/answer.png ]; then cp outputs/site/answer.png docs/answer.png; fi
+	@if [ -f outputs/site/answer.png ]; then cp outputs/site/answer.png docs/images/answer.png; fi
 
 clean:  ## remove the environment and the caches; results in outputs stay
 	@# .snakemake stays: it knows what the results were made with.

@@ -170,6 +170,18 @@ def test_a_relative_path_is_taken_from_the_repository(tmp_path, monkeypatch):
     assert texts(load_corpus("mine.txt")) == ["hello"]
 
 
+def test_a_file_beside_the_notebook_is_found_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctxlm.files.ROOT", tmp_path)
+    monkeypatch.setattr(corpus_module, "source_hash", lambda *_: "")
+    beside = tmp_path / "notebooks"
+    beside.mkdir()
+    monkeypatch.chdir(beside)
+    (beside / "uploaded.txt").write_text("beside")
+    assert texts(load_corpus("uploaded.txt")) == ["beside"]
+    (tmp_path / "uploaded.txt").write_text("at the root")  # which comes first, wherever the notebook runs
+    assert texts(load_corpus("uploaded.txt")) == ["at the root"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

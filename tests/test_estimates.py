@@ -1,7 +1,9 @@
 """Estimates and their intervals against closed forms, SciPy's and statsmodels' own, planted runs and simulation."""
 
+import itertools
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -24,6 +26,7 @@ from ctxlm.analysis.estimates import (
     Moments,
     collect,
     comparable,
+    components,
     crossed,
     from_fit,
     mean,
@@ -617,3 +620,43 @@ def test_so_do_those_of_whole_runs(monkeypatch):
         )
     covered = np.mean(hits, axis=0)  # of 150 draws: 3.5 standard errors below what is asked for
     assert (covered > 0.89).all(), covered
+
+
+# Components of chance
+
+
+def crossed_runs(rng, sd: Mapping[str, float], levels: int = 3, rest: float = 0.01) -> pd.DataFrame:
+    """A run of every combination of the sources' levels, each source's effects drawn anew."""
+    names = list(sd)
+    runs = pd.DataFrame(list(itertools.product(range(levels), repeat=len(sd))), columns=names)
+    effects = sum(spread * rng.standard_normal(levels)[runs[name]] for name, spread in sd.items())
+    return runs.assign(log_ppl=6 + effects + rest * rng.standard_normal(len(runs)))
+
+
+SOURCES = {"seed": "seed", "text": "data_seed", "signs": "embedding_seed"}
+
+
+def test_components_are_those_of_a_mixed_model():
+    """Of a balanced design, where no variance is estimated as negative, REML's are the analysis of variance's."""
+    runs = crossed_runs(np.random.default_rng(5), {"seed": 0.05, "data_seed": 0.1, "embedding_seed": 0.2})
+    parts = {name: f"0 + C({column})" for name, column in SOURCES.items()}
+    fitted = smf.mixedlm("log_ppl ~ 1", runs, groups=np.ones(len(runs)), vc_formula=parts).fit()
+    for name, found in zip(SOURCES, components(runs, SOURCES, "here"), strict=True):
+        variance = fitted.vcomp[fitted.model.exog_vc.names.index(name)]
+        assert found.value == pytest.approx(math.sqrt(variance), rel=0.01)
+        assert found.low < found.value < found.high
+
+
+def test_components_cover_what_was_planted():
+    rng, planted = np.random.default_rng(6), {"seed": 0.02, "data_seed": 0.06, "embedding_seed": 0.2}
+    hits = []
+    for _ in range(300):
+        found = components(crossed_runs(rng, planted), SOURCES, "here")
+        hits.append([own.low <= sd <= own.high for own, sd in zip(found, planted.values(), strict=True)])
+    assert (np.mean(hits, axis=0) > 0.92).all()
+
+
+def test_components_ask_for_every_combination():
+    runs = crossed_runs(np.random.default_rng(7), dict.fromkeys(SOURCES.values(), 0.1))
+    with pytest.raises(ValueError, match="every combination of seed, text, signs"):
+        components(runs.iloc[1:], SOURCES, "here")

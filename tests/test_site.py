@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -498,6 +500,24 @@ def test_a_barrier_would_be_found(tmp_path, browser):
     (tmp_path / "page.html").write_text('<html lang="en"><title>t</title><img src="x.png">', encoding="utf-8")
     browser.open(tmp_path / "page.html")
     assert [barrier.partition(":")[0] for barrier in browser.barriers()] == ["image-alt"]
+
+
+@pytest.mark.slow
+def test_nbconvert_makes_a_page_that_is_read_by_everyone(tmp_path, browser):
+    """As a user calls it: `jupyter nbconvert --to html --template ctxlm executed.ipynb`."""
+    cells = [
+        nb.new_markdown_cell("# A run\n\n## How it went"),
+        ran("draw()" * 40, shown(image_png=PICTURE), nb.new_output("stream", text="x" * 400)),
+        ran("", shown(image_png=PICTURE), shown(text_html=WIDE), alt="What is said of it"),
+    ]
+    (tmp_path / "run.ipynb").write_text(notebook(*cells), encoding="utf-8")
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--template", "ctxlm", str(tmp_path / "run.ipynb")]
+    folders = ROOT / "ctxlm" / "analysis" / "templates"
+    subprocess.run([*command, f"--TemplateExporter.extra_template_basedirs={folders}"], check=True)
+    page = tmp_path / "run.html"
+    read_by_everyone(browser, page)
+    alts = [tag["alt"] for tag in BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")("img")]
+    assert alts == ["How it went", "What is said of it"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ import statsmodels.api as sm
 import statsmodels.formula.api as smf
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
-from scipy import special
+from scipy import special, stats
+from statsmodels.stats.anova import anova_lm
 
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.run_plots import REFERENCE, new_figure
@@ -467,6 +468,36 @@ def differences(runs: pd.DataFrame, found: pd.DataFrame, column: str) -> tuple[n
     both = by_id.loc[[*found["id_a"], *found["id_b"]]]
     judged = tidy.loss_sums(both, LOSSES[column]) if column in LOSSES else None
     return judged and (judged[0][: len(found)] - judged[0][len(found) :], judged[1])
+
+
+def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str, column: str = "log_ppl") -> list[Estimate]:
+    """The standard deviation of `column` that each of several crossed sources of chance makes.
+
+    Sources are taken as independent and additive. The variance of one is its mean square less the residual's, over the
+    runs of each level, and none where that is negative; its interval is Williams's (1962), which holds a little more
+    often than it says.
+
+    Args:
+        runs: one of every combination of the sources' values.
+        sources: what each is called, and its column.
+
+    Raises:
+        ValueError: a combination is missing, or there twice.
+    """
+    counts = runs.groupby(list(sources.values())).size()
+    if len(counts) != math.prod(runs[name].nunique() for name in sources.values()) or (counts != 1).any():
+        raise ValueError(f"{at}: components need one run of every combination of {', '.join(sources)}")
+    table = anova_lm(smf.ols(f"{column} ~ " + " + ".join(f"C({name})" for name in sources.values()), runs).fit())
+    rest, rest_dof = table.loc["Residual", ["mean_sq", "df"]]
+    found = []
+    for source, name in sources.items():
+        square, dof = table.loc[f"C({name})", ["mean_sq", "df"]]
+        each = len(runs) / (dof + 1)
+        q = np.array([(1 + LEVEL) / 2, (1 - LEVEL) / 2])
+        low, high = (square - stats.f.ppf(q, dof, rest_dof) * rest) / each / (stats.chi2.ppf(q, dof) / dof)
+        ends = np.sqrt(np.clip([(square - rest) / each, low, high], 0, None))
+        found.append(Estimate(f"sd by {source}", at, *ends, len(runs), 1, dof, (), "sd, % of PPL"))
+    return found
 
 
 def collect(*groups: Iterable[Estimate]) -> Estimates:
