@@ -58,6 +58,10 @@ def code_hash(model: str = "context") -> str:
 class ConfigError(ValueError):
     """A parameter that cannot be used; the message names it, its value and the remedy in one sentence."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the sentence, not the way to it."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class Experiment(BaseModel):
     """One run, of the two-phase context language model or another; by default as the study's (`params/base.yaml`)."""
@@ -250,7 +254,8 @@ class Experiment(BaseModel):
 
         papermill only warns about a parameter it does not know, and injects it all the same; here every value that
         YAML could have put there and that is no parameter (or in `also`) is refused. Cells can be run again: of the
-        names that turn up after the first check, only those that look like a misspelt parameter are.
+        names that turn up after the first check, only those that look like a misspelt parameter are. What is refused
+        twice may have been corrected in its cell: the kernel still has it, and the sentence says so.
 
         Raises:
             ConfigError: as `from_mapping`.
@@ -260,7 +265,13 @@ class Experiment(BaseModel):
         there -= {*also, "In", "Out"}  # the latter are IPython's
         if "_given" in namespace:
             there = {name for name in there if name in namespace["_given"] or _closest(name)}
-        found = cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
+        try:
+            found = cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
+        except ConfigError as error:
+            before, namespace["_refused"] = namespace.get("_refused"), str(error)
+            if before == str(error):
+                raise ConfigError(f"{error} (corrected already? then restart the kernel, which still has it)") from None
+            raise
         namespace["_given"] = frozenset(there)
         return found
 

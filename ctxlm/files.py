@@ -67,9 +67,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path) -> FileLock:
-    """A lock on a file or a folder, kept outside of it; it is let go of when its process dies."""
+    """A lock on a file or a folder, kept outside of it; a process's threads share it, and its death lets go of it."""
     name = f"ctxlm-{os.getuid()}-{digest(str(path.resolve()))}.lock"
-    return FileLock(Path(tempfile.gettempdir()) / name)
+    return FileLock(Path(tempfile.gettempdir()) / name, thread_local=False)
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

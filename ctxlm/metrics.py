@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ctxlm.config import ConfigError
 from ctxlm.device import generator
 
 MAX_ROWS = 10_000
@@ -18,6 +19,8 @@ MAX_ROWS = 10_000
 
 class NonFiniteLoss(ArithmeticError):
     """A loss became infinite or not a number; the message names the step and the remedy."""
+
+    _render_traceback_ = ConfigError._render_traceback_
 
 
 def singular_values(matrix: Tensor) -> Tensor:

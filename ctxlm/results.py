@@ -87,7 +87,8 @@ def git_commit() -> str | None:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        # a notebook that was run is listed by `git status`, which looks at its size alone; `diff` strips it first
+        return git("rev-parse", "HEAD") + ("-dirty" if git("diff", "--name-only", "HEAD") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -285,7 +285,8 @@ def test_an_unknown_value_that_yaml_could_have_put_into_a_notebook_is_refused(va
 
 def test_a_refused_name_is_refused_again():
     namespace = IPYTHON | {"num_layer": [3]}
-    assert refusal(Experiment.from_namespace, namespace) == refusal(Experiment.from_namespace, namespace)
+    first, second = (refusal(Experiment.from_namespace, namespace) for _ in range(2))
+    assert second.startswith(first) and "restart the kernel" in second  # which has it still, though its cell may not
     assert Experiment.from_namespace(IPYTHON | {"num_layers": 3}) == Experiment(num_layers=3)
 
 

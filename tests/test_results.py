@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -318,6 +319,8 @@ def test_a_folder_is_one_process_own(tmp_path):
         assert run_folder(tmp_path / "B") == tmp_path / "B"
         other.stdin.close()
     assert run_folder(folder) == run_folder(folder) == folder  # a kernel may write there again
+    with ThreadPoolExecutor(1) as another:  # and from another of its threads
+        assert another.submit(run_folder, folder).result() == folder
     assert not any(folder.iterdir())
 
 

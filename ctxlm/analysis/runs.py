@@ -110,6 +110,8 @@ def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
     typed = by_hand & runs["dtype"].isin(TYPES)
     if runs.loc[typed, "dtype"].nunique() > 1:
         label[typed & ~label.str.contains(", dtype ")] += ", dtype " + runs["dtype"]
+    if "stopped" in runs:
+        label[by_hand & runs["stopped"].eq(True)] += ", stopped"
     alike = by_hand & runs.assign(label=label).duplicated(["grid", "label", "train_tokens", *PAIR], keep=False)
     label[alike] += ", " + runs["run"]
     return runs.assign(configuration=label)
