@@ -1,10 +1,12 @@
 """The playground: its views against known answers, hostile text, its committed runs, and the notebook as it is."""
 
+import itertools
 import json
 import re
 import threading
 import unicodedata
 
+import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from IPython.display import HTML
+from ipywidgets.widgets.widget import _instances
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from scipy import stats
@@ -123,7 +126,8 @@ def test_the_table_has_every_run_and_what_differs():
     assert sorted(table["run"]) == [A, B, KN, "small/other"] and set(table["can be asked"]) == {"yes"}
     assert play.catalogue("all").data.equals(table) and play.catalogue("none").data.empty
     differs = dict(zip(table["run"], table["what differs"], strict=True))
-    assert differs[A] == "–" and differs[B] == "num_layers 1, context_dim 24" and "kneser-ney" in differs[KN]
+    assert differs[A] == "–" and differs[B] == "num_layers 1, context_dim 24"
+    assert "kneser-ney" in differs[KN] and "context_dim" not in differs[KN]
     assert play.grids() == ["playground", "all", "small"]
     assert play.choices(B)[0] == B and sorted(play.choices()) == sorted(table["run"])
 
@@ -133,6 +137,28 @@ def test_only_what_differs_is_listed():
     parameters = [name for name in table.index if name in Experiment.model_fields]
     assert parameters == ["experiment", "num_layers", "context_dim"]
     assert table.loc["context_dim"].tolist() == ["16", "24"]
+
+
+def test_runs_are_drawn_in_colours_far_apart_whatever_they_vary():
+    names = ["interactive/A_num_layers-3", "interactive/A_num_layers-2", "interactive/B_num_layers-2"]
+    colours = [matplotlib.colors.to_rgb(look["color"]) for look in play._looks(*names).values()]
+    assert all(np.abs(np.subtract(x, y)).max() > 0.4 for x, y in itertools.combinations(colours, 2))
+
+
+def test_a_long_legend_stands_within_its_figure():
+    figure, (axes,) = plt.subplots(1, 1, squeeze=False, layout="constrained")
+    figure.set_figwidth(8.5)
+    axes[0].plot([1], label="A, " + "phase2_learning_rate 0.002, " * 4)
+    axes[0].plot([2], label="B")
+    with plt.rc_context(showing.LARGE):
+        showing.legend_above(figure)
+        figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_a_zero_has_no_minus():
+    assert [play._signed(x, 1) for x in (-0.04, 0.0, -0.06)] == ["+0.0", "+0.0", "−0.1"]
 
 
 def test_a_run_that_is_not_there_is_refused_in_one_sentence():
@@ -193,6 +219,23 @@ def test_the_bars_are_the_probabilities():
             assert f"{showing.visible(row.text, True)}{100 * row.probability:.1f}\xa0%" in page.text
 
 
+def test_the_prompt_stands_with_its_answers():
+    assert "<script>alert(1)</script>" in Elements(play.ask(HOSTILE, A, B, KN, top=1)._repr_html_()).text
+
+
+def test_a_pointer_is_told_alternatives_only_at_first(monkeypatch):
+    monkeypatch.setattr(play, "ANSWERED", 3)
+    told = [own["title"] for tag, own in Elements(play.reading(TEXT, A)._repr_html_()).elements if tag == "code"]
+    assert ["likelier" in title for title in told] == [True] * 3 + [False] * (len(told) - 3)
+
+
+def test_the_cost_of_a_short_text_is_drawn_token_by_token():
+    assert play.cost(A, B, 3).axes[0].lines[0].get_xdata().tolist() == [1, 2, 3]
+    for tokens in (0, -1, 2.5):
+        with pytest.raises(ConfigError, match=f"^cost_tokens = {tokens} is not possible"):
+            play.cost(A, B, tokens)
+
+
 def test_what_is_kept_of_a_text_does_not_grow():
     upper, lower = play.cost(A, B, 40).axes
     for line, width in zip(lower.lines, (2 * 16, 24), strict=True):
@@ -208,6 +251,13 @@ def test_what_an_exchange_leaves_is_drawn_as_it_is():
     table = changed(load_run("small", "A"), TEXT, range(5), " tree")
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), table["context_distance"], rtol=1e-5)
     assert len(figure.axes[1].lines) == 2
+
+
+def test_no_more_tokens_are_exchanged_than_a_text_has():
+    figure = play.exchanged("the cat saw", " tree", A, B, 24)
+    assert figure.axes[1].lines[0].get_xdata().tolist() == [*range(len(tokenizer().encode("the cat saw").ids))]
+    with pytest.raises(ConfigError, match=r"^text = 'the' is a single token.*: write a longer one$"):
+        play.exchanged("the", " tree", A, B, 24)
 
 
 def test_perplexity_from_the_last_tokens_is_the_histories(runs):
@@ -271,6 +321,12 @@ def double(x: int, word: str) -> HTML:
     return HTML(f"<p>{2 * x} {word}</p>")
 
 
+def box_of(bundle):
+    """The widget that is shown; nothing of it is kept in words."""
+    assert bundle["text/plain"] == ""
+    return _instances[bundle[showing.WIDGET]["model_id"]]
+
+
 def shown_by(monkeypatch, frontend, view, **controls):
     """What is displayed, in order, and what it is exchanged for later."""
     displayed, updated = [], []
@@ -279,8 +335,8 @@ def shown_by(monkeypatch, frontend, view, **controls):
         def update(self, thing):
             updated.append(thing)
 
-    def display(thing, display_id=False):
-        displayed.append(thing)
+    def display(thing, display_id=False, raw=False):
+        displayed.append(box_of(thing) if raw else thing)
         return Handle()
 
     monkeypatch.setattr(showing, "display", display)
@@ -303,7 +359,29 @@ def test_a_moved_control_exchanges_what_is_shown(monkeypatch):
     number, choice, unused = box.children
     number.value, choice.value = 5, "b"
     unused.value = "no view reads it"
-    assert [thing.data for thing in updated] == ["<p>10 a</p>", "<p>10 b</p>"]
+    assert [thing.data for thing in updated[1::2]] == ["<p>10 a</p>", "<p>10 b</p>"]
+    assert ["working…" in thing.data for thing in updated] == [True, False] * 2  # never an answer to something else
+
+
+def test_what_a_view_waits_for_is_said_in_its_place(monkeypatch, capsys):
+    def view(x: int) -> HTML:
+        showing.tell("it is trained first")
+        if x == 9:
+            raise ZeroDivisionError("x")
+        return HTML(str(x))
+
+    (box, _), updated = shown_by(monkeypatch, True, view, x=(0, 9, 3))
+    assert capsys.readouterr().out == "it is trained first\n"  # below the cell that runs
+    box.children[0].value = 5
+    assert "it is trained first" in updated[1].data and updated[2].data == "5"
+    with pytest.raises(ZeroDivisionError):
+        box.children[0].value = 9
+    assert "ZeroDivisionError" in updated[-1].data and capsys.readouterr().out == ""
+
+
+def test_a_prompt_is_one_line_and_a_text_several():
+    kinds = {name: type(showing.widget(name, "x")).__name__ for name in ("prompt", "token", "text", "change")}
+    assert kinds == {"prompt": "Text", "token": "Text", "text": "Textarea", "change": "Textarea"}
 
 
 @pytest.mark.parametrize(
@@ -350,27 +428,90 @@ def test_the_same_experiment_has_the_test_perplexity_of_the_notebooks(preset):
     )
 
 
-def test_stop_ends_it_after_the_epoch(preset, monkeypatch):
-    displayed, updated = [], []
+class Place:
+    """Where a view is shown, and exchanged; a curve that comes is handed on first."""
 
-    class Handle:
-        def update(self, thing):
-            updated.append(thing)
-            if isinstance(thing, Figure):
-                stop.click()
+    def __init__(self, first, on_curve=lambda: None):
+        self.views, self.on_curve = [first], on_curve
 
-    monkeypatch.setattr(bench, "display", lambda thing, display_id=False: displayed.append(thing) or Handle())
+    def update(self, view):
+        self.views.append(view)
+        if isinstance(view, Figure):
+            self.on_curve()
+
+
+@pytest.fixture
+def bench_shown(preset, monkeypatch):
+    """Shows the workbench: its two buttons, and the place of its curve."""
+    displayed = []
+
+    def display(thing, display_id=False, raw=False):
+        displayed.append(box_of(thing) if raw else Place(thing))
+        return displayed[-1]
+
+    def show(change):
+        displayed.clear()
+        bench.workbench(["A"], change, A)
+        box, place = displayed
+        *_, start, stop = box.children
+        return start, stop, place
+
+    for module in (bench, showing):
+        monkeypatch.setattr(module, "display", display)
     monkeypatch.setattr(bench, "has_widgets", lambda: True)
-    bench.workbench(["A"], "phase2_epochs: 4", A)
-    box, first = displayed
-    *_, start, stop = box.children
-    assert isinstance(first, Figure) and not start.disabled and stop.disabled
-    start.click()
+    monkeypatch.setattr(bench, "TRAINING", bench.Training())
+    return show
+
+
+def join():
     for thread in (thread for thread in threading.enumerate() if thread.name.startswith("Thread-")):
         thread.join(60)
-    known = play.metrics("interactive/A_phase2_epochs-4")
-    assert known["epochs_run"] == known["best_epoch"] == 1 and not start.disabled
-    assert isinstance(updated[-1], Figure)
+
+
+def test_stop_ends_it_after_the_epoch_and_its_run_says_so(bench_shown):
+    start, stop, place = bench_shown("phase2_epochs: 4")
+    assert isinstance(place.views[0], Figure) and not start.disabled and stop.disabled
+    place.on_curve = stop.click
+    start.click()
+    join()
+    run = "interactive/A_phase2_epochs-4"
+    known = play.metrics(run)
+    assert known["epochs_run"] == known["best_epoch"] == 1 and known["stopped"] is True and not start.disabled
+    assert "stopped" in place.views[-1].axes[0].get_title(loc="left")
+    differs = play.catalogue("interactive").data.set_index("run").loc[run, "what differs"]
+    assert differs.endswith("stopped")
+    table = play.differing(A, run).data.set_index("parameter")
+    assert table.loc["stopped"].tolist() == ["–", "True"] and "epochs_run" in table.index
+
+
+def test_one_that_was_not_stopped_is_not_marked(bench_shown):
+    start, stop, place = bench_shown("phase2_epochs: 1\nseed: 5")
+    place.on_curve = stop.click  # in its last epoch: it ends as it would have
+    start.click()
+    join()
+    assert "stopped" not in play.metrics("interactive/A_phase2_epochs-1_seed-5")
+
+
+def test_a_workbench_shown_again_goes_on_with_the_training(bench_shown):
+    came, goes_on = threading.Event(), threading.Event()
+
+    def hold():
+        came.set()
+        goes_on.wait(60)
+
+    start, _, place = bench_shown("phase2_epochs: 2\nseed: 6")
+    place.on_curve = hold
+    start.click()
+    assert came.wait(60)
+    start, stop, again = bench_shown("another: one")
+    assert start.disabled and not stop.disabled and again.views[-1] is place.views[-1]
+    before = len(place.views)
+    stop.click()
+    start.click()  # which nobody can: one training at a time
+    goes_on.set()
+    join()
+    assert len(place.views) == before and len(again.views) > 2 and not start.disabled and stop.disabled
+    assert play.metrics("interactive/A_phase2_epochs-2_seed-6")["stopped"] is True
 
 
 @pytest.mark.parametrize(
@@ -390,14 +531,14 @@ def test_a_change_that_is_none_is_refused(preset_name, change, said, preset):
 
 def test_the_grid_to_copy_is_one(tmp_path):
     page = Elements(bench.commands("A", "num_layers: 2\nlogit_scale: 0.3")._repr_html_())
-    command, grid = re.match(r"(mkdir.*?)(title:.*)", page.text, flags=re.DOTALL).groups()
+    command, grid = re.match(r"(source.*?)(title:.*)", page.text, flags=re.DOTALL).groups()
     (tmp_path / "my-own.yaml").write_text(grid, encoding="utf-8")
     runs = load_grid(str(tmp_path / "my-own.yaml")).runs
     assert len(runs) == 6
     own = load_grid("playground").runs["A"]
     assert {(r.num_layers, r.logit_scale) for r in runs.values()} == {(6, 0.5), (2, 0.3)}
     assert {r.context_dim for r in runs.values()} == {own.context_dim}
-    given = yaml.safe_load(re.search(r"-y '(.*?)' -p", command, flags=re.DOTALL)[1])
+    given = yaml.safe_load(re.search(r"-y '(.*?)'", command, flags=re.DOTALL)[1])
     assert given["num_layers"] == 2 and given["logit_scale"] == 0.3
 
 
@@ -442,4 +583,5 @@ def test_the_notebook_runs_and_its_page_needs_no_script(tmp_path, monkeypatch):
     assert "jupyter-widgets" not in page and "html-manager" not in page
     assert not any("alert(" in hidden for hidden in Elements(page).hidden)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-        assert {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", [])} or cell.outputs, cell.id
+        silent = {"parameters", "injected-parameters", "notebook-only"} & {*cell.metadata.get("tags", [])}
+        assert silent or cell.outputs, cell.id

@@ -8,8 +8,10 @@ import functools
 import inspect
 import os
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from html import escape
 from typing import Any
 
@@ -32,12 +34,18 @@ INK = "color:#111;font:inherit"
 """Of text on a colour: the same on a light page and on a dark one."""
 MOST_NATS = 12
 """A surprise from which on the colour grows no deeper."""
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MULTILINE = ("text", "change")
+"""Controls whose text may have several lines."""
+_TELL: ContextVar[Callable[[str], None]] = ContextVar("tell", default=print)
+"""Where `tell` says something: below the cell that runs or, after a change, in the place of the view."""
 
 
 def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls: Any) -> None:
     """Show views at their controls' first values; where a frontend has widgets, again whenever one is changed.
 
     What is shown is an ordinary output that is exchanged in place, so that a saved notebook holds no widget's state.
+    While a view is computed anew, its place says so.
 
     Args:
         views: each is given those of the controls that it takes.
@@ -48,14 +56,24 @@ def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls
     values = {name: c[place[type(c)]] if type(c) in place else c for name, c in controls.items()}
     widgets = {name: widget(name, control) for name, control in controls.items()} if has_widgets() else {}
     if widgets:
-        display(beside(widgets.values()))
+        show_widgets(beside(widgets.values()))
     handles = [display(shown(view, values), display_id=True) for view in views]
 
     def change(event: Any) -> None:
         values.update({name: own.value for name, own in widgets.items()})
-        for view, handle in zip(views, handles, strict=True):
-            if event["owner"].description in inspect.signature(view).parameters:
+        name = event["owner"].description
+        concerned = [own for own in zip(views, handles, strict=True) if name in inspect.signature(own[0]).parameters]
+        for _, handle in concerned:
+            handle.update(quiet("working…"))
+        for view, handle in concerned:
+            told = _TELL.set(lambda sentence, handle=handle: handle.update(quiet(sentence)))
+            try:
                 handle.update(shown(view, values))
+            except BaseException as error:  # of which a frontend shows nothing: "working…" would stand for ever
+                handle.update(quiet(repr(error)))
+                raise
+            finally:
+                _TELL.reset(told)
 
     for own in widgets.values():
         own.observe(change, "value")
@@ -80,7 +98,8 @@ def widget(name: str, control: Any) -> Any:
         least, most, first = control
         slider = ipywidgets.FloatSlider if isinstance(most, float) else ipywidgets.IntSlider
         return slider(min=least, max=most, value=first, continuous_update=False, **look)
-    return ipywidgets.Textarea(value=control, continuous_update=False, **look)
+    kind = ipywidgets.Textarea if name in MULTILINE else ipywidgets.Text
+    return kind(value=control, continuous_update=False, **look)
 
 
 def beside(widgets: Iterable[Any]) -> Any:
@@ -90,12 +109,26 @@ def beside(widgets: Iterable[Any]) -> Any:
     return ipywidgets.Box(list(widgets), layout=ipywidgets.Layout(flex_flow="row wrap"))
 
 
+def show_widgets(box: Any) -> None:
+    """Show a widget, of which a saved notebook and its page keep no words."""
+    display({"text/plain": "", WIDGET: box._repr_mimebundle_()[WIDGET]}, raw=True)
+
+
+def tell(sentence: str) -> None:
+    """Say what a view waits for, where it will stand."""
+    _TELL.get()(sentence)
+
+
+def quiet(sentence: str) -> HTML:
+    return HTML(f'<p style="opacity:.65">{quoted(sentence)}</p>')
+
+
 def shown(view: Callable[..., Any], values: dict[str, Any]) -> Any:
     """A view, or the sentence that says why there is none."""
     wanted = inspect.signature(view).parameters
     try:
         return view(**{name: value for name, value in values.items() if name in wanted})
-    except (ConfigError, NonFiniteLoss) as error:
+    except (ConfigError, NonFiniteLoss, OSError) as error:
         return HTML(f"<p>{quoted(str(error))}</p>")
 
 
@@ -113,8 +146,16 @@ def large(view: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def legend_above(figure: Figure) -> None:
-    """Above the figure, of its first panel."""
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+    """Above the figure, of its first panel; in one column, and wrapped, where labels are long."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 1 if max(map(len, labels)) > 26 else 2
+    labels = [wrapped(label) for label in labels]
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
+
+
+def wrapped(text: str) -> str:
+    """A text in lines that a figure has room for."""
+    return textwrap.fill(text, 58)
 
 
 # Texts

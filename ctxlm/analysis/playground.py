@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,22 @@ from ctxlm.analysis.explore import (
     legend_above,
     quoted,
     table_of,
+    tell,
     visible,
+    wrapped,
 )
-from ctxlm.analysis.plots import looks, recent_tokens
-from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, recent_axis, steps_axis
+from ctxlm.analysis.plots import FIRST, recent_tokens
+from ctxlm.analysis.run_plots import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    REFERENCE,
+    log_axis,
+    metric_of,
+    new_figure,
+    recent_axis,
+    steps_axis,
+)
 from ctxlm.analysis.workbench import GRID, experiment, folder_of, history, metrics, read_metrics, train
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import Stream, decode, split
@@ -47,6 +59,8 @@ MANY = 5
 """Parameters that a row of the table of runs names."""
 SURPRISES = [(heat(nats), str(nats)) for nats in range(0, MOST_NATS + 1, 3)]
 """Colours and what they stand for, nats."""
+ANSWERED = 2_000
+"""Tokens of a text at which a pointer is told what was likelier: each takes a prediction of its own."""
 
 
 def labels(*runs: str) -> dict[str, str]:
@@ -58,10 +72,15 @@ def labels(*runs: str) -> dict[str, str]:
 
 
 def _looks(*runs: str) -> dict[str, dict[str, Any]]:
-    """Of each run the label, the colour, the marker and the line: A is blue and B orange, as everywhere."""
-    named = labels(*runs)
-    styles = looks(list(named.values()))
-    return {run: styles[name] | {"label": name} for run, name in named.items()}
+    """Of each run the label, the colour, the marker and the line: A is blue and B orange, as everywhere.
+
+    Others, also variants of these, have colours that are far apart.
+    """
+    others, found = iter((COLOURS[2], COLOURS[4], COLOURS[3])), {}
+    for (run, name), marker, line in zip(labels(*runs).items(), MARKERS, LINES, strict=False):
+        colour = FIRST.get(name) or next(others)
+        found[run] = {"label": name, "color": colour, "marker": marker, "linestyle": line}
+    return found
 
 
 @functools.lru_cache(8)
@@ -74,7 +93,7 @@ def model(run: str) -> Speaker:
     path = folder_of(run) / "metrics.json"
     known = metrics(run)
     if run.startswith(f"{GRID}/") and known["model"] == "context" and not (path.parent / "model.safetensors").exists():
-        print(f"{run} is trained first: its weights are too large to be committed. It takes about a minute, once.")
+        tell(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes, once.")
         train(run.partition("/")[2], "", folder=outputs_dir() / run)
         path = folder_of(run) / "metrics.json"
     return _loaded(run, path.stat().st_mtime_ns)
@@ -114,18 +133,29 @@ def catalogue(grid: str = GRID) -> Styler:
     """
     runs, rows = _runs(), []
     for name, own in runs[(runs["grid"] == grid) | (grid == "all")].groupby("grid", sort=False):
-        values = pd.DataFrame([{key: str(m.get(key)) for key in Experiment.model_fields} for m in own["metrics"]])
+        values = pd.DataFrame([{key: str(m.get(key)) for key in _read_by(m)} for m in own["metrics"]])
         varied = [key for key in values if values[key].nunique() > 1 and key not in ("experiment", "device", "dtype")]
         usual = values.iloc[0] if len(varied) > MANY else {}
         for row, value in zip(own.to_dict("records"), values.to_dict("records"), strict=True):
-            differs = [f"{key} {value[key]}" for key in varied if not len(usual) or value[key] != usual[key]]
-            differs = differs[:MANY] + ["…"] * (len(differs) > MANY)
+            read = [key for key in varied if key in _read_by(row["metrics"])]
+            differs = [f"{key} {value[key]}" for key in read if not len(usual) or value[key] != usual[key]]
+            differs = differs[:MANY] + ["…"] * (len(differs) > MANY) + ["stopped"] * _stopped(row["metrics"])
             asked = "yes" if row["at hand"] else "no" if name != GRID else "after training"
             rows.append([f"{name}/{row['run']}", row["metrics"]["test_ppl"], asked, ", ".join(differs) or "–"])
     caption = f"{len(rows)} of {len(runs)} finished runs in {runs['grid'].nunique()} grids"
     formats = {"test PPL": lambda x: "" if x is None or np.isnan(x) else f"{x:,.1f}"}
     table = pd.DataFrame(rows, columns=["run", "test PPL", "can be asked", "what differs"])
     return table_of(table, ["run", "what differs"], formats).set_caption(caption)
+
+
+def _read_by(known: Mapping[str, Any]) -> list[str]:
+    """The parameters that a run's model reads."""
+    return [*Experiment.model_construct(model=known["model"]).for_notebook()]
+
+
+def _stopped(known: Mapping[str, Any]) -> bool:
+    """Whether a training was ended by hand before its last epoch."""
+    return known.get("stopped", False)
 
 
 def grids() -> list[str]:
@@ -141,7 +171,8 @@ def differing(a: str, b: str) -> Styler:
     _check_two(a, b)
     both, named = (metrics(a), metrics(b)), labels(a, b)
     names = [n for n in Experiment.model_fields if n in both[0] and n in both[1] and both[0][n] != both[1][n]]
-    names += ["context_block_params", "token_block_params_trained", "best_epoch", "val_ppl", "test_ppl"]
+    names += ["context_block_params", "token_block_params_trained", "best_epoch", "epochs_run"]
+    names += ["stopped"] * any(map(_stopped, both)) + ["val_ppl", "test_ppl"]
     columns = [named[a], named[b]]
     rows = [[name, *(_value(m.get(name)) for m in both)] for name in names]
     return table_of(pd.DataFrame(rows, columns=["parameter", *columns]), columns)
@@ -248,7 +279,7 @@ def extremes(run: str, count: int = 4) -> Styler:
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+z.{digits}f}".replace("-", "−")
 
 
 # Asking
@@ -268,7 +299,8 @@ def ask(prompt: str, a: str, b: str, c: str, top: int = 10) -> HTML:
         )
         head = f"<caption>{quoted(look[run]['label'])}</caption>"
         parts.append(f'<table style="margin:0;font-size:14px">{head}<tbody>{"".join(rows)}</tbody></table>')
-    return HTML(f'<div style="display:flex;flex-wrap:wrap;gap:1.5em">{"".join(parts)}</div>')
+    asked = f'<p style="font:15px sans-serif;margin:.3em 0">after {quoted(prompt)}</p>'
+    return HTML(f'{asked}<div style="display:flex;flex-wrap:wrap;gap:1.5em">{"".join(parts)}</div>')
 
 
 def continued(
@@ -283,7 +315,13 @@ def continued(
 
 @large
 def cost(a: str, b: str, tokens: int) -> Figure:
-    """The least time of a token in each twentieth of a text, and bytes of all that is kept of it."""
+    """The least time of a token in each twentieth of a text, and bytes of all that is kept of it.
+
+    Raises:
+        ConfigError: there are no `tokens`.
+    """
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"cost_tokens = {tokens!r} is not possible: give a whole number from 1 on")
     figure, ((upper,), (lower,)) = new_figure(2, height=6.4, sharex=True)
     for run, look in _looks(*dict.fromkeys((a, b))).items():
         speaker, test = model(run), _test(experiment(run)).tokens.tolist()
@@ -294,7 +332,7 @@ def cost(a: str, b: str, tokens: int) -> Figure:
             state = speaker.step(state, test[count % len(test)])
             seconds.append(time.perf_counter() - began)
             sizes.append(state_bytes(state))
-        parts = np.array_split(np.arange(tokens), 20)
+        parts = np.array_split(np.arange(tokens), min(tokens, 20))
         at, each = [part[-1] + 1 for part in parts], [min(seconds[part[0] : part[-1] + 1]) for part in parts]
         upper.plot(at, 1000 * np.array(each), **look)
         lower.plot(at, [sizes[k - 1] for k in at], **look)
@@ -327,8 +365,9 @@ def _alternatives(speaker: Speaker, tokens: Sequence[int], top: int = 4) -> list
 def reading(text: str, a: str) -> HTML:
     """A text on the colours of its surprises, the number below each token, nats; a pointer is told alternatives."""
     table = surprise(model(a), text)
-    others = _alternatives(model(a), table["token"].tolist())
-    told = [f"{row.nats:.2f} nats; likelier: {other}" for row, other in zip(table.itertuples(), others, strict=True)]
+    told = [f"{nats:.2f} nats" for nats in table["nats"]]
+    for place, others in enumerate(_alternatives(model(a), table["token"].tolist()[:ANSWERED])):
+        told[place] += f"; likelier: {others}"
     rows = [(r.text, heat(r.nats), f"{r.nats:.1f}", t) for r, t in zip(table.itertuples(), told, strict=True)]
     what = f"{labels(a)[a]}, {table['nats'].mean():.2f} nats a token:"
     return coloured(rows, colour_scale(SURPRISES, what))
@@ -362,7 +401,15 @@ def against(text: str, a: str, b: str) -> HTML:
 
 @large
 def exchanged(text: str, token: str, a: str, b: str, back: int) -> Figure:
-    """What is still changed at the text's end if the token k steps before it is exchanged, k from 0 to `back`."""
+    """What is still changed at the text's end if the token k steps before it is exchanged, k from 0 to `back`.
+
+    Raises:
+        ConfigError: as `changed`; or the text is a single token.
+    """
+    count = len(surprise(model(a), text))
+    if count == 1:
+        raise ConfigError(f"text = {text!r} is a single token, after which nothing is read: write a longer one")
+    back = min(back, count - 1)
     figure, ((upper,), (lower,)) = new_figure(2, height=7.4, sharex=True)
     for run, look in _looks(*dict.fromkeys((a, b))).items():
         table = changed(model(run), text, range(back + 1), token)
@@ -370,6 +417,8 @@ def exchanged(text: str, token: str, a: str, b: str, back: int) -> Figure:
         lower.plot(table["back"], table["kl"].where(lambda x: x > 1e-6), **look)
     for axes, label in ((upper, "context distance,\nshare of its length"), (lower, "KL of the next\ntoken, nats")):
         axes.set(yscale="log", ylabel=label)
+    end = visible(text if len(text) <= 50 else f"… {text[-48:]}")
+    upper.set_title(wrapped(f"A token of “{end}” exchanged for “{visible(token, True)}”"), loc="left", parse_math=False)
     steps_axis(lower, "tokens read since the exchange, k")
     legend_above(figure)
     return figure
@@ -422,8 +471,8 @@ def space(run: str, conversation: int) -> Figure:
     """The path of a conversation's contexts in the plane of the test contexts' two principal dimensions."""
     _, test, found = contexts(run)
     values = found.values - found.values.mean(0)
-    singular, axes_of = torch.linalg.eigh(values.T @ values)
-    plane, shares = (values @ axes_of[:, [-1, -2]]).numpy(), (singular.flip(0) / singular.sum()).tolist()
+    eigenvalues, axes_of = torch.linalg.eigh(values.T @ values)
+    plane, shares = (values @ axes_of[:, [-1, -2]]).numpy(), (eigenvalues.flip(0) / eigenvalues.sum()).tolist()
     own, others = _positions(test, conversation), np.linspace(0, len(plane) - 1, 2000).astype(int)
     figure, ((axes,),) = new_figure(height=6.2)
     axes.plot(*plane[others].T, ".", color="0.75", markersize=3, zorder=1)
@@ -435,7 +484,7 @@ def space(run: str, conversation: int) -> Figure:
             text, plane[position], parse_math=False, zorder=4, bbox={"fc": "w", "ec": "none", "alpha": 0.7, "pad": 1}
         )
     axes.set(xlabel=f"first dimension, {shares[0]:.0%} of the spread", ylabel=f"second, {shares[1]:.0%}")
-    figure.colorbar(dots, label="token of the conversation")
+    figure.colorbar(dots, label=f"token of conversation {conversation}")
     return figure
 
 
@@ -475,7 +524,7 @@ def what_if(run: str, conversation: int) -> Figure:
             label=f"{name}: {_signed(gap.iloc[-1] / len(gap))} a token",
         )
     axes.axhline(0, **REFERENCE)
-    axes.set(xlabel="token of the conversation", ylabel="nats lost so far")
+    axes.set(xlabel=f"token of conversation {conversation}", ylabel="nats lost so far")
     legend_above(figure)
     return figure
 

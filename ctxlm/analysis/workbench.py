@@ -19,7 +19,18 @@ import yaml
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
-from ctxlm.analysis.explore import beside, has_widgets, large, legend_above, quoted, visible, widget
+from ctxlm.analysis.explore import (
+    beside,
+    has_widgets,
+    large,
+    legend_above,
+    quiet,
+    quoted,
+    show_widgets,
+    visible,
+    widget,
+    wrapped,
+)
 from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, steps_axis
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.corpus import split
@@ -119,7 +130,8 @@ def train(
     """Train a preset of the context model with a change, and write it; returns its name, "interactive/<difference>".
 
     Args:
-        on_epoch: as `Trainer.run`'s. folder: another one than that.
+        on_epoch: as `Trainer.run`'s; a run that it ended early has `stopped` among its metrics.
+        folder: another one than that.
 
     Raises:
         ConfigError: as `changed_experiment`; it is no context model; or something that has to be there is not.
@@ -134,6 +146,13 @@ def train(
     train, val, test = (
         torch.from_numpy(s.tokens).long().to(device) for s in (streams.train, streams.val, streams.test)
     )
+    asked_to_stop = False
+
+    def follow(rows: list[dict]) -> bool:
+        nonlocal asked_to_stop
+        asked_to_stop = bool(on_epoch and on_epoch(rows))
+        return asked_to_stop
+
     network = ContextLM(e, torch.from_numpy(load_embedding(e))).to(device)
     with watch("phase1"):
         shaped = shape_contexts(network, train, e, dtype)
@@ -141,7 +160,7 @@ def train(
         kept = {} if e.context_ablation != "none" or e.phase2_context_window else {"keep": dtype}
         contexts, val_contexts = chunked(network, train, **kept), chunked(network, val, **kept)
         ablation = Ablation(network, contexts, e)
-        phase2 = train_token_block(network, ablation(contexts), ablation(val_contexts), e, dtype, on_epoch)
+        phase2 = train_token_block(network, ablation(contexts), ablation(val_contexts), e, dtype, follow)
     predict = Predictor(network, dtype)
     with watch("test"):
         losses, accuracy = evaluate(predict, ablation(chunked(network, test, **kept)))
@@ -151,6 +170,8 @@ def train(
     found = record | {"train_tokens": len(train), "val_tokens": len(val), "test_tokens": len(test)}
     found |= network.parameter_counts() | shaped.summary() | phase2.summary() | watch.seconds
     found |= loss_summary("test", losses, accuracy) | {"recurrence_residual": contexts.residual}
+    if asked_to_stop and phase2.epochs_run < e.phase2_epochs:
+        found["stopped"] = True
     rows = pd.DataFrame(shaped.phase1.history + phase2.history + recent)
     judged = (
         (phase2.val_losses.cpu().numpy(), streams.val.samples[1:]),
@@ -169,7 +190,7 @@ def curve(history: pd.DataFrame, title: str = "") -> Figure:
         axes.plot(values.index, values, line, marker="o", label=part, color=COLOURS[0])
     best = metric_of(history, "phase2", "val_ppl").idxmin()
     axes.axvline(best, **REFERENCE)
-    head = f"{visible(title)}\nbest epoch {best}" if title else f"best epoch so far {best}"
+    head = f"{wrapped(visible(title))}\nbest epoch {best}" if title else f"best epoch so far {best}"
     axes.set_title(head, loc="left", parse_math=False)
     steps_axis(axes, "epoch")
     log_axis(axes, "PPL (log)")
@@ -177,44 +198,82 @@ def curve(history: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+class Training:
+    """What this kernel trains, one at a time and in a thread, and where it is seen: in the workbench shown last."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.stopped = threading.Event()
+        self.view: Any = None
+
+    @property
+    def goes_on(self) -> bool:
+        return self.thread is not None
+
+    def attach(self, start: Any, stop: Any, handle: Any) -> None:
+        """Be seen in `handle`, with the two buttons, from now on."""
+        self.start, self.stop, self.handle = start, stop, handle
+        self._enable()
+        if self.goes_on:
+            handle.update(self.view)
+
+    def begin(self, preset: str, change: str) -> None:
+        if self.goes_on:
+            return
+        self.stopped.clear()
+        self.thread = threading.Thread(target=self._work, args=(preset, change), daemon=True)
+        self._enable()
+        self._show(quiet("Reading the text, then Phase 1; the curve begins with the first epoch."))
+        self.thread.start()
+
+    def _work(self, preset: str, change: str) -> None:
+        try:
+            run = train(preset, change, self._follow)
+            self._show(curve(history(run), title_of(run)))
+        except (ConfigError, NonFiniteLoss, OSError) as error:
+            self._show(HTML(f"<p>{quoted(str(error))}</p>"))
+        finally:
+            self.thread = None
+            self._enable()
+
+    def _follow(self, rows: list[dict]) -> bool:
+        self._show(curve(pd.DataFrame(rows)))
+        return self.stopped.is_set()
+
+    def _show(self, view: Any) -> None:
+        self.view = view
+        self.handle.update(view)
+
+    def _enable(self) -> None:
+        self.start.disabled, self.stop.disabled = self.goes_on, not self.goes_on
+
+
+TRAINING = Training()
+
+
+def title_of(run: str) -> str:
+    """A finished run, whether it was stopped, and its test PPL."""
+    known = metrics(run)
+    return f"{run}{', stopped' * known.get('stopped', False)}, test PPL {known['test_ppl']:,.1f}"
+
+
 def workbench(preset: list[str], change: str, shown: str) -> None:
     """Controls that train a preset with a change, in a thread, with its curve live; at first a finished run's curve.
 
-    Stop ends the training after its epoch, and the best one is kept.
+    Stop ends the training after its epoch, and the best one is kept. A training that goes on is seen here from now on.
     """
-    first = curve(history(shown), shown)
+    first = curve(history(shown), title_of(shown))
     if not has_widgets():
         display(first)
         return
     import ipywidgets
 
     controls = widget("preset", preset), widget("change", change)
-    start, stop = ipywidgets.Button(description="Train"), ipywidgets.Button(description="Stop", disabled=True)
-    stopped = threading.Event()
-    display(beside([*controls, start, stop]))
-    handle = display(first, display_id=True)
-
-    def follow(rows: list[dict]) -> bool:
-        handle.update(curve(pd.DataFrame(rows)))
-        return stopped.is_set()
-
-    def work() -> None:
-        try:
-            run = train(*(control.value for control in controls), follow)
-            handle.update(curve(history(run), f"{run}, test PPL {metrics(run)['test_ppl']:,.1f}"))
-        except (ConfigError, NonFiniteLoss, OSError) as error:
-            handle.update(HTML(f"<p>{quoted(str(error))}</p>"))
-        finally:
-            start.disabled, stop.disabled = False, True
-
-    def begin(_: Any) -> None:
-        stopped.clear()
-        start.disabled, stop.disabled = True, False
-        handle.update(HTML("<p>Reading the text, then Phase 1; the curve begins with the first epoch.</p>"))
-        threading.Thread(target=work, daemon=True).start()
-
-    start.on_click(begin)
-    stop.on_click(lambda _: stopped.set())
+    start, stop = ipywidgets.Button(description="Train"), ipywidgets.Button(description="Stop")
+    show_widgets(beside([*controls, start, stop]))
+    TRAINING.attach(start, stop, display(first, display_id=True))
+    start.on_click(lambda _: TRAINING.begin(*(control.value for control in controls)))
+    stop.on_click(lambda _: TRAINING.stopped.set())
 
 
 def commands(preset: str, change: str) -> HTML:
@@ -223,10 +282,9 @@ def commands(preset: str, change: str) -> HTML:
     path = "params/base.yaml" if e.model == "context" else "params/baselines/base.yaml"
     base, own = Experiment.from_mapping(read_yaml(path)), load_grid(GRID).runs[preset]
     given = {key: value for key, value in e.for_notebook().items() if value != getattr(base, key)}
-    folder = f"outputs/{BY_HAND}/{name}"
-    command = ["papermill", NOTEBOOKS[e.model], f"{folder}/experiment.ipynb", "--cwd", ".", "-k", "python3"]
+    folder = f"outputs/{BY_HAND}"  # the notebook makes its run's own folder there, beside that of section 2
+    command = ["papermill", NOTEBOOKS[e.model], f"{folder}/{name}.ipynb", "--cwd", ".", "-k", "python3"]
     command += ["-f", path, "-y", yaml.safe_dump(given, default_flow_style=True, width=10**6).strip()]
-    command += ["-p", "output_dir", folder]
     changed = {key: value for key, value in e.for_notebook().items() if value != getattr(own, key)}
     drawn = ["seed", "data_seed", "embedding_seed"]
     common = {
@@ -238,6 +296,7 @@ def commands(preset: str, change: str) -> HTML:
         "experiments": {preset: {key: getattr(own, key) for key in changed}, "changed": changed},
         "sweep": {", ".join(drawn): [[42, 0, 1], [43, 20, 2], [44, 40, 3]]},
     }
-    parts = [f"mkdir -p {shlex.quote(folder)}\n{shlex.join(command)}", yaml.safe_dump(grid, sort_keys=False)]
+    typed = f"source .venv/bin/activate\nmkdir -p {folder}\n{shlex.join(command)}"
+    parts = [typed, yaml.safe_dump(grid, sort_keys=False)]
     look = "white-space:pre-wrap;overflow-wrap:anywhere;padding:.6em;border:1px solid #8888;border-radius:4px"
     return HTML("".join(f'<pre style="{look}">{escape(part)}</pre>' for part in parts))
