@@ -557,5 +557,4 @@ def test_the_site_of_what_is_committed_is_made_and_is_short(tmp_path, browser):
     assert len([*(folder / "runs").rglob("*.html")]) == committed
     for page in sorted(folder.glob("*.html")):
         read_by_everyone(browser, page)
-        if page.name != "runs.html":  # which grows with every run
-            assert browser.printed() <= (4 if page == index else 6), page
+        assert browser.printed() <= (4 if page == index else 6), page
