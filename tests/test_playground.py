@@ -512,6 +512,8 @@ def test_a_workbench_shown_again_goes_on_with_the_training(bench_shown):
     join()
     assert len(place.views) == before and len(again.views) > 2 and not start.disabled and stop.disabled
     assert play.metrics("interactive/A_phase2_epochs-2_seed-6")["stopped"] is True
+    *_, later = bench_shown("another: one")
+    assert later.views[-1] is again.views[-1]  # what came of it, not the curve from before
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,8 @@ def test_all_runs_of_a_folder_without_a_grid_file_are_read(roots):
     write(roots[0], "elsewhere", "A")
     runs = read_runs("interactive")
     assert runs["configuration"].tolist() == ["A", "num_layers-3"] and set(runs["planned"]) == {2}
+    counted = overview(runs).loc["interactive", ["replicates", "drawn anew in each"]]
+    assert counted.tolist() == [1, "nothing"]  # the seeds differ, but nothing was done twice
     assert len(read_runs("interactive", "elsewhere")) == 3
     write(roots[0], "interactive", "old", protocol=1)
     with pytest.raises(ConfigError, match=r"1 by protocol 1 and 2 by protocol 2.*run it again$"):

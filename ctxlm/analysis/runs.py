@@ -174,13 +174,18 @@ def replicates(runs: pd.DataFrame) -> pd.Series:
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
     """What the runs of each grid are: how many, of how many planned, in how many replicates, by which rules."""
-    drawn = [name for name in DRAWN if runs[name].nunique() > 1]
+    # of one configuration: two unlike runs are no replicates
+    repeated = runs.groupby(["grid", "configuration"])["replicate"].nunique().groupby("grid").max()
+    drawn = {
+        grid: [said for name, said in DRAWN.items() if repeated[grid] > 1 and own[name].nunique() > 1]
+        for grid, own in runs.groupby("grid")
+    }
     rows = {
         grid: {
             "finished runs": len(own),
             "planned": own["planned"].iloc[0],
-            "replicates": own["replicate"].nunique(),
-            "drawn anew in each": ", ".join(DRAWN[name] for name in drawn if own[name].nunique() > 1) or "nothing",
+            "replicates": repeated[grid],
+            "drawn anew in each": ", ".join(drawn[grid]) or "nothing",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(own["train_tokens"].unique())),
             "protocol": ", ".join(map(str, sorted(own["protocol"].unique()))),
             "products": ", ".join(sorted(own["dtype"].unique())),

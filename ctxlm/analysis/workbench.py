@@ -211,10 +211,10 @@ class Training:
         return self.thread is not None
 
     def attach(self, start: Any, stop: Any, handle: Any) -> None:
-        """Be seen in `handle`, with the two buttons, from now on."""
+        """Be seen in `handle`, with the two buttons, from now on; what was seen last is seen there at once."""
         self.start, self.stop, self.handle = start, stop, handle
         self._enable()
-        if self.goes_on:
+        if self.view is not None:
             handle.update(self.view)
 
     def begin(self, preset: str, change: str) -> None:
