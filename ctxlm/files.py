@@ -19,7 +19,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
 
-PLUMBING = ("ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
+PLUMBING = ("ctxlm/checkpoints.py", "ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 
 if not (ROOT / "params").is_dir():

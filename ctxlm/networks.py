@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
 from ctxlm.corpus import Split
 from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device
@@ -217,21 +218,25 @@ def train_network(
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
     on_epoch: Callable[[list[dict]], bool | None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train `model` in place on the stream `train` [T] until `val` gets no better; the best epoch's weights are kept.
 
-    `on_epoch` is as in `Trainer.run`.
+    `on_epoch` and `checkpoints` are as in `Trainer.run`.
 
     Raises:
         NonFiniteLoss, ConfigError: as `Trainer`.
     """
-    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch)
+    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoints)
 
 
 def build(
-    experiment: Experiment, streams: Split, on_epoch: Callable[[list[dict]], bool | None] | None = None
+    experiment: Experiment,
+    streams: Split,
+    on_epoch: Callable[[list[dict]], bool | None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Alternative:
-    """The network of an experiment, trained on its training stream; `on_epoch` is as in `Trainer.run`.
+    """The network of an experiment, trained on its training stream; the last two are as in `Trainer.run`.
 
     Raises:
         NonFiniteLoss, ConfigError: as `Trainer`.
@@ -244,7 +249,7 @@ def build(
 
     val = on_device(streams.val.tokens)
     model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
-    found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype, on_epoch)
+    found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype, on_epoch, checkpoints)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:

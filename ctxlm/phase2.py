@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
 from ctxlm.device import autocast, generator
 from ctxlm.loss import Losses, Score
@@ -119,15 +120,16 @@ def train_token_block(
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
     on_epoch: Callable[[list[dict]], bool | None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train `model.token_block`, and what else `Phase2` says, in place; the best epoch's weights are kept.
 
-    `on_epoch` is as in `Trainer.run`.
+    `on_epoch` and `checkpoints` are as in `Trainer.run`.
 
     Raises:
         NonFiniteLoss, ConfigError: as `Trainer`.
     """
-    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch)
+    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoints)
 
 
 def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, torch.nn.Parameter]:

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -28,6 +29,7 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
@@ -36,6 +38,8 @@ from ctxlm.metrics import losses_by_sample
 
 LOSSES = "val_losses.npz"
 """A run's file of every validation token's loss."""
+CHECKPOINTS = ".checkpoints"
+"""Within a run's folder, while it is not finished."""
 BY_HAND = "interactive"
 """The grid of runs that are made by hand and named after what they are: it has no file."""
 REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
@@ -59,6 +63,17 @@ def provenance(experiment: Experiment, device: torch.device, dtype: torch.dtype)
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def run_checkpoints(folder: Path, record: Mapping[str, Any]) -> Checkpoints:
+    """The checkpoints of the run that goes to `folder`, which `write_run` deletes.
+
+    `record` is its `provenance`; a run of other parameters, code, text, torch or kind of device does not go on from
+    them.
+    """
+    known = {name: record[name] for name in Experiment.model_fields if name != "device"}
+    known |= {name: record[name] for name in ("protocol", "code_hash", "data_hash", "device_name")}
+    return Checkpoints(folder / CHECKPOINTS, digest(json.dumps(known, sort_keys=True), record["versions"]["torch"]))
 
 
 class Stopwatch:
@@ -218,6 +233,7 @@ def write_run(
             f"{folder} cannot be written to ({getattr(error, 'strerror', None) or error}): free some space there, or "
             f"make it writable, and run it again{untouched}"
         ) from None
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / "metrics.json"
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
 from ctxlm.loss import Losses
 from ctxlm.metrics import NonFiniteLoss, loss_summary, overfit_rate, perplexity
@@ -53,6 +54,8 @@ class Trained:
     last_val_loss: float
     history: list[dict]
     """Rows phase, step (epoch; for `phase2_updates` the update), metric, value."""
+    resumed: int = 0
+    """The epoch that an earlier process had ended with, if this one went on from there."""
 
     def summary(self) -> dict[str, float]:
         """The columns of metrics.json that training gives."""
@@ -60,6 +63,8 @@ class Trained:
         last_ppl = perplexity(self.last_val_loss)
         rate = overfit_rate(last_ppl, val["val_ppl"])
         epochs = {"best_epoch": self.best_epoch, "epochs_run": self.epochs_run}
+        if self.resumed:  # then the run's seconds are the last process's
+            epochs["resumed_after_epoch"] = self.resumed
         return epochs | val | {"last_val_ppl": last_ppl, "overfit_rate": rate}
 
 
@@ -81,7 +86,7 @@ class Trainer:
         self.optimiser = torch.optim.Adam(task.weights.values(), lr=experiment.phase2_learning_rate, fused=True)
         self.schedule = LambdaLR(self.optimiser, self._rate)
         self.average = _Average(list(task.weights.values()), experiment.phase2_weight_average)
-        self.epoch = self.update = 0
+        self.epoch = self.update = self.resumed = 0
         self.history: list[dict] = []
         self.best: dict[str, Any] = {"loss": math.inf, "epoch": 0}
         self.last_loss = math.inf
@@ -93,17 +98,27 @@ class Trainer:
             self.epoch > 0 and self.epoch - self.best["epoch"] >= self.e.phase2_patience
         )
 
-    def run(self, on_epoch: Callable[[list[dict]], bool | None] | None = None) -> Trained:
+    def run(
+        self, on_epoch: Callable[[list[dict]], bool | None] | None = None, checkpoints: Checkpoints | None = None
+    ) -> Trained:
         """Train to the end.
 
         Args:
             on_epoch: is given the history so far after every epoch; what it returns, if true, ends the training there.
+            checkpoints: where an earlier process may have left a state to go on from, and where this one leaves its.
 
         Raises:
             NonFiniteLoss: the loss, or its exponential, is no longer finite.
         """
+        if checkpoints and (state := checkpoints.load(next(iter(self.task.weights.values())).device)):
+            self.load_state_dict(state)
+            del state
+            self.resumed = self.epoch
+            say(f"goes on after epoch {self.epoch}, where it was stopped")
         while not self.done:
             self.run_epoch()
+            if checkpoints:
+                checkpoints.save(self.epoch, self.state_dict())
             if on_epoch and on_epoch(self.history):
                 break
         return self.finish()
@@ -162,7 +177,8 @@ class Trainer:
             torch._foreach_copy_(self.average.weights, self.best["weights"])
         self.task.model.eval()
         best = self.best
-        return Trained(best["epoch"], self.epoch, best["losses"], best["accuracy"], self.last_loss, self.history)
+        judged = best["losses"], best["accuracy"], self.last_loss
+        return Trained(best["epoch"], self.epoch, *judged, self.history, self.resumed)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from, by reference as torch's: copy it, or write it, before going on.

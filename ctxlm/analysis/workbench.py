@@ -42,7 +42,16 @@ from ctxlm.model import ContextLM, own_weights
 from ctxlm.phase1 import shape_contexts
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import Ablation, chunked
-from ctxlm.results import BY_HAND, Stopwatch, folder_by_hand, provenance, run_folder, run_folders, write_run
+from ctxlm.results import (
+    BY_HAND,
+    Stopwatch,
+    folder_by_hand,
+    provenance,
+    run_checkpoints,
+    run_folder,
+    run_folders,
+    write_run,
+)
 
 GRID = "playground"
 """The grid whose context models are the presets."""
@@ -143,6 +152,7 @@ def train(
     device = resolve_device(e)
     dtype = resolve_dtype(e, device)
     record, streams = provenance(e, device, dtype), split(e)
+    checkpoints = run_checkpoints(folder, record)
     train, val, test = (
         torch.from_numpy(s.tokens).long().to(device) for s in (streams.train, streams.val, streams.test)
     )
@@ -160,7 +170,7 @@ def train(
         kept = {} if e.context_ablation != "none" or e.phase2_context_window else {"keep": dtype}
         contexts, val_contexts = chunked(network, train, **kept), chunked(network, val, **kept)
         ablation = Ablation(network, contexts, e)
-        phase2 = train_token_block(network, ablation(contexts), ablation(val_contexts), e, dtype, follow)
+        phase2 = train_token_block(network, ablation(contexts), ablation(val_contexts), e, dtype, follow, checkpoints)
     predict = Predictor(network, dtype)
     with watch("test"):
         losses, accuracy = evaluate(predict, ablation(chunked(network, test, **kept)))
