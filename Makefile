@@ -12,13 +12,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report search site benchmark gpu unlock test lab lint docs clean
+.PHONY: help env report status search site benchmark gpu test lab lint docs clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [SEARCH=lstm] [PYTHON=python3] [JOBS=all]"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# Of several that want it, one makes it and the others wait: a lock in a subprocess, which any death lets go of.
 $(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))' \
+	  $(MAKE) --no-print-directory $(VENV)/.made && touch $@
+
+$(VENV)/.made: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
@@ -38,10 +43,11 @@ $(VENV)/.ready: pyproject.toml
 env: $(VENV)/.ready  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
-	@$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --keep-going --config 'grid=$(GRID)' || { \
-	  if ls .snakemake/locks/*.lock >/dev/null 2>&1; then \
-	    echo "Locked, though no other make report goes on here? Say first: make unlock GRID=$(GRID)" >&2; fi; exit 1; }
+	@$(BIN)/snakemake --cores $(JOBS) --config 'grid=$(GRID)'
 	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
+
+status: $(VENV)/.ready  ## print how far a grid is, also while it runs
+	@$(BIN)/python -m ctxlm.batch --status '$(GRID)'
 
 search: $(VENV)/.ready  ## search hyper-parameters: params/search/$SEARCH.yaml, into data/search (TOP=3: its best at full size)
 	@$(BIN)/python -m ctxlm.search params/search/$(SEARCH).yaml $(addprefix --top ,$(TOP)) \
@@ -58,9 +64,6 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 
 gpu: $(VENV)/.ready  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
 	$(BIN)/python -m ctxlm.analysis.gpu
-
-unlock: $(VENV)/.ready  ## free a grid that was killed, before it is run again
-	$(BIN)/snakemake --cores 1 --unlock --config 'grid=$(GRID)'
 
 test: $(VENV)/.ready  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .

@@ -13,13 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
-import yaml
-
 from ctxlm.analysis.runs import check_runs, grid_dtype
+from ctxlm.batch import GRID_LOCK, failures, on_one_line
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import digest
+from ctxlm.files import InUse, digest, take
 from ctxlm.results import outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
@@ -44,10 +43,21 @@ try:  # everything that can be said before any work starts is said here, in one 
         RUNS = {name: run.model_copy(update=ONE if run.dtype == "auto" else {}) for name, run in GRID.runs.items()}
     else:
         RUNS = GRID.runs
+    PLANNED = len(RUNS)
+    if config.get("finished"):  # what follows upon a failure: the report of what there is
+        RUNS = {name: run for name, run in RUNS.items() if name not in failures(outputs_dir() / GRID.name, RUNS)}
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"
+# A grid is one process's at a time, and free again once that has died: Snakemake's own lock, which a killed one leaves
+# behind, is not used (profiles/default).
+if workflow.is_main_process and not workflow.dryrun and not config.get("finished"):
+    try:
+        if before := take(outputs_dir() / GRID.name / GRID_LOCK):
+            print(f"{before}, ran grid {GRID.name} and was stopped: going on from what it left", flush=True)
+    except InUse as other:
+        sys.exit(f"Grid {GRID.name} is being run by {other}: wait for it to end, or stop it")
 # What the analysis is made with beside its grid's runs, and what the report is.
 PAGES = [Path("ctxlm/analysis/site.py"), *sorted(Path("ctxlm/analysis/templates").rglob("*.*"))]
 BESIDES = [path for path in sorted(Path("ctxlm/analysis").glob("*.py")) if path not in PAGES]
@@ -82,11 +92,6 @@ os.environ["CTXLM_GPUS"] = " ".join(GPUS)
 CORES = workflow.cores or 1
 SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(RUNS)  # rounded up, so that no run lacks a GPU
 THREADS = int(config.get("threads", max(1, SHARE)))
-# Each run that may choose takes a free GPU and keeps it locked until it ends.
-TAKE_A_GPU = (
-    'for gpu in {params.gpus}; do exec 9> "{OUTPUTS}/.gpu-$gpu"; '
-    "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$gpu; break; fi; done; "
-)
 
 
 def takes_a_gpu(run) -> bool:
@@ -112,14 +117,11 @@ def largest(corpus: str) -> dict:
     return {"train_tokens": tokens, "train_samples": samples}
 
 
-def papermill_yaml(parameters: dict) -> str:
-    """Parameters for papermill's -y, on one line (not JSON: YAML reads its 1e-05 as text)."""
-    return yaml.safe_dump(parameters, default_flow_style=True, width=10**6).strip()
-
-
-# The notebook's output goes to a log as it runs; on failure its last sentence is repeated where the user looks.
-PAPERMILL = "CTXLM_PROGRESS=lines papermill --cwd . -k python3 --no-progress-bar --log-output"
-OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
+# By papermill, on {threads} threads; its output goes to a log, and what is worth saying to the terminal.
+EXECUTE = (
+    "python -m ctxlm.batch {params.notebook:q} {log.notebook:q} --done {output[0]:q} --values {params.values:q}"
+    " --threads {threads}"
+)
 
 
 wildcard_constraints:
@@ -147,7 +149,8 @@ rule corpus:
         notebook=f"{HOME}/{{corpus}}/corpus.ipynb",
         text=f"{HOME}/{{corpus}}/corpus.log",
     params:
-        values=lambda wildcards: papermill_yaml(
+        notebook="notebooks/01_corpus.ipynb",
+        values=lambda wildcards: on_one_line(
             CORPORA[wildcards.corpus]
             | {
                 "output_dir": f"{HOME}/{wildcards.corpus}",
@@ -162,8 +165,7 @@ rule corpus:
     message:
         "Reading the corpus and its embeddings"
     shell:
-        "OMP_NUM_THREADS={threads} " + PAPERMILL + " notebooks/01_corpus.ipynb {log.notebook:q} -y {params.values:q}"
-        " > {log.text:q} 2>&1" + OR_SAY_WHY
+        EXECUTE + " --name {wildcards.corpus}"
 
 
 rule experiment:
@@ -174,7 +176,7 @@ rule experiment:
         notebook=f"{HOME}/{{run}}/experiment.ipynb",
         text=f"{HOME}/{{run}}/experiment.log",
     params:
-        values=lambda wildcards: papermill_yaml(
+        values=lambda wildcards: on_one_line(
             RUNS[wildcards.run].for_notebook() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
         # By name, not by value: another number of GPUs is no reason to run anything again.
@@ -188,9 +190,19 @@ rule experiment:
     message:
         "Run {wildcards.run}"
     shell:
-        TAKE_A_GPU + "OMP_NUM_THREADS={threads} " + PAPERMILL + " {params.notebook:q} {log.notebook:q}"
-        " -y {params.values:q} 2>&1 | tee {log.text:q} | while IFS= read -r line; do"
-        ' case "$line" in "iteration "*|"epoch "*) echo "{wildcards.run}: $line";; esac; done' + OR_SAY_WHY
+        EXECUTE + " --name {wildcards.run:q} --gpus {params.gpus} --planned {PLANNED}"
+
+
+onerror:
+    # One line of cause each at the end, and the report of what is finished.
+    failed = failures(outputs_dir() / GRID.name, RUNS)
+    if failed and not config.get("finished"):
+        print(f"{len(failed)} of {PLANNED} runs have no result:")
+        for name, why in failed.items():
+            print(f"  {name}: {why} ({HOME}/{name}/experiment.log)")
+        if len(failed) < PLANNED:
+            rest = ["--cores", "1", "--profile", "none", "--rerun-triggers", "mtime", "--until", "report"]
+            subprocess.run([sys.executable, "-m", "snakemake", *rest, "--config", f"grid={GRID_FILE}", "finished=true"])
 
 
 # No `update()` here: Snakemake would give an earlier result back after a failure, with a new time, and take it for
@@ -204,14 +216,14 @@ rule analysis:
         f"{HOME}/estimates.csv",
     log:
         notebook=f"{HOME}/04_scaling.ipynb",
-        text=f"{HOME}/analysis.log",
+        text=f"{HOME}/04_scaling.log",
     params:
-        values=lambda wildcards: papermill_yaml({"grid": GRID_FILE, "output_dir": HOME}),
+        notebook="notebooks/04_scaling.ipynb",
+        values=lambda wildcards: on_one_line({"grid": GRID_FILE, "output_dir": HOME}),
     message:
         "Analysing the grid"
     shell:
-        PAPERMILL + " notebooks/04_scaling.ipynb {log.notebook:q} -y {params.values:q}"
-        " > {log.text:q} 2>&1" + OR_SAY_WHY
+        EXECUTE + " --name analysis"
 
 
 rule report:

@@ -3,11 +3,12 @@
 A grid file names several experiments and the values to sweep; `load_grid` expands it into runs.
 """
 
+import ast
 import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -252,10 +253,10 @@ class Experiment(BaseModel):
     def from_namespace(cls, namespace: dict[str, Any], also: tuple[str, ...] = ("output_dir",)) -> "Experiment":
         """An experiment from a notebook's `globals()`, called before the notebook defines anything but parameters.
 
-        papermill only warns about a parameter it does not know, and injects it all the same; here every value that
-        YAML could have put there and that is no parameter (or in `also`) is refused. Cells can be run again: of the
-        names that turn up after the first check, only those that look like a misspelt parameter are. What is refused
-        twice may have been corrected in its cell: the kernel still has it, and the sentence says so.
+        papermill only warns about a parameter it does not know, and injects it all the same; here every such name is
+        refused that is none (nor in `also`). By hand, cells are run again, and others stand between: of names that
+        they make only those are refused that look like a misspelt parameter, and only as long as a cell makes them,
+        from the parameters' one on as it was run last.
 
         Raises:
             ConfigError: as `from_mapping`.
@@ -263,17 +264,11 @@ class Experiment(BaseModel):
         data = (bool, int, float, str, list, dict, type(None))
         there = {name for name, value in namespace.items() if type(value) in data and not name.startswith("_")}
         there -= {*also, "In", "Out"}  # the latter are IPython's
-        if "_given" in namespace:
-            there = {name for name in there if name in namespace["_given"] or _closest(name)}
-        try:
-            found = cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
-        except ConfigError as error:
-            before, namespace["_refused"] = namespace.get("_refused"), str(error)
-            if before == str(error):
-                raise ConfigError(f"{error} (corrected already? then restart the kernel, which still has it)") from None
-            raise
-        namespace["_given"] = frozenset(there)
-        return found
+        if cells := _since_parameters(namespace.get("In") or []):
+            injected = {name for cell in cells if cell.lstrip().startswith("# Parameters") for name in _assigned(cell)}
+            by_hand = {name for cell in cells for name in _assigned(cell) if _closest(name)}
+            there &= injected | by_hand
+        return cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
 
     def meant_for(self, notebook: str) -> "Experiment":
         """Itself, once it is known that this notebook (its path in the repository) runs its model.
@@ -293,6 +288,21 @@ class Experiment(BaseModel):
     def params_hash(self) -> str:
         """Digest of every parameter: equal for equal experiments, whatever the order they were written in."""
         return digest(json.dumps(self.model_dump(), sort_keys=True))
+
+
+def _since_parameters(cells: Sequence[Any]) -> list[str]:
+    """Of IPython's record of what was run, what is of now: from the last cell on that assigns `train_tokens`."""
+    own = [str(cell) for cell in cells]
+    return own[max((place for place, cell in enumerate(own) if "train_tokens" in _assigned(cell)), default=len(own)) :]
+
+
+def _assigned(cell: str) -> set[str]:
+    """Names that a cell assigns, loops' too; none where it is no Python."""
+    try:
+        nodes = ast.walk(ast.parse(cell))
+    except SyntaxError:
+        return set()
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 _WORDS = {
@@ -377,6 +387,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, but holds {type(content).__name__}")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text says as YAML, safely read.
+
+    Raises:
+        yaml.YAMLError: it is none.
+        ConfigError: it gives a key twice.
+    """
+    return yaml.load(text, _Loader)
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -1,24 +1,28 @@
 """Where things lie on disk, how a file is replaced whole, what is cached, and what a piece of source hashes to."""
 
 import ast
+import atexit
 import hashlib
 import json
 import os
-import tempfile
+import platform
+import time
 import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
 
+RUN_LOCK = ".lock"
+"""In a run's folder: whose it is while it is made."""
 PLUMBING = ("ctxlm/checkpoints.py", "ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 
@@ -66,10 +70,59 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def lock(path: Path) -> FileLock:
-    """A lock on a file or a folder, kept outside of it; a process's threads share it, and its death lets go of it."""
-    name = f"ctxlm-{os.getuid()}-{digest(str(path.resolve()))}.lock"
-    return FileLock(Path(tempfile.gettempdir()) / name, thread_local=False)
+@cache
+def _lock(path: Path) -> FileLock:
+    """One and the same lock for all of this process's threads. Its death lets go of it, whatever it died of; and where
+    nodes share the file system, they share it."""
+    return FileLock(path, thread_local=False)
+
+
+def take(path: Path, timeout: float = 0) -> str:
+    """Take the lock `path` till this process ends, and note beside it who has it; a second time is no other.
+
+    Args:
+        timeout: seconds to wait for another process; below 0, as long as it takes.
+
+    Returns:
+        Who had it before and ended without a word, as one that was killed, or ""; such a lock is free.
+
+    Raises:
+        InUse: another process has it.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own, note = _lock(path), path.with_name(f"{path.name}.json")
+    if own.is_locked:
+        return ""
+    try:
+        own.acquire(timeout)
+    except Timeout:
+        raise InUse(_holder(note) or "another process") from None
+    before = _holder(note)
+    with atomic(note) as temporary:
+        known = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        temporary.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    atexit.register(_let_go, path, os.getpid())
+    return before
+
+
+class InUse(Exception):
+    """A lock is another process's; the message says which."""
+
+
+def _let_go(path: Path, pid: int) -> None:
+    if os.getpid() == pid:  # no fork's
+        path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+        _lock(path).release()
+
+
+def _holder(note: Path) -> str:
+    """Who wrote the note beside a lock; "" where there is none, or none that can be read."""
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        return f"process {known['pid']} on {known['host']}, since {known['since']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -77,7 +130,14 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
 
     Of several processes that want the same file, one builds it and the others wait for it.
     """
-    with lock(path):
+    if (arrays := read_arrays(path)) is not None:
+        return arrays
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as locked:
+        with suppress(OSError):  # a cache that cannot be written to has no lock either
+            locked.enter_context(FileLock(lock))
+            # whoever waits for it looks for the arrays once it is theirs
+            locked.callback(lock.unlink, missing_ok=True)
         if (arrays := read_arrays(path)) is not None:
             return arrays
         arrays = build()

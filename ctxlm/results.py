@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -33,7 +31,7 @@ from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT, atomic, digest, lock, resolve
+from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, resolve, take
 from ctxlm.metrics import losses_by_sample
 
 LOSSES = "val_losses.npz"
@@ -108,10 +106,6 @@ def git_commit() -> str | None:
         return None
 
 
-_own_lock = cache(lock)
-"""One and the same lock for all of this process's runs in a folder, so that it may take it again."""
-
-
 def run_folder(path: str | Path | None) -> Path:
     """The folder a run will be written to, made and tried before the work starts, and this process's till it ends.
 
@@ -128,10 +122,10 @@ def run_folder(path: str | Path | None) -> Path:
     except OSError as error:
         raise ConfigError(f"output_dir = {str(path)!r} cannot be written to ({error.strerror}): name another") from None
     try:
-        _own_lock(folder.resolve()).acquire(timeout=0)
-    except Timeout:
+        take(folder / RUN_LOCK)
+    except InUse as other:
         raise ConfigError(
-            f"output_dir = {str(path)!r} is in use by another process: wait for that run to end, shut down the "
+            f"output_dir = {str(path)!r} is in use by {other}: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"
         ) from None
     return folder

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +21,11 @@ from typing import Annotated, Any
 import numpy as np
 import optuna
 import pandas as pd
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ctxlm.analysis.runs import RESOLVED, grid_dtype, load_runs
+from ctxlm.batch import execute
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, Layers, Seed, code_hash, read_yaml
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, resolve
@@ -40,8 +39,6 @@ LAG = 3
 where a search was interrupted changes anything."""
 AT_RANDOM = 8
 """Trials that the sampler must know before it chooses by them."""
-ATTEMPTS = 3
-"""How often a run is begun whose kernel dies."""
 MEASURED = ("val_loss", "val_ppl", "total_seconds")
 FAILED = re.compile(r"NonFiniteLoss|is not finite: the run is not written")
 """In the last line of a run that what it tried made fail; any other failure ends a search."""
@@ -272,22 +269,11 @@ def run_notebook(experiment: Experiment, folder: Path) -> str:
         ConfigError: it failed, and not because a loss is not finite; or its kernel died again and again.
     """
     values = experiment.for_notebook() | {"output_dir": str(folder)}
-    command = [sys.executable, "-m", "papermill", "--cwd", ".", "-k", "python3", "--no-progress-bar", "--log-output"]
-    command += [NOTEBOOKS[experiment.model], str(folder / "experiment.ipynb")]
-    command += ["-y", yaml.safe_dump(values, default_flow_style=True, width=10**6).strip()]
-    environment, path = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_PROGRESS": "lines"}, folder / "experiment.log"
-    for _ in range(ATTEMPTS):
-        with path.open("w", encoding="utf-8") as log:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        if (folder / "metrics.json").exists():
-            return ""
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        last = lines[-1] if lines else "papermill said nothing"
-        if FAILED.search(last):
-            return last
-        if done.returncode > 0 and "Kernel died" not in last:
-            break
-    raise ConfigError(f"{folder}: {last}")
+    done, executed = folder / "metrics.json", folder / "experiment.ipynb"
+    why = execute(NOTEBOOKS[experiment.model], executed, done, values, f"search/{folder.parent.name}/{folder.name}")
+    if why and not FAILED.search(why):
+        raise ConfigError(f"{folder}: {why}")
+    return why
 
 
 def main(arguments: list[str] | None = None, run: Run = run_notebook) -> int:

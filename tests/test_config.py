@@ -283,20 +283,22 @@ def test_an_unknown_value_that_yaml_could_have_put_into_a_notebook_is_refused(va
     assert message == f"num_layer = {value!r} is not a parameter: did you mean num_layers?"
 
 
-def test_a_refused_name_is_refused_again():
-    namespace = IPYTHON | {"num_layer": [3]}
-    first, second = (refusal(Experiment.from_namespace, namespace) for _ in range(2))
-    assert second.startswith(first) and "restart the kernel" in second  # which has it still, though its cell may not
-    assert Experiment.from_namespace(IPYTHON | {"num_layers": 3}) == Experiment(num_layers=3)
+PARAMETERS = "train_tokens = 10_000\nnum_layers = 6"
 
 
-def test_cells_can_be_run_again():
-    namespace = IPYTHON | {"num_layers": 3, "output_dir": "outputs/x"}
-    first = Experiment.from_namespace(namespace)
-    namespace |= {"sizes": [1, 2], "found": {"a": 1}, "left": 0.5, "name": "x", "folder": None, "settings": first}
-    assert Experiment.from_namespace(namespace) == first
-    namespace["num_layers"] = 4  # the parameters' cell was changed and run again
-    assert Experiment.from_namespace(namespace) == Experiment(num_layers=4)
+def by_hand(*cells, **values):
+    """The names of a kernel in which the parameters' cell was run, then others, whose values these are."""
+    given = {"train_tokens": 10_000, "num_layers": 6} | values
+    return IPYTHON | given | {"In": ["", PARAMETERS, *cells, "settings = Experiment.from_namespace(globals())"]}
+
+
+def test_cells_can_be_run_again_and_others_may_stand_between():
+    expected = Experiment(train_tokens=10_000)
+    scratch = "for i in range(3):\n    sizes = [i]\nname: str = 'x'"
+    namespace = by_hand(scratch, i=2, sizes=[2], name="x", left=0.5, folder=None)
+    assert Experiment.from_namespace(namespace) == expected
+    again = namespace | {"In": [*namespace["In"], "num_layers = 4", "this is no Python", PARAMETERS, "more = 1"]}
+    assert Experiment.from_namespace(again | {"num_layers": 4, "more": 1}).num_layers == 4
     assert "num_layers = '4'" in refusal(Experiment.from_namespace, namespace | {"num_layers": "4"})
 
 
@@ -304,19 +306,18 @@ def test_cells_can_be_run_again():
     ("name", "meant"), [("num_layer", "num_layers"), ("phase2_epoch", "phase2_epochs"), ("traintokens", "train_tokens")]
 )
 @pytest.mark.parametrize("value", [3, [3], {"a": 3}])
-def test_a_misspelt_parameter_that_turns_up_later_is_refused(name, meant, value):
-    namespace = IPYTHON | {"num_layers": 3}
-    Experiment.from_namespace(namespace)
-    namespace |= {"sizes": [1, 2], name: value}
-    message = refusal(Experiment.from_namespace, namespace)
-    assert message == f"{name} = {value!r} is not a parameter: did you mean {meant}?"
+def test_a_misspelt_parameter_is_refused_until_its_cell_is_corrected(name, meant, value):
+    misspelt = by_hand(f"{name} = {value}", **{name: value})
+    for _ in range(2):
+        message = refusal(Experiment.from_namespace, misspelt)
+        assert message == f"{name} = {value!r} is not a parameter: did you mean {meant}?"
+    corrected = misspelt | {"In": [*misspelt["In"], PARAMETERS, "", "again"]}  # the kernel has the old name still
+    assert Experiment.from_namespace(corrected) == Experiment(train_tokens=10_000)
 
 
-def test_only_a_check_that_succeeded_lets_later_names_pass():
-    namespace = IPYTHON | {"num_layer": 3}
-    refusal(Experiment.from_namespace, namespace)
-    del namespace["num_layer"]
-    namespace |= {"num_layers": 3, "xyz": 1}  # put right, with another fault in the same cell
+@pytest.mark.parametrize("given", ["xyz = 1", "xyz = 1\ntrain_tokens = 10_000"])
+def test_whatever_papermill_injects_is_a_parameter(given):
+    namespace = by_hand(f"# Parameters\n{given}\n", "i = 2", xyz=1, i=2)
     assert refusal(Experiment.from_namespace, namespace) == "xyz = 1 is not a parameter: see docs/parameters.md"
 
 

@@ -169,34 +169,42 @@ def test_every_model_has_its_notebook():
 # make
 
 
-@pytest.mark.parametrize("locked", [True, False])
-def test_a_grid_that_was_killed_is_said_to_be_freed_by_make_unlock(tmp_path, locked):
+FAKE = """#!/bin/sh
+case "$1 $2" in
+  "-m venv") echo made >>"{log}"; sleep 1; mkdir -p "$3/bin" "$3/etc/jupyter"; ln -s "$0" "$3/bin/python";;
+  "-m "*) ;;
+  *) exec "{real}" "$@";;
+esac
+"""
+
+
+def test_of_two_that_want_the_environment_one_makes_it(tmp_path):
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "pyproject.toml").touch()
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / ".ready").touch()
-    snakemake = tmp_path / ".venv" / "bin" / "snakemake"
-    snakemake.write_text("#!/bin/sh\necho failed as it says\nexit 1\n", encoding="utf-8")
-    snakemake.chmod(0o755)
-    if locked:
-        (tmp_path / ".snakemake" / "locks").mkdir(parents=True)
-        (tmp_path / ".snakemake" / "locks" / "0.input.lock").touch()
-    process = subprocess.run(["make", "report", "GRID=mine.yaml"], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode != 0 and "failed as it says" in process.stdout
-    assert ("Say first: make unlock GRID=mine.yaml" in process.stderr) == locked
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "jupyterlab.json").touch()
+    python = tmp_path / "python"
+    python.write_text(FAKE.format(log=tmp_path / "log", real=sys.executable), encoding="utf-8")
+    python.chmod(0o755)
+    command = ["make", "env", f"PYTHON={python}"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    for process in both:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert (tmp_path / "log").read_text().splitlines() == ["made"]
 
 
 # Imports
 
 FLOORS = [
-    {"ctxlm", "ctxlm.files", "ctxlm.progress"},
+    {"ctxlm", "ctxlm.files", "ctxlm.progress", "ctxlm.checkpoints"},
     {"ctxlm.config"},
     {"ctxlm.device"},
     {"ctxlm.corpus", "ctxlm.embeddings"},
     {"ctxlm.model"},
     {"ctxlm.results", "ctxlm.metrics", "ctxlm.memory", "ctxlm.recurrence", "ctxlm.loss"},
     {"ctxlm.trainer"},
-    {"ctxlm.phase1", "ctxlm.phase2", "ctxlm.networks", "ctxlm.ngrams", "ctxlm.generate"},
+    {"ctxlm.phase1", "ctxlm.phase2", "ctxlm.networks", "ctxlm.ngrams", "ctxlm.generate", "ctxlm.batch"},
     {"ctxlm.analysis"},
     {"ctxlm.search"},
 ]

@@ -223,10 +223,13 @@ def test_the_prompt_stands_with_its_answers():
     assert "<script>alert(1)</script>" in Elements(play.ask(HOSTILE, A, B, KN, top=1)._repr_html_()).text
 
 
-def test_a_pointer_is_told_alternatives_only_at_first(monkeypatch):
-    monkeypatch.setattr(play, "ANSWERED", 3)
-    told = [own["title"] for tag, own in Elements(play.reading(TEXT, A)._repr_html_()).elements if tag == "code"]
-    assert ["likelier" in title for title in told] == [True] * 3 + [False] * (len(told) - 3)
+def test_of_a_long_text_the_beginning_is_read_and_of_a_long_prompt_the_end_shown(monkeypatch):
+    monkeypatch.setattr(play, "READ", 9)
+    for page in (play.reading(TEXT, A), play.against(TEXT, A, B)):
+        tokens = [element for element in Elements(page._repr_html_()).elements if element[0] == "code"]
+        assert 0 < len(tokens) <= 9
+    asked = Elements(play.ask("begin " + "x" * 1000 + " end", A, B, KN, top=1)._repr_html_()).text
+    assert " end" in asked and "begin" not in asked
 
 
 def test_the_cost_of_a_short_text_is_drawn_token_by_token():

@@ -18,7 +18,7 @@ from ctxlm.analysis.runs import OPTIONAL_TABLE, TABLES, check_runs, grid_dtype, 
 from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT
+from ctxlm.files import ROOT, take
 from ctxlm.metrics import losses_by_sample
 from ctxlm.results import Stopwatch, provenance, run_by_hand, run_folder, run_folders, write_run
 
@@ -190,7 +190,7 @@ def test_the_stopwatch_adds_up_by_step():
 
 def test_a_runs_folder_is_tried_before_the_work_starts(tmp_path):
     assert run_folder(tmp_path / "new" / "A") == tmp_path / "new" / "A"
-    assert list((tmp_path / "new" / "A").iterdir()) == []
+    assert {path.name for path in (tmp_path / "new" / "A").iterdir()} == {".lock", ".lock.json"}
     for nothing in (None, "", "."):
         with pytest.raises(ConfigError, match=r"output_dir = .* is not possible: name a folder"):
             run_folder(nothing)
@@ -300,9 +300,8 @@ def test_every_committed_result_loads(tmp_path, monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from ctxlm.files import lock
-held = lock(Path(sys.argv[1]))
-held.acquire()
+from ctxlm.files import take
+take(Path(sys.argv[1]) / ".lock")
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -314,14 +313,30 @@ def test_a_folder_is_one_process_own(tmp_path):
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=r"^output_dir = .* is in use by another process: wait for that run"):
+        with pytest.raises(
+            ConfigError, match=rf"^output_dir = .* is in use by process {other.pid} on .*: wait for that"
+        ):
             run_folder(folder)
         assert run_folder(tmp_path / "B") == tmp_path / "B"
         other.stdin.close()
     assert run_folder(folder) == run_folder(folder) == folder  # a kernel may write there again
     with ThreadPoolExecutor(1) as another:  # and from another of its threads
         assert another.submit(run_folder, folder).result() == folder
-    assert not any(folder.iterdir())
+    assert {path.name for path in folder.iterdir()} == {".lock", ".lock.json"}
+
+
+def test_a_lock_of_a_killed_process_is_free_and_says_whose_it_was(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        other.kill()
+    assert f"process {other.pid} on " in take(tmp_path / ".lock")
+    assert take(tmp_path / ".lock") == ""  # it is ours by now
+    for note in (b"", b"[]", b"\xff", b'{"pid": 1}'):
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            other.stdin.close()
+        (tmp_path / "other.lock.json").write_bytes(note)
+        assert take(tmp_path / "other.lock") == ""
 
 
 # The type of the products of a whole grid

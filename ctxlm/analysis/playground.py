@@ -59,8 +59,10 @@ MANY = 5
 """Parameters that a row of the table of runs names."""
 SURPRISES = [(heat(nats), str(nats)) for nats in range(0, MOST_NATS + 1, 3)]
 """Colours and what they stand for, nats."""
-ANSWERED = 2_000
-"""Tokens of a text at which a pointer is told what was likelier: each takes a prediction of its own."""
+ECHOED = 300
+"""Characters of a prompt, its last, that are shown again beside what comes next."""
+READ = 8_000
+"""Characters of a text that are read, its first: at each token a pointer is told what was likelier."""
 
 
 def labels(*runs: str) -> dict[str, str]:
@@ -293,14 +295,15 @@ def ask(prompt: str, a: str, b: str, c: str, top: int = 10) -> HTML:
     for run, table in found.items():
         rows = (
             f'<tr><td style="text-align:left">{quoted(row.text, True)}</td><td>{100 * row.probability:.1f}&nbsp;%</td>'
-            f'<td style="width:9em"><div style="background:{to_hex(look[run]["color"])};height:.8em;min-width:1px;'
+            f'<td style="width:6em"><div style="background:{to_hex(look[run]["color"])};height:.8em;min-width:1px;'
             f'width:{row.probability / most:.1%}"></div></td></tr>'
             for row in table.itertuples()
         )
         head = f"<caption>{quoted(look[run]['label'])}</caption>"
         parts.append(f'<table style="margin:0;font-size:14px">{head}<tbody>{"".join(rows)}</tbody></table>')
-    asked = f'<p style="font:15px sans-serif;margin:.3em 0">after {quoted(prompt)}</p>'
-    return HTML(f'{asked}<div style="display:flex;flex-wrap:wrap;gap:1.5em">{"".join(parts)}</div>')
+    tail = prompt if len(prompt) <= ECHOED else f"… {prompt[-ECHOED:]}"
+    asked = f'<p style="font:15px sans-serif;margin:.3em 0">after {quoted(tail)}</p>'
+    return HTML(f'{asked}<div style="display:flex;flex-wrap:wrap;gap:.5em 1em">{"".join(parts)}</div>')
 
 
 def continued(
@@ -364,10 +367,9 @@ def _alternatives(speaker: Speaker, tokens: Sequence[int], top: int = 4) -> list
 
 def reading(text: str, a: str) -> HTML:
     """A text on the colours of its surprises, the number below each token, nats; a pointer is told alternatives."""
-    table = surprise(model(a), text)
-    told = [f"{nats:.2f} nats" for nats in table["nats"]]
-    for place, others in enumerate(_alternatives(model(a), table["token"].tolist()[:ANSWERED])):
-        told[place] += f"; likelier: {others}"
+    table = surprise(model(a), text[:READ])
+    others = _alternatives(model(a), table["token"].tolist())
+    told = [f"{nats:.2f} nats; likelier: {other}" for nats, other in zip(table["nats"], others, strict=True)]
     rows = [(r.text, heat(r.nats), f"{r.nats:.1f}", t) for r, t in zip(table.itertuples(), told, strict=True)]
     what = f"{labels(a)[a]}, {table['nats'].mean():.2f} nats a token:"
     return coloured(rows, colour_scale(SURPRISES, what))
@@ -376,7 +378,8 @@ def reading(text: str, a: str) -> HTML:
 def against(text: str, a: str, b: str) -> HTML:
     """The surprises of `a` minus those of `b` on the same text: in the colour of the one that foresaw the token."""
     _check_two(a, b)
-    first, second, look = surprise(model(a), text), surprise(model(b), text), _looks(a, b)
+    text, look = text[:READ], _looks(a, b)
+    first, second = surprise(model(a), text), surprise(model(b), text)
     ends = [look[a]["color"], "white", look[b]["color"]]
     colours = LinearSegmentedColormap.from_list("against", ends)
 

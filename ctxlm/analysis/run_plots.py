@@ -5,6 +5,7 @@ seconds. `history` is long: phase, step, metric, value. Importing the module set
 """
 
 import math
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,11 +69,13 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: 
 def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
     """Below the figure, which grows with its rows, in as many columns as fit; by default of the first panel."""
     handles = handles or figure.axes[0].get_legend_handles_labels()[0]
-    widths = [43 + 4.7 * len(str(handle.get_label())) for handle in handles]  # points, with the line and the gap
+    labels = [textwrap.fill(str(handle.get_label()), 88) for handle in handles]
+    widths = [43 + 4.7 * max(map(len, label.split("\n"))) for label in labels]  # points, with the line and the gap
     fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * WIDTH)
     columns = next(fitting, 1)
-    figure.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False)
-    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(handles) / columns) - 1))
+    figure.legend(handles, labels, ncols=columns, loc="outside lower center", frameon=False)
+    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 1))
 
 
 def headline(figure: Figure, text: str) -> None:

@@ -56,7 +56,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
 
     - `grid`, `run`, and `id`, which joins both;
     - `configuration`: the experiment's label and, where its runs differ in more than size and replicate, in what; of
-      runs made by hand also what tells one from another that is else its equal;
+      runs made by hand then the run's name;
     - `replicate`, as `replicates` numbers them over all grids;
     - `log_ppl` (nats, of the test text; `val_loss` is of validation), `log_tokens`, `log2_tokens`;
     - `log_over_fitting`: log of the last epoch's validation PPL over the best one's; nan where training ended by the
@@ -104,16 +104,18 @@ def _by_hand(grid: str) -> bool:
 
 
 def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
-    """Runs made by hand, which no plan keeps apart, with the type of their products in `configuration` where it is not
-    one for all, and with the run's name where two would be equal in all that a pair shares."""
-    label = runs["configuration"].copy()
+    """Runs made by hand, which no plan keeps apart, with their experiment in `configuration`, or with their own name
+    where it stands for several unlike ones; and with the type of their products where it is not one for all."""
+    label = runs["configuration"].where(~by_hand, runs["experiment"])
+    kinds = [name for name in Experiment.model_fields if name in runs and name not in ALIKE]
+    for _, own in runs[by_hand].groupby(["grid", "experiment"]):
+        alike = (own[kinds].nunique(dropna=False) <= 1).all() and not own.duplicated(["train_tokens", *PAIR]).any()
+        label[own.index] = own["experiment"] if alike else own["run"]
     typed = by_hand & runs["dtype"].isin(TYPES)
     if runs.loc[typed, "dtype"].nunique() > 1:
-        label[typed & ~label.str.contains(", dtype ")] += ", dtype " + runs["dtype"]
+        label[typed] += ", dtype " + runs["dtype"]
     if "stopped" in runs:
         label[by_hand & runs["stopped"].eq(True)] += ", stopped"
-    alike = by_hand & runs.assign(label=label).duplicated(["grid", "label", "train_tokens", *PAIR], keep=False)
-    label[alike] += ", " + runs["run"]
     return runs.assign(configuration=label)
 
 

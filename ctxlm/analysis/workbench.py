@@ -32,7 +32,7 @@ from ctxlm.analysis.explore import (
     wrapped,
 )
 from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, steps_axis
-from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, parse_yaml, read_yaml
 from ctxlm.corpus import split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
@@ -120,7 +120,7 @@ def changed_experiment(preset: str, change: str) -> tuple[Experiment, str]:
     if preset not in known:
         raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
     try:
-        given = yaml.safe_load(change) or {}
+        given = parse_yaml(change) or {}
     except yaml.YAMLError:
         given = change
     if not isinstance(given, dict):
@@ -148,10 +148,10 @@ def train(
     """
     e, name = changed_experiment(preset, change)
     e.meant_for("notebooks/02_experiment.ipynb")
-    folder, watch = run_folder(folder or folder_by_hand(name, e)), Stopwatch()
-    device = resolve_device(e)
+    watch, device = Stopwatch(), resolve_device(e)
     dtype = resolve_dtype(e, device)
-    record, streams = provenance(e, device, dtype), split(e)
+    record, streams, vectors = provenance(e, device, dtype), split(e), torch.from_numpy(load_embedding(e))
+    folder = run_folder(folder or folder_by_hand(name, e))
     checkpoints = run_checkpoints(folder, record)
     train, val, test = (
         torch.from_numpy(s.tokens).long().to(device) for s in (streams.train, streams.val, streams.test)
@@ -163,7 +163,7 @@ def train(
         asked_to_stop = bool(on_epoch and on_epoch(rows))
         return asked_to_stop
 
-    network = ContextLM(e, torch.from_numpy(load_embedding(e))).to(device)
+    network = ContextLM(e, vectors).to(device)
     with watch("phase1"):
         shaped = shape_contexts(network, train, e, dtype)
     with watch("phase2"):
@@ -255,7 +255,13 @@ class Training:
         self.handle.update(view)
 
     def _enable(self) -> None:
-        self.start.disabled, self.stop.disabled = self.goes_on, not self.goes_on
+        self.start.disabled, self.stop.disabled = self.goes_on, not self.goes_on or self.stopped.is_set()
+        self.stop.description = "Stopping…" if self.goes_on and self.stopped.is_set() else "Stop"
+
+    def end(self) -> None:
+        """Stop after the epoch that goes on."""
+        self.stopped.set()
+        self._enable()
 
 
 TRAINING = Training()
@@ -283,7 +289,7 @@ def workbench(preset: list[str], change: str, shown: str) -> None:
     show_widgets(beside([*controls, start, stop]))
     TRAINING.attach(start, stop, display(first, display_id=True))
     start.on_click(lambda _: TRAINING.begin(*(control.value for control in controls)))
-    stop.on_click(lambda _: TRAINING.stopped.set())
+    stop.on_click(lambda _: TRAINING.end())
 
 
 def commands(preset: str, change: str) -> HTML:
