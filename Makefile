@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report status search site benchmark gpu test lab lint docs clean
+.PHONY: help env report status verify search site benchmark gpu test lab lint docs clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [SEARCH=lstm] [PYTHON=python3] [JOBS=all]"
@@ -48,6 +48,9 @@ report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html
 
 status: $(VENV)/.ready  ## print how far a grid is, also while it runs
 	@$(BIN)/python -m ctxlm.batch --status '$(GRID)'
+
+verify: $(VENV)/.ready  ## check that the files of all finished runs are as they were written
+	@$(BIN)/python -m ctxlm.analysis.runs
 
 search: $(VENV)/.ready  ## search hyper-parameters: params/search/$SEARCH.yaml, into data/search (TOP=3: its best at full size)
 	@$(BIN)/python -m ctxlm.search params/search/$(SEARCH).yaml $(addprefix --top ,$(TOP)) \

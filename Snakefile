@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
-from ctxlm.analysis.runs import check_runs, grid_dtype
+from ctxlm.analysis.runs import damaged_runs, grid_dtype, set_aside
 from ctxlm.batch import GRID_LOCK, failures, on_one_line
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
@@ -37,7 +37,10 @@ try:  # everything that can be said before any work starts is said here, in one 
         if run.embedding not in ("ppmi", "random"):  # those that may be missing
             load_embedding(run)
     DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
-    check_runs(GRID.name)  # before new runs are paid for, not after
+    if workflow.is_main_process and not workflow.dryrun:  # before new runs are paid for, not after
+        for damage in damaged_runs(GRID.name):
+            set_aside(damage)
+            print(damage, flush=True)
     if any(run.dtype == "auto" for run in GRID.runs.values()):  # one type for all, wherever each of them runs
         ONE = {"dtype": grid_dtype(GRID.name, GRID.runs)}
         RUNS = {name: run.model_copy(update=ONE if run.dtype == "auto" else {}) for name, run in GRID.runs.items()}

@@ -171,6 +171,16 @@ def digest(*parts: str | bytes) -> str:
     return sha.hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def source_hash(*names: str) -> str:
     """Digest of sources, named relative to the repository's root, and of all of ctxlm that they import.
 

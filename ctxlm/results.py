@@ -31,9 +31,11 @@ from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, resolve, take
+from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, file_digest, resolve, take
 from ctxlm.metrics import losses_by_sample
 
+WEIGHTS = "model.safetensors"
+"""A run's file of its weights."""
 LOSSES = "val_losses.npz"
 """A run's file of every validation token's loss."""
 CHECKPOINTS = ".checkpoints"
@@ -207,17 +209,20 @@ def write_run(
     if not_finite:
         raise ValueError(f"{not_finite[0]} = {metrics[not_finite[0]]} is not finite: the run is not written")
     writers: dict[str, Callable[[Path], Any]] = {
-        "metrics.json": lambda path: path.write_text(json.dumps(dict(metrics), indent=1) + "\n", encoding="utf-8"),
         "history.csv": lambda path: history.to_csv(path, index=False),
         "val_by_sample.csv": lambda path: losses_by_sample(*val).to_csv(path, index=False),
         "test_by_sample.csv": lambda path: losses_by_sample(*test).to_csv(path, index=False),
         LOSSES: lambda path: np.savez_compressed(path, loss=val[0], sample=val[1]),
-        "model.safetensors": lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
+        WEIGHTS: lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
     try:
         with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
+            mark = replaced_on_exit.enter_context(atomic(folder / "metrics.json"))
+            paths = {name: replaced_on_exit.enter_context(atomic(folder / name)) for name in writers}
             for name, write in writers.items():
-                write(replaced_on_exit.enter_context(atomic(folder / name)))
+                write(paths[name])
+            sealed = sealed_metrics(metrics, {name: file_digest(path) for name, path in paths.items()})
+            mark.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
             # Six files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark of
             # a finished run, never an earlier metrics.json beside newer tables.
             (folder / "metrics.json").unlink(missing_ok=True)
@@ -231,16 +236,45 @@ def write_run(
     return folder / "metrics.json"
 
 
+def sealed_metrics(metrics: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """The content of metrics.json with the digests of the run's files, and its own, under `files`."""
+    content = {name: value for name, value in metrics.items() if name != "files"}
+    return content | {"files": {**files, "metrics.json": _content_digest(content)}}
+
+
+def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
+    """See that a run's file, its metrics.json or another, is what was written with `metrics`; of older runs, nothing.
+
+    Raises:
+        ValueError: it is not.
+        OSError: it cannot be read.
+    """
+    known = metrics.get("files")
+    if not isinstance(known, Mapping) or path.name not in known:
+        return
+    content = {name: value for name, value in metrics.items() if name != "files"}
+    if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):
+        raise ValueError("it was changed after the run was written")
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True))
+
+
 def outputs_dir() -> Path:
     """Where runs are written: `outputs`, or what the environment variable CTXLM_OUTPUTS names."""
     return resolve(os.environ.get("CTXLM_OUTPUTS") or "outputs")
 
 
+def results_dir() -> Path:
+    """Where committed runs are: `data/results`, or what the environment variable CTXLM_RESULTS names."""
+    return resolve(os.environ.get("CTXLM_RESULTS") or "data/results")
+
+
 def run_folders(grid: str) -> dict[str, tuple[Path, str]]:
     """Finished runs of a grid: name → (folder, "outputs" or "committed")."""
-    committed = resolve(os.environ.get("CTXLM_RESULTS") or "data/results")
     found: dict[str, tuple[Path, str]] = {}
-    for root, source in ((committed, "committed"), (outputs_dir(), "outputs")):
+    for root, source in ((results_dir(), "committed"), (outputs_dir(), "outputs")):
         for path in sorted((root / grid).glob("*/metrics.json")):
             found[path.parent.name] = (path.parent, source)
     return found

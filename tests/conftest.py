@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: tiny models, streams and their literal twins."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from ctxlm.config import Experiment
 from ctxlm.model import ContextLM
+from ctxlm.results import sealed_metrics
 
 matplotlib.use("Agg")
 
@@ -37,6 +39,13 @@ def short_paragraphs(path: Path, count: int = 60, length: int = 40, power: int =
     paragraphs = (" ".join(words[i * j**power % 19] for j in range(1, length + 1)) for i in range(1, count + 1))
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return path
+
+
+def rewrite(path: Path, **metrics) -> None:
+    """Change a metrics.json as if the run had been written so."""
+    known = json.loads(path.read_text(encoding="utf-8"))
+    files = {name: digest for name, digest in known.get("files", {}).items() if name != path.name}
+    path.write_text(json.dumps(sealed_metrics(known | metrics, files)), encoding="utf-8")
 
 
 @pytest.fixture

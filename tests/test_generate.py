@@ -32,7 +32,7 @@ from ctxlm.generate import (
 from ctxlm.networks import Reader
 from ctxlm.ngrams import KneserNey
 from ctxlm.phase2 import Predictor
-from tests.conftest import short_paragraphs, stream, tiny
+from tests.conftest import rewrite, short_paragraphs, stream, tiny
 from tests.test_networks import small
 from tests.test_notebooks import SMALL, run_here
 
@@ -366,8 +366,7 @@ def copied(runs, tmp_path):
 
     def copy(name, **metrics):
         folder = shutil.copytree(runs / name, tmp_path / name)
-        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        (folder / "metrics.json").write_text(json.dumps(known | metrics), encoding="utf-8")
+        rewrite(folder / "metrics.json", **metrics)
         return folder
 
     return copy
@@ -415,6 +414,5 @@ def test_an_n_gram_whose_losses_were_not_kept_is_known_by_its_n_grams(copied):
     (folder / "val_losses.npz").unlink()
     (folder / "model.safetensors").unlink()
     assert isinstance(load_run(folder), NGramSpeaker)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    (folder / "metrics.json").write_text(json.dumps(metrics | {"ngrams": 5}), encoding="utf-8")
+    rewrite(folder / "metrics.json", ngrams=5)
     assert "is not what it was" in sentence(load_run, folder)

@@ -1,7 +1,6 @@
 """Runs on disk: what is written, what is refused, what survives a fault."""
 
 import json
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
-from ctxlm.analysis.runs import OPTIONAL_TABLE, TABLES, check_runs, grid_dtype, load_runs, load_table, load_val_losses
+from ctxlm.analysis import runs as reading
+from ctxlm.analysis.runs import (
+    OPTIONAL_TABLE,
+    TABLES,
+    Damaged,
+    damaged_runs,
+    grid_dtype,
+    load_runs,
+    load_table,
+    load_val_losses,
+    set_aside,
+)
 from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
@@ -25,10 +35,10 @@ from ctxlm.results import Stopwatch, provenance, run_by_hand, run_folder, run_fo
 HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
 
 
-def write(folder, **metrics):
+def write(folder, scale=1.0, **metrics):
     own = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_tokens": 4, "test_tokens": 3}
     own |= {"val_loss": 2.0, "val_ppl": 7.4}
-    losses, samples = np.array([1.0, 2.0, 4.0], dtype=np.float32), np.array([7, 7, 8], dtype=np.int32)
+    losses, samples = scale * np.array([1.0, 2.0, 4.0], dtype=np.float32), np.array([7, 7, 8], dtype=np.int32)
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     return write_run(folder, own | metrics, HISTORY, (losses, samples), (losses[1:], samples[1:]), weights)
 
@@ -83,7 +93,7 @@ def test_a_run_that_names_no_protocol_is_of_the_first_and_a_folder_in_a_folder_i
     assert len(load_table("protocol-1/g", "val_by_sample.csv")) == 4 and len(run_folders("protocol-1/g")) == 2
     assert load_val_losses("protocol-1/g", "A")["loss"].tolist() == [1.0, 2.0, 4.0]
     assert load_runs("g").empty and load_runs("protocol-1").empty
-    check_runs("protocol-1/g")
+    assert damaged_runs("protocol-1/g") == []
     (roots[1] / "protocol-1" / "g" / "A" / "history.csv").write_text("")
     with pytest.raises(ConfigError, match=r"^A/history.csv of grid protocol-1/g is damaged \(.*\): restore it by git$"):
         load_table("protocol-1/g", "history.csv")
@@ -108,13 +118,13 @@ def test_a_metrics_file_that_holds_no_run_is_named(roots):
     folder = roots[0] / "g" / "A"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged \(it holds no run\): delete the run's"):
+    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged \(it holds no run\): delete its metrics"):
         load_runs("g")
 
 
 def test_a_damaged_metrics_file_is_named(roots):
     write(roots[0] / "g" / "A").write_text('{"experiment": ', encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete the run's metrics.json"):
+    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete its metrics"):
         load_runs("g")
 
 
@@ -220,16 +230,16 @@ def test_a_run_that_cannot_be_written_says_where_why_and_what_to_do(roots, monke
 @pytest.mark.parametrize("name", ["val_ppl", "val_loss", "train_tokens", "val_tokens", "seed"])
 def test_a_metrics_file_without_a_number_that_counts_is_named(roots, name):
     path = write(roots[0] / "g" / "A")
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = unsealed(path)
     for value in ("7.4", None, float("nan"), float("inf"), -1, True, [1]) + ((0,) if name != "seed" else ()):
         path.write_text(json.dumps(metrics | {name: value}), encoding="utf-8")
         with pytest.raises(ConfigError) as caught:
             load_runs("g")
-        why = f"A/metrics.json of grid g is damaged ({name} = {value!r} is not possible): delete the run's metrics.json"
-        assert str(caught.value) == f"{why} and run it again"
+        why = f"A/metrics.json of grid g is damaged ({name} = {value!r} is not possible)"
+        assert str(caught.value) == f"{why}: delete its metrics.json and run it again"
     del metrics[name]
     path.write_text(json.dumps(metrics), encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"is damaged \(it has no {name}\): delete"):
+    with pytest.raises(ConfigError, match=rf"is damaged \(it has no {name}\): delete its metrics"):
         load_runs("g")
 
 
@@ -252,12 +262,8 @@ def test_a_damaged_table_is_named(roots, name):
             load_table("g", name)
         message = str(caught.value)
         assert message.startswith(f"A/{name} of grid g is damaged (") and "\n" not in message
-        assert message.endswith("): delete the run's metrics.json and run it again")
-        if content is None:  # Snakemake makes it again
-            check_runs("g")
-            continue
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            check_runs("g")
+        assert message.endswith("): delete its metrics.json and run it again")
+        assert [str(damage) for damage in damaged_runs("g")] == [message]
     write(roots[1] / "h" / "A").with_name(name).write_bytes(b"")
     with pytest.raises(ConfigError, match=rf"A/{name} of grid h is damaged \(.*\): restore it by git$"):
         load_table("h", name)
@@ -275,12 +281,70 @@ def flipped(content):
 def test_damaged_losses_by_token_are_named(roots, damage):
     path = write(roots[0] / "g" / "A").with_name("val_losses.npz")
     path.write_bytes(damage(path.read_bytes()))
-    for read in (lambda: load_val_losses("g", "A"), lambda: check_runs("g")):  # before new runs are paid for
-        with pytest.raises(ConfigError, match=r"^A/val_losses.npz of grid g is damaged \(.*\): delete it"):
-            read()
+    with pytest.raises(ConfigError, match=r"^A/val_losses.npz of grid g is damaged \(.*\): delete its metrics"):
+        load_val_losses("g", "A")
+    assert [damage.path for damage in damaged_runs("g")] == [path]
     path.unlink()
-    check_runs("g")
-    assert load_val_losses("g", "A") is None
+    assert damaged_runs("g") == [] and load_val_losses("g", "A") is None
+
+
+def unsealed(path):
+    """The content of a metrics.json of an older run: without digests, so that only what it says is looked at."""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    del metrics["files"]
+    path.write_text(json.dumps(metrics), encoding="utf-8")
+    return metrics
+
+
+def change(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old) >= 1
+    path.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", ["metrics.json", *TABLES, "model.safetensors", "val_losses.npz"])
+def test_whatever_is_changed_without_being_cut_is_noticed(roots, name):
+    """A digit in a table or a metric, another run's file in its place, a bit of the weights."""
+    path = write(roots[0] / "g" / "A").with_name(name)
+    other = write(roots[0] / "g" / "B", 2.0).with_name(name)
+    assert damaged_runs("g") == []
+    before = path.read_bytes()
+    changed = bytearray(before)
+    digits = [place for place, byte in enumerate(before) if chr(byte).isdigit()]
+    at = digits[len(digits) // 2] if name.endswith((".json", ".csv")) else len(before) - 2
+    changed[at] = ord("7") if before[at] != ord("7") else ord("8")
+    for content in (bytes(changed), other.read_bytes()):
+        if content == before:  # weights that are alike
+            continue
+        path.write_bytes(content)
+        (damage,) = damaged_runs("g")
+        assert damage.path.parent == path.parent and damage.path in (path, *[damage.path] * (name == "metrics.json"))
+        path.write_bytes(before)
+    assert damaged_runs("g") == []
+
+
+def test_a_damaged_run_is_set_aside_and_a_committed_one_left_to_git(roots):
+    path = write(roots[0] / "g" / "A")
+    change(path.with_name("history.csv"), b"1", b"2")
+    (damage,) = damaged_runs("g")
+    set_aside(damage)
+    left = {file.name.partition(".damaged-")[0] for file in path.parent.iterdir() if ".damaged-" in file.name}
+    assert left == {"history.csv", "metrics.json"} and not path.exists()
+    committed = write(roots[1] / "h" / "A")
+    change(committed.with_name("history.csv"), b"1", b"2")
+    (damage,) = damaged_runs("h")
+    with pytest.raises(Damaged, match="restore it by git"):
+        set_aside(damage)
+    assert committed.exists()
+
+
+def test_all_runs_are_verified_by_one_command(roots, capsys):
+    for root, grid in ((roots[0], "g"), (roots[1], "h"), (roots[1], "protocol-1/g")):
+        write(root / grid / "A")
+    assert reading.main() == 0 and "3 runs of 3 grids: none damaged" in capsys.readouterr().out
+    change(roots[1] / "h" / "A" / "history.csv", b"1", b"2")
+    assert reading.main() == 1
+    assert "A/history.csv of grid h is damaged" in capsys.readouterr().out
 
 
 def test_every_committed_result_loads(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_runs_of_two_types_are_refused_but_where_the_file_gives_them(roots, grid
     assert len(read_runs(grid({"A": {}} | ngram, **sweep))) == 2
 
 
-@pytest.mark.parametrize(("root", "remedy"), [(0, "delete"), (1, "git")])
+@pytest.mark.parametrize(("root", "remedy"), [(0, "run it again"), (1, "git")])
 def test_damage_is_refused(roots, grid, root, remedy):
     folder = write(roots[root], "planted")
     file = grid(train_tokens=[20_000], seed=[42])

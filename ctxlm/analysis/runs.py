@@ -7,7 +7,8 @@ import functools
 import io
 import json
 import math
-import os
+import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from scipy import sparse
 from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import PROTOCOL
 from ctxlm.device import resolve_device, resolve_dtype
-from ctxlm.files import ROOT, atomic, read_arrays, resolve
-from ctxlm.results import BY_HAND, LOSSES, outputs_dir, run_folders
+from ctxlm.files import ROOT, atomic, read_arrays
+from ctxlm.results import BY_HAND, LOSSES, WEIGHTS, check_seal, outputs_dir, results_dir, run_folders
 
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
 """What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
@@ -124,7 +125,7 @@ def _without_runs(grid: str, has_file: bool) -> ConfigError:
         return ConfigError(f"grid {grid} has no finished run yet: run notebooks/02_experiment.ipynb first")
     if has_file:
         return ConfigError(f"grid {grid} has no finished run yet: run `make report GRID={grid}` first")
-    results = resolve(os.environ.get("CTXLM_RESULTS") or "data/results") / PROTOCOL_1
+    results = results_dir() / PROTOCOL_1
     known = ", ".join(sorted(path.name for path in results.glob("*/")))
     return ConfigError(f"{grid} has no runs: of protocol 1 there are {known}")
 
@@ -262,20 +263,26 @@ def load_runs(grid: str) -> pd.DataFrame:
     Raises:
         ConfigError: a metrics.json is not readable, or does not hold what a run has.
     """
-    rows, younger = [], {name: field.default for name, field in Experiment.model_fields.items()}
-    for run, (folder, source) in run_folders(grid).items():
-        try:
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            _check_metrics(metrics)
-        except (OSError, ValueError) as error:
-            raise _damaged(grid, run, source, "metrics.json", error) from None
-        by_default = {"run": run, "source": source, "phase1_cached": False, "protocol": 1} | younger
-        if "protocol" not in metrics:
-            by_default["max_sample_tokens"] = None  # samples were whole
-        rows.append(by_default | metrics)
+    rows = [_load_run(grid, run, folder, source) for run, (folder, source) in run_folders(grid).items()]
     if not rows:
         return pd.DataFrame()
     return pd.DataFrame(rows).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
+
+
+def _load_run(grid: str, run: str, folder: Path, source: str) -> dict[str, Any]:
+    """A row of `load_runs`."""
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        _check_metrics(metrics)
+        check_seal(metrics, path)
+    except (OSError, ValueError) as error:
+        raise _damaged(grid, run, source, path, error) from None
+    by_default = {name: field.default for name, field in Experiment.model_fields.items()}
+    by_default |= {"run": run, "source": source, "phase1_cached": False, "protocol": 1}
+    if "protocol" not in metrics:
+        by_default["max_sample_tokens"] = None  # samples were whole
+    return by_default | metrics
 
 
 def _check_metrics(metrics: Any) -> None:
@@ -290,12 +297,19 @@ def _check_metrics(metrics: Any) -> None:
             raise ValueError(f"{name} = {value!r} is not possible")
 
 
-def _damaged(grid: str, run: str, source: str, name: str, error: Exception) -> ConfigError:
-    again = (
-        "delete it, for only mixtures need it" if name == LOSSES else "delete the run's metrics.json and run it again"
-    )
+class Damaged(ConfigError):
+    """A file of a finished run is not what was written."""
+
+    def __init__(self, sentence: str, path: Path, source: str):
+        super().__init__(sentence)
+        self.path, self.source = path, source
+
+
+def _damaged(grid: str, run: str, source: str, path: Path, error: Exception) -> Damaged:
+    again = "delete its metrics.json and run it again" if _by_hand(grid) else f"`make report GRID={grid}` runs it again"
     remedy = again if source == "outputs" else "restore it by git"
-    return ConfigError(f"{run}/{name} of grid {grid} is damaged ({' '.join(str(error).split())}): {remedy}")
+    why = " ".join(str(error).split())
+    return Damaged(f"{run}/{path.name} of grid {grid} is damaged ({why}): {remedy}", path, source)
 
 
 def load_val_losses(grid: str, run: str) -> dict[str, np.ndarray] | None:
@@ -311,22 +325,41 @@ def load_val_losses(grid: str, run: str) -> dict[str, np.ndarray] | None:
         return None
     arrays = read_arrays(folder / LOSSES, ("loss", "sample"))
     if arrays is None:
-        raise _damaged(grid, run, source, LOSSES, ValueError("an array of it is not whole"))
+        raise _damaged(grid, run, source, folder / LOSSES, ValueError("an array of it is not whole"))
     return arrays
 
 
-def check_runs(grid: str) -> None:
-    """Refuse damage in the files of a grid's finished runs. What is missing is no damage: it is made again.
+def damaged_runs(grid: str) -> list[Damaged]:
+    """What is damaged in the files of a grid's finished runs, or missing: one thing a run."""
+    found = []
+    for run, (folder, source) in run_folders(grid).items():
+        try:
+            row = pd.Series(_load_run(grid, run, folder, source))
+            for name in TABLES:
+                _table(grid, row, folder / name)
+            load_val_losses(grid, run)
+            # which may be deleted to save space, but not changed
+            for path in (path for path in (folder / LOSSES, folder / WEIGHTS) if path.exists()):
+                try:
+                    check_seal({"files": row.get("files")}, path)
+                except (OSError, ValueError) as error:
+                    raise _damaged(grid, run, source, path, error) from None
+        except Damaged as damage:
+            found.append(damage)
+    return found
+
+
+def set_aside(damage: Damaged) -> None:
+    """Put a damaged file of a run under another name, and what marks the run as finished: it is then done again.
 
     Raises:
-        ConfigError: as `load_runs`, `load_table` and `load_val_losses`.
+        Damaged: it is a committed run, which git has.
     """
-    load_runs(grid)
-    for run in run_folders(grid):
-        load_val_losses(grid, run)
-    for name in TABLES:
-        if name == OPTIONAL_TABLE or all((folder / name).exists() for folder, _ in run_folders(grid).values()):
-            load_table(grid, name)
+    if damage.source != "outputs":
+        raise damage
+    for path in {damage.path, damage.path.with_name("metrics.json")}:
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
 
 
 def load_table(grid: str, name: str) -> pd.DataFrame:
@@ -357,12 +390,13 @@ def _table(grid: str, run: Any, path: Path) -> pd.DataFrame | None:
         return None
     try:
         table = _read_table(path)
+        check_seal({"files": getattr(run, "files", None)}, path)
         if "tokens" in table:  # of N tokens N - 1 are predicted
             asked, there = getattr(run, f"{path.name.partition('_')[0]}_tokens") - 1, table["tokens"].sum()
             if there != asked:
                 raise ValueError(f"it has {there} tokens, metrics.json asks for {asked}")
     except (OSError, ValueError) as error:
-        raise _damaged(grid, run.run, run.source, path.name, error) from None
+        raise _damaged(grid, run.run, run.source, path, error) from None
     return table
 
 
@@ -415,3 +449,19 @@ def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
             "metrics.json to run them again"
         )
     return found
+
+
+def main() -> int:
+    """Check the files of all finished runs, in `outputs` and committed; print what is damaged."""
+    roots = [root for root in (outputs_dir(), results_dir()) if root.is_dir()]
+    grids = {path.parent.parent.relative_to(root).as_posix() for root in roots for path in root.rglob("metrics.json")}
+    damage = [one for grid in sorted(grids) for one in damaged_runs(grid)]
+    for one in damage:
+        print(one)
+    count = sum(len(run_folders(grid)) for grid in grids)
+    print(f"{count} runs of {len(grids)} grids: {len(damage) or 'none'} damaged")
+    return 1 if damage else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
