@@ -84,7 +84,7 @@ def test_what_cannot_be_seen_has_a_sign():
         lambda: play.continued(A, HOSTILE, 3),
         lambda: showing.table_of(pd.DataFrame({"<script>": [HOSTILE], "text": [HOSTILE]}), ["text"]),
         lambda: HTML(showing.quoted(HOSTILE)),
-        lambda: bench.commands("A", f"experiment: A\n{'output_bias'}: none\ncorpus: {json.dumps(HOSTILE)}"),
+        lambda: bench.commands("A", f"experiment: A\n{'output_bias'}: none\ncorpus: {json.dumps(HOSTILE + '.txt')}"),
     ],
 )
 def test_hostile_text_is_only_text(view):
