@@ -117,13 +117,13 @@ class Experiment(BaseModel):
     # What is read
     corpus: str = Field(
         "chitchat",
-        pattern=r"^(chitchat|ultrachat|.*\.(?i:txt|jsonl|parquet))$",
+        pattern=r"^(chitchat|ultrachat|[^\p{Cc}]+\.(?i:txt|jsonl|parquet))$",
         max_length=1000,
         description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file",
     )
     embedding: str = Field(
         "ppmi",
-        pattern=r"^(ppmi|random|gpt2|.*\.safetensors)$",
+        pattern=r"^(ppmi|random|gpt2|[^\p{Cc}]+\.safetensors)$",
         max_length=1000,
         description="ppmi, random, gpt2, or a .safetensors file holding wte",
     )

@@ -281,10 +281,10 @@ def _cached_corpus(
     def tokenised() -> dict[str, np.ndarray]:
         found = texts()
         if (count := sum(map(bool, found))) < LEAST_SAMPLES:  # said at once: a line of 50 MB takes minutes to tokenise
-            between = " by blank lines" if suffix == ".txt" else ", a line or row each"
+            between, s = " by blank lines" if suffix == ".txt" else ", a line or row each", "s" * (count != 1)
             raise ConfigError(
-                f"corpus = {name!r} has {count} samples, and takes {LEAST_SAMPLES} or more to be split: separate its "
-                f"conversations{between}, or use a longer corpus"
+                f"corpus = {name!r} has {count} sample{s}, and takes {LEAST_SAMPLES} or more to be split: separate "
+                f"its conversations{between}, or use a longer corpus"
             )
         arrays = _tokenise(name, found, min_tokens)
         if name == "ultrachat":  # before it is cached: what the hub has may be put right

@@ -680,7 +680,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(build_page(resolve(options.notebook)))
         else:
             print(build_all(outputs) if options.all else build(options.grid, outputs))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
