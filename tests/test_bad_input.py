@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save as as_safetensors
 from safetensors.torch import save_file
 
-from ctxlm import search
+from ctxlm import device, search
 from ctxlm.analysis import site
 from ctxlm.analysis.runs import TABLES, check_runs, grid_dtype
-from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.config import ConfigError, Experiment, load_grid, parse_yaml, read_yaml
 from ctxlm.corpus import VOCABULARY, check_data, load_corpus, split
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import ROOT, digest
+from ctxlm.files import ROOT, cached_arrays, digest
 from ctxlm.generate import load_run
 from ctxlm.model import ContextLM, own_weights
 from ctxlm.results import run_folder
@@ -76,6 +78,7 @@ def bad_values(name):
     if "string" in kinds:
         default = Experiment.model_fields[name].default
         yield from {"number": 7, "empty": "", "unknown": "no such", "long": default * 10**6}.items()
+        yield from {"surrogate": f"{default}\ud800.txt", "control before an extension": "\x1b[31m.txt"}.items()
         yield from {"control": f"{default}\x1b[31m\x07", "null": f"{default}\0", "line": f"{default}\n"}.items()
         if name != "experiment":  # a label may be of any case
             yield "case", default.upper()
@@ -530,3 +533,50 @@ def test_the_table_is_long():
     """How many bad inputs are refused above."""
     kinds = (VALUES, CORPUS_ROWS, rows(EMBEDDINGS), rows(YAML), rows(GRIDS), rows(YAML | SEARCHES), RUN_FILES, ASKED)
     assert sum(map(len, kinds)) > 800
+
+
+# Traps
+
+
+def test_what_is_pickled_in_a_cache_is_not_run(home, monkeypatch):
+    monkeypatch.chdir(home)
+    path = home / "cache" / "corpus.npz"
+    np.savez(path, tokens=np.array([Harmful()], dtype=object), names=np.array(["tokens"]))
+    assert cached_arrays(path, lambda: {"tokens": np.arange(3)})["tokens"].tolist() == [0, 1, 2]  # made anew
+    assert not (home / "unpickled").exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_a_sentence_holds_no_control_character(text):
+    said = str(ConfigError(f"corpus = {text}"))
+    assert said.isprintable() and (said == f"corpus = {text}" or not text.isprintable())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+        max_leaves=20,
+    )
+)
+def test_yaml_without_its_traps_is_still_yaml(value):
+    assert parse_yaml(yaml.safe_dump(value)) == value
+
+
+@pytest.mark.parametrize("text", ["20:00", "1:30:00.5", "010", "2026-11-28", "0b11", "190:20:30"])
+def test_what_does_not_look_like_a_number_is_none(text):
+    assert parse_yaml(f"a: {text}") == {"a": text} != yaml.safe_load(f"a: {text}")
+
+
+def test_a_few_aliases_are_fine():
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]\n") == {"a": [1, 2], "b": [[1, 2]] * 2}
+
+
+def test_a_model_that_this_machine_has_no_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "_memory", lambda _: 8 * 2**30)
+    large = Experiment(num_layers=64, context_dim=8192, device="cpu")  # 4.3e9 weights
+    said = sentence(device.resolve_device, large)
+    assert "num_layers = 64" in said and "context_dim = 8192" in said
+    assert device.resolve_device(Experiment(num_layers=6, context_dim=8192, device="cpu")).type == "cpu"
