@@ -529,7 +529,7 @@ class GridFile(BaseModel):
     def _consistent(self) -> "GridFile":
         count = len(self.experiments) * math.prod(map(len, self.sweep.values()))
         if count > MOST_RUNS:
-            raise ValueError(f"'sweep' makes {count:,} runs of it, more than {MOST_RUNS:,}: give fewer values")
+            raise ValueError(f"'experiments' times 'sweep' are {count:,} runs, more than {MOST_RUNS:,}: give fewer")
         for name in self.swept:
             if self.swept.count(name) > 1:
                 raise ValueError(f"'sweep' names {name} twice: keep one of the two")

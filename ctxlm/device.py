@@ -3,13 +3,13 @@
 import functools
 import hashlib
 import math
-import os
 import time
 
 import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError, Experiment
+from ctxlm.files import memory
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -48,7 +48,7 @@ def _memory(device: torch.device) -> int:
     """Bytes of memory, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory()
 
 
 def _device(experiment: Experiment) -> torch.device:

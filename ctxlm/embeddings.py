@@ -9,7 +9,7 @@ import scipy.stats
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus
-from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
+from ctxlm.files import cache_dir, cached_arrays, digest, find, memory, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14
@@ -41,6 +41,8 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
         ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
     """
     kind, dim = experiment.embedding, experiment.embed_dim
+    if (needed := 4 * 4 * VOCABULARY * dim) > memory():  # itself, and what it is made from
+        raise ConfigError(f"embed_dim = {dim} takes {needed / 2**30:.0f} GiB, more than there are here: lower it")
     draws = np.random.default_rng(experiment.embedding_seed or SEED)
     if kind == "random":
         return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)

@@ -102,6 +102,11 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] 
         return None
 
 
+def memory() -> int:
+    """Bytes of this machine's memory, used or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def parse_json(text: str | bytes) -> Any:
     """What a text says in JSON.
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as as_safetensors
 from safetensors.torch import save_file
 
-from ctxlm import device, search
+from ctxlm import device, embeddings, search
 from ctxlm.analysis import site
 from ctxlm.analysis.runs import TABLES, check_runs, grid_dtype
 from ctxlm.config import ConfigError, Experiment, load_grid, parse_yaml, read_yaml
@@ -377,6 +377,15 @@ def test_a_bad_grid_is_refused(home, refused, monkeypatch, content):
         refused(site.main, ["--grid", name, "--outputs", str(home / "outputs")], command=True)
 
 
+@pytest.mark.parametrize("name", ["a b", ".", ".hidden", "-x", "a;b", "a\x1b[31m", "quick", "study"])
+def test_a_grid_or_a_search_whose_name_is_no_folders_is_refused(home, refused, searched, name):
+    grid = put(home / "grids" / f"{name}.yaml", yaml_bytes(experiments=EXPERIMENT))
+    assert repr(grid)[1:-1][:-8] in refused(load_grid, grid)
+    if name in ("quick", "study"):
+        name = "lstm"
+    refused(Search, put(home / f"{name}.yaml", yaml_bytes(**searched)))
+
+
 @pytest.fixture
 def searched(home):
     """The text of a good search."""
@@ -575,8 +584,10 @@ def test_a_few_aliases_are_fine():
 
 
 def test_a_model_that_this_machine_has_no_room_for_is_refused(monkeypatch):
-    monkeypatch.setattr(device, "_memory", lambda _: 8 * 2**30)
+    for module in (device, embeddings):
+        monkeypatch.setattr(module, "memory", lambda: 8 * 2**30)
     large = Experiment(num_layers=64, context_dim=8192, device="cpu")  # 4.3e9 weights
     said = sentence(device.resolve_device, large)
     assert "num_layers = 64" in said and "context_dim = 8192" in said
     assert device.resolve_device(Experiment(num_layers=6, context_dim=8192, device="cpu")).type == "cpu"
+    assert "embed_dim = 65536" in sentence(load_embedding, Experiment(embedding="random", embed_dim=65_536))
