@@ -18,8 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ctxlm.files import ROOT, digest, resolve, source_hash
 
-MOST = 10**9
-"""The largest number that a parameter without another limit can be."""
+MOST, LARGEST = 10**9, 1e30
+"""The largest whole number, and the largest other, that a parameter without another limit can be; float32 ends at 3e38.
+"""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -27,7 +28,7 @@ UpTo64 = Annotated[int, Field(ge=1, le=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 
 NETWORKS = ("lstm", "transformer")
 """Values of `model` that `ctxlm.networks` trains."""
@@ -168,7 +169,7 @@ class Experiment(BaseModel):
     phase1_max_iterations: Count = Field(10, description="Phase 1 ends here at the latest")
     phase1_convergence_threshold: Positive = Field(0.03, description="a token whose context moved less has converged")
     phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that stops Phase 1")
-    phase1_context_noise: float = Field(0.1, ge=0, le=MOST, description="sd of the noise on contexts read")
+    phase1_context_noise: float = Field(0.1, ge=0, le=LARGEST, description="sd of the noise on contexts read")
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
     # Phase 2
     phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
