@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import ROOT, digest, resolve, source_hash
+from ctxlm.files import ROOT, digest, find, resolve, source_hash
 
 MOST, LARGEST = 10**9, 1e30
-"""The largest whole number, and the largest other, that a parameter without another limit can be; float32 ends at 3e38.
-"""
+"""The largest whole number, and the largest other, that a parameter can be; float32 ends at 3e38."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -322,7 +321,7 @@ class Experiment(BaseModel):
         twice may have been corrected in its cell: the kernel still has it, and the sentence says so.
 
         Raises:
-            ConfigError: as `from_mapping`.
+            ConfigError: as `from_mapping` and `check_output_dir`; or a corpus's or an embedding's file is not there.
         """
         data = (bool, int, float, str, list, dict, type(None))
         there = {name for name, value in namespace.items() if type(value) in data and not name.startswith("_")}
@@ -333,6 +332,9 @@ class Experiment(BaseModel):
             if "output_dir" in also and namespace.get("output_dir") is not None:
                 check_output_dir(namespace["output_dir"])
             found = cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
+            for name, value in (("corpus", found.corpus), ("embedding", found.embedding)):
+                if "." in value and not find(value).is_file():
+                    raise ConfigError(f"{name} = {shown(value)} is no file at {find(value)}: check the name")
         except ConfigError as error:
             before, namespace["_refused"] = namespace.get("_refused"), str(error)
             if before == str(error):
@@ -494,7 +496,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         with resolve(path).open("rb") as file:
             content = parse_yaml(file.read(LONGEST_FILE + 1))
     except ConfigError as error:
-        raise ConfigError(f"{path}, {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:  # the latter, of a name that no file can have
         raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', error)}): check the name") from None
     if not isinstance(content, dict):
@@ -638,6 +640,8 @@ def _check_name(run: str) -> None:
 def parameters_table() -> str:
     """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
     rows = ["# Parameters", "", "Generated from `ctxlm.config.Experiment` by `make docs`; edit them there.", ""]
+    said = "papermill reads YAML 1.1, where `20:00` is 1200, `010` is 8 and `1e-4` is text. In grid files and searches "
+    rows += [said + "all three are text, and so refused as a number.", ""]
     rows += ["| parameter | default | meaning |", "|---|---|---|"]
     for name, field in Experiment.model_fields.items():
         default = json.dumps(field.default).strip('"')

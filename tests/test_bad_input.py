@@ -246,6 +246,8 @@ def test_a_bad_corpus_is_refused(home, refused, suffix, content):
         check_data([Experiment.from_mapping({"corpus": name, "train_tokens": 5, "val_samples": 1, "test_samples": 1})])
 
     assert f"corpus = {name!r}" in refused(read)
+    if content in (MISSING, DIRECTORY):
+        assert f"corpus = {name!r}" in refused(Experiment.from_namespace, {"corpus": name})
 
 
 def wte(**tensors):
@@ -299,6 +301,8 @@ def test_a_bad_embedding_is_refused(home, refused, monkeypatch, content):
     assert f"embedding = {name!r}" in refused(load_embedding, e)
     if content == UNREADABLE:
         assert f"embedding = {name!r}" in refused(data_hash, e)
+    if content in (MISSING, DIRECTORY):
+        assert f"embedding = {name!r}" in refused(Experiment.from_namespace, {"embedding": name})
 
 
 BOMB = "a0: &a0 [lol, lol]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 12))
