@@ -7,6 +7,8 @@ import ast
 import difflib
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,15 +17,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import ROOT, digest, resolve, source_hash
+from ctxlm.files import ROOT, digest, find, resolve, source_hash
 
-Count = Annotated[int, Field(ge=1)]
+MOST, LARGEST = 10**9, 1e30
+"""The largest whole number, and the largest other, that a parameter can be; float32 ends at 3e38."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 UpTo64 = Annotated[int, Field(ge=1, le=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 
 NETWORKS = ("lstm", "transformer")
 """Values of `model` that `ctxlm.networks` trains."""
@@ -49,6 +54,14 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
 LONGEST_NAME = 200
 """Characters of a run's name; file systems take 255 bytes."""
+MOST_RUNS = 1_000
+"""Runs of a grid: more are a slip, which would be found out after minutes of checks."""
+MOST_WEIGHTS = 10**10
+"""Weights of a model: 40 GB in float32, and four times that with their gradients and Adam's averages."""
+LONGEST_FILE = 1_000_000
+"""Bytes of a YAML file."""
+MOST_NODES = 100_000
+"""Values in a YAML file, those that an alias stands for counted once more for every alias."""
 
 
 def code_hash(model: str = "context") -> str:
@@ -57,11 +70,41 @@ def code_hash(model: str = "context") -> str:
 
 
 class ConfigError(ValueError):
-    """A parameter that cannot be used; the message names it, its value and the remedy in one sentence."""
+    """A parameter that cannot be used; the message names it, its value and the remedy in one sentence.
+
+    Control characters in it, which come from files and values, are shown: a terminal would obey them.
+    """
+
+    def __init__(self, said: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said))
 
     def _render_traceback_(self) -> list[str]:
         """What Jupyter shows: the sentence, not the way to it."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence has it: as Python writes it, but of a long one only both ends."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "(a number of more than 4,300 digits)"  # which Python does not write
+    return text if len(text) <= 200 else f"{text[:120]} … {text[-40:]}"
+
+
+def check_output_dir(path: Any) -> None:
+    """Refuse an `output_dir` that names no folder for a run, or one among the repository's own files.
+
+    Raises:
+        ConfigError: it is no path, or lies in the repository but not in `outputs`, or is that itself.
+    """
+    said = f"output_dir = {shown(str(path) if isinstance(path, Path) else path)} is not possible"
+    if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
+        raise ConfigError(f"{said}: name a folder for the run, as outputs/mine/A")
+    folder = resolve(path).resolve()
+    homes = [resolve(home).resolve() for home in ("outputs", os.environ.get("CTXLM_OUTPUTS") or "outputs")]
+    if folder in homes or (folder.is_relative_to(ROOT) and not any(map(folder.is_relative_to, homes))):
+        raise ConfigError(f"{said}, for other files are there: name a folder of its own, as outputs/mine/A")
 
 
 class Experiment(BaseModel):
@@ -73,8 +116,18 @@ class Experiment(BaseModel):
         "A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60, description="label of the configuration"
     )
     # What is read
-    corpus: str = Field("chitchat", min_length=1, description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file")
-    embedding: str = Field("ppmi", min_length=1, description="ppmi, random, gpt2, or a .safetensors file holding wte")
+    corpus: str = Field(
+        "chitchat",
+        pattern=r"^(chitchat|ultrachat|[^\p{Cc}]+\.(?i:txt|jsonl|parquet))$",
+        max_length=1000,
+        description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file",
+    )
+    embedding: str = Field(
+        "ppmi",
+        pattern=r"^(ppmi|random|gpt2|[^\p{Cc}]+\.safetensors)$",
+        max_length=1000,
+        description="ppmi, random, gpt2, or a .safetensors file holding wte",
+    )
     embedding_seed: Seed = Field(
         0, description="0: ppmi as it is, its signs by a convention; otherwise they, or random's numbers, are drawn"
     )
@@ -92,8 +145,8 @@ class Experiment(BaseModel):
     max_sample_tokens: Count | None = Field(
         256, description="a validation or test sample is cut to its first so many tokens; null: it is whole"
     )
-    held_out_tokens: int = Field(
-        0, ge=0, description="for tuning: so many last training tokens are left out, and stand in for validation"
+    held_out_tokens: Natural = Field(
+        0, description="for tuning: so many last training tokens are left out, and stand in for validation"
     )
     # The model
     model: Literal["context", "kneser-ney", "lstm", "transformer"] = Field(
@@ -116,7 +169,7 @@ class Experiment(BaseModel):
     phase1_max_iterations: Count = Field(10, description="Phase 1 ends here at the latest")
     phase1_convergence_threshold: Positive = Field(0.03, description="a token whose context moved less has converged")
     phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that stops Phase 1")
-    phase1_context_noise: float = Field(0.1, ge=0, description="sd of the noise on contexts read")
+    phase1_context_noise: float = Field(0.1, ge=0, le=LARGEST, description="sd of the noise on contexts read")
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
     # Phase 2
     phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
@@ -131,8 +184,8 @@ class Experiment(BaseModel):
     )
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
-    phase2_context_window: int = Field(
-        0, ge=0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
+    phase2_context_window: Natural = Field(
+        0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
     )
     slow_decay: Share = Field(
         0.0, description="decay a token of a slow context, a decayed sum of embeddings that the head reads too; 0: none"
@@ -140,7 +193,7 @@ class Experiment(BaseModel):
     phase2_shuffle: bool = Field(
         False, description="updates read tokens (or whole windows of them) in random order, not the stream's"
     )
-    phase2_warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises from 0")
+    phase2_warmup_updates: Natural = Field(0, description="updates over which the learning rate rises from 0")
     phase2_final_rate: float = Field(
         1.0, gt=0, le=1, description="the learning rate after phase2_epochs as a share of its peak (half a cosine)"
     )
@@ -162,11 +215,11 @@ class Experiment(BaseModel):
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
         "none", description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens"
     )
-    context_rank: int = Field(
-        0, ge=0, description="the TokenBlock reads so many principal dimensions of every layer's contexts; 0: all"
+    context_rank: Natural = Field(
+        0, description="the TokenBlock reads so many principal dimensions of every layer's contexts; 0: all"
     )
     train_loss_after_epoch: bool = Field(False, description="measure the training loss also after every epoch")
-    val_every_steps: int = Field(0, ge=0, description="validate also every so many updates; 0: after epochs only")
+    val_every_steps: Natural = Field(0, description="validate also every so many updates; 0: after epochs only")
     # The machine
     seed: Seed = Field(42, description="of initialisation, noise and order")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -179,6 +232,9 @@ class Experiment(BaseModel):
         def refuse(remedy: str, *names: str) -> None:
             raise ValueError(f"{' and '.join(f'{name} = {getattr(self, name)!r}' for name in names)}: {remedy}")
 
+        if self.least_weights > MOST_WEIGHTS:
+            remedy = f"a model of {self.least_weights:.0e} weights or more has room on no machine: lower one of them"
+            refuse(remedy, "num_layers", "context_dim" if self.model == "context" else "hidden_dim")
         if (self.train_tokens is None) == (self.train_samples is None):
             remedy = "give exactly one of the two and set the other to null (on papermill's command line: None)"
             refuse(remedy, "train_tokens", "train_samples")
@@ -227,6 +283,13 @@ class Experiment(BaseModel):
                 self.check_warmup(-(-targets // self.phase2_batch_size))
         return self
 
+    @property
+    def least_weights(self) -> int:
+        """Weights that the model has at least: those of the products between its layers' own widths."""
+        if self.model == "context":
+            return self.num_layers * self.context_dim**2 // (1 if self.design == "constant" else 4)
+        return self.num_layers * self.hidden_dim**2 if self.model in NETWORKS else 0
+
     def check_warmup(self, updates: int) -> None:
         """Refuse a warm-up that outlasts a training of so many `updates` an epoch.
 
@@ -259,7 +322,7 @@ class Experiment(BaseModel):
         from the parameters' one on as it was run last.
 
         Raises:
-            ConfigError: as `from_mapping`.
+            ConfigError: as `from_mapping` and `check_output_dir`; or a corpus's or an embedding's file is not there.
         """
         data = (bool, int, float, str, list, dict, type(None))
         there = {name for name, value in namespace.items() if type(value) in data and not name.startswith("_")}
@@ -268,7 +331,13 @@ class Experiment(BaseModel):
             injected = {name for cell in cells if cell.lstrip().startswith("# Parameters") for name in _assigned(cell)}
             by_hand = {name for cell in cells for name in _assigned(cell) if _closest(name)}
             there &= injected | by_hand
-        return cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
+        if "output_dir" in also and namespace.get("output_dir") is not None:
+            check_output_dir(namespace["output_dir"])
+        found = cls.from_mapping({name: namespace[name] for name in there | (cls.model_fields.keys() & namespace)})
+        for name, value in (("corpus", found.corpus), ("embedding", found.embedding)):
+            if "." in value and not find(value).is_file():
+                raise ConfigError(f"{name} = {shown(value)} is no file at {find(value)}: check the name")
+        return found
 
     def meant_for(self, notebook: str) -> "Experiment":
         """Itself, once it is known that this notebook (its path in the repository) runs its model.
@@ -306,7 +375,9 @@ def _assigned(cell: str) -> set[str]:
 
 
 _WORDS = {
-    "experiment": "a label holds letters, digits, '.', '_' and '-' only, and begins with a letter or a digit",
+    "experiment": "a label must hold letters, digits, '.', '_' and '-' only, and begin with a letter or a digit",
+    "corpus": "name chitchat, ultrachat, or a .txt, .jsonl or .parquet file",
+    "embedding": "choose ppmi, random, gpt2 or a .safetensors file",
     "device": "it must be auto, cpu, cuda or cuda:N, as cuda:0",
     "title": "write a text after it (a number in quotes), or leave the line out",
     "description": "write a text after it (a number in quotes), or leave the line out",
@@ -323,42 +394,67 @@ def _validated(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
         return kind.model_validate(values)
     except ValidationError as error:
         details = {detail["loc"][:1]: detail for detail in error.errors()}  # of a union's, one
-        raise ConfigError("; ".join(_sentence(kind, detail) for detail in details.values())) from None
+        said = [_sentence(kind, detail) for detail in itertools.islice(details.values(), 9)]
+        raise ConfigError("; ".join(said) + f"; and {len(details) - 9} more" * (len(details) > 9)) from None
 
 
 def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     """One of pydantic's error details as a sentence: parameter, value, remedy."""
     if not detail["loc"]:  # raised by a validator of the whole, a sentence already
         return str(detail["ctx"]["error"])
-    name, value = str(detail["loc"][0]), detail["input"]
+    name, value = str(detail["loc"][0])[:100], detail["input"]
     if name in ("experiments", "sweep") and len(detail["loc"]) > 1:
-        name = f"{name}, {detail['loc'][1]}"
+        name = f"{name}, {str(detail['loc'][1])[:100]}"
     if detail["type"] == "extra_forbidden":
         if kind is not Experiment:
             return f"{name!r} is no key of a grid file: see params/grids/quick.yaml"
         closest = _closest(name, 0.6)
         hint = f"did you mean {' or '.join(closest)}?" if closest else "see docs/parameters.md"
-        return f"{name} = {value!r} is not a parameter: {hint}"
+        return f"{name} = {shown(value)} is not a parameter: {hint}"
     said = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
     if detail["type"] == "literal_error":
         said = f"choose {detail['ctx']['expected']}"
     elif detail["type"] != "string_too_long":
         said = _WORDS.get(name.partition(",")[0], said)
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE):
-        hints = {"int_type": " (write it without quotes)", "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)"}
+        hints = {
+            "int_type": " (write it without quotes or a 0 before it)",
+            "float_type": " (YAML reads 1e-4 as text: write 1.0e-4)",
+        }
         said += hints.get(detail["type"], "")
-    return f"{name} = {value!r} is not possible: {said}"
+    return f"{name} = {shown(value)} is not possible: {said}"
 
 
 def _closest(name: str, least: float = 0.8) -> list[str]:
     """The parameters that a name resembles most, if it resembles any that much."""
+    name = name[:100].lower()
     scores = {known: difflib.SequenceMatcher(None, known, name).ratio() for known in Experiment.model_fields}
     best = max(scores.values())
     return [known for known, score in scores.items() if score == best][:3] if best >= least else []
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as `yaml.safe_load` reads it, but a key that is given twice is refused, where YAML would keep the last."""
+    """YAML as `yaml.safe_load` reads it, with three traps shut.
+
+    A key that is given twice is refused, where YAML would keep the last. Aliases of aliases, which a few lines multiply
+    to billions of values, have a bound. And what YAML 1.1 takes for a number or a date without looking like one, as
+    20:00 (1200), 010 (8) and 2026-11-28, stays a text.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.nodes, self.sizes = 0, {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias, before = self.check_event(yaml.AliasEvent), self.nodes
+        node = super().compose_node(parent, index)
+        if alias and node not in self.sizes:
+            raise ConfigError(f"line {node.start_mark.line + 1}: what is given there holds itself: write it out")
+        self.nodes += self.sizes[node] if alias else 1
+        self.sizes.setdefault(node, self.nodes - before)
+        if self.nodes > MOST_NODES:
+            raise ConfigError(f"it has more than {MOST_NODES:,} values, aliases written out: give fewer")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -370,33 +466,53 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_UNLIKE = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _UNLIKE]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_WHOLE, _REAL = r"[-+]?(0|[1-9][0-9_]*)", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?"
+_Loader.add_implicit_resolver(_UNLIKE[0], re.compile(f"^{_WHOLE}$"), [*"-+0123456789"])
+_Loader.add_implicit_resolver(
+    _UNLIKE[1], re.compile(rf"^({_REAL}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"), [*"-+0123456789."]
+)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """What a text says in YAML. Nothing in it is run, and what its aliases stand for has a bound.
+
+    Raises:
+        ConfigError: it is no YAML, too long or too deep, or gives a key twice.
+    """
+    if len(text) > LONGEST_FILE:
+        raise ConfigError(f"it has more than {LONGEST_FILE:,} bytes, which no parameters need: name another file")
+    try:
+        return yaml.load(text.decode("utf-8") if isinstance(text, bytes) else text, _Loader)
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError("it is nested too deep: write it flat") from None
+    except Exception as error:  # a tag on a text that it does not fit can raise nearly anything
+        said = " ".join(str(error).replace(' in "<unicode string>",', " in").split())
+        raise ConfigError(f"it is not readable as YAML ({said[:300]}): mend it") from None
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; relative paths are taken from the repository's root.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, gives a key twice, or holds no mapping.
+        ConfigError: the file cannot be read, holds no mapping, or as `parse_yaml`.
     """
     try:
-        content = yaml.load(resolve(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): check the name") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        with resolve(path).open("rb") as file:
+            content = parse_yaml(file.read(LONGEST_FILE + 1))
     except ConfigError as error:
-        raise ConfigError(f"{path}, {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # the latter, of a name that no file can have
+        raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', error)}): check the name") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, but holds {type(content).__name__}")
     return content
-
-
-def parse_yaml(text: str) -> Any:
-    """What a text says as YAML, safely read.
-
-    Raises:
-        yaml.YAMLError: it is none.
-        ConfigError: it gives a key twice.
-    """
-    return yaml.load(text, _Loader)
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -425,18 +541,21 @@ class GridFile(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GridFile":
+        count = len(self.experiments) * math.prod(map(len, self.sweep.values()))
+        if count > MOST_RUNS:
+            raise ValueError(f"'experiments' times 'sweep' are {count:,} runs, more than {MOST_RUNS:,}: give fewer")
         for name in self.swept:
             if self.swept.count(name) > 1:
                 raise ValueError(f"'sweep' names {name} twice: keep one of the two")
             for label, given in self.experiments.items():  # a file's values are defaults, shared among grids
                 for own in (own for own in given if isinstance(own, dict) and name in own):
                     raise ValueError(
-                        f"{name} = {own[name]!r} of experiment {label!r} would be overridden by 'sweep': remove one of "
-                        "the two"
+                        f"{name} = {shown(own[name])} of experiment {label!r} would be overridden by 'sweep': "
+                        "remove one of the two"
                     )
         for names, values in self.sweep.items():
             if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-                raise ValueError(f"'sweep' of '{names}' has {twice[0]!r} twice: remove one of the two")
+                raise ValueError(f"'sweep' of '{names}' has {shown(twice[0])} twice: remove one of the two")
             count = len(_names(names))
             if count > 1 and not all(isinstance(value, list) and len(value) == count for value in values):
                 raise ValueError(f"'sweep' of '{names}' needs lists of {count} values each, as [42, 0]")
@@ -532,6 +651,8 @@ def _check_name(run: str) -> None:
 def parameters_table() -> str:
     """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
     rows = ["# Parameters", "", "Generated from `ctxlm.config.Experiment` by `make docs`; edit them there.", ""]
+    said = "papermill reads YAML 1.1, where `20:00` is 1200, `010` is 8 and `1e-4` is text. In grid files and searches "
+    rows += [said + "all three are text, and so refused as a number.", ""]
     rows += ["| parameter | default | meaning |", "|---|---|---|"]
     for name, field in Experiment.model_fields.items():
         default = json.dumps(field.default).strip('"')

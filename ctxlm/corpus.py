@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import ByteLevelBPETokenizer
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
+from ctxlm.files import cache_dir, cached_arrays, digest, find, parse_json, source_hash
 from ctxlm.progress import track
 
 VOCABULARY = 50_257
@@ -37,6 +37,8 @@ PROTOCOL = 2
 """How runs are judged (`split`); results of two protocols are not compared."""
 REGION = 200
 """Samples kept for validation, and as many for the test, at most: an eighth of a corpus's first half."""
+LEAST_SAMPLES = 6
+"""With fewer, a corpus's first half has no sample to train on beside one for validation and one for the test."""
 WINDOWS = 60
 """Places where a training window may begin; it has many divisors, so that 2 to 6, 10 or 12 windows lie evenly."""
 
@@ -148,7 +150,10 @@ def load_corpus(name: str) -> Corpus:
         raise ConfigError(f"corpus = {name!r} is neither chitchat nor ultrachat nor a file at {path}: check the name")
     if read is None:
         raise ConfigError(f"corpus = {name!r} has an extension that cannot be read: use .txt, .jsonl or .parquet")
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"corpus = {name!r} cannot be read ({error.strerror}): name another file") from None
     return _cached_corpus(name, raw, lambda: read(name, raw), suffix=path.suffix.lower())
 
 
@@ -274,7 +279,14 @@ def _cached_corpus(
     key = digest(raw, suffix, *TOKENIZER_SHA256.values(), source_hash("ctxlm/corpus.py"))
 
     def tokenised() -> dict[str, np.ndarray]:
-        arrays = _tokenise(name, texts(), min_tokens)
+        found = texts()
+        if (count := sum(map(bool, found))) < LEAST_SAMPLES:  # said at once: a line of 50 MB takes minutes to tokenise
+            between, s = " by blank lines" if suffix == ".txt" else ", a line or row each", "s" * (count != 1)
+            raise ConfigError(
+                f"corpus = {name!r} has {count} sample{s}, and takes {LEAST_SAMPLES} or more to be split: separate "
+                f"its conversations{between}, or use a longer corpus"
+            )
+        arrays = _tokenise(name, found, min_tokens)
         if name == "ultrachat":  # before it is cached: what the hub has may be put right
             _check_ultrachat(arrays["starts"])
         return arrays
@@ -290,8 +302,6 @@ def _tokenise(name: str, texts: list[str], min_tokens: int) -> dict[str, np.ndar
     for i in track(range(0, len(texts), 256), f"tokens of {Path(name).name}"):
         encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(texts[i : i + 256])]
     kept = [ids for ids in encoded if len(ids) >= min_tokens]
-    if not kept:
-        raise ConfigError(f"corpus = {name!r} is empty: it holds no text")
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in kept])]).astype(np.int64)
     return {"tokens": np.concatenate(kept), "starts": starts}
 
@@ -362,9 +372,10 @@ def _jsonl_texts(name: str, raw: bytes) -> list[str]:
     for number, line in enumerate(_utf8(name, raw).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"corpus = {name!r}: line {number} is not JSON ({error.msg}): mend it") from None
+                rows.append((number, parse_json(line)))
+            except ValueError as error:
+                said = getattr(error, "msg", error)
+                raise ConfigError(f"corpus = {name!r}: line {number} is not JSON ({said}): mend it") from None
     return _row_texts(name, "line", rows)
 
 
@@ -381,7 +392,8 @@ def _parquet_texts(name: str, raw: bytes) -> list[str]:
         columns = [column for column in ("text", "messages") if column in file.schema_arrow.names]
         rows = file.read(columns=columns[:1]).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"corpus = {name!r} is not readable as Parquet: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        raise ConfigError(f"corpus = {name!r} is not readable as Parquet ({said}): save it anew") from None
     return _row_texts(name, "row", enumerate(rows, start=1))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError, Experiment
+from ctxlm.files import memory
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -30,8 +31,27 @@ def resolve_device(experiment: Experiment) -> torch.device:
     """The device that `device` names; `auto` is the first GPU where there is one. An n-gram is counted on the CPU.
 
     Raises:
-        ConfigError: a CUDA device is asked for that this machine does not have.
+        ConfigError: a CUDA device is asked for that this machine does not have, or that has no room for the model.
     """
+    device = _device(experiment)
+    needed = 16 * experiment.least_weights / 2**30  # GiB of weights, gradients and Adam's two averages, in float32
+    if needed > 1 and needed > (room := _memory(device) / 2**30):
+        wide = "context_dim" if experiment.model == "context" else "hidden_dim"
+        raise ConfigError(
+            f"num_layers = {experiment.num_layers} and {wide} = {getattr(experiment, wide)}: training takes more than "
+            f"{needed:.0f} GiB, and {device} has {room:.0f}: lower one of them"
+        )
+    return device
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory()
+
+
+def _device(experiment: Experiment) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if experiment.device == "auto":
         return torch.device("cuda" if count and experiment.model != "kneser-ney" else "cpu")

@@ -9,7 +9,7 @@ import scipy.stats
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus
-from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
+from ctxlm.files import cache_dir, cached_arrays, digest, find, memory, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14
@@ -17,6 +17,9 @@ GPT2_STD = 0.14
 
 WINDOW = 4
 """Co-occurrence reaches so many tokens to either side, within a sample."""
+
+LARGEST = 1e4
+"""The largest entry that an embedding can have: a number above it is a damaged one, and training would overflow."""
 
 NOISE = 0.05
 """Spread of the rows of tokens never seen, as a share of the others'."""
@@ -38,6 +41,8 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
         ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
     """
     kind, dim = experiment.embedding, experiment.embed_dim
+    if (needed := 4 * 4 * VOCABULARY * dim) > memory():  # itself, and what it is made from
+        raise ConfigError(f"embed_dim = {dim} takes {needed / 2**30:.0f} GiB, more than there are here: lower it")
     draws = np.random.default_rng(experiment.embedding_seed or SEED)
     if kind == "random":
         return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
@@ -65,8 +70,11 @@ def data_hash(experiment: Experiment) -> str:
     Raises:
         ConfigError: one of them cannot be had.
     """
-    named = find(experiment.embedding)
-    embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
+    name, named = experiment.embedding, find(experiment.embedding)
+    try:
+        embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
+    except OSError as error:
+        raise ConfigError(f"embedding = {name!r} cannot be read ({error.strerror}): name another file") from None
     if experiment.embedding == "gpt2":  # the hub's cache names a folder after the revision
         embedding = _gpt2_file(experiment.embed_dim).parent.name.encode()
     return digest(load_corpus(experiment.corpus).digest, embedding)
@@ -168,17 +176,19 @@ def _wte(path: Path, name: str, dim: int) -> np.ndarray:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ConfigError(f"embedding = {name!r} does not exist: there is no file {path}")
+        raise ConfigError(f"embedding = {name!r} does not exist: there is no file {path}, check the name")
     try:
         with safe_open(path, framework="numpy") as file:
             keys = [key for key in ("wte.weight", "transformer.wte.weight") if key in file.keys()]  # noqa: SIM118
             if not keys:
                 raise ConfigError(f"embedding = {name!r} holds no wte.weight: name a file of GPT-2's weights")
             embedding = file.get_tensor(keys[0])
-    except SafetensorError as error:
+    except (SafetensorError, OSError, TypeError) as error:  # the last: numpy has no such numbers
         raise ConfigError(f"embedding = {name!r} is not readable as safetensors ({error}): fetch it again") from None
     if embedding.shape != (VOCABULARY, dim):
         raise ConfigError(
             f"embedding = {name!r} is {list(embedding.shape)}, not [{VOCABULARY}, embed_dim = {dim}]: change embed_dim"
         )
+    if embedding.dtype.kind != "f" or not np.abs(embedding).max() <= LARGEST:  # nan is not, either
+        raise ConfigError(f"embedding = {name!r} has entries that are no numbers up to {LARGEST:g}: name another file")
     return embedding.astype(np.float32, copy=False)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -32,12 +33,12 @@ if not (ROOT / "params").is_dir():
 
 def resolve(path: str | Path) -> Path:
     """`path` itself when absolute, otherwise below the repository's root."""
-    return ROOT / Path(path).expanduser()
+    return ROOT / os.path.expanduser(path)
 
 
 def find(path: str | Path) -> Path:
     """An input file: below the repository's root, or else in the current folder, JupyterLab's beside a notebook."""
-    beside = Path(path).expanduser().absolute()
+    beside = Path(os.path.expanduser(path)).absolute()
     return beside if beside.exists() and not resolve(path).exists() else resolve(path)
 
 
@@ -159,6 +160,23 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] 
             return {name: file[name] for name in names or [str(name) for name in file["names"]]}
     except Exception:  # a flipped bit can raise nearly anything
         return None
+
+
+def memory() -> int:
+    """Bytes of this machine's memory, used or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a text says in JSON.
+
+    Raises:
+        ValueError: it says nothing in JSON, or is nested too deep for Python's parser.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def digest(*parts: str | bytes) -> str:

@@ -5,7 +5,6 @@ the text. Everything is on the CPU and in float32. Shapes: V vocabulary, d embed
 """
 
 import codecs
-import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -26,7 +25,7 @@ from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import decode, split, tokenizer
 from ctxlm.device import generator
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import read_arrays, resolve
+from ctxlm.files import parse_json, read_arrays, resolve
 from ctxlm.model import ContextLM, load_own_weights
 from ctxlm.networks import NeuralLM, Reader
 from ctxlm.ngrams import KneserNey, kneser_ney
@@ -172,7 +171,7 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
     """
     folder, name = _folder(grid, run)
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = parse_json((folder / "metrics.json").read_bytes())
         given = {key: metrics[key] for key in Experiment.model_fields if key in metrics}
         if not given:
             raise ValueError("it holds no run")

@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctxlm.checkpoints import Checkpoints
-from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, check_output_dir, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, file_digest, resolve, take
+from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, file_digest, parse_json, resolve, take
 from ctxlm.metrics import losses_by_sample
 
 WEIGHTS = "model.safetensors"
@@ -112,10 +112,9 @@ def run_folder(path: str | Path | None) -> Path:
     """The folder a run will be written to, made and tried before the work starts, and this process's till it ends.
 
     Raises:
-        ConfigError: no folder is named, nothing can be written there, or another process is at it.
+        ConfigError: as `check_output_dir`, nothing can be written there, or another process is at it.
     """
-    if not path or resolve(path) == ROOT:
-        raise ConfigError(f"output_dir = {path!r} is not possible: name a folder for the run, as outputs/mine/A")
+    check_output_dir(path)
     folder = resolve(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ def _holds_another(folder: Path, settings: Experiment) -> bool:
     if not path.exists():
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
         machine = {name: found[name] for name in ("device", "dtype")}  # what `auto` became
         return settings.model_copy(update=machine).params_hash != found["params_hash"]
     except (OSError, ValueError, LookupError, TypeError):

@@ -26,9 +26,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ctxlm.analysis.runs import RESOLVED, grid_dtype, load_runs
 from ctxlm.batch import execute
-from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, Layers, Seed, code_hash, read_yaml
+from ctxlm.config import NAME, NOTEBOOKS, ConfigError, Experiment, Layers, Seed, code_hash, read_yaml, shown
 from ctxlm.corpus import check_data
-from ctxlm.files import ROOT, atomic, resolve
+from ctxlm.files import ROOT, atomic, parse_json, resolve
 from ctxlm.results import outputs_dir, run_folder
 
 TABLES = ROOT / "data" / "search"
@@ -37,6 +37,8 @@ FOLDERS = {"quick": "trial", "full": "full"}
 LAG = 3
 """A trial is chosen by those so many before it and earlier: so many can run at a time, and neither whether they do nor
 where a search was interrupted changes anything."""
+MOST_POINTS = 20_000
+"""Points of a space that are checked before the first trial; ours have 5,000 at most."""
 AT_RANDOM = 8
 """Trials that the sampler must know before it chooses by them."""
 MEASURED = ("val_loss", "val_ppl", "total_seconds")
@@ -47,6 +49,9 @@ Rows = dict[int, dict[str, Any]]
 """Trials by number: a row of the table each, and beside it what was drawn, and the code."""
 Run = Callable[[Experiment, Path], str]
 """Carries out a run into a folder; returns why what it tried made it fail, or nothing."""
+
+
+Values = Annotated[list[Any], Field(max_length=1000)]
 
 
 class SearchFile(BaseModel):
@@ -60,7 +65,7 @@ class SearchFile(BaseModel):
     full: Layers
     trials: int = Field(ge=1, le=999)
     seed: Seed
-    space: dict[Annotated[Any, BeforeValidator(str)], list[Any] | dict[str, Any]] = Field(min_length=1)
+    space: dict[Annotated[Any, BeforeValidator(str)], Values | dict[str, Any]] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "SearchFile":
@@ -69,17 +74,17 @@ class SearchFile(BaseModel):
             if names.count(name) > 1:
                 raise ValueError(f"'space' names {name} twice: keep one of the two")
             for own in (own for own in (*self.common, *self.full) if isinstance(own, dict) and name in own):
-                raise ValueError(f"{name} = {own[name]!r} would be overridden by 'space': remove one of the two")
+                raise ValueError(f"{name} = {shown(own[name])} would be overridden by 'space': remove one of the two")
         for line, given in self.space.items():
             values, count = given if isinstance(given, list) else [], len(_names(line))
             if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-                raise ValueError(f"'space' of '{line}' has {twice[0]!r} twice: remove one of the two")
+                raise ValueError(f"'space' of '{line}' has {shown(twice[0])} twice: remove one of the two")
             if count > 1 and not (values and all(isinstance(value, list) and len(value) == count for value in values)):
                 raise ValueError(f"'space' of '{line}' needs lists of {count} values each, as [1.0, 20]")
             try:
                 _distribution(given)
             except (TypeError, ValueError):
-                raise ValueError(f"space, {line} = {given!r} is not possible: {_WORDS['space']}") from None
+                raise ValueError(f"space, {line} = {shown(given)} is not possible: {_WORDS['space']}") from None
         return self
 
 
@@ -96,6 +101,10 @@ class Search:
         self.name, self.home = path.stem, outputs_dir() / "search" / path.stem
         content, own = read_yaml(path), ROOT / "params" / "search" / f"{path.stem}.yaml"
         try:
+            if not re.fullmatch(NAME, self.name):
+                raise ConfigError(
+                    f"{self.name!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-' in the file's name"
+                )
             if own.exists() and resolve(path).resolve() != own:
                 raise ConfigError(f"outputs/search/{path.stem} belongs to params/search/{own.name}: rename your file")
             self.file = SearchFile.model_validate(content)
@@ -119,10 +128,13 @@ class Search:
             line: [given["low"], given["high"]] if isinstance(given, dict) else [*range(len(given))]
             for line, given in self.file.space.items()
         }
+        some = [*itertools.combinations(ends, min(3, len(ends)))]
+        if (count := sum(math.prod(len(ends[line]) for line in lines) for lines in some)) > MOST_POINTS:
+            raise ConfigError(f"space has {count:,} points to check, more than {MOST_POINTS:,}: give fewer values")
         first = {line: values[0] for line, values in ends.items()}
         for scale in FOLDERS:
             e = self.experiment(first, scale)
-            for lines in itertools.combinations(ends, min(3, len(ends))):
+            for lines in some:
                 for values in itertools.product(*(ends[line] for line in lines)):
                     self.experiment(first | dict(zip(lines, values, strict=True)), scale)
             if not e.held_out_tokens:
@@ -169,7 +181,12 @@ class Search:
         for path in sorted(self.home.glob("*-[0-9][0-9][0-9]/trial.json")):
             begin, number = path.parent.name.rsplit("-", 1)
             scale = next((scale for scale, own in FOLDERS.items() if own == begin), None)
-            trial, run = json.loads(path.read_text(encoding="utf-8")), runs.get(path.parent.name)
+            run = runs.get(path.parent.name)
+            try:
+                if not isinstance(trial := parse_json(path.read_bytes()), dict):
+                    raise ValueError("it holds no trial")
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path} is damaged ({error}): delete it to run that trial again") from None
             if scale is None or (run is None and "failed" not in trial):
                 continue  # none of ours, or interrupted
             try:
@@ -323,12 +340,12 @@ def _sentences(error: ValidationError) -> str:
     """What is wrong with a file, in one line, a sentence for each key."""
     said = {}
     for detail in error.errors():
-        key = ", ".join(map(str, detail["loc"][:2]))
+        key = ", ".join(str(part)[:100] for part in detail["loc"][:2])
         remedy = _WORDS.get(detail["type"]) or _WORDS.get(key.split(",")[0]) or detail["msg"].replace("Input", "it")
-        value = "" if detail["type"] == "missing" else f" = {detail['input']!r}"
+        value = "" if detail["type"] == "missing" else f" = {shown(detail['input'])}"
         # without a key it was raised by the validator of the whole, a sentence already
         said[key] = f"{key}{value} is not possible: {remedy}" if key else str(detail["ctx"]["error"])
-    return "; ".join(said.values())
+    return "; ".join([*said.values()][:9])
 
 
 if __name__ == "__main__":

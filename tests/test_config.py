@@ -11,7 +11,16 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import BASELINES_ALONE, CONTEXT_ALONE, ConfigError, Experiment, load_grid, parameters_table, read_yaml
+from ctxlm.config import (
+    BASELINES_ALONE,
+    CONTEXT_ALONE,
+    MOST_WEIGHTS,
+    ConfigError,
+    Experiment,
+    load_grid,
+    parameters_table,
+    read_yaml,
+)
 from ctxlm.files import ROOT
 
 FIELDS = Experiment.model_fields
@@ -44,55 +53,12 @@ def refusal(call, *arguments, **keywords) -> str:
         ("phase2_label_smoothing", 0.1, "is not a parameter: "),
         (1, 2, "is not a parameter"),
         ("num_layers", "3", "write it without quotes"),
-        ("num_layers", 3.0, "it should be a valid integer"),
-        ("num_layers", True, "it should be a valid integer"),
-        ("num_layers", None, "it should be a valid integer"),
-        ("train_tokens", [20_000], "it should be a valid integer"),
-        ("use_weight_tying", "yes", "it should be a valid boolean"),
-        ("use_weight_tying", 1, "it should be a valid boolean"),
-        ("corpus", 7, "it should be a valid string"),
-        ("corpus", "", "it should have at least 1 character"),
         ("phase1_learning_rate", "1e-4", "write 1.0e-4"),
-        ("phase1_learning_rate", "fast", "it should be a valid number"),
-        ("num_layers", 0, "greater than or equal to 1"),
-        ("context_dim", -768, "greater than or equal to 2"),
-        ("embed_dim", 0, "greater than or equal to 1"),
-        ("num_input_tokens", 0, "greater than or equal to 1"),
-        ("context_dim", 10**12, "less than or equal to 65536"),
-        ("embed_dim", 10**11, "less than or equal to 65536"),
-        ("hidden_dim", 65_537, "less than or equal to 65536"),
-        ("num_layers", 10**9, "less than or equal to 1024"),
-        ("num_input_tokens", 65, "less than or equal to 64"),
-        ("ngram_order", 65, "less than or equal to 64"),
-        ("train_tokens", 0, "greater than or equal to 1"),
-        ("val_samples", -1, "greater than or equal to 1"),
-        ("max_sample_tokens", 0, "greater than or equal to 1"),
-        ("max_sample_tokens", "null", "it should be a valid integer"),
-        ("data_seed", -1, "greater than or equal to 0"),
-        ("data_seed", 60, "less than 60"),
-        ("phase2_batch_size", 0, "greater than or equal to 1"),
-        ("phase2_learning_rate", 0.0, "greater than 0"),
-        ("phase2_learning_rate", float("inf"), "it should be a finite number"),
-        ("phase1_context_noise", -0.1, "greater than or equal to 0"),
-        ("phase1_context_noise", float("nan"), "it should be a finite number"),
-        ("dist_reg_weight", 1.5, "less than or equal to 1"),
-        ("phase2_token_dropout", 1.0, "less than 1"),
-        ("slow_decay", 1.0, "less than 1"),
-        ("phase2_token_dropout", float("nan"), "it should be a finite number"),
-        ("phase2_final_rate", 0.0, "greater than 0"),
-        ("phase2_final_rate", float("nan"), "it should be a finite number"),
-        ("output_bias", "bigram", "'none' or 'unigram'"),
-        ("dist_reg_weight", float("nan"), "it should be a finite number"),
-        ("seed", -1, "greater than or equal to 0"),
-        ("seed", 2**32, "less than"),
         ("device", "gpu", "auto, cpu, cuda or cuda:N"),
-        ("device", "cuda:", "auto, cpu, cuda or cuda:N"),
+        ("embedding", "glove", "choose ppmi, random, gpt2 or a .safetensors file"),
+        ("corpus", "chitcat", "name chitchat, ultrachat, or a .txt, .jsonl or .parquet file"),
         ("dtype", "float16", "'float32' or 'bfloat16'"),
-        ("design", "deep", "choose"),
-        ("experiment", "a b", "a label holds letters, digits, '.', '_' and '-' only"),
-        ("experiment", "a/b", "label"),
-        ("experiment", "", "label"),
-        ("experiment", "a" * 61, "at most 60 characters"),
+        ("experiment", "a b", "letters, digits, '.', '_' and '-' only"),
     ],
 )
 def test_a_bad_value_is_one_sentence_with_parameter_value_and_remedy(name, value, remedy):
@@ -189,6 +155,7 @@ def parameters(draw) -> dict:
     values = draw(st.fixed_dictionaries({name: valid(name) for name in FIELDS}))
     given_size = draw(st.sampled_from(["train_tokens", "train_samples"]))
     values |= {"train_tokens": None, "train_samples": None, given_size: draw(st.integers(1, 10**7))}
+    values["num_layers"] = min(values["num_layers"], MOST_WEIGHTS // values["context_dim"] ** 2)
     if values["model"] in ("lstm", "transformer"):
         values |= {"use_weight_tying": True, "phase2_shuffle": False}
         values |= {"design": "constant", "context_ablation": "none", "phase2_init_std": 0.1}
@@ -329,33 +296,9 @@ def test_names_beside_the_parameters_are_allowed_only_when_listed():
 # YAML files
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"num_layers: [1", "is not readable as YAML"),
-        (b"corpus: \xff\xfe", "is not readable as YAML"),
-        (b"- num_layers\n- 6\n", "holds list"),
-        (b"", "holds NoneType"),
-        (b"seed: 1\nnum_layers: 3\nseed: 2\n", "line 3: 'seed' is given a second time: remove or rename one"),
-        (b"A: {seed: 1, 'seed': 2}\n", "line 1: 'seed' is given a second time"),
-    ],
-)
-def test_a_parameter_file_that_holds_no_mapping_is_named(tmp_path, content, complaint):
-    file = tmp_path / "mine.yaml"
-    file.write_bytes(content)
-    message = refusal(read_yaml, file)
-    assert str(file) in message and complaint in message
-
-
 def test_a_mapping_may_still_be_merged_into_another(tmp_path):
     (tmp_path / "mine.yaml").write_text("a: &a {b: 1, c: 1}\nd: {<<: *a, b: 2}\n", encoding="utf-8")
     assert read_yaml(tmp_path / "mine.yaml") == {"a": {"b": 1, "c": 1}, "d": {"b": 2, "c": 1}}
-
-
-def test_a_parameter_file_that_cannot_be_read_is_named(tmp_path):
-    for path in (tmp_path / "missing.yaml", tmp_path):
-        message = refusal(read_yaml, path)
-        assert str(path) in message and "check the name" in message
 
 
 def test_the_base_file_holds_every_parameter_of_the_context_model_with_its_default_in_order():
@@ -529,7 +472,7 @@ def test_a_longer_sweep_adds_runs_and_changes_none(tmp_path_factory, sizes, data
         ),
         ({"sweep": {"train_samples": [50]}}, "give exactly one"),
         ({"sweep": {"corpus": ["texts/mine.txt"]}}, "cannot name a folder"),
-        ({"sweep": {"corpus": ["a" * 200]}}, "its name has 209 characters, more than 200: shorten its label"),
+        ({"sweep": {"corpus": ["a" * 200 + ".txt"]}}, "its name has 213 characters, more than 200: shorten its label"),
         ({"title": 7}, "title = 7"),
         ({"title": None}, "title = None is not possible: write a text after it"),
         ({"description": None}, "description = None is not possible: write a text after it"),

@@ -122,6 +122,11 @@ def test_chitchat_samples_are_the_conversations_in_order(chitchat):
 MESSAGES = [[{"content": "first", "role": "user"}, {"content": "answer", "role": "assistant"}], [{"content": "second"}]]
 
 
+MORE = ["three", "four", "five", "six"]
+PARAGRAPHS = "".join(f"\n\n{text}" for text in MORE).encode()  # with two others, the least that can be split
+ROWS = [{"text": text} for text in MORE]
+
+
 def texts(corpus):
     return [decode(corpus.stream(i, i + 1).tokens) for i in range(corpus.num_samples)]
 
@@ -133,14 +138,18 @@ def jsonl(*rows):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", b"one\ntwo\n\n three\n \t\nfour", ["one\ntwo", "three", "four"]),
-        ("a.TXT", "\ufeffbom\r\nline\r\n\r\n\r\nnext\r\n".encode(), ["bom\nline", "next"]),
+        ("a.txt", b"one\ntwo\n\n three\n \t\nfour" + PARAGRAPHS, ["one\ntwo", "three", "four", *MORE]),
+        ("a.TXT", "\ufeffbom\r\nline\r\n\r\n\r\nnext\r\n".encode() + PARAGRAPHS, ["bom\nline", "next", *MORE]),
         (
             "a.jsonl",
-            jsonl({"text": "one\n\ntwo"}, {"text": "", "id": 3}, {"text": "é\u2028"}),
-            ["one\n\ntwo", "é\u2028"],
+            jsonl({"text": "one\n\ntwo"}, {"text": "", "id": 3}, {"text": "é\u2028"}, *ROWS),
+            ["one\n\ntwo", "é\u2028", *MORE],
         ),
-        ("a.jsonl", jsonl(*({"prompt": "x", "messages": row} for row in MESSAGES)) + b"\n\n", ["first", "second"]),
+        (
+            "a.jsonl",
+            jsonl(*({"prompt": "x", "messages": row} for row in MESSAGES * 3)) + b"\n\n",
+            ["first", "second"] * 3,
+        ),
     ],
 )
 def test_a_text_file_is_cut_into_its_samples(tmp_path, name, content, expected):
@@ -156,18 +165,18 @@ def write_parquet(path, **columns):
 
 
 def test_a_parquet_file_gives_its_text_or_ultrachats_opening_messages(tmp_path):
-    by_text = write_parquet(tmp_path / "text.parquet", text=["one", "two"], extra=[1, 2])
-    assert texts(load_corpus(by_text)) == ["one", "two"]
-    full = [[{"content": m["content"], "role": "user"} for m in row] for row in MESSAGES]
-    by_messages = write_parquet(tmp_path / "chat.parquet", prompt=["a", "b"], prompt_id=["c", "d"], messages=full)
-    assert texts(load_corpus(by_messages)) == ["first", "second"]
+    by_text = write_parquet(tmp_path / "text.parquet", text=["one", "two", *MORE], extra=[*range(6)])
+    assert texts(load_corpus(by_text)) == ["one", "two", *MORE]
+    full = [[{"content": m["content"], "role": "user"} for m in row] for row in MESSAGES * 3]
+    by_messages = write_parquet(tmp_path / "chat.parquet", prompt=[*"abcdef"], prompt_id=[*"ghijkl"], messages=full)
+    assert texts(load_corpus(by_messages)) == ["first", "second"] * 3
 
 
 def test_a_relative_path_is_taken_from_the_repository(tmp_path, monkeypatch):
     monkeypatch.setattr("ctxlm.files.ROOT", tmp_path)
     monkeypatch.setattr(corpus_module, "source_hash", lambda *_: "")
-    (tmp_path / "mine.txt").write_text("hello")
-    assert texts(load_corpus("mine.txt")) == ["hello"]
+    (tmp_path / "mine.txt").write_text("hello\n\n" * 6)
+    assert texts(load_corpus("mine.txt")) == ["hello"] * 6
 
 
 def test_a_file_beside_the_notebook_is_found_too(tmp_path, monkeypatch):
@@ -176,41 +185,10 @@ def test_a_file_beside_the_notebook_is_found_too(tmp_path, monkeypatch):
     beside = tmp_path / "notebooks"
     beside.mkdir()
     monkeypatch.chdir(beside)
-    (beside / "uploaded.txt").write_text("beside")
-    assert texts(load_corpus("uploaded.txt")) == ["beside"]
-    (tmp_path / "uploaded.txt").write_text("at the root")  # which comes first, wherever the notebook runs
-    assert texts(load_corpus("uploaded.txt")) == ["at the root"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.txt", None, r"is neither chitchat nor ultrachat nor a file at .*gone\.txt"),
-        ("chitcat", None, "is neither chitchat nor ultrachat nor a file"),
-        ("a.csv", b"x", r"use \.txt, \.jsonl or \.parquet"),
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b" \n\n\t\n", "is empty"),
-        ("a.jsonl", b"\n", "is empty"),
-        ("a.txt", b"fine \xe9t\xe9", "is not UTF-8 at byte 5"),
-        ("a.jsonl", b'{"text": "\xff"}', "is not UTF-8 at byte 10"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl'?: line 3 is not JSON"),
-        ("a.jsonl", jsonl({"text": "x"}, {"txt": "x"}), "line 2 has no usable text"),
-        ("a.jsonl", jsonl({"text": None}), "line 1 has no usable text"),
-        ("a.jsonl", jsonl({"messages": []}), "line 1 has no usable text"),
-        ("a.jsonl", jsonl(["text"]), "line 1 has no usable text"),
-        ("a.jsonl", b"3", "line 1 has no usable text"),
-        ("a.jsonl", rb'{"text": "\ud83d"}', "line 1 has no usable text"),
-        ("a.parquet", b"PAR1 not quite", "is not readable as Parquet"),
-    ],
-)
-def test_a_bad_file_is_refused_in_one_sentence(tmp_path, empty_cache, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_corpus(str(path))
-    assert "\n" not in str(caught.value) and repr(str(path)) in str(caught.value)
-    assert not empty_cache.exists() or not list(empty_cache.iterdir())
+    (beside / "uploaded.txt").write_text("beside\n\n" * 6)
+    assert texts(load_corpus("uploaded.txt")) == ["beside"] * 6
+    (tmp_path / "uploaded.txt").write_text("at the root\n\n" * 6)  # which comes first, wherever the notebook runs
+    assert texts(load_corpus("uploaded.txt")) == ["at the root"] * 6
 
 
 def test_a_parquet_file_without_text_is_refused(tmp_path):
@@ -343,10 +321,10 @@ def test_the_cache_goes_by_content_and_kind_not_by_name(tmp_path, empty_cache):
     path.write_text(path.read_text() + "!")
     assert len(load_corpus(str(path)).tokens) == len(one.tokens) + 1
     assert len(list(empty_cache.iterdir())) == 2
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    (tmp_path / "a.txt").write_text('{"text": "x"}')
-    assert texts(load_corpus(str(tmp_path / "a.jsonl"))) == ["x"]
-    assert texts(load_corpus(str(tmp_path / "a.txt"))) == ['{"text": "x"}']
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' * 6)
+    (tmp_path / "a.txt").write_text('{"text": "x"}\n\n' * 6)
+    assert texts(load_corpus(str(tmp_path / "a.jsonl"))) == ["x"] * 6
+    assert texts(load_corpus(str(tmp_path / "a.txt"))) == ['{"text": "x"}'] * 6
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "replaced"])

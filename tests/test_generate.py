@@ -379,20 +379,6 @@ def test_a_run_of_samples_is_loaded_from_its_folder(copied, loaded):
     assert torch.equal(found, own)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "model.safetensors"])
-def test_a_damaged_file_is_refused(name, copied):
-    folder = copied("study")
-    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-    assert name in (found := sentence(load_run, folder)) and "is damaged" in found
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", "3"])
-def test_a_file_that_holds_no_run_is_refused(content, copied):
-    folder = copied("study")
-    (folder / "metrics.json").write_text(content, encoding="utf-8")
-    assert "metrics.json is damaged" in sentence(load_run, folder)
-
-
 @pytest.mark.parametrize(
     ("name", "metrics", "said"),
     [

@@ -189,7 +189,7 @@ def earlier(tmp_path):
     ("bad", "sentence"),
     [
         ({"num_layer": 3}, "num_layer = 3 is not a parameter: did you mean num_layers?"),
-        ({"corpus": "no/such.txt"}, "corpus = 'no/such.txt' is neither chitchat nor ultrachat nor a file"),
+        ({"corpus": "no/such.txt"}, "corpus = 'no/such.txt' is no file"),
         ({"output_dir": ""}, "output_dir = '' is not possible: name a folder for the run"),
         ({"train_tokens": 1}, "train_tokens = 1 leaves a single token, and nothing to predict from it"),
         ({"train_tokens": 10**6}, "train_tokens = 1000000 is more than the training capacity of"),

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ from nbconvert import HTMLExporter
 from nbformat.v4 import new_output
 
 from ctxlm.analysis import benchmark
+from ctxlm.analysis.explore import visible
 from ctxlm.analysis.site import build_page
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs
@@ -80,7 +82,9 @@ HOSTILE = (
     '<meta http-equiv="refresh" content="0;url=http://x">',
     "</pre><style>",
     "<script>alert(2)</script>",
+    "$5 or $6 **b**\x1b[m\x9b\u202e",
 )
+CONTROL = set("\x1b\x9b\u202e")
 
 
 def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
@@ -95,8 +99,11 @@ def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
     pages = [HTMLExporter().from_filename(executed)[0], build_page(executed).read_text(encoding="utf-8")]
     for page in pages:
         found = Elements(page)
-        assert f"{' '.join(HOSTILE)} marked" in found.text and f"{HOSTILE[0]}.txt" in found.text  # for the reader
+        assert f"{visible(' '.join(HOSTILE))} marked" in found.text  # for the reader
+        assert f"{HOSTILE[0]}.txt" in found.text
         assert not any("marked" in hidden or "alert(" in hidden for hidden in found.hidden)
+        assert not CONTROL & set(page)
+        assert "marked" not in re.sub(r"<(code|script|style)\b.*?</\1>", "", page, flags=re.DOTALL)  # nor are formulas
         for tag, attributes in found.elements:
             assert "onerror" not in attributes and attributes.get("src") != "x"
             assert tag != "meta" or attributes.get("http-equiv", "").lower() != "refresh"

@@ -45,6 +45,7 @@ RUNS = {
 }
 TEXT = "the cat saw a big dog\nand then it ran from the house"
 HOSTILE = "<script>alert(1)</script> $x$ **b** \x1b[31m \u202e \\(y\\) 'q' \"r\""
+PATH = HOSTILE.replace("\x1b", "") + ".txt"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +85,7 @@ def test_what_cannot_be_seen_has_a_sign():
         lambda: play.continued(A, HOSTILE, 3),
         lambda: showing.table_of(pd.DataFrame({"<script>": [HOSTILE], "text": [HOSTILE]}), ["text"]),
         lambda: HTML(showing.quoted(HOSTILE)),
-        lambda: bench.commands("A", f"experiment: A\n{'output_bias'}: none\ncorpus: {json.dumps(HOSTILE)}"),
+        lambda: bench.commands("A", f"experiment: A\n{'output_bias'}: none\ncorpus: {json.dumps(PATH)}"),
     ],
 )
 def test_hostile_text_is_only_text(view):

@@ -114,20 +114,6 @@ def test_an_unfinished_run_is_not_read(roots):
     assert load_runs("g").empty and load_table("g", "history.csv").empty and load_table("g", "val_by_sample.csv").empty
 
 
-def test_a_metrics_file_that_holds_no_run_is_named(roots):
-    folder = roots[0] / "g" / "A"
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged \(it holds no run\): delete its metrics"):
-        load_runs("g")
-
-
-def test_a_damaged_metrics_file_is_named(roots):
-    write(roots[0] / "g" / "A").write_text('{"experiment": ', encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"A/metrics.json of grid g is damaged .*: delete its metrics"):
-        load_runs("g")
-
-
 def test_a_metric_that_is_not_finite_is_refused_and_the_earlier_run_stays(roots):
     path = write(roots[0] / "g" / "A", val_ppl=1.0)
     with pytest.raises(ValueError, match="val_ppl = inf is not finite"):
@@ -201,9 +187,6 @@ def test_the_stopwatch_adds_up_by_step():
 def test_a_runs_folder_is_tried_before_the_work_starts(tmp_path):
     assert run_folder(tmp_path / "new" / "A") == tmp_path / "new" / "A"
     assert {path.name for path in (tmp_path / "new" / "A").iterdir()} == {".lock", ".lock.json"}
-    for nothing in (None, "", "."):
-        with pytest.raises(ConfigError, match=r"output_dir = .* is not possible: name a folder"):
-            run_folder(nothing)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir = .* cannot be written to \(Not a directory\): name another"):
         run_folder(tmp_path / "file" / "A")

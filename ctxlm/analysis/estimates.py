@@ -12,6 +12,7 @@ covers samples alone, and with losses not kept by sample, replicates alone: `ove
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -157,9 +158,15 @@ class Estimates(list[Estimate]):
         return {"text/html": self.table().to_html(), "text/plain": self.frame().to_string(), MIME: data}
 
     def save(self, path: Any) -> None:
-        """Write `frame()` as a CSV file, atomically."""
+        """Write `frame()` as a CSV file, atomically.
+
+        Raises:
+            ConfigError: as `check_output_dir`, of its folder.
+        """
+        from ctxlm.config import check_output_dir
         from ctxlm.files import atomic, resolve
 
+        check_output_dir(Path(path).parent)
         with atomic(resolve(path)) as temporary:
             self.frame().to_csv(temporary, index=False)
 

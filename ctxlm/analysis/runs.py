@@ -5,7 +5,6 @@ What was damaged from outside, or cannot stand beside one another, is refused in
 
 import functools
 import io
-import json
 import math
 import sys
 import uuid
@@ -17,10 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ctxlm.config import ConfigError, Experiment, load_grid
+from ctxlm.config import ConfigError, Experiment, load_grid, shown
 from ctxlm.corpus import PROTOCOL
 from ctxlm.device import resolve_device, resolve_dtype
-from ctxlm.files import ROOT, atomic, read_arrays
+from ctxlm.files import ROOT, atomic, parse_json, read_arrays
 from ctxlm.results import BY_HAND, LOSSES, WEIGHTS, check_seal, outputs_dir, results_dir, run_folders
 
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
@@ -273,7 +272,7 @@ def _load_run(grid: str, run: str, folder: Path, source: str) -> dict[str, Any]:
     """A row of `load_runs`."""
     path = folder / "metrics.json"
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = parse_json(path.read_bytes())
         _check_metrics(metrics)
         check_seal(metrics, path)
     except (OSError, ValueError) as error:
@@ -289,12 +288,17 @@ def _check_metrics(metrics: Any) -> None:
     """Refuse what is no run's metrics.json, or one without the numbers that everything else is computed from."""
     if not isinstance(metrics, dict) or not isinstance(metrics.get("experiment"), str):
         raise ValueError("it holds no run")
+    fields = {name: field.default for name, field in Experiment.model_fields.items()} | {"protocol": PROTOCOL}
+    for name in fields.keys() & metrics:
+        value, text = metrics[name], isinstance(fields[name], str)
+        if isinstance(value, list | dict) or isinstance(value, str) != text or not str(value).isprintable():
+            raise ValueError(f"{name} = {shown(value)} is not possible")
     for name, kind in NUMBERS.items():
         if name not in metrics:
             raise ValueError(f"it has no {name}")
         value = metrics[name]
-        if type(value) not in (int, kind) or not 0 <= value < math.inf or (value == 0 and name != "seed"):
-            raise ValueError(f"{name} = {value!r} is not possible")
+        if type(value) not in (int, kind) or not 0 <= value < 1e300 or (value == 0 and name != "seed"):
+            raise ValueError(f"{name} = {shown(value)} is not possible")
 
 
 class Damaged(ConfigError):
@@ -395,7 +399,7 @@ def _table(grid: str, run: Any, path: Path) -> pd.DataFrame | None:
             asked, there = getattr(run, f"{path.name.partition('_')[0]}_tokens") - 1, table["tokens"].sum()
             if there != asked:
                 raise ValueError(f"it has {there} tokens, metrics.json asks for {asked}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise _damaged(grid, run.run, run.source, path, error) from None
     return table
 
@@ -441,8 +445,12 @@ def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
         found = known[0] if known else str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
         with atomic(path) as temporary:
             temporary.write_text(found + "\n", encoding="utf-8")
-    if (found := path.read_text(encoding="utf-8").strip()) not in types:
-        raise ConfigError(f"{path} holds {found!r}: write float32 or bfloat16 there, as the grid's runs have it")
+    try:
+        found = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it") from None
+    if found not in types:
+        raise ConfigError(f"{path} holds {shown(found)}: write float32 or bfloat16 there, as the grid's runs have it")
     if known and found not in known:
         raise ConfigError(
             f"{path} says {found}, but {len(known)} finished runs are in {known[0]}: write that, or delete their "

@@ -42,7 +42,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
 from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
-from ctxlm.files import ROOT, atomic, resolve
+from ctxlm.files import ROOT, atomic, parse_json, resolve
 from ctxlm.results import git_commit, outputs_dir
 
 NOTEBOOK_ONLY = "notebook-only"
@@ -333,7 +333,7 @@ def _run(path: Path, grid: str | None = None) -> Run:
     name, of = path.parent.name, grid or path.parents[1].relative_to(_results()).as_posix()
     page = f"runs/{name}.html" if grid else f"runs/{of}/{name}.html"
     try:
-        return Run(of, name, path.parent, {"protocol": 1} | json.loads(path.read_text(encoding="utf-8")), page)
+        return Run(of, name, path.parent, {"protocol": 1} | parse_json(path.read_bytes()), page)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it or run it again") from None
 
@@ -680,7 +680,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(build_page(resolve(options.notebook)))
         else:
             print(build_all(outputs) if options.all else build(options.grid, outputs))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -4,7 +4,6 @@ A finished run is named "grid/run".
 """
 
 import functools
-import json
 import re
 import shlex
 import threading
@@ -36,6 +35,7 @@ from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, parse_ya
 from ctxlm.corpus import split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
+from ctxlm.files import parse_json
 from ctxlm.memory import recent_tokens
 from ctxlm.metrics import NonFiniteLoss, loss_summary
 from ctxlm.model import ContextLM, own_weights
@@ -59,7 +59,7 @@ GRID = "playground"
 
 @functools.lru_cache(4096)
 def _read_metrics(path: Path, _changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_bytes())
 
 
 def folder_of(run: str) -> Path:
@@ -121,7 +121,7 @@ def changed_experiment(preset: str, change: str) -> tuple[Experiment, str]:
         raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
     try:
         given = parse_yaml(change) or {}
-    except yaml.YAMLError:
+    except ConfigError:
         given = change
     if not isinstance(given, dict):
         raise ConfigError(f"change = {change!r} is no list of parameters: write one a line, as num_layers: 3")
