@@ -33,12 +33,14 @@ try:  # everything that can be said before any work starts is said here, in one 
 
         for run in GRID.runs.values():
             resolve_device(run)
-    check_data(GRID.runs.values())
-    for run in {(run.embedding, run.embed_dim): run for run in GRID.runs.values()}.values():
-        if run.embedding not in ("ppmi", "random"):  # those that may be missing
-            load_embedding(run)
-    DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
-    check_runs(GRID.name)  # before new runs are paid for, not after
+    DATA = {}
+    if workflow.is_main_process:  # a cluster's jobs parse this file again, three times each: they read no text for it
+        check_data(GRID.runs.values())
+        for run in {(run.embedding, run.embed_dim): run for run in GRID.runs.values()}.values():
+            if run.embedding not in ("ppmi", "random"):  # those that may be missing
+                load_embedding(run)
+        DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
+        check_runs(GRID.name)  # before new runs are paid for, not after
     if any(run.dtype == "auto" for run in GRID.runs.values()):  # one type for all, wherever each of them runs
         ONE = {"dtype": grid_dtype(GRID.name, GRID.runs)}
         RUNS = {name: run.model_copy(update=ONE if run.dtype == "auto" else {}) for name, run in GRID.runs.items()}
@@ -154,7 +156,7 @@ rule corpus:
             }
             | largest(wildcards.corpus)
         ),
-        data=lambda wildcards: DATA[CORPORA[wildcards.corpus]["corpus"], CORPORA[wildcards.corpus]["embedding"]],
+        data=lambda wildcards: DATA.get((CORPORA[wildcards.corpus]["corpus"], CORPORA[wildcards.corpus]["embedding"])),
     threads: CORES
     # Before all runs, which find its caches then. It is no input of theirs: what a run takes from the corpus is among
     # the run's own parameters, and Snakemake does not look at the parameters of a job whose input is being made anew.
@@ -181,7 +183,7 @@ rule experiment:
         gpus=lambda wildcards: "$CTXLM_GPUS" if takes_a_gpu(RUNS[wildcards.run]) else "",
         notebook=lambda wildcards: NOTEBOOKS[RUNS[wildcards.run].model],
         code=lambda wildcards: code_hash(RUNS[wildcards.run].model),
-        data=lambda wildcards: DATA[RUNS[wildcards.run].corpus, RUNS[wildcards.run].embedding],
+        data=lambda wildcards: DATA.get((RUNS[wildcards.run].corpus, RUNS[wildcards.run].embedding)),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: RUNS[wildcards.run].train_tokens or RUNS[wildcards.run].train_samples
