@@ -96,6 +96,11 @@ def takes_a_gpu(run) -> bool:
     return run.model != "kneser-ney" and run.device in ("auto", "cuda")
 
 
+def size(run) -> int:
+    """Training tokens, about."""
+    return run.train_tokens or 250 * run.train_samples
+
+
 # The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
 CORPORA: dict[str, dict] = {}
 CORPUS_OF: dict[str, str] = {}
@@ -127,6 +132,13 @@ OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 wildcard_constraints:
     run="|".join(map(re.escape, RUNS)),
     corpus="|".join(CORPORA),
+
+
+localrules:
+    all,
+    corpus,  # read once, where the command is given: the runs find it in the cache
+    analysis,
+    report,
 
 
 rule all:
@@ -187,6 +199,11 @@ rule experiment:
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: RUNS[wildcards.run].train_tokens or RUNS[wildcards.run].train_samples
+    # What a cluster's job asks for: some three times what was measured (docs/speed.md), and more when it is tried again.
+    resources:
+        mem_mb=lambda wildcards, attempt: attempt * (4000 + size(RUNS[wildcards.run]) // 250),
+        runtime=lambda wildcards, attempt: attempt * (30 + size(RUNS[wildcards.run]) // 1000),
+        gres=lambda wildcards: str(config.get("gres", "")) if takes_a_gpu(RUNS[wildcards.run]) else "",
     message:
         "Run {wildcards.run}"
     shell:
