@@ -4,11 +4,13 @@
 #
 # A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
@@ -101,6 +103,25 @@ def size(run) -> int:
     return run.train_tokens or 250 * run.train_samples
 
 
+def wait_for_slurm() -> None:
+    """Wait for runs of this grid that an earlier command has left in Slurm's queue, so that none is run twice."""
+    mine = {f"{os.getcwd()}|rule_experiment_wildcards_{GRID.name}_{run}" for run in RUNS}  # a job's folder and comment
+    for count in itertools.count():
+        queue = subprocess.run(["squeue", "--me", "--noheader", "--format=%Z|%k"], capture_output=True, text=True)
+        if queue.returncode:
+            sys.exit(queue.stderr.strip())
+        if not (left := len(mine.intersection(queue.stdout.splitlines()))):
+            return
+        if count == 0:
+            print(f"Waiting for {left} runs of {GRID.name} that are in Slurm's queue already", file=sys.stderr)
+        time.sleep(10)
+
+
+if workflow.is_main_process and workflow.nodes and shutil.which("squeue"):  # `nodes`: jobs go to a cluster
+    if not {"-n", "--dry-run", "--unlock"}.intersection(sys.argv):
+        wait_for_slurm()
+
+
 # The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
 CORPORA: dict[str, dict] = {}
 CORPUS_OF: dict[str, str] = {}
@@ -130,6 +151,7 @@ OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 
 
 wildcard_constraints:
+    grid=re.escape(GRID.name),  # a wildcard only so that Slurm's queue shows it
     run="|".join(map(re.escape, RUNS)),
     corpus="|".join(CORPORA),
 
@@ -183,10 +205,10 @@ rule corpus:
 rule experiment:
     output:
         # an earlier result stays until a new one is whole
-        [update(f"{HOME}/{{run}}/{file}") for file in RUN_FILES],
+        [update(f"{OUTPUTS}/{{grid}}/{{run}}/{file}") for file in RUN_FILES],
     log:
-        notebook=f"{HOME}/{{run}}/experiment.ipynb",
-        text=f"{HOME}/{{run}}/experiment.log",
+        notebook=f"{OUTPUTS}/{{grid}}/{{run}}/experiment.ipynb",
+        text=f"{OUTPUTS}/{{grid}}/{{run}}/experiment.log",
     params:
         values=lambda wildcards: papermill_yaml(
             RUNS[wildcards.run].for_notebook() | {"output_dir": f"{HOME}/{wildcards.run}"}
