@@ -5,6 +5,7 @@
 # A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 import yaml
+from snakemake.io import IOFile
 
 from ctxlm.analysis.runs import check_runs, grid_dtype
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
@@ -150,6 +152,27 @@ PAPERMILL = "CTXLM_PROGRESS=lines papermill --cwd . -k python3 --no-progress-bar
 OR_SAY_WHY = " || {{ grep . {log.text:q} | tail -n 1 >&2; exit 1; }}"
 
 
+def unrecorded(wildcards) -> list:
+    """No input. A result that is not the one of Snakemake's record is judged by what it says itself.
+
+    A job that outlives its command makes such a one, since it is the command that writes the record.
+    """
+    run, files = RUNS[wildcards.run], [IOFile(f"{HOME}/{wildcards.run}/{file}") for file in RUN_FILES]
+    metrics = Path(files[0])
+    if workflow.is_main_process and metrics.exists():
+        record = workflow.persistence.metadata(files[0])
+        asked = run.model_dump(exclude={"device"}) | {"code_hash": code_hash(run.model)}
+        asked["data_hash"] = DATA[run.corpus, run.embedding]
+        if record is None or record.endtime != metrics.stat().st_mtime:
+            found = json.loads(metrics.read_text(encoding="utf-8"))
+            if any(found.get(name) != value for name, value in asked.items()):
+                workflow.dag.forcefiles.add(files[0])
+            elif record:
+                for file in files:
+                    workflow.persistence.cleanup_metadata(file)
+    return []
+
+
 wildcard_constraints:
     grid=re.escape(GRID.name),  # a wildcard only so that Slurm's queue shows it
     run="|".join(map(re.escape, RUNS)),
@@ -203,6 +226,8 @@ rule corpus:
 
 
 rule experiment:
+    input:
+        unrecorded,
     output:
         # an earlier result stays until a new one is whole
         [update(f"{OUTPUTS}/{{grid}}/{{run}}/{file}") for file in RUN_FILES],
