@@ -12,7 +12,7 @@ import pytest
 
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs
-from tests.test_pipeline import finished, grid_file, metrics, own_environment
+from tests.test_pipeline import finished, grid_file, jobs, metrics, own_environment
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "srun")
 MISSING = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
@@ -57,10 +57,10 @@ def environment(folder, papermill=None):
 
 
 def snakemake(folder, *options, **other):
-    """The README's command; a run takes both cores of the node."""
+    """The README's command; a run takes both cores of the node, and its GPU."""
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--set-threads", "experiment=2"]
     command += ["--slurm-init-seconds-before-status-checks", "5", "--slurm-logdir", str(folder / "logs"), *options]
-    command += ["--config", f"grid={folder / 'tiny.yaml'}"]
+    command += ["--config", f"grid={folder / 'tiny.yaml'}", "gres=gpu:1"]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     return subprocess.Popen(command, **piped, **environment(folder, **other))
 
@@ -104,3 +104,6 @@ def test_jobs_that_outlive_their_command_are_not_run_twice(folder):
     assert code == 0, output
     assert set().union(*queue(folder).values()) <= set().union(*before.values())
     assert len(metrics(folder)) == 2 and (folder / "outputs" / "tiny" / "report" / "index.html").exists()
+    grid_file(folder, [800], phase2_learning_rate=0.001)  # Snakemake has no record of what they were made with
+    code, output = finished(snakemake(folder, "--dry-run"))
+    assert code == 0 and jobs(output)["experiment"] == 2, output
