@@ -4,14 +4,19 @@
 #
 # A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
+import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
+
+from snakemake.io import IOFile
 
 from ctxlm.analysis.runs import damaged_runs, grid_dtype, set_aside
 from ctxlm.batch import GRID_LOCK, failures, on_one_line
@@ -32,15 +37,21 @@ try:  # everything that can be said before any work starts is said here, in one 
 
         for run in GRID.runs.values():
             resolve_device(run)
-    check_data(GRID.runs.values())
-    for run in {(run.embedding, run.embed_dim): run for run in GRID.runs.values()}.values():
-        if run.embedding not in ("ppmi", "random"):  # those that may be missing
-            load_embedding(run)
-    DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
-    if workflow.is_main_process and not workflow.dryrun:  # before new runs are paid for, not after
-        for damage in damaged_runs(GRID.name):
-            set_aside(damage)
-            print(damage, flush=True)
+    DATA = {}
+    if workflow.is_main_process:  # a cluster's jobs parse this file again, three times each: they read no text for it
+        check_data(GRID.runs.values())
+        for run in {(run.embedding, run.embed_dim): run for run in GRID.runs.values()}.values():
+            if run.embedding not in ("ppmi", "random"):  # those that may be missing
+                load_embedding(run)
+        DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
+        # A grid is one process's at a time, and free again once that has died: Snakemake's own lock, which a killed one
+        # leaves behind, is not used (profiles/default).
+        if not workflow.dryrun and not config.get("finished"):
+            if before := take(outputs_dir() / GRID.name / GRID_LOCK):
+                print(f"{before}, ran grid {GRID.name} and was stopped: going on from what it left", flush=True)
+            for damage in damaged_runs(GRID.name):  # before new runs are paid for, not after
+                set_aside(damage)
+                print(damage, flush=True)
     if any(run.dtype == "auto" for run in GRID.runs.values()):  # one type for all, wherever each of them runs
         ONE = {"dtype": grid_dtype(GRID.name, GRID.runs)}
         RUNS = {name: run.model_copy(update=ONE if run.dtype == "auto" else {}) for name, run in GRID.runs.items()}
@@ -49,18 +60,12 @@ try:  # everything that can be said before any work starts is said here, in one 
     PLANNED = len(RUNS)
     if config.get("finished"):  # what follows upon a failure: the report of what there is
         RUNS = {name: run for name, run in RUNS.items() if name not in failures(outputs_dir() / GRID.name, RUNS)}
+except InUse as other:
+    sys.exit(f"Grid {GRID.name} is being run by {other}: wait for it to end, or stop it")
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
 
 HOME = f"{OUTPUTS}/{GRID.name}"
-# A grid is one process's at a time, and free again once that has died: Snakemake's own lock, which a killed one leaves
-# behind, is not used (profiles/default).
-if workflow.is_main_process and not workflow.dryrun and not config.get("finished"):
-    try:
-        if before := take(outputs_dir() / GRID.name / GRID_LOCK):
-            print(f"{before}, ran grid {GRID.name} and was stopped: going on from what it left", flush=True)
-    except InUse as other:
-        sys.exit(f"Grid {GRID.name} is being run by {other}: wait for it to end, or stop it")
 # What the analysis is made with beside its grid's runs, and what the report is.
 PAGES = [Path("ctxlm/analysis/site.py"), *sorted(Path("ctxlm/analysis/templates").rglob("*.*"))]
 BESIDES = [path for path in sorted(Path("ctxlm/analysis").glob("*.py")) if path not in PAGES]
@@ -102,6 +107,30 @@ def takes_a_gpu(run) -> bool:
     return run.model != "kneser-ney" and run.device in ("auto", "cuda")
 
 
+def size(run) -> int:
+    """Training tokens, about."""
+    return run.train_tokens or 250 * run.train_samples
+
+
+def wait_for_slurm() -> None:
+    """Wait for runs of this grid that an earlier command has left in Slurm's queue, so that none is run twice."""
+    mine = {f"{os.getcwd()}|rule_experiment_wildcards_{GRID.name}_{run}" for run in RUNS}  # a job's folder and comment
+    for count in itertools.count():
+        queue = subprocess.run(["squeue", "--me", "--noheader", "--format=%Z|%k"], capture_output=True, text=True)
+        if queue.returncode:
+            sys.exit(queue.stderr.strip())
+        if not (left := len(mine.intersection(queue.stdout.splitlines()))):
+            return
+        if count == 0:
+            print(f"Waiting for {left} runs of {GRID.name} that are in Slurm's queue already", file=sys.stderr)
+        time.sleep(10)
+
+
+if workflow.is_main_process and workflow.nodes and shutil.which("squeue"):  # `nodes`: jobs go to a cluster
+    if not {"-n", "--dry-run", "--unlock"}.intersection(sys.argv):
+        wait_for_slurm()
+
+
 # The corpora of the grid: usually one. Runs that read the same tokens through the same embedding share it.
 CORPORA: dict[str, dict] = {}
 CORPUS_OF: dict[str, str] = {}
@@ -127,9 +156,38 @@ EXECUTE = (
 )
 
 
+def unrecorded(wildcards) -> list:
+    """No input. A result that is not the one of Snakemake's record is judged by what it says itself.
+
+    A job that outlives its command makes such a one, since it is the command that writes the record.
+    """
+    run, files = RUNS[wildcards.run], [IOFile(f"{HOME}/{wildcards.run}/{file}") for file in RUN_FILES]
+    metrics = Path(files[0])
+    if workflow.is_main_process and metrics.exists():
+        record = workflow.persistence.metadata(files[0])
+        asked = run.model_dump(exclude={"device"}) | {"code_hash": code_hash(run.model)}
+        asked["data_hash"] = DATA[run.corpus, run.embedding]
+        if record is None or record.endtime != metrics.stat().st_mtime:
+            found = json.loads(metrics.read_text(encoding="utf-8"))
+            if any(found.get(name) != value for name, value in asked.items()):
+                workflow.dag.forcefiles.add(files[0])
+            elif record:
+                for file in files:
+                    workflow.persistence.cleanup_metadata(file)
+    return []
+
+
 wildcard_constraints:
+    grid=re.escape(GRID.name),  # a wildcard only so that Slurm's queue shows it
     run="|".join(map(re.escape, RUNS)),
     corpus="|".join(CORPORA),
+
+
+localrules:
+    all,
+    corpus,  # read once, where the command is given: the runs find it in the cache
+    analysis,
+    report,
 
 
 rule all:
@@ -160,7 +218,7 @@ rule corpus:
             }
             | largest(wildcards.corpus)
         ),
-        data=lambda wildcards: DATA[CORPORA[wildcards.corpus]["corpus"], CORPORA[wildcards.corpus]["embedding"]],
+        data=lambda wildcards: DATA.get((CORPORA[wildcards.corpus]["corpus"], CORPORA[wildcards.corpus]["embedding"])),
     threads: CORES
     # Before all runs, which find its caches then. It is no input of theirs: what a run takes from the corpus is among
     # the run's own parameters, and Snakemake does not look at the parameters of a job whose input is being made anew.
@@ -172,12 +230,14 @@ rule corpus:
 
 
 rule experiment:
+    input:
+        unrecorded,
     output:
         # an earlier result stays until a new one is whole
-        [update(f"{HOME}/{{run}}/{file}") for file in RUN_FILES],
+        [update(f"{OUTPUTS}/{{grid}}/{{run}}/{file}") for file in RUN_FILES],
     log:
-        notebook=f"{HOME}/{{run}}/experiment.ipynb",
-        text=f"{HOME}/{{run}}/experiment.log",
+        notebook=f"{OUTPUTS}/{{grid}}/{{run}}/experiment.ipynb",
+        text=f"{OUTPUTS}/{{grid}}/{{run}}/experiment.log",
     params:
         values=lambda wildcards: on_one_line(
             RUNS[wildcards.run].for_notebook() | {"output_dir": f"{HOME}/{wildcards.run}"}
@@ -186,10 +246,15 @@ rule experiment:
         gpus=lambda wildcards: "$CTXLM_GPUS" if takes_a_gpu(RUNS[wildcards.run]) else "",
         notebook=lambda wildcards: NOTEBOOKS[RUNS[wildcards.run].model],
         code=lambda wildcards: code_hash(RUNS[wildcards.run].model),
-        data=lambda wildcards: DATA[RUNS[wildcards.run].corpus, RUNS[wildcards.run].embedding],
+        data=lambda wildcards: DATA.get((RUNS[wildcards.run].corpus, RUNS[wildcards.run].embedding)),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: RUNS[wildcards.run].train_tokens or RUNS[wildcards.run].train_samples
+    # What a cluster's job asks for: some three times what was measured (docs/speed.md), and more when it is tried again.
+    resources:
+        mem_mb=lambda wildcards, attempt: attempt * (4000 + size(RUNS[wildcards.run]) // 250),
+        runtime=lambda wildcards, attempt: attempt * (30 + size(RUNS[wildcards.run]) // 1000),
+        gres=lambda wildcards: str(config.get("gres", "")) if takes_a_gpu(RUNS[wildcards.run]) else "",
     message:
         "Run {wildcards.run}"
     shell:

@@ -269,6 +269,18 @@ def test_what_was_put_back_is_as_it_was(ask):
     assert code == 0 and "Nothing to be done" in output, output
 
 
+def test_a_result_that_snakemake_has_no_record_of_is_judged_by_what_it_says(folder, grown, ask):
+    names = ("metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv")
+    made = [str(path.parent / name) for path in metrics(folder).values() for name in names]
+    code, output = ask("--cleanup-metadata", *made)
+    assert code == 0, output
+    code, output = ask("--dry-run")
+    assert code == 0 and "experiment" not in jobs(output), output
+    grid_file(folder, GROWN, phase2_learning_rate=0.001)
+    code, output = ask("--dry-run")
+    assert code == 0 and jobs(output)["experiment"] == 4, output
+
+
 def test_a_failing_run_says_why_and_leaves_the_others(folder, grown):
     before = {name: path.read_bytes() for name, path in metrics(folder).items()}
     grid = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
