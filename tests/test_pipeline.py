@@ -240,13 +240,25 @@ def test_fewer_sizes_are_a_new_report(folder, grown, ask):
     assert code == 0 and "experiment" not in found and (found["analysis"], found["report"]) == (1, 1), output
 
 
-def test_a_damaged_run_is_named_before_new_ones_are_paid_for(folder, grown, ask, put_back):
-    path = put_back("A_train_tokens-800/metrics.json")
-    path.write_bytes(path.read_bytes()[:500])
+def test_a_damaged_committed_run_is_refused_before_new_ones_are_paid_for(folder, grown, ask):
+    run = folder / "none" / "tiny" / "A_train_tokens-2800"  # where committed results are
+    shutil.copytree(metrics(folder)["A_train_tokens-800"].parent, run)
+    (run / "metrics.json").write_bytes((run / "metrics.json").read_bytes()[:500])
     grid_file(folder, [*GROWN, 2800])
     code, output = ask()
-    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
-    assert "experiment" not in output and len(metrics(folder)) == 4
+    shutil.rmtree(folder / "none")
+    assert code != 0 and "A_train_tokens-2800/metrics.json of grid tiny is damaged" in output and "git" in output
+    assert "begins" not in output and len(metrics(folder)) == 4
+
+
+def test_a_damaged_run_is_set_aside_and_done_again(folder):
+    path = metrics(folder)["A_train_tokens-800"]
+    before, others = path.with_name("history.csv").read_bytes(), times(folder)
+    path.with_name("history.csv").write_bytes(before.replace(b"1", b"2", 1))
+    code, output = finished(snakemake(folder))
+    assert code == 0 and "A_train_tokens-800/history.csv of grid tiny is damaged" in output, output
+    assert {name for name, time in times(folder).items() if time != others[name]} == {"A_train_tokens-800"}
+    assert len([*path.parent.glob("*.damaged-*")]) == 2
 
 
 @pytest.mark.parametrize("name", ["estimates.csv", "A_train_tokens-800/history.csv"])
