@@ -42,15 +42,15 @@ def folder(tmp_path_factory):
         subprocess.run([script, "stop", path], check=True)
 
 
-def environment(folder, papermill=None):
-    """As the pipeline's, with the cluster's commands; `papermill` is a shell's line that experiments run instead."""
+def environment(folder, instead=None):
+    """As the pipeline's, with the cluster's commands; `instead` is a shell's line that experiments run."""
     own = own_environment(folder, first=str(folder / "bin"))
     own["env"] |= {"SLURM_CONF": str(folder / "slurm.conf")}
-    if papermill:
+    if instead:
         (folder / "instead").mkdir()
-        script = folder / "instead" / "papermill"
-        real = shutil.which("papermill", path=os.path.dirname(sys.executable))
-        script.write_text(f'#!/bin/sh\ncase "$*" in *02_experiment*) {papermill};; esac\nexec "{real}" "$@"\n')
+        script = folder / "instead" / "python"
+        shell = f'#!/bin/sh\ncase "$*" in *ctxlm.batch*02_experiment*) {instead};; esac\nexec "{sys.executable}" "$@"\n'
+        script.write_text(shell)
         script.chmod(0o755)
         own["env"]["PATH"] = f"{script.parent}:{own['env']['PATH']}"
     return own
@@ -87,7 +87,7 @@ def wait_for_both(folder, process):
 
 def test_a_cancelled_job_and_one_that_ran_out_of_time_are_said(folder):
     options = ["--retries", "0", "--set-resources", "experiment:runtime=1"]
-    process = snakemake(folder, *options, papermill="exec sleep 600")
+    process = snakemake(folder, *options, instead="exec sleep 600")
     (waiting,) = wait_for_both(folder, process)["PENDING"]
     subprocess.run(["scancel", waiting], check=True, **environment(folder))
     code, output = finished(process)
