@@ -43,7 +43,8 @@ $(VENV)/.made: pyproject.toml
 env: $(VENV)/.ready  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
-	@$(BIN)/snakemake --cores $(JOBS) --config 'grid=$(GRID)'
+	@# What each run says itself is enough.
+	@$(BIN)/snakemake --cores $(JOBS) --quiet host progress reason rules --config 'grid=$(GRID)'
 	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
 
 status: $(VENV)/.ready  ## print how far a grid is, also while it runs

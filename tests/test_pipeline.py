@@ -50,7 +50,7 @@ def grown(folder):
 def arguments(folder, *options, grid=None):
     """What follows `snakemake` in the command of `make report`."""
     grid = folder / "tiny.yaml" if grid is None else grid
-    return ["--cores", "2", "--quiet", "host", *options, "--config", f"grid={grid}"]
+    return ["--cores", "2", *options, "--config", f"grid={grid}"]
 
 
 def own_environment(folder, first=""):
@@ -83,6 +83,7 @@ for line in sys.stdin:
     if not child:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv[1:] = arguments
         main(arguments)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
