@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctxlm.config import Experiment, load_grid
+from ctxlm.config import Experiment, load_grid, read_yaml
 from ctxlm.device import generator
 from ctxlm.files import ROOT
 from ctxlm.model import ContextLM, own_weights
@@ -43,26 +43,20 @@ def test_the_tuned_recipe_is_that_of_the_committed_runs(size):
     """They are called lean-A there, after the last of four recipes, each of which went on from the one before."""
     run = ROOT / "data" / "results" / "protocol-1" / "lean" / f"lean-A_train_tokens-{size}" / "metrics.json"
     known = json.loads(run.read_text(encoding="utf-8"))
-    tuned = load_grid("tuned").runs[f"tuned-A_train_tokens-{size}"].model_dump()
+    tuned = Experiment.from_mapping(read_yaml("params/A.yaml"), read_yaml("params/tuned.yaml")).model_dump()
     differ = {name for name, value in tuned.items() if known.get(name, value) != value}
-    assert differ == {"experiment", "val_samples", "test_samples", "device", "dtype"}
+    assert differ - {"train_tokens"} == {"experiment", "val_samples", "test_samples", "device", "dtype"}
 
 
-def test_b_starts_less_small():
-    runs = load_grid("tuned").runs
-    for size in (86_925, 183_620):
-        a, b = (runs[f"tuned-{label}_train_tokens-{size}"] for label in "AB")
-        assert changed(b, a) == ["num_layers", "context_dim", "phase1_init_std"] and b.phase1_init_std == 0.02
-
-
-def test_every_setting_of_the_recipe_is_left_out_once():
-    study, tuned = Experiment(), load_grid("tuned").runs["tuned-A_train_tokens-86925"]
-    left_out = []
-    for run in load_grid("tuned-ablations").runs.values():
-        names = changed(run, tuned)
-        assert all(getattr(run, name) == getattr(study, name) for name in names if name != "context_ablation")
-        left_out += names if run.context_ablation == "none" else []
-    assert sorted(left_out) == sorted(changed(tuned, study))
+def test_whatever_the_search_chose_is_left_out_once():
+    runs = [run for run in load_grid("searched-ablations").runs.values() if run.seed == 42]
+    (whole,) = (run for run in runs if run.experiment == "whole")
+    left_out = [changed(run, whole) for run in runs if run.context_ablation == "none" and run is not whole]
+    alone = [names[0] for names in left_out if len(names) == 1]
+    together = {"phase1_init_std", "phase2_final_rate", "phase2_epochs", "phase2_warmup_updates"}  # chosen by the line
+    chosen = {*read_yaml("params/searched/context.yaml")} - together
+    assert sorted(alone) == sorted({*chosen, "phase2_shuffle"})
+    assert [names for names in left_out if len(names) > 1] == [["phase1_min_iterations", "phase1_max_iterations"]]
 
 
 def prepared(**parameters):

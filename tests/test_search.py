@@ -336,6 +336,19 @@ def test_what_is_known_of_each_model_is_in_its_space(ours):
                 assert (values if len(names) > 1 else values[0]) in given
 
 
+@pytest.mark.parametrize("name", ["context", "lstm", "transformer"])
+def test_what_a_search_found_is_its_best_trial(name):
+    """At full size, where the best three have been run there."""
+    table = pd.read_csv(ROOT / "data" / "search" / f"{name}.csv", keep_default_na=False)
+    assert len(table[table["scale"] == "quick"]) == 24
+    own = table[table["scale"] == ("full" if "full" in {*table["scale"]} else "quick")]
+    best = own.assign(value=own["value"].astype(float)).sort_values("value").iloc[0]
+    found = read_yaml(f"params/searched/{name}.yaml")
+    wanted = {column: best[column] for column in table.columns[4:-2]}
+    assert found["logit_scale"] == pytest.approx(wanted.pop("logit_spread") * math.sqrt(128 / 768), rel=1e-12)
+    assert {key: found[key] for key in wanted} == wanted
+
+
 @pytest.mark.parametrize("scale", ["quick", "full"])
 def test_the_networks_have_as_many_trained_parameters_as_a(ours, scale):
     e = {name: own.experiment(own.draw(0, {}), scale) for name, own in ours.items()}
