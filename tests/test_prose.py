@@ -177,7 +177,7 @@ def test_the_markers_are_read_as_they_are_meant():
 @pytest.mark.parametrize("grid", ["ablations", "protocol-1/baselines"])
 def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    parameters = {"grid": grid, "output_dir": str(tmp_path)}
+    parameters = {"grid": grid, "output_dir": str(tmp_path / "analysis")}
     source, out = ROOT / "notebooks" / "04_scaling.ipynb", tmp_path / "04.ipynb"
     papermill.execute_notebook(source, out, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False)
-    assert (tmp_path / "estimates.csv").exists()
+    assert (tmp_path / "analysis" / "estimates.csv").exists()
