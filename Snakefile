@@ -19,11 +19,11 @@ sys.path.insert(0, workflow.basedir)
 from snakemake.io import IOFile
 
 from ctxlm.analysis.runs import damaged_runs, grid_dtype, set_aside
-from ctxlm.batch import GRID_LOCK, failures, on_one_line
+from ctxlm.batch import GRID_LOCK, failures, is_executed, on_one_line
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import InUse, digest, take
+from ctxlm.files import InUse, digest, parse_json, take
 from ctxlm.results import outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
@@ -71,12 +71,6 @@ PAGES = [Path("ctxlm/analysis/site.py"), *sorted(Path("ctxlm/analysis/templates"
 BESIDES = [path for path in sorted(Path("ctxlm/analysis").glob("*.py")) if path not in PAGES]
 BESIDES += ["ctxlm/results.py", "ctxlm/metrics.py"]
 
-ESTIMATES = outputs_dir() / GRID.name / "estimates.csv"
-try:
-    if ESTIMATES.exists() and not ESTIMATES.read_text(encoding="utf-8").endswith("\n"):
-        raise ValueError("its last line is not whole")
-except ValueError:  # damaged from outside: it is made anew
-    ESTIMATES.unlink()
 
 RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 
@@ -168,12 +162,29 @@ def unrecorded(wildcards) -> list:
         asked = run.model_dump(exclude={"device"}) | {"code_hash": code_hash(run.model)}
         asked["data_hash"] = DATA[run.corpus, run.embedding]
         if record is None or record.endtime != metrics.stat().st_mtime:
-            found = json.loads(metrics.read_text(encoding="utf-8"))
+            try:
+                found = dict(parse_json(metrics.read_bytes()))
+            except (OSError, ValueError, TypeError):  # damaged: a dry run, which sets nothing aside, comes here
+                found = {}
             if any(found.get(name) != value for name, value in asked.items()):
                 workflow.dag.forcefiles.add(files[0])
             elif record:
                 for file in files:
                     workflow.persistence.cleanup_metadata(file)
+    return []
+
+
+def not_whole(wildcards) -> list:
+    """No input. An analysis, or a corpus, of which a file or the notebook is not whole is made anew."""
+    name = f"{wildcards.corpus}/corpus.json" if hasattr(wildcards, "corpus") else "estimates.csv"
+    done = outputs_dir() / GRID.name / name
+    notebook = done.with_suffix(".ipynb") if done.suffix == ".json" else done.with_name("04_scaling.ipynb")
+    try:
+        whole = done.read_text(encoding="utf-8").endswith(("\n", "}")) and is_executed(notebook)
+    except (OSError, ValueError):
+        whole = False
+    if workflow.is_main_process and done.exists() and not whole:
+        workflow.dag.forcefiles.add(IOFile(f"{HOME}/{name}"))
     return []
 
 
@@ -204,6 +215,7 @@ rule corpus:
         "notebooks/01_corpus.ipynb",
         "ctxlm/corpus.py",
         "ctxlm/embeddings.py",
+        not_whole,
     output:
         f"{HOME}/{{corpus}}/corpus.json",
     log:
@@ -279,6 +291,7 @@ rule analysis:
     input:
         "notebooks/04_scaling.ipynb",
         BESIDES,
+        not_whole,
         expand(f"{HOME}/{{run}}/{{file}}", run=RUNS, file=RUN_FILES),
     output:
         f"{HOME}/estimates.csv",

@@ -27,7 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ctxlm.config import ConfigError, load_grid
-from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, resolve, take
+from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, parse_json, resolve, take
 
 LOCK = ".batch.lock"
 """Beside a notebook that is executed: whose task that is. A run's kernel has another, `RUN_LOCK`."""
@@ -102,6 +102,15 @@ def say(line: str) -> None:
     """Print a line, if there is still somebody to read it: whoever started this may have been killed."""
     with suppress(BrokenPipeError):
         print(line, flush=True)
+
+
+def is_executed(notebook: Path) -> bool:
+    """Whether a notebook can be read and was run to its end: whoever executed it may have been killed meanwhile."""
+    try:
+        cells = [cell for cell in parse_json(notebook.read_bytes())["cells"] if cell["cell_type"] == "code"]
+        return all(cell["execution_count"] or not "".join(cell["source"]).strip() for cell in cells)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def failures(home: Path, runs: Iterable[str]) -> dict[str, str]:

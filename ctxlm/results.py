@@ -31,7 +31,18 @@ from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, check_output_dir, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, file_digest, parse_json, resolve, take
+from ctxlm.files import (
+    ROOT,
+    RUN_LOCK,
+    InUse,
+    atomic,
+    clear_temporaries,
+    digest,
+    file_digest,
+    parse_json,
+    resolve,
+    take,
+)
 from ctxlm.metrics import losses_by_sample
 
 WEIGHTS = "model.safetensors"
@@ -129,6 +140,7 @@ def run_folder(path: str | Path | None) -> Path:
             f"output_dir = {str(path)!r} is in use by {other}: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"
         ) from None
+    clear_temporaries(folder)
     return folder
 
 
@@ -249,8 +261,10 @@ def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
         OSError: it cannot be read.
     """
     known = metrics.get("files")
-    if not isinstance(known, Mapping) or path.name not in known:
+    if not isinstance(known, Mapping):
         return
+    if path.name not in known:
+        raise ValueError("metrics.json has no digest of it")
     content = {name: value for name, value in metrics.items() if name != "files"}
     if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):
         raise ValueError("it was changed after the run was written")
