@@ -101,7 +101,7 @@ def on_one_line(values: Mapping[str, Any]) -> str:
 def say(line: str) -> None:
     """Print a line, if there is still somebody to read it: whoever started this may have been killed."""
     with suppress(BrokenPipeError):
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)  # one piece: others write there, too
 
 
 def is_executed(notebook: Path) -> bool:
