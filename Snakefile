@@ -302,6 +302,7 @@ onerror:
     if not config.get("finished"):
         if failed and len(failed) < PLANNED:
             rest = ["--cores", "1", "--workflow-profile", "none", "--rerun-triggers", "mtime", "--until", "report"]
+            rest += ["--forcerun", "report"]  # which says what is missing
             rest += ["--quiet", "all", "--nolock", "--rerun-incomplete", "--config", f"grid={GRID_FILE}", "finished=true"]
             subprocess.run([sys.executable, "-m", "snakemake", *rest])
         atexit.register(last_words, failed)
@@ -338,8 +339,8 @@ rule report:
     output:
         f"{HOME}/report/index.html",
     params:
-        # A changed title is a new report. Only its digest: braces in it would be taken for wildcards.
-        words=digest(GRID.title, GRID.description),
+        # A changed title, or list of runs, is a new report. Only its digest: braces would be taken for wildcards.
+        words=digest(GRID.title, GRID.description, *GRID.runs),
     message:
         "Writing the report"
     shell:

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RUN_LOCK = ".lock"
 """In a run's folder: whose it is while it is made."""
+CHECKPOINTS = ".checkpoints"
+"""Within a run's folder, while it is not finished."""
 PLUMBING = ("ctxlm/checkpoints.py", "ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 

@@ -32,6 +32,7 @@ from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, check_output_dir, c
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import (
+    CHECKPOINTS,
     ROOT,
     RUN_LOCK,
     InUse,
@@ -49,8 +50,6 @@ WEIGHTS = "model.safetensors"
 """A run's file of its weights."""
 LOSSES = "val_losses.npz"
 """A run's file of every validation token's loss."""
-CHECKPOINTS = ".checkpoints"
-"""Within a run's folder, while it is not finished."""
 BY_HAND = "interactive"
 """The grid of runs that are made by hand and named after what they are: it has no file."""
 REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
@@ -243,7 +242,9 @@ def write_run(
             f"{folder} cannot be written to ({getattr(error, 'strerror', None) or error}): free some space there, or "
             f"make it writable, and run it again{untouched}"
         ) from None
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    # A batch does it itself: one killed from here on has the run to do again, and then goes on from its last epoch.
+    if os.environ.get("CTXLM_PROGRESS") != "lines":
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / "metrics.json"
 
 

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from ctxlm.files import ROOT, digest
 from tests.conftest import short_paragraphs
 
-VICTIMS = {"tree": 4, "group": 3, "head": 2, "ipykernel": 3, "papermill": 1, "ctxlm.batch": 1}
+VICTIMS = {"tree": 4, "group": 3, "head": 2, "ipykernel_launcher": 3, "papermill": 1, "ctxlm.batch": 1}
 """Who is killed, and how often among all."""
 TRAINED = {"phase2_epochs": 10, "phase2_patience": 10, "phase2_batch_size": 16}
 EXPERIMENTS = {
@@ -110,7 +110,7 @@ class Logs:
     """How far each run was, from its log, and what it did twice."""
 
     def __init__(self, home: Path):
-        self.home, self.texts, self.reached = home, {}, {}
+        self.home, self.texts, self.reached, self.resumed = home, {}, {}, 0
         self.before = {}
         """How far a run was when its present attempt began; what was compared with it is gone."""
 
@@ -126,6 +126,7 @@ class Logs:
                 steps = [int(step) for step in re.findall(rf"^{kind} (\d+): ", text, re.MULTILINE)]
                 again = re.search(rf"goes on after {kind} (\d+)", text)
                 if again or steps:
+                    self.resumed += bool(again) and (run, kind) in self.before
                     begun = int(again[1]) + 1 if again else first
                     most = max(most, self.before.pop((run, kind), 0) + 1 - begun)
                 self.reached[run, kind] = max([self.reached.get((run, kind), 0), *steps])
@@ -199,8 +200,9 @@ def rounds(grid: Grid, kills: int, seed: int, seconds: float = 0.0, longest: flo
                     if victim:
                         said = next((line[:80] for line in reversed(grid.said()) if ": " in line), "")
                         rows.append({"kill": len(rows) + 1, "round": ends, "victim": victim})
-                        rows[-1] |= {"after": round(time.monotonic() - moment, 1), "said": said, "repeated": 0}
+                        rows[-1] |= {"after": round(time.monotonic() - moment, 1), "said": said}
                         print(*rows[-1].values(), sep=" | ", flush=True)
+                        rows[-1]["repeated"] = 0
                     over = len(rows) >= wanted or (seconds and time.monotonic() - began > seconds)
                     wanted = len(rows) if over else wanted
                     if victim in ("tree", "group", "head"):
@@ -216,7 +218,8 @@ def rounds(grid: Grid, kills: int, seed: int, seconds: float = 0.0, longest: flo
         left = grid.left()
         for row in rows[first:]:
             row |= {"unlike": " ".join(unlike), "left": " ".join(left), "starts": starts}
-        print(f"round {ends}: {len(rows) - first} kills, {starts} starts, unlike: {unlike}, left: {left}", flush=True)
+        print(f"round {ends}: {len(rows) - first} kills, {starts} starts, unlike: {unlike}, left: {left}")
+        print(f"  {logs.resumed} times a phase was gone on with from a checkpoint", flush=True)
         with (grid.folder / "kills.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(
                 file, ["kill", "round", "victim", "after", "said", "repeated", "unlike", "left", "starts"]

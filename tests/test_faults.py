@@ -25,7 +25,7 @@ from ctxlm.batch import GRID_LOCK, execute, failures, is_executed
 from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
 from ctxlm.corpus import load_corpus
-from ctxlm.files import ROOT, RUN_LOCK, atomic, cached_arrays, clear_temporaries, file_digest, take
+from ctxlm.files import CHECKPOINTS, ROOT, RUN_LOCK, atomic, cached_arrays, clear_temporaries, file_digest, take
 from ctxlm.phase1 import shape_contexts
 from ctxlm.results import run_folder, sealed_metrics
 from tests import planted
@@ -182,6 +182,20 @@ def test_a_notebook_that_was_not_run_to_its_end_is_known(tmp_path):
 
 
 # Caches and checkpoints
+
+
+@pytest.mark.parametrize("progress", ["", "lines"])
+def test_a_batch_that_is_killed_once_the_run_is_written_has_its_last_epoch_to_go_on_from(
+    roots,  # noqa: F811
+    monkeypatch,
+    progress,
+):
+    """Snakemake deletes what such a job has made."""
+    monkeypatch.setenv("CTXLM_PROGRESS", progress)
+    folder = roots[0] / "g" / "A"
+    Checkpoints(folder / CHECKPOINTS, "key").save(1, {"epoch": 1})
+    write(folder)
+    assert (folder / CHECKPOINTS).exists() is (progress == "lines")
 
 
 def made(path):
@@ -575,7 +589,7 @@ def test_a_full_disk_stops_a_grid_with_a_sentence_and_leaves_its_results(grid, d
     full = fill(disk)
     grid.plan(2, 3, 4)
     code, output = grid.run(outputs=disk / "outputs")
-    assert code != 0 and "No space left" in output.strip().splitlines()[-2], output
+    assert code != 0 and "disk is full" in output.strip().splitlines()[-1], output
     assert {path: file_digest(path) for path in before} == before
     full.unlink()
     code, output = grid.run(outputs=disk / "outputs")
