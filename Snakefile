@@ -29,6 +29,7 @@ from ctxlm.results import outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
+DRY_RUN = {"-n", "-np", "--dry-run", "--dryrun"}.intersection(sys.argv)  # Snakemake does not know it yet
 DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "test_samples", "max_sample_tokens"}
 
 # What Snakemake says and nobody needs. Why a job failed it has said itself, unless it was killed.
@@ -56,7 +57,7 @@ try:  # everything that can be said before any work starts is said here, in one 
         DATA = {(run.corpus, run.embedding): data_hash(run) for run in GRID.runs.values()}
         # A grid is one process's at a time, and free again once that has died: Snakemake's own lock, which a killed one
         # leaves behind, is not used (profiles/default).
-        if not workflow.dryrun and not config.get("finished"):
+        if not DRY_RUN and not config.get("finished"):
             if before := take(outputs_dir() / GRID.name / GRID_LOCK):
                 print(f"{before}, ran grid {GRID.name} and was stopped: going on from what it left", flush=True)
             for damage in damaged_runs(GRID.name):  # before new runs are paid for, not after
@@ -131,7 +132,7 @@ def wait_for_slurm() -> None:
 
 
 if workflow.is_main_process and workflow.nodes and shutil.which("squeue"):  # `nodes`: jobs go to a cluster
-    if not {"-n", "--dry-run", "--unlock"}.intersection(sys.argv):
+    if not DRY_RUN and "--unlock" not in sys.argv:
         wait_for_slurm()
 
 
