@@ -241,11 +241,12 @@ def test_fewer_sizes_are_a_new_report(folder, grown, ask):
     assert code == 0 and "experiment" not in found and (found["analysis"], found["report"]) == (1, 1), output
 
 
-def test_a_damaged_run_is_done_again(folder, grown, ask, put_back):
+def test_a_dry_run_names_a_damaged_run_and_leaves_it(folder, grown, ask, put_back):
     path = put_back("A_train_tokens-800/metrics.json")
     path.write_bytes(path.read_bytes()[:500])
     code, output = ask("--dry-run")
-    assert code == 0 and jobs(output)["experiment"] == 1 and path.stat().st_size == 500, output
+    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
+    assert path.stat().st_size == 500 and len(metrics(folder)) == 4
 
 
 @pytest.mark.parametrize("name", ["estimates.csv", "A_train_tokens-800/history.csv"])
