@@ -4,8 +4,8 @@
 #
 # A finished run is not run again; an added size runs alone. A changed parameter, source or text runs it anew.
 
+import atexit
 import itertools
-import json
 import os
 import re
 import shutil
@@ -17,19 +17,29 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from snakemake.io import IOFile
+from snakemake.logging import logger
 
 from ctxlm.analysis.runs import damaged_runs, grid_dtype, set_aside
-from ctxlm.batch import GRID_LOCK, failures, on_one_line
+from ctxlm.batch import FAILURE, GRID_LOCK, failures, is_executed, on_one_line
 from ctxlm.config import NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.corpus import check_data
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import InUse, digest, take
+from ctxlm.files import InUse, digest, parse_json, take
 from ctxlm.results import outputs_dir
 
 OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
-WORKS = not {"-n", "--dry-run", "--dryrun", "--unlock"}.intersection(sys.argv)  # Snakemake knows it later only
+WORKS = not {"-n", "-np", "--dry-run", "--dryrun", "--unlock"}.intersection(sys.argv)  # Snakemake knows it later only
 DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "test_samples", "max_sample_tokens"}
+
+# What Snakemake says and nobody needs. Why a job failed it has said itself, unless it was killed.
+NOISE = re.compile(
+    r"Select jobs|Execute \d+ job|Cannot restore|Exiting because|WorkflowError:\s+At least one job|Complete log"
+    r"|RuleException:\s+CalledProcessError.*non-zero exit status \d+",
+    re.DOTALL,
+)
+if "--verbose" not in sys.argv:
+    logger.addFilter(lambda record: not NOISE.match(record.getMessage()))
 
 try:  # everything that can be said before any work starts is said here, in one sentence
     GRID = load_grid(GRID_FILE)
@@ -72,12 +82,6 @@ PAGES = [Path("ctxlm/analysis/site.py"), *sorted(Path("ctxlm/analysis/templates"
 BESIDES = [path for path in sorted(Path("ctxlm/analysis").glob("*.py")) if path not in PAGES]
 BESIDES += ["ctxlm/results.py", "ctxlm/metrics.py"]
 
-ESTIMATES = outputs_dir() / GRID.name / "estimates.csv"
-try:
-    if ESTIMATES.exists() and not ESTIMATES.read_text(encoding="utf-8").endswith("\n"):
-        raise ValueError("its last line is not whole")
-except ValueError:  # damaged from outside: it is made anew
-    ESTIMATES.unlink()
 
 RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 
@@ -168,12 +172,28 @@ def unrecorded(wildcards) -> list:
         asked = run.model_dump(exclude={"device"}) | {"code_hash": code_hash(run.model)}
         asked["data_hash"] = DATA[run.corpus, run.embedding]
         if record is None or record.endtime != metrics.stat().st_mtime:
-            found = json.loads(metrics.read_text(encoding="utf-8"))
+            try:
+                found = dict(parse_json(metrics.read_bytes()))
+            except (OSError, ValueError, TypeError):  # damaged: a dry run, which sets nothing aside, comes here
+                found = {}
             if any(found.get(name) != value for name, value in asked.items()):
                 workflow.dag.forcefiles.add(files[0])
             elif record:
                 for file in files:
                     workflow.persistence.cleanup_metadata(file)
+    return []
+
+
+def not_whole(name: str, notebook: str = "") -> list:
+    """No input. A file of the grid's that is cut, or whose notebook was not run to its end, is made anew."""
+    home = outputs_dir() / GRID.name
+    try:
+        ends = (home / name).read_text(encoding="utf-8").endswith(("\n", "}", "</html>"))
+        whole = ends and (not notebook or is_executed(home / notebook))
+    except (OSError, ValueError):
+        whole = False
+    if workflow.is_main_process and (home / name).exists() and not whole:
+        workflow.dag.forcefiles.add(IOFile(f"{HOME}/{name}"))
     return []
 
 
@@ -204,6 +224,7 @@ rule corpus:
         "notebooks/01_corpus.ipynb",
         "ctxlm/corpus.py",
         "ctxlm/embeddings.py",
+        lambda wildcards: not_whole(f"{wildcards.corpus}/corpus.json", f"{wildcards.corpus}/corpus.ipynb"),
     output:
         f"{HOME}/{{corpus}}/corpus.json",
     log:
@@ -261,16 +282,30 @@ rule experiment:
         EXECUTE + " --name {wildcards.run:q} --gpus {params.gpus} --planned {PLANNED}"
 
 
-onerror:
-    # One line of cause each at the end, and the report of what is finished.
-    failed = failures(outputs_dir() / GRID.name, RUNS)
-    if failed and not config.get("finished"):
+def last_words(failed: dict[str, str]) -> None:
+    """What has no result, a line of cause each, where it is the last that is read."""
+    home = outputs_dir() / GRID.name
+    for folder, log in ((home, "04_scaling.log"), *((home / name, f"{name}/corpus.log") for name in CORPORA)):
+        if (folder / FAILURE).exists():
+            print(f"{log}: {(folder / FAILURE).read_text(encoding='utf-8', errors='replace').strip()}")
+    if (home / "report" / "index.html").exists() and len(failed) < PLANNED:
+        print(f"The report, of what there is: {HOME}/report/index.html")
+    if failed:
         print(f"{len(failed)} of {PLANNED} runs have no result:")
         for name, why in failed.items():
             print(f"  {name}: {why} ({HOME}/{name}/experiment.log)")
-        if len(failed) < PLANNED:
-            rest = ["--cores", "1", "--profile", "none", "--rerun-triggers", "mtime", "--until", "report"]
-            subprocess.run([sys.executable, "-m", "snakemake", *rest, "--config", f"grid={GRID_FILE}", "finished=true"])
+
+
+onerror:
+    # The report of what is finished, and at the very end what is not.
+    failed = failures(outputs_dir() / GRID.name, RUNS)
+    if not config.get("finished"):
+        if failed and len(failed) < PLANNED:
+            rest = ["--cores", "1", "--workflow-profile", "none", "--rerun-triggers", "mtime", "--until", "report"]
+            rest += ["--forcerun", "report"]  # which says what is missing
+            rest += ["--quiet", "all", "--nolock", "--rerun-incomplete", "--config", f"grid={GRID_FILE}", "finished=true"]
+            subprocess.run([sys.executable, "-m", "snakemake", *rest])
+        atexit.register(last_words, failed)
 
 
 # No `update()` here: Snakemake would give an earlier result back after a failure, with a new time, and take it for
@@ -279,6 +314,7 @@ rule analysis:
     input:
         "notebooks/04_scaling.ipynb",
         BESIDES,
+        lambda wildcards: not_whole("estimates.csv", "04_scaling.ipynb"),
         expand(f"{HOME}/{{run}}/{{file}}", run=RUNS, file=RUN_FILES),
     output:
         f"{HOME}/estimates.csv",
@@ -297,13 +333,14 @@ rule analysis:
 rule report:
     input:
         PAGES,
+        lambda wildcards: not_whole("report/index.html"),
         f"{HOME}/estimates.csv",
         expand(f"{HOME}/{{corpus}}/corpus.json", corpus=CORPORA),
     output:
         f"{HOME}/report/index.html",
     params:
-        # A changed title is a new report. Only its digest: braces in it would be taken for wildcards.
-        words=digest(GRID.title, GRID.description),
+        # A changed title, or list of runs, is a new report. Only its digest: braces would be taken for wildcards.
+        words=digest(GRID.title, GRID.description, *GRID.runs),
     message:
         "Writing the report"
     shell:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ctxlm.config import ConfigError, load_grid
-from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, resolve, take
+from ctxlm.files import CHECKPOINTS, ROOT, RUN_LOCK, InUse, atomic, parse_json, resolve, take
 
 LOCK = ".batch.lock"
 """Beside a notebook that is executed: whose task that is. A run's kernel has another, `RUN_LOCK`."""
@@ -37,6 +38,8 @@ FAILURE = "failure.txt"
 """Beside a notebook that failed: why, in a line."""
 TRANSIENT = ("Kernel died", "Kernel didn't respond", "Address already in use", "ZMQError")
 """In the last line of what may succeed when it is done again."""
+ROOM = 2**20
+"""Bytes that must be free on a disk that is not called full."""
 STEP = re.compile(r"(iteration|epoch) \d+: |goes on after ")
 """Begins what a notebook says of how far it is."""
 
@@ -68,6 +71,7 @@ def execute(
     before = _changed(done)
     if _waited(folder, name) and _changed(done) != before:
         say(f"{name}: was finished there")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return ""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_PROGRESS": "lines"} | _gpu(folder, gpus)
     command = [sys.executable, "-m", "papermill", "--cwd", ".", "-k", "python3", "--no-progress-bar", "--log-output"]
@@ -77,6 +81,7 @@ def execute(
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
         if _changed(done) != before:  # papermill's own word is not trusted, neither for good nor for ill
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             return ""
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         why = lines[-1].strip() if lines else f"papermill ended with {code} and said nothing"
@@ -88,7 +93,8 @@ def execute(
             say(f"{name}: {why}; once more")
         elif code < 0 or "Kernel died" in why:
             why = f"{why}; twice, most likely for want of memory: run fewer side by side (JOBS=1)"
-    with suppress(OSError), atomic(failure) as path:  # a disk may be full
+    why += _without_room(folder)
+    with suppress(OSError), atomic(failure) as path:
         path.write_text(why + "\n", encoding="utf-8")
     return why
 
@@ -101,7 +107,16 @@ def on_one_line(values: Mapping[str, Any]) -> str:
 def say(line: str) -> None:
     """Print a line, if there is still somebody to read it: whoever started this may have been killed."""
     with suppress(BrokenPipeError):
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)  # one piece: others write there, too
+
+
+def is_executed(notebook: Path) -> bool:
+    """Whether a notebook can be read and was run to its end: whoever executed it may have been killed meanwhile."""
+    try:
+        cells = [cell for cell in parse_json(notebook.read_bytes())["cells"] if cell["cell_type"] == "code"]
+        return all(cell["execution_count"] or not "".join(cell["source"]).strip() for cell in cells)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def failures(home: Path, runs: Iterable[str]) -> dict[str, str]:
@@ -113,7 +128,16 @@ def failures(home: Path, runs: Iterable[str]) -> dict[str, str]:
             found[name] = failure.read_text(encoding="utf-8", errors="replace").strip()
         elif not (home / name / "metrics.json").exists():
             found[name] = "was stopped" if (home / name).is_dir() else "was not begun"
+            found[name] += _without_room(home)
     return found
+
+
+def _without_room(folder: Path) -> str:
+    """What to do where a disk is full, on which whoever fails cannot say so; "" where it is not."""
+    try:
+        return "; the disk is full: make room there" if shutil.disk_usage(folder).free < ROOM else ""
+    except OSError:
+        return ""
 
 
 def status(grid: str) -> list[str]:

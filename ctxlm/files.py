@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RUN_LOCK = ".lock"
 """In a run's folder: whose it is while it is made."""
+CHECKPOINTS = ".checkpoints"
+"""Within a run's folder, while it is not finished."""
 PLUMBING = ("ctxlm/checkpoints.py", "ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 
@@ -71,6 +73,13 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def clear_temporaries(folder: Path, of: str = "*.*") -> None:
+    """Remove what killed writers have left of the files `of` in a folder, which nobody else writes to meanwhile."""
+    stem, suffix = os.path.splitext(of)
+    for path in folder.glob(f".{stem}-{'[0-9a-f]' * 32}{suffix}"):
+        path.unlink(missing_ok=True)
+
+
 @cache
 def _lock(path: Path) -> FileLock:
     """One and the same lock for all of this process's threads. Its death lets go of it, whatever it died of; and where
@@ -100,7 +109,7 @@ def take(path: Path, timeout: float = 0) -> str:
     except Timeout:
         raise InUse(_holder(note) or "another process") from None
     before = _holder(note)
-    with atomic(note) as temporary:
+    with suppress(OSError), atomic(note) as temporary:  # the lock is taken without it, too, where a disk is full
         known = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         temporary.write_text(json.dumps(known) + "\n", encoding="utf-8")
     atexit.register(_let_go, path, os.getpid())
@@ -127,11 +136,12 @@ def _holder(note: Path) -> str:
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew.
+    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew, and one
+    that is another's under this name.
 
     Of several processes that want the same file, one builds it and the others wait for it.
     """
-    if (arrays := read_arrays(path)) is not None:
+    if (arrays := _own_arrays(path)) is not None:
         return arrays
     lock = path.with_name(f".{path.name}.lock")
     with ExitStack() as locked:
@@ -139,15 +149,22 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
             locked.enter_context(FileLock(lock))
             # whoever waits for it looks for the arrays once it is theirs
             locked.callback(lock.unlink, missing_ok=True)
-        if (arrays := read_arrays(path)) is not None:
+            clear_temporaries(path.parent, path.name)
+        if (arrays := _own_arrays(path)) is not None:
             return arrays
         arrays = build()
         try:
             with atomic(path) as temporary:
-                np.savez(temporary, **arrays, names=np.array(sorted(arrays)))
+                np.savez(temporary, **arrays, names=np.array(sorted(arrays)), made_as=np.array(path.name))
         except OSError as error:  # what was computed is not lost because it cannot be kept
             warnings.warn(f"{path} cannot be kept ({error.strerror}): it will be made again next time", stacklevel=2)
     return arrays
+
+
+def _own_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file of `cached_arrays`; None where it is missing, damaged, or was made under another name."""
+    known = read_arrays(path, ("made_as",))  # which older ones do not say
+    return None if known and str(known["made_as"]) != path.name else read_arrays(path)
 
 
 def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] | None:

@@ -31,15 +31,25 @@ from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, check_output_dir, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
-from ctxlm.files import ROOT, RUN_LOCK, InUse, atomic, digest, file_digest, parse_json, resolve, take
+from ctxlm.files import (
+    CHECKPOINTS,
+    ROOT,
+    RUN_LOCK,
+    InUse,
+    atomic,
+    clear_temporaries,
+    digest,
+    file_digest,
+    parse_json,
+    resolve,
+    take,
+)
 from ctxlm.metrics import losses_by_sample
 
 WEIGHTS = "model.safetensors"
 """A run's file of its weights."""
 LOSSES = "val_losses.npz"
 """A run's file of every validation token's loss."""
-CHECKPOINTS = ".checkpoints"
-"""Within a run's folder, while it is not finished."""
 BY_HAND = "interactive"
 """The grid of runs that are made by hand and named after what they are: it has no file."""
 REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
@@ -129,6 +139,7 @@ def run_folder(path: str | Path | None) -> Path:
             f"output_dir = {str(path)!r} is in use by {other}: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"
         ) from None
+    clear_temporaries(folder)
     return folder
 
 
@@ -231,7 +242,9 @@ def write_run(
             f"{folder} cannot be written to ({getattr(error, 'strerror', None) or error}): free some space there, or "
             f"make it writable, and run it again{untouched}"
         ) from None
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    # A batch does it itself: one killed from here on has the run to do again, and then goes on from its last epoch.
+    if os.environ.get("CTXLM_PROGRESS") != "lines":
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / "metrics.json"
 
 
@@ -249,8 +262,10 @@ def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
         OSError: it cannot be read.
     """
     known = metrics.get("files")
-    if not isinstance(known, Mapping) or path.name not in known:
+    if not isinstance(known, Mapping):
         return
+    if path.name not in known:
+        raise ValueError("metrics.json has no digest of it")
     content = {name: value for name, value in metrics.items() if name != "files"}
     if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):
         raise ValueError("it was changed after the run was written")

@@ -76,6 +76,14 @@ def test_a_failure_is_forgotten_once_it_succeeds_and_an_earlier_result_is_no_suc
     assert carried_out(tmp_path) == "" and failures(tmp_path, ["run"]) == {}
 
 
+def test_a_run_that_succeeded_leaves_no_checkpoint(tmp_path, papermill):
+    papermill(("ConfigError: no", 1), ("done", 0))
+    states = tmp_path / "run" / ".checkpoints"
+    states.mkdir(parents=True)
+    assert carried_out(tmp_path) and states.exists()
+    assert not carried_out(tmp_path) and not states.exists()
+
+
 def test_a_free_gpu_is_the_only_one_that_is_seen(tmp_path, papermill):
     calls = papermill(("done", 0))
     carried_out(tmp_path, gpus=["0", "1"])

@@ -83,7 +83,7 @@ for line in sys.stdin:
     if not child:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
-        sys.argv[1:] = arguments
+        sys.argv = ["snakemake", *arguments]
         main(arguments)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -260,6 +260,14 @@ def test_a_damaged_run_is_set_aside_and_done_again(folder):
     assert code == 0 and "A_train_tokens-800/history.csv of grid tiny is damaged" in output, output
     assert {name for name, time in times(folder).items() if time != others[name]} == {"A_train_tokens-800"}
     assert len([*path.parent.glob("*.damaged-*")]) == 2
+
+
+def test_a_dry_run_names_a_damaged_run_and_leaves_it(folder, grown, ask, put_back):
+    path = put_back("A_train_tokens-800/metrics.json")
+    path.write_bytes(path.read_bytes()[:500])
+    code, output = ask("--dry-run")
+    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
+    assert path.stat().st_size == 500 and len(metrics(folder)) == 4
 
 
 @pytest.mark.parametrize("name", ["estimates.csv", "A_train_tokens-800/history.csv"])

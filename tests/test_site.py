@@ -331,7 +331,6 @@ FAILED = ran("fit()", nb.new_output("error", ename="ValueError", evalue="no size
         ("04_scaling.ipynb", notebook(ran("a"), ran("b", count=None)), "not run to its end"),
         ("estimates.csv", None, "estimates.csv is missing or damaged"),
         ("estimates.csv", "contrast,at,val", "estimates.csv is missing or damaged"),
-        ("A_seed-1/experiment.ipynb", "not JSON", "experiment.ipynb is not a readable notebook"),
         ("A_seed-1/metrics.json", '{"seed": 1', "metrics.json is damaged"),
     ],
 )

@@ -34,6 +34,7 @@ from urllib.parse import quote, unquote, urlsplit
 import nbformat
 import pandas as pd
 from bs4 import BeautifulSoup, NavigableString, Tag
+from filelock import FileLock
 from jinja2 import Environment, FileSystemLoader, Undefined
 from markupsafe import Markup, escape
 from nbconvert import HTMLExporter
@@ -41,6 +42,7 @@ from nbconvert.filters import markdown2html
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
+from ctxlm.batch import is_executed
 from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.files import ROOT, atomic, parse_json, resolve
 from ctxlm.results import git_commit, outputs_dir
@@ -187,15 +189,19 @@ def build(grid: str, outputs: Path | None = None) -> Path:
         for name in settings.runs:
             path, page = home / name / "experiment.ipynb", f"runs/{name}.html"
             own = {"run_name": name, "runs_page": "index.html#runs"}
-            if path.exists() and (name not in finished or finished[name].folder == path.parent):
-                notebook = _read(path, "delete it and run the grid again")
+            if name in finished:  # papermill may have been killed once the run was written
+                shown = finished[name].folder == path.parent and is_executed(path)
+            else:
+                shown = _is_readable(path)
+            if shown:
+                notebook = _read(path, "run the grid again")
                 site.write_notebook(page, notebook, f"{_title(notebook, path.stem)}: {name}", **own)
             elif name in finished:
                 _write_run(site, finished[name], "index.html#runs")
             if name not in finished:
-                unfinished.append((name, page if path.exists() else None))
+                unfinished.append((name, page if shown else None))
         for path in corpora:
-            notebook = _read(path, "delete it and run the grid again")
+            notebook = _read(path, f"run `make report GRID={grid}` again")
             site.write_notebook(f"{path.parent.name}.html", notebook, _title(notebook, path.stem))
         site.write_notebook(f"{ANALYSIS}.html", analysis, _title(analysis, ANALYSIS))
         answer = tidy(cells_html(_tagged(analysis, ANSWER, MAIN_FIGURE)), site.link)
@@ -210,7 +216,7 @@ def _check_analysis(notebook: NotebookNode, home: Path) -> None:
     if error := _failure(notebook):
         raise ConfigError(f"{path} ended in {error}: open it to see where")
     if any(cell.execution_count is None and cell.source.strip() for cell in _code(notebook)):
-        raise ConfigError(f"{path} was not run to its end: run it again")
+        raise ConfigError(f"{path} was not run to its end: run the grid again")
     try:
         whole = (home / "estimates.csv").read_text(encoding="utf-8").endswith("\n")
     except (OSError, ValueError):
@@ -586,6 +592,13 @@ def _read(path: Path, remedy: str) -> NotebookNode:
         raise ConfigError(f"{path} is not a readable notebook ({str(error).splitlines()[0]}): {remedy}") from None
 
 
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(_read(path, ""))
+    except ConfigError:
+        return False
+
+
 def _kept(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if NOTEBOOK_ONLY not in cell.metadata.get("tags", [])]
 
@@ -642,7 +655,19 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` once the block has ended without an error; else the earlier one stays."""
+    """A folder that becomes `target` once the block has ended without an error; else the earlier one stays.
+
+    Of several processes that want it, one is at it and the others wait.
+    """
+    with FileLock(target.with_name(f".lock-{target.name}")):
+        for left in target.parent.glob(f".{target.name}-*"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with _staging(target) as staging:
+            yield staging
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         staging.chmod(0o755)  # mkdtemp makes folders private; a site is for everyone
