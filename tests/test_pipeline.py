@@ -312,7 +312,9 @@ def test_a_failing_run_says_why_and_leaves_the_others(folder, grown):
     assert code != 0 and "1 of 3 runs have no result" in output and "NonFiniteLoss: Phase 2's loss is" in output
     assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before
     page = (folder / "outputs" / "tiny" / "report" / "index.html").read_text(encoding="utf-8")
-    assert "A_train_tokens-800" in page and "C_train_tokens-800" not in page  # the report is of what there is
+    # the report is of what there is, and says what is missing
+    assert "runs/A_train_tokens-800.html" in page and "runs/C_train_tokens-800.html" not in page
+    assert "C_train_tokens-800" in page
     shutil.rmtree(folder / "outputs" / "tiny" / "C_train_tokens-800")
 
 
