@@ -477,6 +477,7 @@ ALONE = {
 }
 
 
+@pytest.mark.night
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "deleted"])
 @pytest.mark.parametrize("name", ALONE)
@@ -520,6 +521,7 @@ def test_a_second_command_is_told_who_is_at_it(grid):
     assert code == 0 and f"process {other.pid} on " in output, output
 
 
+@pytest.mark.night
 @pytest.mark.slow
 def test_outputs_from_the_future_are_not_made_again(grid):
     """The clock was wrong when they were written."""
@@ -552,6 +554,7 @@ def test_a_failing_run_is_the_last_thing_that_is_read(grid):
     assert code == 0, output
 
 
+@pytest.mark.night
 @pytest.mark.slow
 def test_outputs_that_are_removed_while_it_runs_are_made_by_the_next_command(grid):
     before = grid.numbers()
@@ -565,6 +568,7 @@ def test_outputs_that_are_removed_while_it_runs_are_made_by_the_next_command(gri
     assert code == 0 and grid.numbers() == before, output
 
 
+@pytest.mark.night
 @pytest.mark.slow
 def test_a_grid_file_that_is_changed_while_it_runs_is_the_next_commands(grid):
     shutil.rmtree(grid.home / "KN-2")
@@ -582,6 +586,7 @@ def test_a_grid_file_that_is_changed_while_it_runs_is_the_next_commands(grid):
     assert code == 0, output
 
 
+@pytest.mark.night
 @pytest.mark.slow
 def test_a_full_disk_stops_a_grid_with_a_sentence_and_leaves_its_results(grid, disk):
     shutil.copytree(grid.home, disk / "outputs" / "ngrams")
@@ -597,6 +602,7 @@ def test_a_full_disk_stops_a_grid_with_a_sentence_and_leaves_its_results(grid, d
     grid.plan(2, 3)
 
 
+@pytest.mark.night
 @pytest.mark.slow
 def test_a_disk_that_cannot_be_written_to_is_said_at_once(grid, disk):
     shutil.copytree(grid.home, disk / "outputs" / "ngrams")
@@ -612,6 +618,7 @@ def test_a_disk_that_cannot_be_written_to_is_said_at_once(grid, disk):
 # Killed
 
 
+@pytest.mark.night
 @pytest.mark.slow
 def test_a_grid_that_is_killed_at_random_is_the_undisturbed_one(tmp_path):
     rows = rounds(Grid(tmp_path), kills=3, seed=0)
