@@ -415,6 +415,7 @@ def preset(runs, monkeypatch):
     """The small run A as the only preset."""
     known = {"A": Experiment.from_mapping(play.experiment(A).model_dump(), {"phase2_epochs": 3})}
     monkeypatch.setattr(bench, "presets", lambda: known)
+    monkeypatch.setattr(bench, "GRID", "small")
 
 
 def test_a_run_is_trained_named_after_its_change_and_can_be_asked(preset):
@@ -446,7 +447,7 @@ class Place:
 
 @pytest.fixture
 def bench_shown(preset, monkeypatch):
-    """Shows the workbench: its two buttons, and the place of its curve."""
+    """Shows the workbench: its two buttons, the place of its curve, and the one below it."""
     displayed = []
 
     def display(thing, display_id=False, raw=False):
@@ -455,10 +456,10 @@ def bench_shown(preset, monkeypatch):
 
     def show(change):
         displayed.clear()
-        bench.workbench(["A"], change, A)
-        box, place = displayed
+        bench.workbench(["A"], change, A, [play.curves, play.differing])
+        box, place, below = displayed
         *_, start, stop = box.children
-        return start, stop, place
+        return start, stop, place, below
 
     for module in (bench, showing):
         monkeypatch.setattr(module, "display", display)
@@ -473,7 +474,7 @@ def join():
 
 
 def test_stop_ends_it_after_the_epoch_and_its_run_says_so(bench_shown):
-    start, stop, place = bench_shown("phase2_epochs: 4")
+    start, stop, place, below = bench_shown("phase2_epochs: 4")
     assert isinstance(place.views[0], Figure) and not start.disabled and stop.disabled
     place.on_curve = stop.click
     start.click()
@@ -481,7 +482,7 @@ def test_stop_ends_it_after_the_epoch_and_its_run_says_so(bench_shown):
     run = "interactive/A_phase2_epochs-4"
     known = play.metrics(run)
     assert known["epochs_run"] == known["best_epoch"] == 1 and known["stopped"] is True and not start.disabled
-    assert "stopped" in place.views[-1].axes[0].get_title(loc="left")
+    assert "stopped" in below.views[-1].data["parameter"].tolist()
     differs = play.catalogue("interactive").data.set_index("run").loc[run, "what differs"]
     assert differs.endswith("stopped")
     table = play.differing(A, run).data.set_index("parameter")
@@ -489,10 +490,13 @@ def test_stop_ends_it_after_the_epoch_and_its_run_says_so(bench_shown):
 
 
 def test_one_that_was_not_stopped_is_not_marked(bench_shown):
-    start, stop, place = bench_shown("phase2_epochs: 1\nseed: 5")
+    start, stop, place, below = bench_shown("phase2_epochs: 1\nseed: 5")
     place.on_curve = stop.click  # in its last epoch: it ends as it would have
     start.click()
     join()
+    labels = place.views[-1].legends[0].get_texts()
+    assert [text.get_text() for text in labels][::2] == ["A, validation", "A, phase2_epochs 1, seed 5, validation"]
+    assert below.views[-1].data.columns[1:].tolist() == ["A", "A, phase2_epochs 1, seed 5"]
     assert "stopped" not in play.metrics("interactive/A_phase2_epochs-1_seed-5")
 
 
@@ -503,11 +507,11 @@ def test_a_workbench_shown_again_goes_on_with_the_training(bench_shown):
         came.set()
         goes_on.wait(60)
 
-    start, _, place = bench_shown("phase2_epochs: 2\nseed: 6")
+    start, _, place, _ = bench_shown("phase2_epochs: 2\nseed: 6")
     place.on_curve = hold
     start.click()
     assert came.wait(60)
-    start, stop, again = bench_shown("another: one")
+    start, stop, again, below = bench_shown("another: one")
     assert start.disabled and not stop.disabled and again.views[-1] is place.views[-1]
     before = len(place.views)
     stop.click()
@@ -516,14 +520,14 @@ def test_a_workbench_shown_again_goes_on_with_the_training(bench_shown):
     join()
     assert len(place.views) == before and len(again.views) > 2 and not start.disabled and stop.disabled
     assert play.metrics("interactive/A_phase2_epochs-2_seed-6")["stopped"] is True
-    *_, later = bench_shown("another: one")
-    assert later.views[-1] is again.views[-1]  # what came of it, not the curve from before
+    *_, later, still_below = bench_shown("another: one")
+    assert later.views[-1] is again.views[-1] and still_below.views[-1] is below.views[-1]  # not the curve from before
 
 
 @pytest.mark.parametrize(
     ("preset_name", "change", "said"),
     [
-        ("C", "", "preset = 'C' is no context model of grid playground: choose one of A"),
+        ("C", "", "preset = 'C' is no context model of grid small: choose one of A"),
         ("A", "num_layers", "change = 'num_layers' is no list of parameters: write one a line, as num_layers: 3"),
         ("A", "a: [", "change = 'a: [' is no list of parameters"),
         ("A", "num_layer: 3", "num_layer = 3 is not a parameter: did you mean num_layers?"),

@@ -7,8 +7,9 @@ import functools
 import re
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ctxlm.analysis.explore import (
     quiet,
     quoted,
     show_widgets,
+    shown,
     visible,
     widget,
     wrapped,
@@ -214,32 +216,33 @@ class Training:
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.stopped = threading.Event()
-        self.view: Any = None
+        self.seen: tuple[Any, ...] = ()
 
     @property
     def goes_on(self) -> bool:
         return self.thread is not None
 
-    def attach(self, start: Any, stop: Any, handle: Any) -> None:
-        """Be seen in `handle`, with the two buttons, from now on; what was seen last is seen there at once."""
-        self.start, self.stop, self.handle = start, stop, handle
+    def attach(self, start: Any, stop: Any, places: Sequence[Any]) -> None:
+        """Be seen in `places`, with the two buttons, from now on; what was seen last is seen there at once."""
+        self.start, self.stop, self.places = start, stop, places
         self._enable()
-        if self.view is not None:
-            handle.update(self.view)
+        if self.seen:
+            self._show(*self.seen)
 
-    def begin(self, preset: str, change: str) -> None:
+    def begin(self, preset: str, change: str, views: Sequence[Callable[..., Any]]) -> None:
+        """Train a preset with a change; at the end the `views` show the preset, `a`, beside the new run, `b`."""
         if self.goes_on:
             return
         self.stopped.clear()
-        self.thread = threading.Thread(target=self._work, args=(preset, change), daemon=True)
+        self.thread = threading.Thread(target=self._work, args=(preset, change, views), daemon=True)
         self._enable()
         self._show(quiet("Reading the text, then Phase 1; the curve begins with the first epoch."))
         self.thread.start()
 
-    def _work(self, preset: str, change: str) -> None:
+    def _work(self, preset: str, change: str, views: Sequence[Callable[..., Any]]) -> None:
         try:
-            run = train(preset, change, self._follow)
-            self._show(curve(history(run), title_of(run)))
+            both = {"a": f"{GRID}/{preset}", "b": train(preset, change, self._follow)}
+            self._show(*(shown(view, both) for view in views))
         except (ConfigError, NonFiniteLoss, OSError) as error:
             self._show(HTML(f"<p>{quoted(str(error))}</p>"))
         finally:
@@ -250,9 +253,10 @@ class Training:
         self._show(curve(pd.DataFrame(rows)))
         return self.stopped.is_set()
 
-    def _show(self, view: Any) -> None:
-        self.view = view
-        self.handle.update(view)
+    def _show(self, *seen: Any) -> None:
+        self.seen = seen
+        for place, view in zip_longest(self.places, seen, fillvalue=HTML("")):
+            place.update(view)
 
     def _enable(self) -> None:
         self.start.disabled, self.stop.disabled = self.goes_on, not self.goes_on or self.stopped.is_set()
@@ -273,12 +277,15 @@ def title_of(run: str) -> str:
     return f"{run}{', stopped' * known.get('stopped', False)}, test PPL {known['test_ppl']:,.1f}"
 
 
-def workbench(preset: list[str], change: str, shown: str) -> None:
-    """Controls that train a preset with a change, in a thread, with its curve live; at first a finished run's curve.
+def workbench(preset: list[str], change: str, run: str, views: Sequence[Callable[..., Any]]) -> None:
+    """Controls that train a preset with a change, in a thread, with its curve live; at first a finished `run`'s curve.
 
     Stop ends the training after its epoch, and the best one is kept. A training that goes on is seen here from now on.
+
+    Args:
+        views: show, once it is trained, the preset beside the new run, as their `a` and `b`.
     """
-    first = curve(history(shown), title_of(shown))
+    first = curve(history(run), title_of(run))
     if not has_widgets():
         display(first)
         return
@@ -287,8 +294,9 @@ def workbench(preset: list[str], change: str, shown: str) -> None:
     controls = widget("preset", preset), widget("change", change)
     start, stop = ipywidgets.Button(description="Train"), ipywidgets.Button(description="Stop")
     show_widgets(beside([*controls, start, stop]))
-    TRAINING.attach(start, stop, display(first, display_id=True))
-    start.on_click(lambda _: TRAINING.begin(*(control.value for control in controls)))
+    places = [display(view, display_id=True) for view in (first, *[HTML("")] * (len(views) - 1))]
+    TRAINING.attach(start, stop, places)
+    start.on_click(lambda _: TRAINING.begin(*(control.value for control in controls), views))
     stop.on_click(lambda _: TRAINING.end())
 
 
