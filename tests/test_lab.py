@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 from ctxlm.files import ROOT
 from tests.browser import Browser, chromium
@@ -89,7 +90,10 @@ def run_all(lab: Browser, notebook: str) -> None:
     for _ in range(3):
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_function(f"() => ({ALL_RUN})() || document.querySelector('.jp-Dialog')", timeout=MINUTES)
+        try:
+            page.wait_for_function(f"() => ({ALL_RUN})() || document.querySelector('.jp-Dialog')", timeout=MINUTES)
+        except TimeoutError as error:
+            raise AssertionError(page.locator("body").inner_text()) from error
         if not page.locator(".jp-Dialog").count():
             break
         # on a slow machine the kernel is not there yet, and JupyterLab asks for one

@@ -407,6 +407,15 @@ def test_bad_input_is_a_sentence_in_the_place_of_the_view(monkeypatch):
     assert "text = &#x27;&#x27; is not possible" in only.data
 
 
+def test_one_sentence_is_said_once_by_views_side_by_side(monkeypatch):
+    views = [play.differing, play.curves, play.difference, play.most_different]
+    (box, *shown), updated = shown_by(monkeypatch, True, views, a=[A, B], b=[B, A])
+    assert not any(isinstance(thing, HTML) for thing in shown)
+    box.children[0].value = B
+    assert [thing.data for thing in updated if isinstance(thing, HTML)].count("") == 2  # the curves of one run are shown
+    assert sum("choose two runs" in thing.data for thing in updated if isinstance(thing, HTML)) == 1
+
+
 # Training
 
 

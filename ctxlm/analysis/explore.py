@@ -57,7 +57,8 @@ def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls
     widgets = {name: widget(name, control) for name, control in controls.items()} if has_widgets() else {}
     if widgets:
         show_widgets(beside(widgets.values()))
-    handles = [display(shown(view, values), display_id=True) for view in views]
+    said: set[str] = set()
+    handles = [display(shown(view, values, said), display_id=True) for view in views]
 
     def change(event: Any) -> None:
         values.update({name: own.value for name, own in widgets.items()})
@@ -65,10 +66,11 @@ def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls
         concerned = [own for own in zip(views, handles, strict=True) if name in inspect.signature(own[0]).parameters]
         for _, handle in concerned:
             handle.update(quiet("working…"))
+        said = set()
         for view, handle in concerned:
             told = _TELL.set(lambda sentence, handle=handle: handle.update(quiet(sentence)))
             try:
-                handle.update(shown(view, values))
+                handle.update(shown(view, values, said))
             except BaseException as error:  # of which a frontend shows nothing: "working…" would stand for ever
                 handle.update(quiet(repr(error)))
                 raise
@@ -123,13 +125,15 @@ def quiet(sentence: str) -> HTML:
     return HTML(f'<p style="opacity:.65">{quoted(sentence)}</p>')
 
 
-def shown(view: Callable[..., Any], values: dict[str, Any]) -> Any:
-    """A view, or the sentence that says why there is none."""
-    wanted = inspect.signature(view).parameters
+def shown(view: Callable[..., Any], values: dict[str, Any], said: set[str] | None = None) -> Any:
+    """A view, or the sentence that says why there is none; nothing if that was `said` of a view beside it."""
+    wanted, said = inspect.signature(view).parameters, set() if said is None else said
     try:
         return view(**{name: value for name, value in values.items() if name in wanted})
     except (ConfigError, NonFiniteLoss, OSError) as error:
-        return HTML(f"<p>{quoted(str(error))}</p>")
+        known = str(error) in said
+        said.add(str(error))
+        return HTML("" if known else f"<p>{quoted(str(error))}</p>")
 
 
 def large(view: Callable[..., Figure]) -> Callable[..., Figure]:

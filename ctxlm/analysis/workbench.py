@@ -242,7 +242,8 @@ class Training:
     def _work(self, preset: str, change: str, views: Sequence[Callable[..., Any]]) -> None:
         try:
             both = {"a": f"{GRID}/{preset}", "b": train(preset, change, self._follow)}
-            self._show(*(shown(view, both) for view in views))
+            said: set[str] = set()
+            self._show(*(shown(view, both, said) for view in views))
         except (ConfigError, NonFiniteLoss, OSError) as error:
             self._show(HTML(f"<p>{quoted(str(error))}</p>"))
         finally:
