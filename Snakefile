@@ -41,6 +41,8 @@ NOISE = re.compile(
 if "--verbose" not in sys.argv:
     logger.addFilter(lambda record: not NOISE.match(record.getMessage()))
 
+if not isinstance(config.get("threads", 1), int) or config.get("threads", 1) < 1:
+    sys.exit(f"threads = {config['threads']!r} is not possible: give the cores that a run gets, as threads=8")
 try:  # everything that can be said before any work starts is said here, in one sentence
     GRID = load_grid(GRID_FILE)
     if any(run.device.startswith("cuda") for run in GRID.runs.values()):
@@ -104,7 +106,7 @@ os.environ["CTXLM_GPUS"] = " ".join(GPUS)
 # executor names no cores: `--config threads=8` then says how many a run gets.
 CORES = workflow.cores or 1
 SHARE = -(-CORES // len(GPUS)) if GPUS else CORES // len(RUNS)  # rounded up, so that no run lacks a GPU
-THREADS = int(config.get("threads", max(1, SHARE)))
+THREADS = config.get("threads", max(1, SHARE))
 
 
 def takes_a_gpu(run) -> bool:

@@ -255,16 +255,16 @@ def sealed_metrics(metrics: Mapping[str, Any], files: Mapping[str, str]) -> dict
 
 
 def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
-    """See that a run's file, its metrics.json or another, is what was written with `metrics`; of older runs, nothing.
+    """See that a run's file, its metrics.json or another, is what was written with `metrics`; of protocol 1, nothing.
 
     Raises:
         ValueError: it is not.
         OSError: it cannot be read.
     """
     known = metrics.get("files")
-    if not isinstance(known, Mapping):
+    if known is None and metrics.get("protocol", 1) == 1:
         return
-    if path.name not in known:
+    if not isinstance(known, Mapping) or path.name not in known:
         raise ValueError("metrics.json has no digest of it")
     content = {name: value for name, value in metrics.items() if name != "files"}
     if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):

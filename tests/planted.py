@@ -11,6 +11,8 @@ import pandas as pd
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import PROTOCOL
+from ctxlm.files import file_digest
+from ctxlm.results import sealed_metrics
 
 SIZES = (10_000, 14_000, 20_000, 28_000, 40_000)
 MIDDLE = float(np.log(SIZES).mean())
@@ -115,4 +117,12 @@ def write(
     own = {"best_epoch": 3, "epochs_run": 5, "overfit_rate": 0.05} | own
     kept = {name: value for name, value in own.items() if name not in without}
     (folder / "metrics.json").write_text(json.dumps(kept), encoding="utf-8")
+    seal(folder)
     return folder
+
+
+def seal(folder: Path) -> None:
+    """Make a run's files those that were written."""
+    path = folder / "metrics.json"
+    files = {table.name: file_digest(table) for table in folder.glob("*.csv")}
+    path.write_text(json.dumps(sealed_metrics(json.loads(path.read_text()), files)), encoding="utf-8")

@@ -47,10 +47,10 @@ def grown(folder):
     grid_file(folder, GROWN)
 
 
-def arguments(folder, *options, grid=None):
+def arguments(folder, *options, grid=None, **config):
     """What follows `snakemake` in the command of `make report`."""
     grid = folder / "tiny.yaml" if grid is None else grid
-    return ["--cores", "2", *options, "--config", f"grid={grid}"]
+    return ["--cores", "2", *options, "--config", f"grid={grid}", *(f"{k}={v}" for k, v in config.items())]
 
 
 def own_environment(folder, first=""):
@@ -140,6 +140,9 @@ def test_bad_input_is_refused_before_any_work(folder, ask):
     grid_file(folder, [800])
     assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
     assert "Error" not in output and not re.search(r"line \d", output)  # the sentence stands alone
+    code, output = ask(threads="abc")
+    assert code != 0 and "threads = 'abc' is not possible: give the cores that a run gets" in output
+    assert "Error" not in output and not re.search(r"line \d", output)
     code, output = ask(grid="")
     assert code != 0 and "grid = '' names no grid: choose one of" in output
     assert "Error" not in output and not re.search(r"line \d", output)

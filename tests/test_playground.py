@@ -412,8 +412,9 @@ def test_one_sentence_is_said_once_by_views_side_by_side(monkeypatch):
     (box, *shown), updated = shown_by(monkeypatch, True, views, a=[A, B], b=[B, A])
     assert not any(isinstance(thing, HTML) for thing in shown)
     box.children[0].value = B
-    assert [thing.data for thing in updated if isinstance(thing, HTML)].count("") == 2  # the curves of one run are shown
-    assert sum("choose two runs" in thing.data for thing in updated if isinstance(thing, HTML)) == 1
+    said = [thing.data for thing in updated if isinstance(thing, HTML)]
+    assert said.count("") == 2  # the curves of one run are shown
+    assert sum("choose two runs" in sentence for sentence in said) == 1
 
 
 # Training

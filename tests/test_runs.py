@@ -10,7 +10,7 @@ import pytest
 from ctxlm.analysis.runs import loss_sums, overview, read_histories, read_runs, replicates
 from ctxlm.config import ConfigError, read_yaml
 from ctxlm.files import ROOT
-from tests.planted import write
+from tests.planted import seal, write
 
 
 @pytest.fixture
@@ -272,6 +272,7 @@ def test_losses_on_other_text_or_not_kept_are_none(roots):
     folder = write(roots[1], "protocol-1/b", seed=4)
     table = pd.read_csv(folder / "val_by_sample.csv")
     table.assign(sample=table["sample"] + 1).to_csv(folder / "val_by_sample.csv", index=False)
+    seal(folder)
     both = read_runs("protocol-1/a", "protocol-1/b")
     assert loss_sums(both[both["seed"].isin([1, 4])], "val") is None
 
