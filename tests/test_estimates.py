@@ -597,7 +597,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
         crossing = held(fieller(found, MIDDLE), meet)
         hits.append((level.low < truth[0] < level.high, slope.low < truth[1] < slope.high, crossing))
     covered = np.mean(hits, axis=0)
-    assert ((covered > 0.93) & (covered < 0.975)).all(), covered  # wide where replicates scatter least
+    most = 0.97 if replicates > 4 else 0.975  # wide where few replicates scatter less than samples explain
+    assert ((covered > 0.93) & (covered < most)).all(), covered
 
 
 @pytest.mark.slow
