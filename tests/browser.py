@@ -10,6 +10,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
+from ctxlm.analysis.run_plots import WIDTH
+
 SIZES = {390: 844, 1280: 844}
 
 
@@ -52,3 +54,26 @@ class Browser:
         found = Axe().run(self.page).response["violations"]
         grave = [one for one in found if one["impact"] in ("serious", "critical")]
         return [f"{one['id']}: {one['nodes'][0]['html'][:120]}" for one in grave]
+
+
+SMALL = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibility()
+  && [...e.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
+  && parseFloat(getComputedStyle(e).fontSize) < 14).map(e => e.outerHTML.slice(0, 80))"""
+BESIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+LABELS = f"""[...document.querySelectorAll("img")].map(e => {9 / 72 / WIDTH} * e.clientWidth)"""
+"""Heights of the figures' smallest labels, 9 points on a width of `WIDTH` inches, as they are shown, px."""
+
+
+def read_by_everyone(browser: Browser, page: Path) -> None:
+    """On a phone and in the dark, a page overflows nowhere, has no small text, asks for nothing, fails nowhere and has
+    no barrier that axe-core finds."""
+    for width, dark in ((390, False), (1280, True)):
+        browser.open(page, width, dark)
+        assert browser.requests and all(url.startswith(("file:", "data:")) for url in browser.requests)
+        assert browser.complaints == [], page
+        assert browser.run("innerWidth") == width and browser.run(BESIDE) <= 0, page
+        assert browser.run(SMALL) == [], page
+        assert all(shown >= 9 for shown in browser.run(LABELS)), page
+        ground = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert (ground != "rgb(255, 255, 255)") == dark
+        assert browser.barriers() == [], page

@@ -66,6 +66,14 @@ def outputs(tmp_path, monkeypatch):
     plt.close("all")
 
 
+@pytest.fixture(scope="module")
+def browser():
+    from tests.browser import chromium  # not needed on a machine that has only a GPU's tests to run
+
+    with chromium() as opened:
+        yield opened
+
+
 def pytest_xdist_auto_num_workers():
     """As many as `make report` has cores (psutil would count the whole machine's); more than eight find no work."""
     from snakemake.utils import available_cpu_count  # not needed on a machine that has only a GPU's tests to run

@@ -1,4 +1,4 @@
-"""Numbers in prose: every one that a page, the README or the index states is held against the estimate it is of.
+"""The site of what is committed, and numbers in prose: every one is held against the estimate it is of.
 
 In Markdown a number is followed by `<!--= PAGE: CONTRAST @ AT -->`, which names an estimate that the page shows. The
 number before it is its value; where a bracket closes before it, value, low and high.
@@ -12,8 +12,9 @@ import papermill
 import pytest
 
 from ctxlm.analysis.estimates import MIME
-from ctxlm.analysis.site import PAGES
+from ctxlm.analysis.site import PAGES, build_all
 from ctxlm.files import ROOT
+from tests.browser import read_by_everyone
 
 MARKER = re.compile(r"<!--= (?P<page>\S+): (?P<contrast>.+?) @ ?(?P<at>.*?) ?-->")
 NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
@@ -21,23 +22,15 @@ DOCUMENTS = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md", "
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def site(tmp_path_factory):
+    """The folder of the site of what is committed."""
+    return build_all(tmp_path_factory.mktemp("outputs")).parent
+
+
+@pytest.fixture(scope="module")
+def pages(site):
     """Every page of analysis, executed from committed results alone: name → notebook."""
-    folder, found = tmp_path_factory.mktemp("pages"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CTXLM_OUTPUTS", str(folder / "outputs"))
-        for name, (source, parameters) in PAGES.items():
-            out = folder / f"{name}.ipynb"
-            papermill.execute_notebook(
-                ROOT / "notebooks" / f"{source}.ipynb",
-                out,
-                parameters,
-                cwd=ROOT,
-                kernel_name="python3",
-                progress_bar=False,
-            )
-            found[name] = nbformat.read(out, as_version=4)
-    return found
+    return {name: nbformat.read(site / "notebooks" / f"{name}.ipynb", as_version=4) for name in PAGES}
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +174,12 @@ def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, mon
     source, out = ROOT / "notebooks" / "04_scaling.ipynb", tmp_path / "04.ipynb"
     papermill.execute_notebook(source, out, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False)
     assert (tmp_path / "analysis" / "estimates.csv").exists()
+
+
+@pytest.mark.slow
+def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
+    committed = len([*(ROOT / "data" / "results").rglob("metrics.json")])
+    assert len([*(site / "runs").rglob("*.html")]) == committed
+    for page in sorted(site.glob("*.html")):
+        read_by_everyone(browser, page)
+        assert browser.printed() <= (4 if page.name == "index.html" else 6), page

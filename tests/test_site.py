@@ -18,11 +18,11 @@ import pytest
 from bs4 import BeautifulSoup
 
 from ctxlm.analysis import site
-from ctxlm.analysis.run_plots import WIDTH, new_figure
+from ctxlm.analysis.run_plots import new_figure
 from ctxlm.analysis.site import build, build_all, main
 from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
-from tests.browser import chromium
+from tests.browser import read_by_everyone
 
 TITLE = "Wide {with} braces {0} & shallow?"
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -461,37 +461,10 @@ def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tm
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as opened:
-        yield opened
-
-
-SMALL = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibility()
-  && [...e.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
-  && parseFloat(getComputedStyle(e).fontSize) < 14).map(e => e.outerHTML.slice(0, 80))"""
-BESIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-LABELS = f"""[...document.querySelectorAll("img")].map(e => {9 / 72 / WIDTH} * e.clientWidth)"""
-"""Heights of the figures' smallest labels, 9 points on a width of `WIDTH` inches, as they are shown, px."""
 COLUMN = """[...document.querySelector("table").tBodies[0].rows].map(
   row => row.cells[{}].textContent.replace("\u00a0", " "))"""
 CLICK = """(() => {{ const cell = document.querySelector("table").tHead.rows[0].cells[{}];
   cell.querySelector("button").click(); return cell.getAttribute("aria-sort"); }})()"""
-
-
-def read_by_everyone(browser, page: Path) -> None:
-    """On a phone and in the dark, a page overflows nowhere, has no small text, asks for nothing, fails nowhere and has
-    no barrier that axe-core finds."""
-    for width, dark in ((390, False), (1280, True)):
-        browser.open(page, width, dark)
-        assert browser.requests and all(url.startswith(("file:", "data:")) for url in browser.requests)
-        assert browser.complaints == [], page
-        assert browser.run("innerWidth") == width and browser.run(BESIDE) <= 0, page
-        assert browser.run(SMALL) == [], page
-        assert all(shown >= 9 for shown in browser.run(LABELS)), page
-        ground = browser.run("getComputedStyle(document.body).backgroundColor")
-        assert (ground != "rgb(255, 255, 255)") == dark
-        assert browser.barriers() == [], page
 
 
 @pytest.mark.slow
@@ -546,14 +519,3 @@ def test_a_click_on_a_header_sorts_its_table(outputs, browser):
     assert browser.run(CLICK.format(2)) == "ascending" and browser.run(COLUMN.format(2)) == ["−2.0 %", "+10.0 %", "–"]
     assert browser.run(CLICK.format(2)) == "descending" and browser.run(COLUMN.format(2)) == ["+10.0 %", "−2.0 %", "–"]
     assert browser.run("""document.querySelectorAll("[aria-sort]").length""") == 1
-
-
-@pytest.mark.slow
-def test_the_site_of_what_is_committed_is_made_and_is_short(tmp_path, browser):
-    index = build_all(tmp_path)
-    folder = index.parent
-    committed = len([*(ROOT / "data" / "results").rglob("metrics.json")])
-    assert len([*(folder / "runs").rglob("*.html")]) == committed
-    for page in sorted(folder.glob("*.html")):
-        read_by_everyone(browser, page)
-        assert browser.printed() <= (4 if page == index else 6), page
