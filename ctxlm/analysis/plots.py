@@ -132,6 +132,24 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     return _once(figure)
 
 
+def searches(trials: pd.DataFrame, column: str = "val_ppl") -> Figure:
+    """What each trial of a search found, and the best so far as a line.
+
+    Args:
+        trials: model, trial, and a perplexity `column`.
+    """
+    figure, ((axes,),) = new_figure(height=4.2)
+    styles = looks(trials["model"])
+    for name, own in trials.sort_values("trial").groupby("model"):
+        axes.plot(own["trial"], own[column], **styles[name] | {"linestyle": "none"}, alpha=0.4)
+        best = {"label": f"{name}, best so far", "marker": "", "drawstyle": "steps-post"}
+        axes.plot(own["trial"], own[column].cummin(), **styles[name] | best)
+    steps_axis(axes, "trial")
+    log_axis(axes, "PPL on held-out training text (log)")
+    legend(figure)
+    return figure
+
+
 def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
     """Training (dotted) and validation PPL by epoch, a panel a size: a faint line a run, their mean thick.
 
