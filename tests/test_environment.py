@@ -107,13 +107,38 @@ def test_a_notebook_is_valid_and_stripped(path):
     assert {cell.execution_count for cell in code} == {None}
 
 
+def first_cell(path):
+    return next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code").source
+
+
 def test_a_kernel_without_ctxlm_is_told_so_in_one_sentence(monkeypatch):
-    notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
-    (first,) = {next(cell for cell in notebook.cells if cell.cell_type == "code").source for notebook in notebooks}
-    exec(first)
-    monkeypatch.setitem(sys.modules, "ctxlm", None)
-    with pytest.raises(ModuleNotFoundError, match="make lab"):
+    both = {first_cell(path) for path in NOTEBOOKS}
+    assert both == {first_cell(ROOT / "notebooks" / f"{name}.ipynb") for name in ("01_corpus", "09_playground")}
+    for first in both:
         exec(first)
+    monkeypatch.setitem(sys.modules, "ctxlm", None)
+    for first in both:
+        with pytest.raises(ModuleNotFoundError, match="make lab"):
+            exec(first)
+
+
+def test_on_colab_the_playground_fetches_and_installs_the_repository(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        (tmp_path / "ctxlm" / "notebooks").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "ctxlm", None)
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("builtins.input", lambda asked: "the address")
+    exec(first_cell(ROOT / "notebooks" / "09_playground.ipynb"))
+    assert commands[0][:2] == ["git", "clone"] and commands[0][-2:] == ["the address", "ctxlm"]
+    assert commands[1][0] == sys.executable and commands[1][-1] == "ctxlm"
+    assert Path.cwd() == tmp_path / "ctxlm" / "notebooks" and Path(sys.path[0]).resolve() == tmp_path / "ctxlm"
 
 
 def test_running_a_notebook_does_not_change_what_is_committed(tmp_path):

@@ -17,6 +17,7 @@ from ctxlm.corpus import load_corpus
 from ctxlm.files import ROOT, atomic
 from ctxlm.model import ContextLM
 from ctxlm.networks import NeuralLM
+from ctxlm.results import sealed_metrics
 from ctxlm.search import LAG, Search, main, run_notebook
 from tests.conftest import short_paragraphs
 
@@ -80,7 +81,7 @@ class Planted:
         found = {"val_loss": loss, "val_ppl": math.exp(loss), "val_tokens": 100, "total_seconds": 1.25}
         found |= e.model_dump() | {"protocol": 2, "code_hash": CODE}
         with atomic(folder / "metrics.json") as path:  # others read while this one writes
-            path.write_text(json.dumps(found), encoding="utf-8")
+            path.write_text(json.dumps(sealed_metrics(found, {})), encoding="utf-8")
         return ""
 
     @property
