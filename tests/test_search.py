@@ -19,7 +19,7 @@ from ctxlm.model import ContextLM
 from ctxlm.networks import NeuralLM
 from ctxlm.results import sealed_metrics
 from ctxlm.search import LAG, Search, main, run_notebook
-from tests.conftest import short_paragraphs
+from tests.conftest import rewrite, short_paragraphs
 
 OURS = sorted(path.stem for path in (ROOT / "params" / "search").glob("*.yaml"))
 CODE = "0123456789abcdef"
@@ -247,7 +247,7 @@ def test_trials_of_another_search_are_not_gone_on_with(file, outputs, capsys):
         assert main([file(trials=4, **keys)], Planted(stops=["trial-004"])) == 1
         assert re.search(f"was made with another {name} than tiny.yaml gives it: undo", capsys.readouterr().err)
     path = outputs / "search" / "tiny" / "trial-001" / "metrics.json"
-    path.write_text(path.read_text(encoding="utf-8").replace(CODE, "0" * 16), encoding="utf-8")
+    rewrite(path, code_hash="0" * 16)
     assert main([file(trials=4)], Planted()) == 0  # all are there
     assert main([file(trials=5)], Planted()) == 1 and "made by other code" in capsys.readouterr().err
     path.write_text("{", encoding="utf-8")

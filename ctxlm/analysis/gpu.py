@@ -130,7 +130,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.wheels:
         print("\n".join(wheels(Path(options.there).read_text(encoding="utf-8") if options.there else "")))
         return 0
-    os.environ.setdefault("MPLBACKEND", "Agg")
     import torch
 
     from ctxlm.files import atomic, resolve
@@ -138,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("device = 'cuda': torch sees no CUDA device here; --device cpu rehearses the plan", file=sys.stderr)
         return 1
+    os.environ.setdefault("MPLBACKEND", "Agg")
     output = resolve(options.output)
     found = plan(options.grid, options.device, output, options.sizes, tests=options.device.startswith("cuda"))
     with atomic(output / "gpu.json") as path:
