@@ -57,6 +57,18 @@ def test_what_is_no_loss_is_shown_as_it_is_and_runs_without_it_are_left_out(runs
     assert axes.get_ylabel() == "log_over_fitting"
 
 
+def test_a_search_shows_every_trial_and_the_best_so_far():
+    found = {"A": [5.0, 3.0, 4.0, 2.0], "LSTM": [9.0, 9.5, 6.0, 7.0]}
+    rows = [(model, trial, ppl) for model, values in found.items() for trial, ppl in enumerate(values)]
+    trials = pd.DataFrame(rows, columns=["model", "trial", "val_ppl"])
+    (axes,) = plots.searches(trials.sample(frac=1, random_state=0)).axes
+    drawn = lines(axes)
+    assert [*drawn["A, best so far"].get_ydata()] == [5, 3, 3, 2]
+    assert [*drawn["LSTM, best so far"].get_ydata()] == [9, 9, 6, 6]
+    points = [value for line in axes.lines if line.get_linestyle() == "None" for value in line.get_ydata()]
+    assert sorted(points) == sorted(trials["val_ppl"])
+
+
 def test_differences_are_where_the_estimates_are(runs):
     found = paired(runs, {"experiment": "A"}, {"experiment": "B"})
     (axes,) = plots.differences(found).axes

@@ -149,6 +149,8 @@ def test_pages_are_short_and_their_regressions_are_in_sight(pages):
 def test_pages_show_no_warning_and_every_figure_says_what_it_shows(pages):
     for name, page in pages.items():
         for cell in page.cells:
+            shown = [output.get("data", {}).get("image/png") for output in cell.get("outputs", [])]
+            assert len({*filter(None, shown)}) == len([*filter(None, shown)]), f"{name} shows twice: {cell.source}"
             for output in cell.get("outputs", []):
                 assert output.output_type != "stream" or output.name != "stderr", f"{name}: {output.text[:300]}"
                 if "image/png" in output.get("data", {}):

@@ -147,7 +147,7 @@ def searches(trials: pd.DataFrame, column: str = "val_ppl") -> Figure:
     steps_axis(axes, "trial")
     log_axis(axes, "PPL on held-out training text (log)")
     legend(figure)
-    return figure
+    return _once(figure)
 
 
 def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
