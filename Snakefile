@@ -41,7 +41,7 @@ NOISE = re.compile(
 if "--verbose" not in sys.argv:
     logger.addFilter(lambda record: not NOISE.match(record.getMessage()))
 
-if not isinstance(config.get("threads", 1), int) or config.get("threads", 1) < 1:
+if type(config.get("threads", 1)) is not int or config.get("threads", 1) < 1:  # True is an int, too
     sys.exit(f"threads = {config['threads']!r} is not possible: give the cores that a run gets, as threads=8")
 try:  # everything that can be said before any work starts is said here, in one sentence
     GRID = load_grid(GRID_FILE)

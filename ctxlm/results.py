@@ -262,9 +262,11 @@ def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
         OSError: it cannot be read.
     """
     known = metrics.get("files")
-    if known is None and metrics.get("protocol", 1) == 1:
+    if not isinstance(known, Mapping):
+        if path.name == "metrics.json" and metrics.get("protocol", 1) != 1:
+            raise ValueError("it has no digests")
         return
-    if not isinstance(known, Mapping) or path.name not in known:
+    if path.name not in known:
         raise ValueError("metrics.json has no digest of it")
     content = {name: value for name, value in metrics.items() if name != "files"}
     if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):

@@ -140,9 +140,10 @@ def test_bad_input_is_refused_before_any_work(folder, ask):
     grid_file(folder, [800])
     assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
     assert "Error" not in output and not re.search(r"line \d", output)  # the sentence stands alone
-    code, output = ask(threads="abc")
-    assert code != 0 and "threads = 'abc' is not possible: give the cores that a run gets" in output
-    assert "Error" not in output and not re.search(r"line \d", output)
+    for threads, said in (("abc", "'abc'"), ("True", "True"), ("0", "0")):
+        code, output = ask(threads=threads)
+        assert code != 0 and f"threads = {said} is not possible: give the cores that a run gets" in output
+        assert "Error" not in output and not re.search(r"line \d", output)
     code, output = ask(grid="")
     assert code != 0 and "grid = '' names no grid: choose one of" in output
     assert "Error" not in output and not re.search(r"line \d", output)

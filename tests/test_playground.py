@@ -510,6 +510,22 @@ def test_one_that_was_not_stopped_is_not_marked(bench_shown):
     assert "stopped" not in play.metrics("interactive/A_phase2_epochs-1_seed-5")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_that_nobody_foresaw_is_shown_and_another_training_may_begin(bench_shown, monkeypatch):
+    def fail(*_):
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(bench, "train", fail)
+    start, stop, place, below = bench_shown("")
+    start.click()
+    join()
+    assert "unforeseen" in place.views[-1].data and below.views[-1].data == ""
+    assert not start.disabled and stop.disabled
+    bench.TRAINING.seen = (1, 2, 3)  # more than there is room for
+    bench.TRAINING.attach(start, stop, [place])
+    assert place.views[-1] == 1
+
+
 def test_a_workbench_shown_again_goes_on_with_the_training(bench_shown):
     came, goes_on = threading.Event(), threading.Event()
 

@@ -1,6 +1,7 @@
 """Runs on disk: what is written, what is refused, what survives a fault."""
 
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT, take
 from ctxlm.metrics import losses_by_sample
-from ctxlm.results import Stopwatch, provenance, run_by_hand, run_folder, run_folders, write_run
+from ctxlm.results import Stopwatch, check_seal, provenance, run_by_hand, run_folder, run_folders, write_run
 
 HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
 
@@ -533,3 +534,14 @@ def test_a_folder_that_is_named_is_taken_as_it_is(roots, tmp_path):
     assert run_by_hand(own, tmp_path / "mine") == (own, tmp_path / "mine")
     with pytest.raises(ConfigError, match="name a folder for the run"):
         run_by_hand(own, "")
+
+
+def test_a_run_without_digests_is_damaged_unless_it_is_of_protocol_1(tmp_path):
+    for name in ("metrics.json", "history.csv"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="it has no digests"):
+        check_seal({"protocol": 2}, tmp_path / "metrics.json")
+    check_seal({"protocol": 1}, tmp_path / "metrics.json")
+    check_seal({"files": math.nan}, tmp_path / "history.csv")  # as a frame has it, of an old run beside others
+    with pytest.raises(ValueError, match="no digest of it"):
+        check_seal({"files": {}}, tmp_path / "history.csv")

@@ -9,7 +9,7 @@ import shlex
 import threading
 from collections.abc import Callable, Sequence
 from html import escape
-from itertools import zip_longest
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,9 @@ class Training:
             self._show(*(shown(view, both, said) for view in views))
         except (ConfigError, NonFiniteLoss, OSError) as error:
             self._show(HTML(f"<p>{quoted(str(error))}</p>"))
+        except BaseException as error:  # of which a frontend shows nothing: what is seen would stand for ever
+            self._show(quiet(repr(error)))
+            raise
         finally:
             self.thread = None
             self._enable()
@@ -256,7 +259,7 @@ class Training:
 
     def _show(self, *seen: Any) -> None:
         self.seen = seen
-        for place, view in zip_longest(self.places, seen, fillvalue=HTML("")):
+        for place, view in zip(self.places, chain(seen, repeat(HTML(""))), strict=False):
             place.update(view)
 
     def _enable(self) -> None:
