@@ -108,10 +108,12 @@ class Stopwatch:
 def git_commit() -> str | None:
     """The commit checked out, with "-dirty" where tracked files differ from it; None outside a repository."""
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str, check: bool = True) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=check).stdout.strip()
 
     try:
+        # in a fresh clone `diff` would strip all notebooks each time, ten seconds or more: so git looks at them once
+        git("update-index", "-q", "--refresh", check=False)
         # a notebook that was run is listed by `git status`, which looks at its size alone; `diff` strips it first
         return git("rev-parse", "HEAD") + ("-dirty" if git("diff", "--name-only", "HEAD") else "")
     except (OSError, subprocess.CalledProcessError):

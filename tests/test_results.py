@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from ctxlm.corpus import PROTOCOL
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT, take
 from ctxlm.metrics import losses_by_sample
-from ctxlm.results import Stopwatch, check_seal, provenance, run_by_hand, run_folder, run_folders, write_run
+from ctxlm.results import Stopwatch, check_seal, git_commit, provenance, run_by_hand, run_folder, run_folders, write_run
 
 HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
 
@@ -545,3 +546,25 @@ def test_a_run_without_digests_is_damaged_unless_it_is_of_protocol_1(tmp_path):
     check_seal({"files": math.nan}, tmp_path / "history.csv")  # as a frame has it, of an old run beside others
     with pytest.raises(ValueError, match="no digest of it"):
         check_seal({"files": {}}, tmp_path / "history.csv")
+
+
+def test_the_commit_is_dirty_where_a_file_differs_and_unchanged_files_are_filtered_once(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    (tmp_path / ".gitattributes").write_text("*.ipynb filter=counted\n", encoding="utf-8")
+    (tmp_path / "a.ipynb").write_text("{}\n", encoding="utf-8")
+    git("init", "--quiet")
+    git("config", "filter.counted.clean", f"echo >>'{tmp_path}/filtered'; cat")
+    git("add", ".gitattributes", "a.ipynb")
+    git("commit", "--quiet", "-m", "first")
+    monkeypatch.setattr("ctxlm.results.ROOT", tmp_path)
+    os.utime(tmp_path / "a.ipynb", (1, 1))  # as after a clone, git does not know whether it is the same
+    before = (tmp_path / "filtered").read_text()
+    commits = {git_commit() for _ in range(3)}
+    assert len(commits) == 1 and not commits.pop().endswith("-dirty")
+    assert len((tmp_path / "filtered").read_text()) <= len(before) + 1
+    (tmp_path / "a.ipynb").write_text("{1}\n", encoding="utf-8")
+    assert git_commit().endswith("-dirty")
+    monkeypatch.setattr("ctxlm.results.ROOT", tmp_path / "nowhere")
+    assert git_commit() is None
