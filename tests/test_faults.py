@@ -554,14 +554,19 @@ def test_a_failing_run_is_the_last_thing_that_is_read(grid):
     assert code == 0, output
 
 
+def wait_for_a_run(grid, process):
+    """Until the first run of a command has begun, or the command is over."""
+    while not (grid.home / "KN-2" / "experiment.log").exists() and process.poll() is None:
+        time.sleep(0.05)
+
+
 @pytest.mark.night
 @pytest.mark.slow
 def test_outputs_that_are_removed_while_it_runs_are_made_by_the_next_command(grid):
     before = grid.numbers()
     shutil.rmtree(grid.home)
     with grid.start() as process:
-        while not (grid.home / "KN-2" / "experiment.log").exists() and process.poll() is None:
-            time.sleep(0.05)
+        wait_for_a_run(grid, process)
         shutil.rmtree(grid.home, ignore_errors=True)
         process.communicate()
     code, output = grid.run()
@@ -573,8 +578,7 @@ def test_outputs_that_are_removed_while_it_runs_are_made_by_the_next_command(gri
 def test_a_grid_file_that_is_changed_while_it_runs_is_the_next_commands(grid):
     shutil.rmtree(grid.home / "KN-2")
     with grid.start() as process:
-        while not (grid.home / "KN-2" / "experiment.log").exists() and process.poll() is None:
-            time.sleep(0.05)
+        wait_for_a_run(grid, process)
         grid.plan(2, 3, 4)
         output, _ = process.communicate()
     assert set(grid.numbers()) == {"KN-2", "KN-3"}, output
