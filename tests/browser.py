@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
-from ctxlm.analysis.run_plots import WIDTH
+from ctxlm.analysis.run_plots import NARROW, WIDTH
 
 SIZES = {390: 844, 1280: 844}
 
@@ -60,8 +60,12 @@ SMALL = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibilit
   && [...e.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
   && parseFloat(getComputedStyle(e).fontSize) < 14).map(e => e.outerHTML.slice(0, 80))"""
 BESIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-LABELS = f"""[...document.querySelectorAll("img")].map(e => {9 / 72 / WIDTH} * e.clientWidth)"""
-"""Heights of the figures' smallest labels, 9 points on a width of `WIDTH` inches, as they are shown, px."""
+LABELS = f"""[...document.querySelectorAll("img")].map(
+  e => 9 / 72 / (e.className == "narrow" ? {NARROW} : {WIDTH}) * e.clientWidth)"""
+"""Heights of the figures' smallest labels, 9 points on a width of `WIDTH` or `NARROW` inches, as they are shown, px."""
+CUT = """[...document.querySelectorAll("img.narrow")].filter(
+  e => e.getBoundingClientRect().right > innerWidth).map(e => e.alt)"""
+"""Figures that are meant to be seen whole, and are not."""
 
 
 def read_by_everyone(browser: Browser, page: Path) -> None:
@@ -74,6 +78,7 @@ def read_by_everyone(browser: Browser, page: Path) -> None:
         assert browser.run("innerWidth") == width and browser.run(BESIDE) <= 0, page
         assert browser.run(SMALL) == [], page
         assert all(shown >= 9 for shown in browser.run(LABELS)), page
+        assert browser.run(CUT) == [], page
         ground = browser.run("getComputedStyle(document.body).backgroundColor")
         assert (ground != "rgb(255, 255, 255)") == dark
         assert browser.barriers() == [], page

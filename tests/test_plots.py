@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from ctxlm.analysis import plots
 from ctxlm.analysis.estimates import paired
-from ctxlm.analysis.run_plots import WIDTH
+from ctxlm.analysis.run_plots import NARROW
 from ctxlm.analysis.runs import read_histories, read_runs
 
 
@@ -40,7 +40,7 @@ def test_a_and_b_have_the_same_colours_whatever_else_is_drawn():
 def test_perplexity_by_tokens_shows_every_run_and_the_means(runs):
     figure = plots.by_tokens(runs)
     (axes,) = figure.axes
-    assert figure.get_figwidth() == WIDTH and figure.number not in plt.get_fignums()
+    assert figure.get_figwidth() == NARROW and figure.number not in plt.get_fignums()
     drawn = lines(axes)
     assert set(drawn) == {"A", "B"}
     means = runs[runs["experiment"] == "A"].groupby("train_tokens")["log_ppl"].mean()

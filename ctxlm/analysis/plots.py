@@ -28,6 +28,7 @@ from ctxlm.analysis.run_plots import (
     FORGETTING,
     LINES,
     MARKERS,
+    NARROW,
     REFERENCE,
     forgetting_axes,
     legend,
@@ -91,7 +92,7 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log:
         log: whether the column is such a logarithm; by default, of the two losses.
     """
     log = column in LABELS if log is None else log
-    figure, ((axes,),) = new_figure(height=4.6)
+    figure, ((axes,),) = new_figure(height=3.7, width=NARROW)
     known = runs.dropna(subset=[column])
     show = np.exp if log else lambda x: x
     styles = looks(known["configuration"])
@@ -102,7 +103,7 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log:
         mean, look = whole.groupby("train_tokens")[column].mean(), styles[name]
         axes.plot(own["train_tokens"] * dodge, show(own[column]), **look | {"linestyle": "none"}, alpha=0.4)
         axes.plot(mean.index * dodge, show(mean), label=name, **look | {"markersize": 8})
-    tokens_axis(axes, known["train_tokens"])
+    tokens_axis(axes, known["train_tokens"], columns=2)  # it is half as wide
     if log:
         log_axis(axes, label or LABELS.get(column, column))
     else:
@@ -113,7 +114,7 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log:
 
 def differences(estimates: Estimates, label: str = "") -> Figure:
     """Differences in per cent by training tokens, with their intervals; a line a contrast."""
-    figure, ((axes,),) = new_figure(height=3.8)
+    figure, ((axes,),) = new_figure(height=3.2, width=NARROW)
     names = list(dict.fromkeys(e.contrast for e in estimates))
     sizes = {e: int(re.search(r"([\d,]+) tokens", e.at)[1].replace(",", "")) for e in estimates}
     for position, name in enumerate(names):
@@ -125,7 +126,7 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
         colour = COLOURS[position % len(COLOURS)]
         axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
     axes.axhline(0, **REFERENCE)
-    tokens_axis(axes, list(sizes.values()))
+    tokens_axis(axes, list(sizes.values()), columns=2)
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=None))
     axes.set_ylabel(label or "difference of PPL, 95 % interval")
     legend(figure)

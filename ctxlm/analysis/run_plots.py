@@ -43,8 +43,8 @@ except ImportError:  # without Jupyter, on a bare machine
     pass
 MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
 REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
-WIDTH = 8.5
-"""Of every figure, inches."""
+WIDTH, NARROW = 8.5, 4.9
+"""Of a figure, inches. One of the second width can be read on a phone as it is; one of the first scrolls there."""
 DRAWING, FIRST_DRAWING = 0.05, 0.3
 """The share of a training's time that its figure may take, and what the first one is taken to take, seconds."""
 RANKS = {
@@ -61,17 +61,21 @@ FORGETTING = {
 """Phases of a history that follow a disturbance; sparse markers, in turns, leave both curves to be seen."""
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of the common width, `height` in inches, and its panels [rows, columns]."""
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options)
+def new_figure(
+    rows: int = 1, columns: int = 1, height: float = 3.6, width: float = WIDTH, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure, `height` and `width` in inches, and its panels [rows, columns]."""
+    size = {"figsize": (width, height), "dpi": 144 if width < WIDTH else None}
+    return plt.subplots(rows, columns, squeeze=False, layout="constrained", **size, **options)
 
 
 def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
     """Below the figure, which grows with its rows, in as many columns as fit; by default of the first panel."""
     handles = handles or figure.axes[0].get_legend_handles_labels()[0]
-    labels = [textwrap.fill(str(handle.get_label()), 88) for handle in handles]
+    width = figure.get_figwidth()
+    labels = [textwrap.fill(str(handle.get_label()), int(88 * width / WIDTH)) for handle in handles]
     widths = [43 + 4.7 * max(map(len, label.split("\n"))) for label in labels]  # points, with the line and the gap
-    fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * WIDTH)
+    fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * width)
     columns = next(fitting, 1)
     figure.legend(handles, labels, ncols=columns, loc="outside lower center", frameon=False)
     lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)

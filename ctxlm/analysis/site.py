@@ -49,6 +49,8 @@ from ctxlm.results import git_commit, outputs_dir
 
 NOTEBOOK_ONLY = "notebook-only"
 """Tag of cells that help whoever opens the notebook, and are left out of its page."""
+MOST_ON_A_PHONE = 800
+"""Pixels; the labels of a figure of fewer can be read where it is 358 wide."""
 ANSWER, MAIN_FIGURE = "answer", "main-figure"
 """Tags of the cells whose output is a grid's table of headline estimates, and its main figure."""
 FINDING = "finding"
@@ -513,7 +515,10 @@ def tidy(html: str, link: Callable[[str], str | None], below: bool = False) -> M
         tag.replace_with(" ")
     for tag in soup("img"):
         tag["alt"] = tag.get("alt") or "figure"
-        tag.parent["tabindex"] = "0"  # on a phone a figure scrolls, so that its labels can be read
+        if 0 < _pixels_wide(str(tag.get("src"))) < MOST_ON_A_PHONE:
+            tag["class"] = "narrow"
+        else:
+            tag.parent["tabindex"] = "0"  # on a phone it scrolls, so that its labels can be read
     for tag in soup("table"):
         del tag["border"]
         _align(tag)
@@ -530,6 +535,12 @@ def tidy(html: str, link: Callable[[str], str | None], below: bool = False) -> M
         if type(text) is NavigableString and not text.find_parent(["pre", "code"]):  # no comment, which would be seen
             text.replace_with(re.sub(r"(^|\d) %", "\\1\u00a0%", text))  # no line ends between the two
     return Markup(str(soup))
+
+
+def _pixels_wide(src: str) -> int:
+    """The width of a PNG in a data URI, from its header; 0 of anything else."""
+    head = base64.b64decode(src.partition("base64,")[2][:32]) if src.startswith("data:image/png") else b""
+    return int.from_bytes(head[16:20])
 
 
 def _align(table: Tag) -> None:
