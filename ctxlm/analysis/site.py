@@ -249,7 +249,7 @@ def build_all(outputs: Path | None = None) -> Path:
         navigation = [("Index", "index.html"), *pages, ("Runs", "runs.html"), ("Method", "method.html")]
         site = Site(folder, _title_of(docs / "index.md"), navigation, strict=True)
         runs = [_run(path) for path in _results().rglob("metrics.json")]
-        runs.sort(key=lambda run: (-run.metrics.get("protocol", 1), run.grid, _natural(run.name)))
+        runs.sort(key=lambda run: (run.grid, _natural(run.name)))
         for run in runs:
             _write_run(site, run, "runs.html")
         site.write("runs.html", "committed.html", "Runs", runs=runs)
@@ -341,7 +341,7 @@ def _run(path: Path, grid: str | None = None) -> Run:
     name, of = path.parent.name, grid or path.parents[1].relative_to(_results()).as_posix()
     page = f"runs/{name}.html" if grid else f"runs/{of}/{name}.html"
     try:
-        return Run(of, name, path.parent, {"protocol": 1} | parse_json(path.read_bytes()), page)
+        return Run(of, name, path.parent, {} | parse_json(path.read_bytes()), page)  # what is no mapping is refused
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it or run it again") from None
 
