@@ -32,7 +32,7 @@ plt.rcParams |= {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.15"),
     **{"axes.edgecolor": "0.4", "axes.linewidth": 1.25, "grid.color": "0.8", "grid.linewidth": 0.6},
     **{"lines.linewidth": 1.6, "lines.markersize": 6, "lines.solid_capstyle": "round"},
-    **{"patch.edgecolor": "w", "hatch.linewidth": 0.6},
+    "patch.edgecolor": "w",
 }
 try:  # none is cropped, so that all are of one width
     from IPython import get_ipython
@@ -41,7 +41,7 @@ try:  # none is cropped, so that all are of one width
     InlineBackend.instance(parent=get_ipython()).print_figure_kwargs = {"bbox_inches": None}
 except ImportError:  # without Jupyter, on a bare machine
     pass
-MARKERS, LINES, HATCHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":"), ("", "///", "...", "xx")
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
 WIDTH, NARROW = 8.5, 4.9
 """Of a figure, inches. One of the second width can be read on a phone as it is; one of the first scrolls there."""
