@@ -142,7 +142,8 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
     """What is compared in the headline numbers, by name: pairs of sides, over which the mean is taken."""
     small, large = 86_925, 183_620
     study, sound = ({name: shape(grid, name, small) for name in "AB"} for grid in ("study", "sound"))
-    later = {name: shape("study", name, large) for name in "AB"}
+    later, sound_later = ({name: shape(grid, name, large) for name in "AB"} for grid in ("study", "sound"))
+    blind = {name: shape("sound-ablations-full", f"{name}-zero", small) for name in "AB"}
     quick = {name: shape("sound-variance", name, 20_000) for name in "AB"}
     zeros = {name: shape("sound-ablations", f"{name}-zero", 20_000) for name in "AB"}
     layers, widths = (1, 2, 3, 6), (128, 256)
@@ -151,9 +152,13 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
         "A − B, sound, 86,925": [(sound["A"], sound["B"])],
         "A − B, study, 86,925": [(study["A"], study["B"])],
         "A − B, study, 183,620": [(later["A"], later["B"])],
+        "A − B, sound, 183,620": [(sound_later["A"], sound_later["B"])],
         "A − B, sound, quick scale": [(quick["A"], quick["B"])],
         "sound − study, A, 86,925": [(sound["A"], study["A"])],
         "sound − study, B, 86,925": [(sound["B"], study["B"])],
+        "zeros − contexts, A, sound, 86,925": [(blind["A"], sound["A"])],
+        "zeros − contexts, B, sound, 86,925": [(blind["B"], sound["B"])],
+        "KN-4 − A, sound, 183,620": [(shape("baselines", "KN-4", large), sound_later["A"])],
         "zeros − contexts, A, sound, quick scale": [(zeros["A"], quick["A"])],
         "zeros − contexts, B, sound, quick scale": [(zeros["B"], quick["B"])],
         "A − B with zeros, sound, quick scale": [(zeros["A"], zeros["B"])],
