@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -440,7 +441,35 @@ def test_of_finished_runs_one_that_can_decide_does(roots, machine):
     assert grid_dtype("g", dict.fromkeys("ABC", auto())) == "bfloat16" and machine == []
 
 
-@pytest.mark.parametrize("content", ["", "float64\n", "bfloat16 float32", "half"])
+def test_a_type_that_a_power_cut_took_is_resolved_anew(roots, machine):
+    path = roots[0] / "g" / "dtype"
+    for damage in (b"", b"\0" * 9, None):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        (path if damage is None else path.parent).mkdir(parents=True)
+        if damage is not None:
+            path.write_bytes(damage)
+        assert grid_dtype("g", {"A": auto()}) == "float32" and path.read_text(encoding="utf-8") == "float32\n"
+        write(roots[0] / "g" / "A", dtype="bfloat16")
+        path.write_bytes(damage or b"\n")
+        assert grid_dtype("g", {"A": auto()}) == "bfloat16"
+    assert len(machine) == 3
+
+
+def test_committed_runs_whose_folders_were_exchanged_are_damaged(roots):
+    for label in "AB":
+        write(roots[1] / "g" / f"{label}_seed-3", experiment=label, seed=3)
+    assert damaged_runs("g") == []
+    (roots[1] / "g" / "A_seed-3").rename(roots[1] / "g" / "C")
+    (roots[1] / "g" / "B_seed-3").rename(roots[1] / "g" / "A_seed-3")
+    (roots[1] / "g" / "C").rename(roots[1] / "g" / "B_seed-3")
+    with pytest.raises(ConfigError, match=r"it is another run's.*restore it by git"):
+        load_runs("g")
+    (roots[1] / "g" / "B_seed-3").rename(roots[1] / "g" / "A_seed-4")
+    with pytest.raises(ConfigError, match=r"it is another run's.*restore it by git"):
+        load_runs("g")
+
+
+@pytest.mark.parametrize("content", ["float64\n", "bfloat16 float32", "half"])
 def test_a_type_that_is_none_is_refused_in_one_sentence(roots, machine, content):
     path = roots[0] / "g" / "dtype"
     path.parent.mkdir(parents=True)

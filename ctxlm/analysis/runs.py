@@ -6,6 +6,8 @@ What was damaged from outside, or cannot stand beside one another, is refused in
 import functools
 import io
 import math
+import re
+import shutil
 import sys
 import uuid
 from collections.abc import Mapping
@@ -37,8 +39,6 @@ PAIR = [*DRAWN]
 """What two runs that are a pair have in common, beside what they are compared at."""
 TYPES = ("float32", "bfloat16")
 """Types of product that an experiment may have; an n-gram, which has no products, names another."""
-RESOLVED = ("device", "dtype")
-"""Parameters of which a run holds what `auto` became."""
 ALIKE = {"experiment", "train_tokens", "train_samples", "device", "train_loss_after_epoch", "val_every_steps", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 
@@ -70,7 +70,9 @@ def read_runs(*grids: str) -> pd.DataFrame:
         name = plan.name if plan else grid
         runs = load_runs(name)
         if plan and len(runs):
-            runs = runs[[_as_planned(run, plan.runs) for _, run in runs.iterrows()]]
+            runs = runs[
+                [run["run"] in plan.runs and plan.runs[run["run"]].is_that_of(run) for _, run in runs.iterrows()]
+            ]
         if runs.empty:
             first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
             raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")
@@ -225,16 +227,6 @@ def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment] |
         )
 
 
-def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
-    """Whether a run has the parameters that the plan gives to one of its name, as far as its model reads them."""
-    if run["run"] not in plan:
-        return False
-    wanted = plan[run["run"]]
-    size = "train_samples" if wanted.train_samples is None else "train_tokens"  # what follows from the other one
-    values = {name: value for name, value in wanted.for_notebook().items() if name not in (*RESOLVED, size)}
-    return all(pd.isna(run[name]) if value is None else run[name] == value for name, value in values.items())
-
-
 def load_runs(grid: str) -> pd.DataFrame:
     """One row a finished run: the content of metrics.json, the run's name and its source.
 
@@ -257,11 +249,20 @@ def _load_run(grid: str, run: str, folder: Path, source: str) -> dict[str, Any]:
         metrics = parse_json(path.read_bytes())
         _check_metrics(metrics)
         check_seal(metrics, path)
+        if source == "committed" and not _is_named(run, metrics):
+            raise ValueError("it is another run's")
     except (OSError, ValueError) as error:
         raise _damaged(grid, run, source, path, error) from None
     by_default = {name: field.default for name, field in Experiment.model_fields.items()}
     by_default |= {"run": run, "source": source, "phase1_cached": False, "protocol": 1}
     return by_default | metrics
+
+
+def _is_named(run: str, metrics: Mapping[str, Any]) -> bool:
+    """Whether a run has the experiment and the parameters that its name says."""
+    parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
+    label, *said = re.split(rf"_({parameters})-", run)
+    return label == metrics["experiment"] and [str(metrics.get(name)) for name in said[::2]] == said[1::2]
 
 
 def _check_metrics(metrics: Any) -> None:
@@ -415,15 +416,21 @@ def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
     networks = {name: run for name, run in asking.items() if run.model != "kneser-ney"}  # an n-gram has no products
     finished = (run for run in load_runs(grid).itertuples() if run.run in networks and run.source == "outputs")
     known = [run.dtype for run in finished if run.dtype in types]
-    if not path.exists():
+    try:
+        kept = path.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except (FileNotFoundError, IsADirectoryError):
+        kept = ""
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it") from None
+    if not kept:  # not there, or as a power cut leaves it: nothing is lost with it
+        if path.is_dir():
+            shutil.rmtree(path)
         first = next(iter((networks or asking).values()))
         found = known[0] if known else str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
         with atomic(path) as temporary:
             temporary.write_text(found + "\n", encoding="utf-8")
-    try:
-        found = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it") from None
+        return found
+    found = kept
     if found not in types:
         raise ConfigError(f"{path} holds {shown(found)}: write float32 or bfloat16 there, as the grid's runs have it")
     if known and found not in known:

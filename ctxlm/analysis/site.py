@@ -42,7 +42,7 @@ from nbconvert.filters import markdown2html
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
-from ctxlm.batch import is_executed
+from ctxlm.batch import is_executed, say
 from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.files import ROOT, atomic, parse_json, resolve
 from ctxlm.results import git_commit, outputs_dir
@@ -713,9 +713,9 @@ def main(arguments: list[str] | None = None) -> int:
     outputs = resolve(options.outputs) if options.outputs else None
     try:
         if options.notebook:
-            print(build_page(resolve(options.notebook)))
+            say(str(build_page(resolve(options.notebook))))
         else:
-            print(build_all(outputs) if options.all else build(options.grid, outputs))
+            say(str(build_all(outputs) if options.all else build(options.grid, outputs)))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
