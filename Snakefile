@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 sys.path.insert(0, workflow.basedir)
 
@@ -201,7 +202,7 @@ def not_whole(name: str, notebook: str = "") -> list:
     try:
         text = (home / name).read_text(encoding="utf-8")
         links = re.findall(r'href="([^":#?]+\.html)"', text) if name.endswith(".html") else []
-        texts = [text, *((home / name).with_name(link).read_text(encoding="utf-8") for link in links)]
+        texts = [text, *(((home / name).parent / unquote(link)).read_text(encoding="utf-8") for link in links)]
         whole = all(one.endswith(("\n", "}", "</html>")) for one in texts) and (not notebook or is_executed(home / notebook))
     except (OSError, ValueError):
         whole = False
