@@ -6,6 +6,7 @@
 
 import atexit
 import itertools
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 sys.path.insert(0, workflow.basedir)
 
@@ -27,7 +29,7 @@ from ctxlm.embeddings import data_hash, load_embedding
 from ctxlm.files import InUse, digest, parse_json, take
 from ctxlm.results import outputs_dir
 
-OUTPUTS = os.environ.get("CTXLM_OUTPUTS") or "outputs"
+OUTPUTS = os.path.expanduser(os.environ.get("CTXLM_OUTPUTS") or "outputs")
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
 WORKS = not {"-n", "-np", "--dry-run", "--dryrun", "--unlock"}.intersection(sys.argv)  # Snakemake knows it later only
 DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "test_samples", "max_sample_tokens"}
@@ -35,7 +37,7 @@ DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "test_samp
 # What Snakemake says and nobody needs. Why a job failed it has said itself, unless it was killed.
 NOISE = re.compile(
     r"Select jobs|Execute \d+ job|Cannot restore|Exiting because|WorkflowError:\s+At least one job|Complete log"
-    r"|RuleException:\s+CalledProcessError.*non-zero exit status \d+",
+    r"|Restored previous version|RuleException:\s+CalledProcessError.*non-zero exit status \d+",
     re.DOTALL,
 )
 if "--verbose" not in sys.argv:
@@ -43,6 +45,10 @@ if "--verbose" not in sys.argv:
 
 if type(config.get("threads", 1)) is not int or config.get("threads", 1) < 1:  # True is an int, too
     sys.exit(f"threads = {config['threads']!r} is not possible: give the cores that a run gets, as threads=8")
+if workflow.cores is not None and workflow.cores < 1:
+    sys.exit(f"--cores {workflow.cores} is not possible: give one or more, as JOBS=2, or all")
+if "{" in OUTPUTS or "}" in OUTPUTS:  # Snakemake would take them for wildcards
+    sys.exit(f"CTXLM_OUTPUTS = {OUTPUTS!r} has braces in it: name another folder")
 try:  # everything that can be said before any work starts is said here, in one sentence
     GRID = load_grid(GRID_FILE)
     if any(run.device.startswith("cuda") for run in GRID.runs.values()):
@@ -77,6 +83,9 @@ except InUse as other:
     sys.exit(f"Grid {GRID.name} is being run by {other}: wait for it to end, or stop it")
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have the Snakefile's lines printed around the sentence
+
+# What the code was when the command began, for all its jobs: one made with other code is not one of this grid.
+os.environ.setdefault("CTXLM_CODE", json.dumps({run.model: code_hash(run.model) for run in RUNS.values()}))
 
 HOME = f"{OUTPUTS}/{GRID.name}"
 # What the analysis is made with beside its grid's runs, and what the report is.
@@ -187,11 +196,14 @@ def unrecorded(wildcards) -> list:
 
 
 def not_whole(name: str, notebook: str = "") -> list:
-    """No input. A file of the grid's that is cut, or whose notebook was not run to its end, is made anew."""
+    """No input. A file of the grid's that is cut, whose notebook was not run to its end, or whose page links to one that
+    is gone, is made anew."""
     home = outputs_dir() / GRID.name
     try:
-        ends = (home / name).read_text(encoding="utf-8").endswith(("\n", "}", "</html>"))
-        whole = ends and (not notebook or is_executed(home / notebook))
+        text = (home / name).read_text(encoding="utf-8")
+        links = re.findall(r'href="([^":#?]+\.html)"', text) if name.endswith(".html") else []
+        texts = [text, *(((home / name).parent / unquote(link)).read_text(encoding="utf-8") for link in links)]
+        whole = all(one.endswith(("\n", "}", "</html>")) for one in texts) and (not notebook or is_executed(home / notebook))
     except (OSError, ValueError):
         whole = False
     if workflow.is_main_process and (home / name).exists() and not whole:

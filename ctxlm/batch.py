@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ctxlm.config import ConfigError, load_grid
+from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.files import CHECKPOINTS, ROOT, RUN_LOCK, InUse, atomic, parse_json, resolve, take
 
 LOCK = ".batch.lock"
@@ -82,7 +82,10 @@ def execute(
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
         if _changed(done) != before:  # papermill's own word is not trusted, neither for good nor for ill
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            return ""
+            if _made_with_its_code(done):
+                return ""
+            why = "the code was changed while the grid was run: give the same command again"
+            break
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         why = lines[-1].strip() if lines else f"papermill ended with {code} and said nothing"
         if code < 0:
@@ -99,6 +102,15 @@ def execute(
     return why
 
 
+def _made_with_its_code(done: Path) -> bool:
+    """Whether a run was made with the code that there was when its grid's command began (`Snakefile` keeps that)."""
+    codes = json.loads(os.environ.get("CTXLM_CODE") or "{}")
+    if not codes or done.name != "metrics.json":
+        return True
+    metrics = parse_json(done.read_bytes())
+    return metrics["code_hash"] == codes[metrics["model"]]
+
+
 def on_one_line(values: Mapping[str, Any]) -> str:
     """Parameters for papermill's -y (not JSON: YAML reads its 1e-05 as text)."""
     return yaml.safe_dump(dict(values), default_flow_style=True, width=10**6).strip()
@@ -106,7 +118,7 @@ def on_one_line(values: Mapping[str, Any]) -> str:
 
 def say(line: str) -> None:
     """Print a line, if there is still somebody to read it: whoever started this may have been killed."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # a closed pipe, a terminal that is gone, a log on a full disk
         print(f"{line}\n", end="", flush=True)  # one piece: others write there, too
 
 
@@ -156,10 +168,12 @@ def status(grid: str) -> list[str]:
         folder = home / name
         if _is_taken(folder / LOCK) or _is_taken(folder / RUN_LOCK):
             state, rest = "running", _last_step(folder)
-        elif name in known:
-            state, rest = "finished", f"{_result(known[name][0] / 'metrics.json')}, {known[name][1]}"
         elif (folder / FAILURE).exists():
             state, rest = "failed", failed[name]
+        elif name in known and _is_planned(known[name][0] / "metrics.json", runs[name]):
+            state, rest = "finished", f"{_result(known[name][0] / 'metrics.json')}, {known[name][1]}"
+        elif name in known:
+            state, rest = "to come", "what is there is of other parameters"
         else:
             state, rest = ("stopped", _last_step(folder)) if folder.is_dir() else ("to come", "")
         states[state] += 1
@@ -167,6 +181,13 @@ def status(grid: str) -> list[str]:
     counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
     alone = states["finished"] < len(runs) and not _is_taken(home / GRID_LOCK)
     return [f"Grid {plan.name}: {len(runs)} runs, {counted}{'; nobody is at it' if alone else ''}", *lines]
+
+
+def _is_planned(metrics: Path, wanted: Experiment) -> bool:
+    """Whether a finished run has the parameters that its grid's file gives it today."""
+    with suppress(OSError, ValueError, AttributeError):
+        return wanted.is_that_of(parse_json(metrics.read_bytes()))
+    return False
 
 
 def _is_taken(path: Path) -> bool:
@@ -254,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _carry_out(given)
     except (ConfigError, OSError) as error:
-        print(f"{given.name}: {error}" if given.name else error, file=sys.stderr)
+        with suppress(OSError):
+            print(f"{given.name}: {error}" if given.name else error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

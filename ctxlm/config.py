@@ -45,6 +45,8 @@ CONTEXT_ALONE = (
     *("phase2_context_window", "phase2_init_std", "phase2_shuffle", "context_ablation", "context_rank"),
 )
 """Parameters that no other model reads."""
+RESOLVED = ("device", "dtype")
+"""Parameters of which a run holds what `auto` became."""
 MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(
     NETWORKS, ("networks",)
 )
@@ -352,6 +354,16 @@ class Experiment(BaseModel):
     def for_notebook(self) -> dict[str, Any]:
         """The parameters that its model reads, which are those of the notebook that runs it: name → value."""
         return self.model_dump(exclude={*(BASELINES_ALONE if self.model == "context" else CONTEXT_ALONE)})
+
+    def is_that_of(self, run: Mapping[str, Any]) -> bool:
+        """Whether a finished run, its metrics.json or a row, has these parameters, as far as its model reads them."""
+        size = "train_samples" if self.train_samples is None else "train_tokens"  # what follows from the other one
+        for name, value in self.for_notebook().items():
+            found = run.get(name, type(self).model_fields[name].default)  # of a run that is older than the parameter
+            missing = found is None or found != found
+            if name not in (*RESOLVED, size) and (not missing if value is None else found != value):
+                return False
+        return True
 
     @property
     def params_hash(self) -> str:

@@ -2,7 +2,7 @@
 
 A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished
 run. Small results that took long are committed under `data/results/<grid>/<run>/` and stand in where there is no
-such folder in `outputs`; those judged by protocol 1 are the grids `protocol-1/<grid>`.
+such folder in `outputs`.
 """
 
 import itertools
@@ -257,18 +257,14 @@ def sealed_metrics(metrics: Mapping[str, Any], files: Mapping[str, str]) -> dict
 
 
 def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
-    """See that a run's file, its metrics.json or another, is what was written with `metrics`; of protocol 1, nothing.
+    """See that a run's file, its metrics.json or another, is what was written with `metrics`.
 
     Raises:
         ValueError: it is not.
         OSError: it cannot be read.
     """
     known = metrics.get("files")
-    if not isinstance(known, Mapping):
-        if path.name == "metrics.json" and metrics.get("protocol", 1) != 1:
-            raise ValueError("it has no digests")
-        return
-    if path.name not in known:
+    if not isinstance(known, Mapping) or path.name not in known:
         raise ValueError("metrics.json has no digest of it")
     content = {name: value for name, value in metrics.items() if name != "files"}
     if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):

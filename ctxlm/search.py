@@ -24,9 +24,9 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.analysis.runs import RESOLVED, grid_dtype, load_runs
+from ctxlm.analysis.runs import grid_dtype, load_runs
 from ctxlm.batch import execute
-from ctxlm.config import NAME, NOTEBOOKS, ConfigError, Experiment, Layers, Seed, code_hash, read_yaml, shown
+from ctxlm.config import NAME, NOTEBOOKS, RESOLVED, ConfigError, Experiment, Layers, Seed, code_hash, read_yaml, shown
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, parse_json, resolve
 from ctxlm.results import outputs_dir, run_folder

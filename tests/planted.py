@@ -93,8 +93,8 @@ def write(
 
     Args:
         root: of outputs, or of committed results.
-        losses: part → mean losses of its samples of 50 tokens, nats, or one for all; a part that it lacks is not kept
-            by sample. By default 6 on validation and 5 on the test text.
+        losses: part → mean losses of its samples of 50 tokens, nats, or one for all; by default 6 on validation and 5
+            on the test text.
         suffix: of the run's name.
         without: what metrics.json lacks, as an older run's.
         metrics: of metrics.json.
@@ -103,15 +103,13 @@ def write(
     own = Experiment.from_mapping(given, {"device": "cpu"}).model_dump() | {"protocol": PROTOCOL} | metrics
     folder = root / grid / f"{label}_train_tokens-{own['train_tokens']}_seed-{own['seed']}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
-    losses = {"val": 6.0, "test": 5.0} if losses is None else losses
-    for part in ("val", "test"):
-        means = np.broadcast_to(losses.get(part, 5.5), own[f"{part}_samples"])
+    for part, loss in ({"val": 6.0, "test": 5.0} | dict(losses or {})).items():
+        means = np.broadcast_to(loss, own[f"{part}_samples"])
         mean = float(means.mean())
         judged = {f"{part}_tokens": 50 * len(means) + 1, f"{part}_loss": mean, f"{part}_ppl": math.exp(mean)}
         own = judged | own
-        if part in losses:
-            table = pd.DataFrame({"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50})
-            table.to_csv(folder / f"{part}_by_sample.csv", index=False)
+        table = pd.DataFrame({"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50})
+        table.to_csv(folder / f"{part}_by_sample.csv", index=False)
     history = pd.DataFrame([("phase2", 1, "val_loss", own["val_loss"])], columns=["phase", "step", "metric", "value"])
     history.to_csv(folder / "history.csv", index=False)
     own = {"best_epoch": 3, "epochs_run": 5, "overfit_rate": 0.05} | own

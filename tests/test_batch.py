@@ -1,6 +1,7 @@
 """A notebook of a batch: waited for, tried again, told of in a line; and how far a grid is."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,9 @@ from ctxlm.files import ROOT
 DEAD = "DeadKernelError: Kernel died"
 
 
+RESULT = {"test_loss": 2.0, "train_tokens": 5, "model": "context", "code_hash": "new"}
+
+
 @pytest.fixture
 def papermill(tmp_path, monkeypatch):
     """Stands for papermill: what it says and ends with, one time after the other; "done" writes the result."""
@@ -28,7 +32,7 @@ def papermill(tmp_path, monkeypatch):
             calls.append((command, options["env"]))
             options["stdout"].write(f"Traceback\n{line}\n\n")
             if line == "done":
-                (tmp_path / "run" / "metrics.json").write_text(json.dumps({"test_loss": 2.0, "train_tokens": 5}))
+                (tmp_path / "run" / "metrics.json").write_text(json.dumps(RESULT))
             return subprocess.CompletedProcess(command, code)
 
         monkeypatch.setattr(batch.subprocess, "run", run)
@@ -131,13 +135,34 @@ def test_nobody_who_reads_is_no_reason_to_stop(tmp_path):
         assert process.wait() == 7
 
 
+def test_a_terminal_that_is_gone_is_no_reason_to_stop(tmp_path):
+    script = "import sys; from ctxlm.batch import say; sys.stdin.read(); say('a'); say('b'); import os; os._exit(7)"
+    master, slave = os.openpty()
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=slave) as process:
+        os.close(slave)
+        os.close(master)
+        process.stdin.close()
+        assert process.wait() == 7
+
+
+def test_a_run_that_was_made_with_other_code_than_its_grid_is_none_of_it(tmp_path, papermill, monkeypatch):
+    papermill(("done", 0), ("done", 0))
+    for code in ("old", "new"):
+        monkeypatch.setenv("CTXLM_CODE", json.dumps({"context": code, "lstm": "other"}))
+        found = carried_out(tmp_path)
+        assert ("the code was changed" in found) == (code == "old") == bool(failures(tmp_path, ["run"]))
+        time.sleep(0.01)
+
+
 def test_how_far_a_grid_is(tmp_path, outputs, capsys):
     grid = {"experiments": {label: {"seed": seed} for seed, label in enumerate("ABCDE")}, "title": "five"}
     (tmp_path / "five.yaml").write_text(yaml.safe_dump(grid | {"common": {"train_tokens": 100}}))
     home = outputs / "five"
-    for name in "ABCD":
+    for name in "ABCDE":
         (home / name).mkdir(parents=True)
-    (home / "A" / "metrics.json").write_text(json.dumps({"test_loss": 2.0, "train_tokens": 100}))
+    for name, seed in (("A", 0), ("B", 1), ("E", 7)):  # E's is of an earlier file of the grid
+        known = {"seed": seed, "test_loss": 2.0, "train_tokens": 100}
+        (home / name / "metrics.json").write_text(json.dumps(known))
     (home / "B" / FAILURE).write_text("NonFiniteLoss: nan\n")
     for name in "CD":
         (home / name / "experiment.log").write_text("Executing\nepoch 3: validation PPL 7.0\nExecuting\n")
@@ -152,7 +177,7 @@ def test_how_far_a_grid_is(tmp_path, outputs, capsys):
         "B": "failed",
         "C": "running",
         "D": "stopped",
-        "E": "to come",
+        "E": "to come   what is there is of other parameters",
     }.items():
         assert words in states[name]
     assert "epoch 3: validation PPL 7.0" in states["C"] and "nan" in states["B"] and "5 runs" in head

@@ -536,9 +536,9 @@ def test_runs_on_disk_are_compared_sample_by_sample(tmp_path, monkeypatch):
     hard = rng.normal(5, 1, 5)
     for k, gap in enumerate(gaps):
         draw = {"seed": 42 + k, "data_seed": k}
-        write(tmp_path / "committed", "protocol-1/g", "A", {"val": 6.0 + gap, "test": hard + gap}, **draw)
-        write(tmp_path / "committed", "protocol-1/g", "B", {"val": 6.0, "test": hard}, **draw)
-    runs = read_runs("protocol-1/g")
+        write(tmp_path / "outputs", "g", "A", {"val": 6.0 + gap, "test": hard + gap}, **draw)
+        write(tmp_path / "outputs", "g", "B", {"val": 6.0, "test": hard}, **draw)
+    runs = read_runs("g")
     expected = stats.ttest_1samp(gaps, 0).confidence_interval()
     for column in ("log_ppl", "val_loss"):  # samples differ in nothing: replicates are all there is
         (e,) = paired(runs, A, B, column=column)

@@ -42,7 +42,7 @@ def test_losses_are_those_from_before_the_rewrite(label, one_thread):
     common = {"embed_dim": 64, "train_tokens": 4000, "dtype": "float32", "device": "cpu"}
     e = Experiment.from_mapping(common, BEFORE["parameters"][label])
     corpus = load_corpus("chitchat")
-    first = corpus.starts[1231]  # where protocol 1's validation began
+    first = corpus.starts[1231]  # where validation began then
     rows = history(e, corpus.tokens[:4000], corpus.tokens[first : first + 1500])
     found = {f"{row['phase']} {row['step']} {row['metric']}": row["value"] for row in rows}
     assert {name: found[name] for name in BEFORE["losses"][label]} == pytest.approx(BEFORE["losses"][label], rel=1e-5)

@@ -169,7 +169,7 @@ def test_the_markers_are_read_as_they_are_meant():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", ["ablations", "protocol-1/baselines"])
+@pytest.mark.parametrize("grid", ["ablations", "baselines"])
 def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
     parameters = {"grid": grid, "output_dir": str(tmp_path / "analysis")}

@@ -3,7 +3,6 @@
 Plain are whole logits, its own loss, Adam and no shortcuts.
 """
 
-import json
 import math
 
 import pytest
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 
 from ctxlm.config import Experiment, load_grid, read_yaml
 from ctxlm.device import generator
-from ctxlm.files import ROOT
 from ctxlm.model import ContextLM, own_weights
 from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
@@ -36,16 +34,6 @@ EVERYTHING = {
 def changed(run, before):
     """The parameters in which two runs differ, but for their label."""
     return [name for name, value in before.model_dump(exclude={"experiment"}).items() if getattr(run, name) != value]
-
-
-@pytest.mark.parametrize("size", [86_925, 183_620])
-def test_the_tuned_recipe_is_that_of_the_committed_runs(size):
-    """They are called lean-A there, after the last of four recipes, each of which went on from the one before."""
-    run = ROOT / "data" / "results" / "protocol-1" / "lean" / f"lean-A_train_tokens-{size}" / "metrics.json"
-    known = json.loads(run.read_text(encoding="utf-8"))
-    tuned = Experiment.from_mapping(read_yaml("params/A.yaml"), read_yaml("params/tuned.yaml")).model_dump()
-    differ = {name for name, value in tuned.items() if known.get(name, value) != value}
-    assert differ - {"train_tokens"} == {"experiment", "val_samples", "test_samples", "device", "dtype"}
 
 
 def test_whatever_the_search_chose_is_left_out_once():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 import ctxlm.files
 from ctxlm.analysis import runs as reading
 from ctxlm.analysis.runs import (
-    OPTIONAL_TABLE,
     TABLES,
     Damaged,
     damaged_runs,
@@ -89,26 +89,16 @@ def test_committed_results_stand_in_and_outputs_win(roots):
 
 def test_a_run_that_names_no_protocol_is_of_the_first_and_a_folder_in_a_folder_is_a_grid(roots):
     for root, run, own in ((roots[1], "A", {}), (roots[1], "B", {"experiment": "B", "protocol": 2})):
-        write(root / "protocol-1" / "g" / run, **own)
-    runs = load_runs("protocol-1/g").set_index("run")
+        write(root / "search" / "g" / run, **own)
+    runs = load_runs("search/g").set_index("run")
     assert runs["protocol"].to_dict() == {"A": 1, "B": 2} and set(runs["source"]) == {"committed"}
-    assert len(load_table("protocol-1/g", "val_by_sample.csv")) == 4 and len(run_folders("protocol-1/g")) == 2
-    assert load_val_losses("protocol-1/g", "A")["loss"].tolist() == [1.0, 2.0, 4.0]
-    assert load_runs("g").empty and load_runs("protocol-1").empty
-    assert damaged_runs("protocol-1/g") == []
-    (roots[1] / "protocol-1" / "g" / "A" / "history.csv").write_text("")
-    with pytest.raises(ConfigError, match=r"^A/history.csv of grid protocol-1/g is damaged \(.*\): restore it by git$"):
-        load_table("protocol-1/g", "history.csv")
-
-
-def test_samples_were_whole_under_protocol_1_and_are_of_the_default_length_since(roots):
-    write(roots[1] / "protocol-1" / "g" / "A")
-    assert load_runs("protocol-1/g")["max_sample_tokens"].tolist() == [None]
-    write(roots[1] / "protocol-1" / "g" / "B", experiment="B", protocol=2)  # which does not name it
-    write(roots[1] / "protocol-1" / "g" / "C", experiment="C", max_sample_tokens=64)
-    found = load_runs("protocol-1/g")["max_sample_tokens"]
-    assert found.isna().tolist() == [True, False, False] and found.tolist()[1:] == [256, 64]
-    assert Experiment.model_fields["max_sample_tokens"].default == 256
+    assert len(load_table("search/g", "val_by_sample.csv")) == 4 and len(run_folders("search/g")) == 2
+    assert load_val_losses("search/g", "A")["loss"].tolist() == [1.0, 2.0, 4.0]
+    assert load_runs("g").empty and load_runs("search").empty
+    assert damaged_runs("search/g") == []
+    (roots[1] / "search" / "g" / "A" / "history.csv").write_text("")
+    with pytest.raises(ConfigError, match=r"^A/history.csv of grid search/g is damaged \(.*\): restore it by git$"):
+        load_table("search/g", "history.csv")
 
 
 def test_an_unfinished_run_is_not_read(roots):
@@ -215,7 +205,7 @@ def test_a_run_that_cannot_be_written_says_where_why_and_what_to_do(roots, monke
 @pytest.mark.parametrize("name", ["val_ppl", "val_loss", "train_tokens", "val_tokens", "seed"])
 def test_a_metrics_file_without_a_number_that_counts_is_named(roots, name):
     path = write(roots[0] / "g" / "A")
-    metrics = unsealed(path)
+    metrics = json.loads(path.read_text(encoding="utf-8"))
     for value in ("7.4", None, float("nan"), float("inf"), -1, True, [1]) + ((0,) if name != "seed" else ()):
         path.write_text(json.dumps(metrics | {name: value}), encoding="utf-8")
         with pytest.raises(ConfigError) as caught:
@@ -235,10 +225,6 @@ def test_a_damaged_table_is_named(roots, name):
     damaged = [None, b"", b"\x89PNG\r\n\x1a\n\x00\xff", b"a,b\n1,2\n", whole[:-2], whole.replace(b".0", b"x")]
     if "by_sample" in name:  # of a history nothing tells how long it was
         damaged.append(whole[: whole.rindex(b"\n", 0, -1) + 1])
-    if name == OPTIONAL_TABLE:  # older runs do not have it
-        damaged.remove(None)
-        path.unlink()
-        assert load_table("g", name).empty
     for content in damaged:
         path.unlink(missing_ok=True)
         if content is not None:
@@ -271,14 +257,6 @@ def test_damaged_losses_by_token_are_named(roots, damage):
     assert [damage.path for damage in damaged_runs("g")] == [path]
     path.unlink()
     assert damaged_runs("g") == [] and load_val_losses("g", "A") is None
-
-
-def unsealed(path):
-    """The content of a metrics.json of an older run: without digests, so that only what it says is looked at."""
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    del metrics["files"]
-    path.write_text(json.dumps(metrics), encoding="utf-8")
-    return metrics
 
 
 def change(path, old, new):
@@ -326,7 +304,7 @@ def test_a_damaged_run_is_set_aside_and_a_committed_one_left_to_git(roots):
 
 
 def test_all_runs_are_verified_by_one_command(roots, capsys):
-    for root, grid in ((roots[0], "g"), (roots[1], "h"), (roots[1], "protocol-1/g")):
+    for root, grid in ((roots[0], "g"), (roots[1], "h"), (roots[1], "search/g")):
         write(root / grid / "A")
     assert reading.main() == 0 and "3 runs of 3 grids: none damaged" in capsys.readouterr().out
     change(roots[1] / "h" / "A" / "history.csv", b"1", b"2")
@@ -340,9 +318,10 @@ def test_every_committed_result_loads(tmp_path, monkeypatch):
     for folder in sorted({path.parent.parent for path in results.rglob("metrics.json")}):
         grid = folder.relative_to(results).as_posix()
         runs, tables = load_runs(grid), [load_table(grid, name) for name in TABLES]
-        assert (runs["protocol"] == (1 if grid.startswith("protocol-1/") else PROTOCOL)).all()
+        assert (runs["protocol"] == PROTOCOL).all()
         assert len(runs) == len(list(folder.iterdir())) > 0 and set(runs["source"]) == {"committed"}
-        assert set(tables[1]["run"]) == set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history
+        assert set(tables[1]["run"]) == set(tables[2]["run"]) == set(runs["run"])
+        assert set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history
         for run in runs.itertuples():
             by_token = load_val_losses(grid, run.run)  # committed for few
             assert by_token is None or by_token["loss"].astype(float).mean() == pytest.approx(run.val_loss, rel=1e-6)
@@ -462,7 +441,35 @@ def test_of_finished_runs_one_that_can_decide_does(roots, machine):
     assert grid_dtype("g", dict.fromkeys("ABC", auto())) == "bfloat16" and machine == []
 
 
-@pytest.mark.parametrize("content", ["", "float64\n", "bfloat16 float32", "half"])
+def test_a_type_that_a_power_cut_took_is_resolved_anew(roots, machine):
+    path = roots[0] / "g" / "dtype"
+    for damage in (b"", b"\0" * 9, None):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        (path if damage is None else path.parent).mkdir(parents=True)
+        if damage is not None:
+            path.write_bytes(damage)
+        assert grid_dtype("g", {"A": auto()}) == "float32" and path.read_text(encoding="utf-8") == "float32\n"
+        write(roots[0] / "g" / "A", dtype="bfloat16")
+        path.write_bytes(damage or b"\n")
+        assert grid_dtype("g", {"A": auto()}) == "bfloat16"
+    assert len(machine) == 3
+
+
+def test_committed_runs_whose_folders_were_exchanged_are_damaged(roots):
+    for label in "AB":
+        write(roots[1] / "g" / f"{label}_seed-3", experiment=label, seed=3)
+    assert damaged_runs("g") == []
+    (roots[1] / "g" / "A_seed-3").rename(roots[1] / "g" / "C")
+    (roots[1] / "g" / "B_seed-3").rename(roots[1] / "g" / "A_seed-3")
+    (roots[1] / "g" / "C").rename(roots[1] / "g" / "B_seed-3")
+    with pytest.raises(ConfigError, match=r"it is another run's.*restore it by git"):
+        load_runs("g")
+    (roots[1] / "g" / "B_seed-3").rename(roots[1] / "g" / "A_seed-4")
+    with pytest.raises(ConfigError, match=r"it is another run's.*restore it by git"):
+        load_runs("g")
+
+
+@pytest.mark.parametrize("content", ["float64\n", "bfloat16 float32", "half"])
 def test_a_type_that_is_none_is_refused_in_one_sentence(roots, machine, content):
     path = roots[0] / "g" / "dtype"
     path.parent.mkdir(parents=True)
@@ -537,15 +544,23 @@ def test_a_folder_that_is_named_is_taken_as_it_is(roots, tmp_path):
         run_by_hand(own, "")
 
 
-def test_a_run_without_digests_is_damaged_unless_it_is_of_protocol_1(tmp_path):
-    for name in ("metrics.json", "history.csv"):
-        (tmp_path / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="it has no digests"):
-        check_seal({"protocol": 2}, tmp_path / "metrics.json")
-    check_seal({"protocol": 1}, tmp_path / "metrics.json")
-    check_seal({"files": math.nan}, tmp_path / "history.csv")  # as a frame has it, of an old run beside others
+@pytest.mark.parametrize("lost", [["files"], ["files", "protocol"], ["protocol"]])
+def test_a_run_without_digests_is_damaged_whatever_it_says_of_its_protocol(roots, lost):
+    path = write(roots[0] / "g" / "A", protocol=PROTOCOL)
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({name: metrics[name] for name in metrics if name not in lost}), encoding="utf-8")
+    why = "metrics.json has no digest of it" if "files" in lost else "it was changed after the run was written"
+    with pytest.raises(ConfigError) as caught:
+        load_runs("g")
+    assert str(caught.value) == f"A/metrics.json of grid g is damaged ({why}): delete its metrics.json and run it again"
+    assert [damage.path for damage in damaged_runs("g")] == [path]
+
+
+@pytest.mark.parametrize("files", [{}, None, math.nan])  # the last as a frame has it, of one without beside others
+def test_a_file_without_a_digest_is_damaged(tmp_path, files):
+    (tmp_path / "history.csv").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="no digest of it"):
-        check_seal({"files": {}}, tmp_path / "history.csv")
+        check_seal({"files": files}, tmp_path / "history.csv")
 
 
 def test_the_commit_is_dirty_where_a_file_differs_and_unchanged_files_are_filtered_once(tmp_path, monkeypatch):

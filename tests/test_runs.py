@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ctxlm.analysis.runs import loss_sums, overview, read_histories, read_runs, replicates
-from ctxlm.config import ConfigError, read_yaml
+from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.planted import seal, write
 
@@ -23,13 +23,13 @@ def roots(tmp_path, monkeypatch):
 
 @pytest.fixture
 def grid(tmp_path):
-    """Writes the file of the grid `planted`, which asks for A, or for `experiments`; returns its name."""
+    """Writes the file of the grid `planted`, or another, which asks for A, or for `experiments`; returns its name."""
 
-    def grid_file(experiments=None, **sweep):
+    def grid_file(experiments=None, name="planted", **sweep):
         common = {"val_samples": 4, "test_samples": 5}
         content = {"title": "Planted", "common": common, "experiments": experiments or {"A": {}}, "sweep": sweep}
-        (tmp_path / "planted.yaml").write_text(json.dumps(content))
-        return str(tmp_path / "planted.yaml")
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+        return str(tmp_path / f"{name}.yaml")
 
     return grid_file
 
@@ -63,22 +63,22 @@ def test_a_size_may_be_asked_for_in_samples(roots, grid):
     assert read_runs(grid(asked, seed=[42]))["train_tokens"].tolist() == [4321]
 
 
-def test_of_a_grid_of_protocol_1_all_runs_are_read_as_they_are(roots):
-    older = {"protocol": 1, "max_sample_tokens": None}
-    write(roots[1], "protocol-1/planted", dtype="bfloat16", **older)
-    write(roots[1], "protocol-1/planted", train_tokens=30_000, without=["protocol", "output_bias"], **older)
-    write(roots[1], "protocol-1/planted", "KN", model="kneser-ney", dtype="float64", **older)
-    runs = read_runs("protocol-1/planted")
-    assert len(runs) == 3 and set(runs["protocol"]) == {1} and set(runs["source"]) == {"committed"}
-    assert set(runs["configuration"]) == {"A", "KN"}  # two types of product at two sizes are one configuration
+def test_a_run_that_is_older_than_a_parameter_has_its_default(roots, grid):
+    write(roots[1], "planted")
+    write(roots[1], "planted", train_tokens=30_000, without=["output_bias"])
+    write(roots[1], "planted", "KN", model="kneser-ney", dtype="float64")
+    runs = read_runs(grid({"A": {}, "KN": {"model": "kneser-ney"}}, train_tokens=[20_000, 30_000], seed=[42]))
+    assert len(runs) == 3 and set(runs["source"]) == {"committed"}
+    assert set(runs["configuration"]) == {"A", "KN"}
     assert set(runs["output_bias"]) == {"none"}  # younger than one of the runs, and off when it was made
-    assert set(runs["planned"]) == {3} and set(runs["id"]) == set("protocol-1/planted/" + runs["run"])
+    assert set(runs["planned"]) == {4} and set(runs["id"]) == set("planted/" + runs["run"])
 
 
-def test_runs_of_another_protocol_are_refused(roots, grid):
+@pytest.mark.parametrize("older", [{"protocol": 1}, {"without": ["protocol"]}])
+def test_runs_of_another_protocol_are_refused(roots, grid, older):
     file = grid(train_tokens=[20_000, 30_000], seed=[42])
     write(roots[0], "planted", train_tokens=20_000)
-    write(roots[0], "planted", train_tokens=30_000, protocol=1)
+    write(roots[0], "planted", train_tokens=30_000, **older)
     with pytest.raises(ConfigError, match=r"planted .*1 by protocol 1 and 1 by protocol 2.*-30000_seed-42"):
         read_runs(file)
     assert len(read_runs(grid(train_tokens=[20_000], seed=[42]))) == 1  # what is not asked for is in nobody's way
@@ -116,18 +116,15 @@ def test_damage_is_refused(roots, grid, root, remedy):
 def test_a_grid_without_runs_is_refused_with_what_to_do(roots, grid):
     with pytest.raises(ConfigError, match="make report GRID="):
         read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43]))
-    write(roots[1], "protocol-1/other")
-    with pytest.raises(ConfigError, match=r"protocol-1/othr has no runs: .* other$"):
-        read_runs("protocol-1/othr")
+    write(roots[1], "other")  # committed runs that no file plans
+    with pytest.raises(ConfigError, match=r"grid 'other' does not exist: choose one of .*, study, "):
+        read_runs("other")
 
 
-def test_two_protocols_are_not_read_together_and_a_grid_counts_once(roots, grid):
+def test_a_grid_counts_once(roots, grid):
     file = grid(train_tokens=[20_000], seed=[42])
     write(roots[0], "planted", train_tokens=20_000)
-    write(roots[1], "protocol-1/planted", protocol=1, max_sample_tokens=None)
     assert len(read_runs(file, file)) == 1
-    with pytest.raises(ConfigError, match="different protocols"):
-        read_runs(file, "protocol-1/planted")
 
 
 # What a row holds
@@ -154,43 +151,34 @@ def test_what_a_grid_sweeps_beside_size_and_replicate_is_in_the_label(roots, gri
     assert (runs["configuration"] == label).all()
 
 
-def test_runs_of_one_label_in_two_grids_are_one_configuration_only_if_they_are_alike(roots):
-    write(roots[1], "protocol-1/sizes", train_tokens=20_000)
-    write(roots[1], "protocol-1/study", train_tokens=30_000, train_loss_after_epoch=True)
-    write(roots[1], "protocol-1/slow", train_tokens=40_000, phase2_learning_rate=0.001)
-    assert set(read_runs("protocol-1/sizes", "protocol-1/study")["configuration"]) == {"A"}
-    apart = read_runs("protocol-1/sizes", "protocol-1/slow")
+def test_runs_of_one_label_in_two_grids_are_one_configuration_only_if_they_are_alike(roots, grid):
+    own = {"one": {}, "after": {"train_loss_after_epoch": True}, "slow": {"phase2_learning_rate": 0.001}}
+    files = {}
+    for (name, parameters), size in zip(own.items(), (20_000, 30_000, 40_000), strict=True):
+        write(roots[1], name, train_tokens=size, **parameters)
+        files[name] = grid({"A": parameters}, name, train_tokens=[size], seed=[42])
+    assert set(read_runs(files["one"], files["after"])["configuration"]) == {"A"}
+    apart = read_runs(files["one"], files["slow"])
     assert apart["configuration"].nunique() == 2 and apart["experiment"].nunique() == 1
 
 
-def test_a_type_is_a_configuration_only_where_the_same_run_has_both(roots):
-    write(roots[1], "protocol-1/machines", train_tokens=20_000, dtype="bfloat16")
-    write(roots[1], "protocol-1/machines", train_tokens=30_000, dtype="float32")
-    assert set(read_runs("protocol-1/machines")["configuration"]) == {"A"}
-    write(roots[1], "protocol-1/machines", train_tokens=20_000, dtype="float32", suffix="_other")
-    assert set(read_runs("protocol-1/machines")["configuration"]) == {"A, dtype bfloat16", "A, dtype float32"}
+def test_a_type_is_a_configuration_only_where_the_same_run_has_both(roots, grid):
+    asked = [[20_000, 42, "bfloat16"], [30_000, 42, "float32"], [20_000, 42, "float32"]]
+    for size, seed, dtype in asked:
+        write(roots[1], "planted", train_tokens=size, seed=seed, dtype=dtype, suffix=f"_dtype-{dtype}")
+    apart = grid(**{"train_tokens, seed, dtype": asked[:2]})
+    assert read_runs(apart)["configuration"].tolist() == ["A", "A"]
+    both = grid(**{"train_tokens, seed, dtype": asked})
+    assert set(read_runs(both)["configuration"]) == {"A, dtype bfloat16", "A, dtype float32"}
 
 
 def test_every_committed_grid_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    grids = sorted(path.name for path in (ROOT / "data/results/protocol-1").iterdir())
-    for grid in ["variance", *(f"protocol-1/{name}" for name in grids)]:
-        runs = read_runs(grid)
-        assert (
-            len(runs)
-            and runs["id"].is_unique
-            and np.isfinite(runs[["log_ppl", "val_loss", "log_tokens"]].to_numpy()).all()
-        )
+    for folder in sorted((ROOT / "data/results").iterdir()):
+        runs = read_runs(folder.name)
+        assert sorted(runs["run"]) == sorted(path.name for path in folder.iterdir()) != []
+        assert runs["id"].is_unique and np.isfinite(runs[["log_ppl", "val_loss", "log_tokens"]].to_numpy()).all()
         assert (runs["planned"] >= len(runs)).all() and overview(runs)["finished runs"].sum() == len(runs)
-
-
-@pytest.mark.parametrize("label", ["LSTM", "Transformer"])
-def test_the_networks_rates_are_those_that_held_out_text_chose(tmp_path, monkeypatch, label):
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    runs = read_runs("protocol-1/baseline-rates")
-    ppl = runs[runs["experiment"] == label].set_index("phase2_learning_rate")["val_ppl"]
-    assert len(ppl) > 2 and ppl.index.min() < ppl.idxmin() < ppl.index.max()
-    assert read_yaml(f"params/baselines/{label.lower()}.yaml")["phase2_learning_rate"] == ppl.idxmin()
 
 
 # Replicates
@@ -222,13 +210,14 @@ def test_replicates_share_neither_seed_nor_text_nor_signs(draws, count):
             assert (runs.groupby(name)["replicate"].nunique() == 1).all()
 
 
-def test_replicates_are_numbered_over_all_grids(roots):
-    write(roots[1], "protocol-1/one", "A", seed=42)
-    write(roots[1], "protocol-1/one", "A", seed=43)
-    write(roots[1], "protocol-1/two", "B", seed=43)
-    runs = read_runs("protocol-1/one", "protocol-1/two").set_index("id")["replicate"]
+def test_replicates_are_numbered_over_all_grids(roots, grid):
+    write(roots[1], "one", "A", seed=42)
+    write(roots[1], "one", "A", seed=43)
+    write(roots[1], "two", "B", seed=43)
+    sweep = {"train_tokens": [20_000], "seed": [42, 43]}
+    runs = read_runs(grid({"A": {}}, "one", **sweep), grid({"B": {}}, "two", **sweep)).set_index("id")["replicate"]
     assert runs.nunique() == 2
-    assert runs["protocol-1/one/A_train_tokens-20000_seed-43"] == runs["protocol-1/two/B_train_tokens-20000_seed-43"]
+    assert runs["one/A_train_tokens-20000_seed-43"] == runs["two/B_train_tokens-20000_seed-43"]
 
 
 def test_the_overview_counts(roots, grid):
@@ -247,12 +236,12 @@ def test_the_overview_counts(roots, grid):
 # Losses by sample, and histories
 
 
-def test_losses_come_by_run_and_sample(roots):
+def test_losses_come_by_run_and_sample(roots, grid):
     rng = np.random.default_rng(0)
     losses = rng.normal(5, 1, (3, 5))
     for k, own in enumerate(losses):
-        write(roots[1], f"protocol-1/{'ab'[k % 2]}", seed=42 + k, losses={"val": 6.0, "test": own})
-    runs = read_runs("protocol-1/a", "protocol-1/b")
+        write(roots[1], "ab"[k % 2], seed=42 + k, losses={"test": own})
+    runs = read_runs(*(grid(name=name, train_tokens=[20_000], seed=[42, 43, 44]) for name in "ab"))
     sums, tokens = loss_sums(runs)
     assert tokens.tolist() == [50] * 5 and sums / 50 == pytest.approx(losses[runs["seed"] - 42])
     assert sums.sum(1) / tokens.sum() == pytest.approx(runs["log_ppl"])
@@ -261,27 +250,29 @@ def test_losses_come_by_run_and_sample(roots):
     assert loss_sums(runs, "val")[0] == pytest.approx(np.full((3, 4), 300.0))
 
 
-def test_losses_on_other_text_or_not_kept_are_none(roots):
-    write(roots[1], "protocol-1/a", seed=1)
-    write(roots[1], "protocol-1/a", seed=2, losses={"val": 6.0})
-    runs = read_runs("protocol-1/a")
-    assert loss_sums(runs) is None and loss_sums(runs, "val") is not None
-    assert loss_sums(runs.iloc[:0]) is None
-    write(roots[1], "protocol-1/b", seed=3, val_samples=3)
-    assert loss_sums(read_runs("protocol-1/a", "protocol-1/b"), "val") is None
-    folder = write(roots[1], "protocol-1/b", seed=4)
+def test_losses_on_other_text_or_of_no_run_on_disk_are_none(roots, grid):
+    write(roots[1], "a", seed=1)
+    write(roots[1], "a", seed=2)
+    write(roots[1], "fewer", seed=3, val_samples=3)
+    folder = write(roots[1], "others", seed=4)
     table = pd.read_csv(folder / "val_by_sample.csv")
     table.assign(sample=table["sample"] + 1).to_csv(folder / "val_by_sample.csv", index=False)
     seal(folder)
-    both = read_runs("protocol-1/a", "protocol-1/b")
-    assert loss_sums(both[both["seed"].isin([1, 4])], "val") is None
+    own = {"a": {}, "fewer": {"val_samples": 3}, "others": {}}
+    runs = read_runs(*(grid({"A": own[name]}, name, train_tokens=[20_000], seed=[1, 2, 3, 4]) for name in own))
+    assert len(runs) == 4 and loss_sums(runs) is not None and loss_sums(runs, "val") is None
+    for seed in (3, 4):
+        assert loss_sums(runs[runs["seed"].isin([1, seed])], "val") is None
+    assert loss_sums(runs[runs["seed"].isin([1, 2])], "val") is not None
+    assert loss_sums(runs.assign(run="gone")) is None and loss_sums(runs.iloc[:0]) is None
 
 
-def test_histories_carry_their_runs(roots):
+def test_histories_carry_their_runs(roots, grid):
     for seed in (42, 43):
-        write(roots[1], "protocol-1/a", seed=seed, losses={"val": seed / 10})
-        write(roots[1], "protocol-1/b", seed=seed, losses={"val": seed / 20})
-    histories = read_histories(read_runs("protocol-1/a", "protocol-1/b"))
+        write(roots[1], "a", seed=seed, losses={"val": seed / 10})
+        write(roots[1], "b", seed=seed, losses={"val": seed / 20})
+    files = (grid(name=name, train_tokens=[20_000], seed=[42, 43]) for name in "ab")
+    histories = read_histories(read_runs(*files))
     assert len(histories) == 4 and histories["value"].tolist() == histories["val_loss"].tolist()
     assert histories["id"].is_unique
 

@@ -171,8 +171,8 @@ def root(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(site, "_execute", copy)
     audit = notebook(nb.new_markdown_cell("# Does it hold?\n\n## In short\n\nSee [scaling](04_scaling.ipynb)."))
     write(tmp_path, DOCS | {"notebooks/04_scaling.ipynb": analysis(), "notebooks/08_audit.ipynb": audit})
-    protocol_1 = a_run(protocol=1, experiment="KN-4", best_epoch=None)["metrics.json"]
-    write(tmp_path / "results" / "protocol-1" / "baselines" / "KN-4", {"metrics.json": protocol_1})
+    ngram = a_run(experiment="KN-4", best_epoch=None)["metrics.json"]
+    write(tmp_path / "results" / "baselines" / "KN-4", {"metrics.json": ngram})
     write(tmp_path / "results" / "variance" / "A_seed-10", a_run())
     write(tmp_path / "results" / "variance" / "A_seed-9", a_run(num_layers=3))
     return tmp_path
@@ -391,16 +391,16 @@ def test_committed_runs_are_in_one_table_and_each_has_a_page(root):
     folder = build_all(root / "outputs").parent
     soup = BeautifulSoup((folder / "runs.html").read_text(encoding="utf-8"), "html.parser")
     rows = [[cell.get_text() for cell in row("td")] for row in soup.table.tbody("tr")]
-    assert [row[1] for row in rows] == ["A_seed-9", "A_seed-10", "KN-4"]  # protocol 2 first, numbers by value
-    assert len(soup.table("th")) == 8 and rows[2][0] == "protocol-1/baselines" and rows[2][5] == "–"
+    assert [row[1] for row in rows] == ["KN-4", "A_seed-9", "A_seed-10"]  # by grid, numbers by value
+    assert len(soup.table("th")) == 8 and rows[0][0] == "baselines" and rows[0][5] == "–"
     run = BeautifulSoup((folder / "runs" / "variance" / "A_seed-9.html").read_text(encoding="utf-8"), "html.parser")
     epochs, settings = run("table")
     assert [row("td")[0].get_text() for row in epochs.tbody("tr")] == ["1", "2 (best)", "3"]
     differences = [[cell.get_text() for cell in row("td")] for row in settings.tbody("tr")]
     assert ["num_layers", "3", "6"] in differences and ["train_tokens", "28,000", "86,925"] in differences
-    assert len(run.svg("polyline")) == 2 and "protocol 1" not in run.get_text()
-    old = BeautifulSoup((folder / "runs/protocol-1/baselines/KN-4.html").read_text(encoding="utf-8"), "html.parser")
-    assert "Judged by protocol 1" in old.get_text() and not old("svg")
+    assert len(run.svg("polyline")) == 2
+    ngram = BeautifulSoup((folder / "runs/baselines/KN-4.html").read_text(encoding="utf-8"), "html.parser")
+    assert ngram.h1.get_text() == "KN-4" and not ngram("svg")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ or a coefficient of a regression, is computed in every replicate by itself (the 
 Pocock, 1992), so that nothing need be assumed of errors inside a replicate, and is a weighted sum of the losses of the
 samples. Its variance is then that of a mean over two crossed factors (two-way clustering; Cameron, Gelbach & Miller,
 2011), and its interval Student's with Satterthwaite's (1946) degrees of freedom. With one replicate the interval
-covers samples alone, and with losses not kept by sample, replicates alone: `over` says which.
+covers samples alone, and where runs were judged on other texts, replicates alone: `over` says which.
 """
 
 import math
@@ -469,7 +469,7 @@ def comparable(found: pd.DataFrame, column: str) -> pd.DataFrame:
 def differences(runs: pd.DataFrame, found: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Of each of the `pairs` found among `runs` the difference of loss sums, [pairs, samples], and the samples' tokens.
 
-    None where `column` is no loss, or losses were not kept by sample, or both sides were judged on other text.
+    None where `column` is no loss, or both sides were judged on other text.
     """
     by_id = runs.drop_duplicates("id").set_index("id", drop=False)
     both = by_id.loc[[*found["id_a"], *found["id_b"]]]

@@ -226,7 +226,7 @@ def _check_two(a: str, b: str) -> None:
 def _row(run: str) -> dict[str, Any]:
     """A run as `estimates` reads it."""
     grid, _, name = run.rpartition("/")
-    known = {"protocol": 1} | metrics(run)
+    known = metrics(run)
     return known | {"grid": grid, "run": name, "id": run, "source": "outputs", "log_ppl": known.get("test_loss")}
 
 
@@ -245,7 +245,7 @@ def _by_conversation(run: str) -> pd.DataFrame:
     """Of each test conversation, counted from 0, the tokens and the mean loss, nats."""
     path = folder_of(run) / "test_by_sample.csv"
     if not path.exists():
-        raise ConfigError(f"run = {run!r} has no losses by test conversation: choose one of today's protocol")
+        raise ConfigError(f"run = {run!r} has no losses by test conversation: choose another")
     table = pd.read_csv(path)
     table.index = np.searchsorted(np.unique(_test(experiment(run)).samples), table["sample"])
     return table.assign(nats=table["loss_sum"] / table["tokens"])

@@ -6,6 +6,8 @@ What was damaged from outside, or cannot stand beside one another, is refused in
 import functools
 import io
 import math
+import re
+import shutil
 import sys
 import uuid
 from collections.abc import Mapping
@@ -31,18 +33,12 @@ TABLES = {
     "test_by_sample.csv": BY_SAMPLE,
 }
 """The columns of a run's tables, which are committed beside its metrics.json when it took long."""
-OPTIONAL_TABLE = "test_by_sample.csv"
-"""A table that older runs do not have."""
-PROTOCOL_1 = "protocol-1/"
-"""Begins the name of every grid of runs that were judged by protocol 1."""
 DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew, and what each of them is arbitrary about."""
 PAIR = [*DRAWN]
 """What two runs that are a pair have in common, beside what they are compared at."""
 TYPES = ("float32", "bfloat16")
 """Types of product that an experiment may have; an n-gram, which has no products, names another."""
-RESOLVED = ("device", "dtype")
-"""Parameters of which a run holds what `auto` became."""
 ALIKE = {"experiment", "train_tokens", "train_samples", "device", "train_loss_after_epoch", "val_every_steps", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 
@@ -51,8 +47,8 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """The finished runs of one or several grids, a row a run, ready for a formula.
 
     Of a grid that has a file, only runs that it asks for with the parameters that they have are read; others are an
-    earlier file's. Of `protocol-1/<name>`, all; and of a folder in `outputs` without such a file, as `interactive`,
-    where runs made by hand are. Beside the content of metrics.json there are
+    earlier file's. Of a folder in `outputs` without such a file, as `interactive`, where runs made by hand are, all.
+    Beside the content of metrics.json there are
 
     - `grid`, `run`, and `id`, which joins both;
     - `configuration`: the experiment's label and, where its runs differ in more than size and replicate, in what; of
@@ -66,24 +62,23 @@ def read_runs(*grids: str) -> pd.DataFrame:
 
     Raises:
         ConfigError: a grid has no finished run; a file is damaged; runs were judged by another protocol than today's,
-            or multiply in two types that their grid's file does not give them. Grids of protocol 1 are read as they
-            are, but not beside others.
+            or multiply in two types that their grid's file does not give them.
     """
     frames = []
     for grid in dict.fromkeys(grids):
-        plan = None if grid.startswith(PROTOCOL_1) or _by_hand(grid) else load_grid(grid)
+        plan = None if _by_hand(grid) else load_grid(grid)
         name = plan.name if plan else grid
         runs = load_runs(name)
         if plan and len(runs):
-            runs = runs[[_as_planned(run, plan.runs) for _, run in runs.iterrows()]]
+            runs = runs[
+                [run["run"] in plan.runs and plan.runs[run["run"]].is_that_of(run) for _, run in runs.iterrows()]
+            ]
         if runs.empty:
-            raise _without_runs(grid, plan is not None)
-        if not grid.startswith(PROTOCOL_1):
-            _check_alike(name, runs, plan and plan.runs)
+            first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
+            raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")
+        _check_alike(name, runs, plan and plan.runs)
         frames.append(runs.assign(grid=name, planned=len(plan.runs) if plan else len(runs)))
     found = pd.concat(frames, ignore_index=True)
-    if found["protocol"].nunique() > 1:
-        raise ConfigError(f"{' and '.join(grids)} were judged by different protocols: read them apart")
     found = _configured(found)
     if by_hand := [grid for grid in grids if _by_hand(grid)]:
         found = _told_apart(found, found["grid"].isin(by_hand))
@@ -119,16 +114,6 @@ def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
     return runs.assign(configuration=label)
 
 
-def _without_runs(grid: str, has_file: bool) -> ConfigError:
-    if grid == BY_HAND:
-        return ConfigError(f"grid {grid} has no finished run yet: run notebooks/02_experiment.ipynb first")
-    if has_file:
-        return ConfigError(f"grid {grid} has no finished run yet: run `make report GRID={grid}` first")
-    results = results_dir() / PROTOCOL_1
-    known = ", ".join(sorted(path.name for path in results.glob("*/")))
-    return ConfigError(f"{grid} has no runs: of protocol 1 there are {known}")
-
-
 def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
     """What was measured on the way, of all `runs`: columns phase, step, metric, value, and all of the runs' own."""
     tables = pd.concat([load_table(grid, "history.csv").assign(grid=grid) for grid in runs["grid"].unique()])
@@ -138,16 +123,15 @@ def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
 def loss_sums(runs: pd.DataFrame, part: str = "test") -> tuple[np.ndarray, np.ndarray] | None:
     """Sums of the losses, nats [runs, samples], on every judged sample of `part`, and the samples' tokens [samples].
 
-    None where a run's losses were not kept by sample, or not all runs were judged on the same text.
+    None where not all runs were judged on the same text, or one of them is not on disk.
     """
     sums, tokens, name = {}, None, f"{part}_by_sample.csv"
     folders = {grid: run_folders(grid) for grid in runs["grid"].unique()}
     for row in runs.drop_duplicates("id").itertuples():
         folder, _ = folders[row.grid].get(row.run, (None, ""))
-        table = folder and _table(row.grid, row, folder / name)
-        if table is None:
+        if folder is None:
             return None
-        judged = table.set_index("sample").sort_index()
+        judged = _table(row.grid, row, folder / name).set_index("sample").sort_index()
         tokens = judged["tokens"] if tokens is None else tokens
         if not judged["tokens"].equals(tokens):
             return None
@@ -243,16 +227,6 @@ def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment] |
         )
 
 
-def _as_planned(run: pd.Series, plan: Mapping[str, Experiment]) -> bool:
-    """Whether a run has the parameters that the plan gives to one of its name, as far as its model reads them."""
-    if run["run"] not in plan:
-        return False
-    wanted = plan[run["run"]]
-    size = "train_samples" if wanted.train_samples is None else "train_tokens"  # what follows from the other one
-    values = {name: value for name, value in wanted.for_notebook().items() if name not in (*RESOLVED, size)}
-    return all(pd.isna(run[name]) if value is None else run[name] == value for name, value in values.items())
-
-
 def load_runs(grid: str) -> pd.DataFrame:
     """One row a finished run: the content of metrics.json, the run's name and its source.
 
@@ -275,13 +249,20 @@ def _load_run(grid: str, run: str, folder: Path, source: str) -> dict[str, Any]:
         metrics = parse_json(path.read_bytes())
         _check_metrics(metrics)
         check_seal(metrics, path)
+        if source == "committed" and not _is_named(run, metrics):
+            raise ValueError("it is another run's")
     except (OSError, ValueError) as error:
         raise _damaged(grid, run, source, path, error) from None
     by_default = {name: field.default for name, field in Experiment.model_fields.items()}
     by_default |= {"run": run, "source": source, "phase1_cached": False, "protocol": 1}
-    if "protocol" not in metrics:
-        by_default["max_sample_tokens"] = None  # samples were whole
     return by_default | metrics
+
+
+def _is_named(run: str, metrics: Mapping[str, Any]) -> bool:
+    """Whether a run has the experiment and the parameters that its name says."""
+    parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
+    label, *said = re.split(rf"_({parameters})-", run)
+    return label == metrics["experiment"] and [str(metrics.get(name)) for name in said[::2]] == said[1::2]
 
 
 def _check_metrics(metrics: Any) -> None:
@@ -345,7 +326,7 @@ def damaged_runs(grid: str) -> list[Damaged]:
             # which may be deleted to save space, but not changed
             for path in (path for path in (folder / LOSSES, folder / WEIGHTS) if path.exists()):
                 try:
-                    check_seal({"files": row.get("files")}, path)
+                    check_seal({"files": row["files"]}, path)
                 except (OSError, ValueError) as error:
                     raise _damaged(grid, run, source, path, error) from None
         except Damaged as damage:
@@ -369,29 +350,24 @@ def set_aside(damage: Damaged) -> None:
 def load_table(grid: str, name: str) -> pd.DataFrame:
     """One of `TABLES` of every finished run, with columns run, experiment, train_tokens and seed before its own.
 
-    Runs that are older than a table are left out of it.
-
     Raises:
         ConfigError: one is damaged.
     """
     folders, tables = run_folders(grid), []
     for row in load_runs(grid).itertuples():
         table = _table(grid, row, folders[row.run][0] / name)
-        if table is not None:
-            for column in ("seed", "train_tokens", "experiment", "run"):
-                table.insert(0, column, getattr(row, column))
-            tables.append(table)
+        for column in ("seed", "train_tokens", "experiment", "run"):
+            table.insert(0, column, getattr(row, column))
+        tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _table(grid: str, run: Any, path: Path) -> pd.DataFrame | None:
-    """One of `TABLES` of a run, a row of `load_runs`; None where the run is older than it.
+def _table(grid: str, run: Any, path: Path) -> pd.DataFrame:
+    """One of `TABLES` of a run, a row of `load_runs`.
 
     Raises:
         ConfigError: as `load_table`.
     """
-    if path.name == OPTIONAL_TABLE and not path.exists():
-        return None
     try:
         table = _read_table(path)
         check_seal({"files": getattr(run, "files", None)}, path)
@@ -440,15 +416,21 @@ def grid_dtype(grid: str, runs: Mapping[str, Experiment]) -> str:
     networks = {name: run for name, run in asking.items() if run.model != "kneser-ney"}  # an n-gram has no products
     finished = (run for run in load_runs(grid).itertuples() if run.run in networks and run.source == "outputs")
     known = [run.dtype for run in finished if run.dtype in types]
-    if not path.exists():
+    try:
+        kept = path.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except (FileNotFoundError, IsADirectoryError):
+        kept = ""
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it") from None
+    if not kept:  # not there, or as a power cut leaves it: nothing is lost with it
+        if path.is_dir():
+            shutil.rmtree(path)
         first = next(iter((networks or asking).values()))
         found = known[0] if known else str(resolve_dtype(first, resolve_device(first))).removeprefix("torch.")
         with atomic(path) as temporary:
             temporary.write_text(found + "\n", encoding="utf-8")
-    try:
-        found = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it") from None
+        return found
+    found = kept
     if found not in types:
         raise ConfigError(f"{path} holds {shown(found)}: write float32 or bfloat16 there, as the grid's runs have it")
     if known and found not in known:

@@ -42,7 +42,7 @@ from nbconvert.filters import markdown2html
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
-from ctxlm.batch import is_executed
+from ctxlm.batch import is_executed, say
 from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.files import ROOT, atomic, parse_json, resolve
 from ctxlm.results import git_commit, outputs_dir
@@ -249,7 +249,7 @@ def build_all(outputs: Path | None = None) -> Path:
         navigation = [("Index", "index.html"), *pages, ("Runs", "runs.html"), ("Method", "method.html")]
         site = Site(folder, _title_of(docs / "index.md"), navigation, strict=True)
         runs = [_run(path) for path in _results().rglob("metrics.json")]
-        runs.sort(key=lambda run: (-run.metrics.get("protocol", 1), run.grid, _natural(run.name)))
+        runs.sort(key=lambda run: (run.grid, _natural(run.name)))
         for run in runs:
             _write_run(site, run, "runs.html")
         site.write("runs.html", "committed.html", "Runs", runs=runs)
@@ -341,7 +341,7 @@ def _run(path: Path, grid: str | None = None) -> Run:
     name, of = path.parent.name, grid or path.parents[1].relative_to(_results()).as_posix()
     page = f"runs/{name}.html" if grid else f"runs/{of}/{name}.html"
     try:
-        return Run(of, name, path.parent, {"protocol": 1} | parse_json(path.read_bytes()), page)
+        return Run(of, name, path.parent, {} | parse_json(path.read_bytes()), page)  # what is no mapping is refused
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it or run it again") from None
 
@@ -713,9 +713,9 @@ def main(arguments: list[str] | None = None) -> int:
     outputs = resolve(options.outputs) if options.outputs else None
     try:
         if options.notebook:
-            print(build_page(resolve(options.notebook)))
+            say(str(build_page(resolve(options.notebook))))
         else:
-            print(build_all(outputs) if options.all else build(options.grid, outputs))
+            say(str(build_all(outputs) if options.all else build(options.grid, outputs)))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
