@@ -144,6 +144,18 @@ def test_bad_input_is_refused_before_any_work(folder, ask):
         code, output = ask(threads=threads)
         assert code != 0 and f"threads = {said} is not possible: give the cores that a run gets" in output
         assert "Error" not in output and not re.search(r"line \d", output)
+    code, output = ask("--cores", "0")
+    assert code != 0 and "--cores 0 is not possible: give one or more" in output
+    for options, environment, said in (
+        (["--dry-run"], {"CTXLM_OUTPUTS": str(folder / "a{b}")}, "has braces in it: name another folder"),
+        (["--dry-run"], {"CTXLM_OUTPUTS": "~/outputs", "HOME": str(folder / "home")}, ""),
+    ):
+        own = own_environment(folder)
+        own["env"] |= environment
+        command = [sys.executable, "-m", "snakemake", *arguments(folder, *options)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own)
+        assert said in done.stdout and bool(said) == bool(done.returncode), done.stdout
+    assert not (ROOT / "~").exists()
     code, output = ask(grid="")
     assert code != 0 and "grid = '' names no grid: choose one of" in output
     assert "Error" not in output and not re.search(r"line \d", output)
