@@ -43,8 +43,8 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     kind, dim = experiment.embedding, experiment.embed_dim
     if (needed := 4 * 4 * VOCABULARY * dim) > memory():  # itself, and what it is made from
         raise ConfigError(f"embed_dim = {dim} takes {needed / 2**30:.0f} GiB, more than there are here: lower it")
-    draws = np.random.default_rng(experiment.embedding_seed or SEED)
     if kind == "random":
+        draws = np.random.default_rng(experiment.embedding_seed or SEED)
         return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
     if kind == "gpt2":
         return _wte(_gpt2_file(dim), kind, dim)
@@ -57,11 +57,19 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     second_half = corpus.stream(corpus.half, corpus.num_samples)
     path = cache_dir() / f"embedding-{key}.npz"
     embedding = cached_arrays(path, lambda: {"embedding": ppmi_svd(second_half, dim)})["embedding"]
-    if experiment.embedding_turned is not None:
-        embedding = embedding * np.where(np.arange(dim) == experiment.embedding_turned, np.float32(-1), np.float32(1))
-    if experiment.embedding_rotated:
-        return embedding @ scipy.stats.ortho_group(dim).rvs(random_state=draws).astype(np.float32)
-    return embedding * draws.choice(np.float32([-1, 1]), dim) if experiment.embedding_seed else embedding
+    if not experiment.embedding_rotated:
+        return embedding * signs(dim, experiment.embedding_seed, experiment.embedding_turned)
+    rotation = scipy.stats.ortho_group(dim).rvs(random_state=np.random.default_rng(experiment.embedding_seed))
+    return embedding * signs(dim, 0, experiment.embedding_turned) @ rotation.astype(np.float32)
+
+
+def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) -> np.ndarray:
+    """The sign that each dimension of `ppmi` has, against its convention (float32 [dim], 1 or -1).
+
+    All are 1 with `embedding_seed` 0, else drawn; then that of `embedding_turned` is turned.
+    """
+    drawn = np.random.default_rng(embedding_seed).choice(np.float32([-1, 1]), dim) if embedding_seed else np.ones(dim)
+    return np.where(np.arange(dim) == embedding_turned, -drawn, drawn).astype(np.float32)
 
 
 def data_hash(experiment: Experiment) -> str:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ctxlm import embeddings
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, decode, load_corpus, tokenizer
-from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, data_hash, load_embedding, ppmi_svd
+from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, data_hash, load_embedding, ppmi_svd, signs
 from ctxlm.files import ROOT
 
 
@@ -198,6 +198,8 @@ def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache):
     assert one.dtype == np.float32 and np.array_equal(np.abs(one), np.abs(fixed))
     turned = (one != fixed).all(0)
     assert np.array_equal(one[:, ~turned], fixed[:, ~turned]) and 0 < turned.sum() < 8
+    assert np.array_equal(one, fixed * signs(8, 1))
+    assert np.array_equal(signs(8, 1, 3), signs(8, 1) * signs(8, 0, 3))
     random = [load_embedding(Experiment(embed_dim=8, embedding="random", embedding_seed=seed)) for seed in (0, 1)]
     assert not np.array_equal(np.abs(random[0]), np.abs(random[1]))
 
