@@ -175,6 +175,29 @@ def headline() -> dict[str, Result]:
     return found
 
 
+def halves(side: Side) -> tuple[Side, Side]:
+    """The runs judged on the first half of their conversations alone, and on the second."""
+    cut = {of: len(run.samples) // 2 for of, run in side.items()}
+    first = {of: run._replace(samples=run.samples[: cut[of]]) for of, run in side.items()}
+    return first, {of: run._replace(samples=run.samples[cut[of] :]) for of, run in side.items()}
+
+
+def attacks() -> dict[str, Result]:
+    """The main claim, that A does better than B, where it might not hold."""
+    found = {}
+    for grid, size in product(("sound", "study"), (86_925, 183_620)):
+        a, b = (shape(grid, name, size) for name in "AB")
+        for half, pair in zip(("first", "second"), zip(halves(a), halves(b), strict=True), strict=True):
+            found[f"A − B, {grid}, {size:,}, {half} half of the test text"] = difference(pair)
+        a, b = (shape(grid, name, size, text="val") for name in "AB")
+        found[f"A − B, {grid}, {size:,}, other conversations (validation)"] = difference((a, b))
+    for grid, arm in product(("dtype", "random", "rotation"), ("sound-", "")):
+        size = 10_000 if grid == "rotation" else 20_000
+        pair = shape(grid, f"{arm}A", size), shape(grid, f"{arm}B", size)
+        found[f"A − B, {arm[:-1] or 'study'}, quick scale, {grid}"] = difference(pair)
+    return found
+
+
 if __name__ == "__main__":
-    for name, (value, low, high, replicates) in headline().items():
-        print(f"{name:42} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})  {replicates} replicates")
+    for name, (value, low, high, replicates) in (headline() | attacks()).items():
+        print(f"{name:62} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})  {replicates} replicates")
