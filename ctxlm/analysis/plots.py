@@ -232,15 +232,15 @@ def groups(
     """PPL by two factors, a panel a size or a value of a third: the mean of each cell, its runs as points."""
     values = sorted(runs[panel].unique())
     figure, (panels,) = new_figure(1, len(values), 3.8, sharey=True)
-    shown, palette = runs.assign(ppl=np.exp(runs[column])), COLOURS[2 : 2 + runs[hue].nunique()]
-    look = {"x": x, "y": "ppl", "hue": hue, "dodge": 0.3, "palette": palette, "legend": False}
+    names = sorted(runs[hue].unique())
+    shown, palette = runs.assign(ppl=np.exp(runs[column])), COLOURS[2 : 2 + len(names)]
+    look = {"x": x, "y": "ppl", "hue": hue, "hue_order": names, "dodge": 0.3, "palette": palette, "legend": False}
     for value, axes in zip(values, panels, strict=True):
         own = shown[shown[panel] == value]
         sns.stripplot(own, alpha=0.4, ax=axes, **look)
         sns.pointplot(own, errorbar=None, ax=axes, estimator=stats.gmean, **look)
         axes.set(title=f"{value:,} tokens" if panel == "train_tokens" else f"{panel} {value}", ylabel="")
     log_axis(panels[0], label)
-    names = sorted(shown[hue].unique())
     legend(
         figure, [Line2D([], [], color=c, marker="o", label=f"{hue} {n}") for c, n in zip(palette, names, strict=True)]
     )
