@@ -503,7 +503,9 @@ def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str, column: 
         q = np.array([(1 + LEVEL) / 2, (1 - LEVEL) / 2])
         low, high = (square - stats.f.ppf(q, dof, rest_dof) * rest) / each / (stats.chi2.ppf(q, dof) / dof)
         ends = np.sqrt(np.clip([(square - rest) / each, low, high], 0, None))
-        found.append(Estimate(f"sd by {source}", at, *ends, len(runs), 1, dof, (), "sd, % of PPL"))
+        found.append(
+            Estimate(f"sd by {source}", at, *ends, len(runs), round(dof) + 1, dof, tuple(sources), "sd, % of PPL")
+        )
     return found
 
 
