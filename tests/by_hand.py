@@ -133,9 +133,9 @@ def shape(grid: str, experiment: str, train_tokens: int, **wanted) -> Side:
     return read(grid, experiment=experiment, train_tokens=train_tokens, **wanted)
 
 
-def depth(layers: int, width: int, grid: str = "depth") -> Side:
-    """A cell of the grid of layers and widths, of the runs that read two tokens at a time."""
-    return shape(grid, f"L{layers}-C{width}", 20_000, num_input_tokens=2)
+def depth(layers: int, width: int, grid: str = "depth", num_input_tokens: int = 2) -> Side:
+    """A cell of a grid of layers and widths, of the runs that read so many tokens at a time."""
+    return shape(grid, f"L{layers}-C{width}", 20_000, num_input_tokens=num_input_tokens)
 
 
 def contrasts() -> dict[str, list[tuple[Side, Side]]]:
@@ -148,6 +148,7 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
     zeros = {name: shape("sound-ablations", f"{name}-zero", 20_000) for name in "AB"}
     layers, widths = (1, 2, 3, 6), (128, 256)
     cells = {cell: depth(*cell) for cell in product(layers, widths)}
+    learnt = {cell: depth(*cell, "searched-depth", 1) for cell in product(layers, widths)}
     return {
         "A − B, sound, 86,925": [(sound["A"], sound["B"])],
         "A − B, study, 86,925": [(study["A"], study["B"])],
@@ -164,6 +165,9 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
         "A − B with zeros, sound, quick scale": [(zeros["A"], zeros["B"])],
         "context 256 − 128, sound, quick scale": [(cells[n, 256], cells[n, 128]) for n in layers],
         "1 layer − 6 layers, sound, quick scale": [(cells[1, width], cells[6, width]) for width in widths],
+        "context 256 − 128, searched, quick scale": [(learnt[n, 256], learnt[n, 128]) for n in layers],
+        "1 layer − 6 layers, searched, quick scale": [(learnt[1, width], learnt[6, width]) for width in widths],
+        "A, sound − searched, 86,925": [(sound["A"], shape("searched", "A-searched", small))],
     }
 
 

@@ -45,9 +45,9 @@ def one(runs, train_tokens: int, a: dict, b: dict) -> Estimate:
     return found
 
 
-def pooled(column: str, a: int, b: int, over: str) -> Estimate:
-    runs = read_runs("depth")
-    runs = runs[runs["num_input_tokens"] == 2]
+def pooled(column: str, a: int, b: int, over: str, grid: str = "depth", num_input_tokens: int = 2) -> Estimate:
+    runs = read_runs(grid)
+    runs = runs[runs["num_input_tokens"] == num_input_tokens]
     (found,) = paired(runs, {column: a}, {column: b}, at=(over,), pooled=True)
     return found
 
@@ -70,6 +70,13 @@ PROJECT = {
     "A − B with zeros, sound, quick scale": lambda: shapes("sound-ablations", QUICK, "-zero"),
     "context 256 − 128, sound, quick scale": lambda: pooled("context_dim", 256, 128, over="num_layers"),
     "1 layer − 6 layers, sound, quick scale": lambda: pooled("num_layers", 1, 6, over="context_dim"),
+    "context 256 − 128, searched, quick scale": lambda: pooled(
+        "context_dim", 256, 128, "num_layers", "searched-depth", 1
+    ),
+    "1 layer − 6 layers, searched, quick scale": lambda: pooled("num_layers", 1, 6, "context_dim", "searched-depth", 1),
+    "A, sound − searched, 86,925": lambda: one(
+        read_runs("sound", "searched"), SMALL, {"experiment": "A"}, {"experiment": "A-searched"}
+    ),
 }
 """The project's own estimates, by the names that they have by hand."""
 
