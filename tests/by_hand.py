@@ -148,6 +148,7 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
     zeros = {name: shape("sound-ablations", f"{name}-zero", 20_000) for name in "AB"}
     layers, widths = (1, 2, 3, 6), (128, 256)
     cells = {cell: depth(*cell) for cell in product(layers, widths)}
+    single = {cell: depth(*cell, num_input_tokens=1) for cell in product(layers, widths)}
     learnt = {cell: depth(*cell, "searched-depth", 1) for cell in product(layers, widths)}
     return {
         "A − B, sound, 86,925": [(sound["A"], sound["B"])],
@@ -166,7 +167,8 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
         "context 256 − 128, sound, quick scale": [(cells[n, 256], cells[n, 128]) for n in layers],
         "1 layer − 6 layers, sound, quick scale": [(cells[1, width], cells[6, width]) for width in widths],
         "context 256 − 128, searched, quick scale": [(learnt[n, 256], learnt[n, 128]) for n in layers],
-        "1 layer − 6 layers, searched, quick scale": [(learnt[1, width], learnt[6, width]) for width in widths],
+        "2 layers − 6 layers, searched, quick scale": [(learnt[2, width], learnt[6, width]) for width in widths],
+        "2 layers − 6 layers, one token, quick scale": [(single[2, width], single[6, width]) for width in widths],
         "A, sound − searched, 86,925": [(sound["A"], shape("searched", "A-searched", small))],
     }
 

@@ -73,7 +73,12 @@ PROJECT = {
     "context 256 − 128, searched, quick scale": lambda: pooled(
         "context_dim", 256, 128, "num_layers", "searched-depth", 1
     ),
-    "1 layer − 6 layers, searched, quick scale": lambda: pooled("num_layers", 1, 6, "context_dim", "searched-depth", 1),
+    "2 layers − 6 layers, searched, quick scale": lambda: pooled(
+        "num_layers", 2, 6, "context_dim", "searched-depth", 1
+    ),
+    "2 layers − 6 layers, one token, quick scale": lambda: pooled(
+        "num_layers", 2, 6, "context_dim", num_input_tokens=1
+    ),
     "A, sound − searched, 86,925": lambda: one(
         read_runs("sound", "searched"), SMALL, {"experiment": "A"}, {"experiment": "A-searched"}
     ),
