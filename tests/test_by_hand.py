@@ -135,6 +135,26 @@ def test_intervals_are_those_computed_by_hand(contrasts, name):
 
 
 @pytest.mark.slow
+def test_the_halves_of_the_test_text_make_the_whole():
+    sides = [by_hand.shape("sound", name, SMALL) for name in "AB"]
+    whole, tokens = by_hand.by_sample(tuple(sides))
+    parts = [by_hand.by_sample(pair) for pair in zip(*map(by_hand.halves, sides), strict=True)]
+    np.testing.assert_array_equal(np.hstack([sums for sums, _ in parts]), whole)
+    np.testing.assert_array_equal(np.hstack([of for _, of in parts]), tokens)
+
+
+@pytest.mark.slow
+def test_attacks_on_the_main_claim_are_the_projects_own_numbers():
+    attacks = by_hand.attacks()
+    for grid in ("dtype", "random", "rotation"):
+        runs = read_runs(grid)
+        for arm, prefix in (("sound", "sound-"), ("study", "")):
+            (found,) = paired(runs, {"experiment": f"{prefix}A"}, {"experiment": f"{prefix}B"})
+            by = attacks[f"A − B, {arm}, quick scale, {grid}"]
+            assert (found.replicates, 100 * np.expm1(found.value)) == (by.replicates, pytest.approx(by.value, rel=1e-6))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["study", "sound"])
 def test_the_spread_over_replicates_is_that_of_the_runs_read(grid):
     runs = read_runs(grid).query(f"experiment == 'A' and train_tokens == {SMALL}")
