@@ -144,12 +144,14 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
     study, sound = ({name: shape(grid, name, small) for name in "AB"} for grid in ("study", "sound"))
     later, sound_later = ({name: shape(grid, name, large) for name in "AB"} for grid in ("study", "sound"))
     blind = {name: shape("sound-ablations-full", f"{name}-zero", small) for name in "AB"}
+    study_blind = {name: shape("ablations-full", f"{name}-zero", small) for name in "AB"}
     quick = {name: shape("sound-variance", name, 20_000) for name in "AB"}
     zeros = {name: shape("sound-ablations", f"{name}-zero", 20_000) for name in "AB"}
     layers, widths = (1, 2, 3, 6), (128, 256)
     cells = {cell: depth(*cell) for cell in product(layers, widths)}
     single = {cell: depth(*cell, num_input_tokens=1) for cell in product(layers, widths)}
     learnt = {cell: depth(*cell, "searched-depth", 1) for cell in product(layers, widths)}
+    searched = {name: shape("searched-ablations", name, 20_000) for name in ("whole", "without-contexts")}
     return {
         "A − B, sound, 86,925": [(sound["A"], sound["B"])],
         "A − B, study, 86,925": [(study["A"], study["B"])],
@@ -160,6 +162,8 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
         "sound − study, B, 86,925": [(sound["B"], study["B"])],
         "zeros − contexts, A, sound, 86,925": [(blind["A"], sound["A"])],
         "zeros − contexts, B, sound, 86,925": [(blind["B"], sound["B"])],
+        "zeros − contexts, A, study, 86,925": [(study_blind["A"], study["A"])],
+        "zeros − contexts, B, study, 86,925": [(study_blind["B"], study["B"])],
         "KN-4 − A, sound, 183,620": [(shape("baselines", "KN-4", large), sound_later["A"])],
         "zeros − contexts, A, sound, quick scale": [(zeros["A"], quick["A"])],
         "zeros − contexts, B, sound, quick scale": [(zeros["B"], quick["B"])],
@@ -168,6 +172,8 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
         "1 layer − 6 layers, sound, quick scale": [(cells[1, width], cells[6, width]) for width in widths],
         "context 256 − 128, searched, quick scale": [(learnt[n, 256], learnt[n, 128]) for n in layers],
         "2 layers − 6 layers, searched, quick scale": [(learnt[2, width], learnt[6, width]) for width in widths],
+        "A − B, searched, quick scale": [(learnt[6, 128], learnt[3, 256])],
+        "zeros − contexts, searched, quick scale": [(searched["without-contexts"], searched["whole"])],
         "2 layers − 6 layers, one token, quick scale": [(single[2, width], single[6, width]) for width in widths],
         "A, sound − searched, 86,925": [(sound["A"], shape("searched", "A-searched", small))],
     }

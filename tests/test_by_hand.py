@@ -35,8 +35,9 @@ def arms(experiment: str) -> Estimate:
     return one(runs[runs["experiment"] == experiment], SMALL, {"grid": "sound"}, {"grid": "study"})
 
 
-def zeros(experiment: str, train_tokens: int = QUICK) -> Estimate:
-    grids = ("sound-variance", "sound-ablations") if train_tokens == QUICK else ("sound", "sound-ablations-full")
+def zeros(experiment: str, train_tokens: int = QUICK, arm: str = "sound") -> Estimate:
+    full = ("sound", "sound-ablations-full") if arm == "sound" else ("study", "ablations-full")
+    grids = ("sound-variance", "sound-ablations") if train_tokens == QUICK else full
     return one(read_runs(*grids), train_tokens, {"experiment": f"{experiment}-zero"}, {"experiment": experiment})
 
 
@@ -62,6 +63,8 @@ PROJECT = {
     "sound − study, B, 86,925": lambda: arms("B"),
     "zeros − contexts, A, sound, 86,925": lambda: zeros("A", SMALL),
     "zeros − contexts, B, sound, 86,925": lambda: zeros("B", SMALL),
+    "zeros − contexts, A, study, 86,925": lambda: zeros("A", SMALL, "study"),
+    "zeros − contexts, B, study, 86,925": lambda: zeros("B", SMALL, "study"),
     "KN-4 − A, sound, 183,620": lambda: one(
         read_runs("sound", "baselines"), LARGE, {"experiment": "KN-4"}, {"experiment": "A"}
     ),
@@ -75,6 +78,12 @@ PROJECT = {
     ),
     "2 layers − 6 layers, searched, quick scale": lambda: pooled(
         "num_layers", 2, 6, "context_dim", "searched-depth", 1
+    ),
+    "A − B, searched, quick scale": lambda: one(
+        read_runs("searched-depth"), QUICK, {"experiment": "L6-C128"}, {"experiment": "L3-C256"}
+    ),
+    "zeros − contexts, searched, quick scale": lambda: one(
+        read_runs("searched-ablations"), QUICK, {"experiment": "without-contexts"}, {"experiment": "whole"}
     ),
     "2 layers − 6 layers, one token, quick scale": lambda: pooled(
         "num_layers", 2, 6, "context_dim", num_input_tokens=1
