@@ -32,7 +32,7 @@ from ctxlm.results import outputs_dir
 OUTPUTS = os.path.expanduser(os.environ.get("CTXLM_OUTPUTS") or "outputs")
 GRID_FILE = str(config.get("grid", "quick") or "")  # YAML makes None of `grid=`
 WORKS = not {"-n", "-np", "--dry-run", "--dryrun", "--unlock"}.intersection(sys.argv)  # Snakemake knows it later only
-DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "test_samples", "max_sample_tokens"}
+DATA_PARAMETERS = {"corpus", "embedding", "embed_dim", "val_samples", "development_samples", "test_samples", "max_sample_tokens"}
 
 # What Snakemake says and nobody needs. Why a job failed it has said itself, unless it was killed.
 NOISE = re.compile(
@@ -94,7 +94,7 @@ BESIDES = [path for path in sorted(Path("ctxlm/analysis").glob("*.py")) if path 
 BESIDES += ["ctxlm/results.py", "ctxlm/metrics.py"]
 
 
-RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
+RUN_FILES = ["metrics.json", "history.csv", "val_by_sample.csv", "development_by_sample.csv", "test_by_sample.csv"]  # what the analysis reads
 
 
 def visible_gpus() -> list[str]:

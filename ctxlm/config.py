@@ -30,6 +30,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 
+CORPORA = "(chitchat|sotu|docstrings|ultrachat)"
+"""Corpora that have a name."""
 NETWORKS = ("lstm", "transformer")
 """Values of `model` that `ctxlm.networks` trains."""
 BASELINES = ("kneser-ney", *NETWORKS)
@@ -120,18 +122,19 @@ class Experiment(BaseModel):
     # What is read
     corpus: str = Field(
         "chitchat",
-        pattern=r"^(chitchat|ultrachat|[^\p{Cc}]+\.(?i:txt|jsonl|parquet))$",
+        pattern=rf"^({CORPORA}(\+{CORPORA})*|[^\p{{Cc}}]+\.(?i:txt|jsonl|parquet))$",
         max_length=1000,
-        description="chitchat, ultrachat, or a .txt, .jsonl or .parquet file",
+        description="chitchat, sotu, docstrings or ultrachat, several of them in turn (chitchat+sotu), or a .txt, "
+        ".jsonl or .parquet file",
     )
     embedding: str = Field(
         "ppmi",
-        pattern=r"^(ppmi|random|gpt2|[^\p{Cc}]+\.safetensors)$",
+        pattern=r"^(ppmi|smollm2|random|gpt2|[^\p{Cc}]+\.safetensors)$",
         max_length=1000,
-        description="ppmi, random, gpt2, or a .safetensors file holding wte",
+        description="ppmi, smollm2, random, gpt2, or a .safetensors file holding wte",
     )
     embedding_seed: Seed = Field(
-        0, description="0: ppmi as it is, its signs by a convention; otherwise they, or random's numbers, are drawn"
+        0, description="0: the embedding as it is; otherwise its dimensions' signs, or random's numbers, are drawn"
     )
     embedding_rotated: bool = Field(False, description="embedding_seed draws a rotation of ppmi instead of its signs")
     embedding_turned: int | None = Field(
@@ -142,10 +145,13 @@ class Experiment(BaseModel):
     data_seed: int = Field(
         0, ge=0, lt=60, description="the training window begins at so many sixtieths of the training capacity"
     )
-    val_samples: Count = Field(200, description="validation samples: the first of the region kept for validation")
-    test_samples: Count = Field(200, description="test samples: the first of the region kept for the test")
+    val_samples: Count = Field(200, description="validation samples, which choose the epoch: the first of their region")
+    development_samples: Count = Field(
+        200, description="development samples, on which settings are chosen: the first of their region"
+    )
+    test_samples: Count = Field(200, description="test samples, by which nothing is chosen: the first of their region")
     max_sample_tokens: Count | None = Field(
-        256, description="a validation or test sample is cut to its first so many tokens; null: it is whole"
+        256, description="a judged sample is cut to its first so many tokens; null: it is whole"
     )
     held_out_tokens: Natural = Field(
         0, description="for tuning: so many last training tokens are left out, and stand in for validation"
@@ -208,7 +214,7 @@ class Experiment(BaseModel):
     # Other models
     ngram_order: UpTo64 = Field(4, description="tokens that an n-gram of kneser-ney spans")
     ngram_second_half: bool = Field(
-        False, description="kneser-ney counts the corpus's second half too, which the ppmi embedding has read"
+        False, description="kneser-ney counts the text that the ppmi embedding has read, too"
     )
     hidden_dim: Width = Field(1712, description="width of the lstm's state, or of the transformer's layers")
     window: Count = Field(32, description="tokens an lstm is trained through at a time, or a transformer sees at most")
@@ -242,8 +248,6 @@ class Experiment(BaseModel):
             refuse(remedy, "train_tokens", "train_samples")
         if self.ngram_second_half and self.model != "kneser-ney":
             refuse("only kneser-ney counts, so set the first to false", "ngram_second_half", "model")
-        if self.embedding_seed and self.embedding not in ("ppmi", "random"):
-            refuse("nothing of that embedding is drawn, so set embedding_seed to 0", "embedding_seed", "embedding")
         if self.embedding_rotated and not (self.embedding == "ppmi" and self.embedding_seed):
             remedy = "only ppmi is rotated, by a number from 1 on, so set the first to false or mend the others"
             refuse(remedy, "embedding_rotated", "embedding", "embedding_seed")
@@ -388,8 +392,8 @@ def _assigned(cell: str) -> set[str]:
 
 _WORDS = {
     "experiment": "a label must hold letters, digits, '.', '_' and '-' only, and begin with a letter or a digit",
-    "corpus": "name chitchat, ultrachat, or a .txt, .jsonl or .parquet file",
-    "embedding": "choose ppmi, random, gpt2 or a .safetensors file",
+    "corpus": "name chitchat, sotu, docstrings or ultrachat, several joined by +, or a .txt, .jsonl or .parquet file",
+    "embedding": "choose ppmi, smollm2, random, gpt2 or a .safetensors file",
     "device": "it must be auto, cpu, cuda or cuda:N, as cuda:0",
     "title": "write a text after it (a number in quotes), or leave the line out",
     "description": "write a text after it (a number in quotes), or leave the line out",

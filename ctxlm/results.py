@@ -1,8 +1,8 @@
 """One run on disk: where it came from, and how it is written whole.
 
 A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished
-run. Small results that took long are committed under `data/results/<grid>/<run>/` and stand in where there is no
-such folder in `outputs`.
+run. Small results that took long are committed under `data/results/<grid>/<run>/` and stand in where `outputs` has no
+run of the grid.
 """
 
 import itertools
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 
 from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, check_output_dir, code_hash, read_yaml
-from ctxlm.corpus import PROTOCOL
+from ctxlm.corpus import PROTOCOL, Stream
 from ctxlm.embeddings import data_hash
 from ctxlm.files import (
     CHECKPOINTS,
@@ -44,7 +45,7 @@ from ctxlm.files import (
     resolve,
     take,
 )
-from ctxlm.metrics import losses_by_sample
+from ctxlm.metrics import bits_per_byte, losses_by_sample
 
 WEIGHTS = "model.safetensors"
 """A run's file of its weights."""
@@ -199,17 +200,16 @@ def write_run(
     folder: str | Path,
     metrics: Mapping[str, Any] | pd.Series,
     history: pd.DataFrame,
-    val: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+    judged: Mapping[str, tuple[np.ndarray, Stream]],
     weights: dict[str, torch.Tensor],
 ) -> Path:
     """Write a finished run; every file is complete on disk before the first earlier one is replaced.
 
     Args:
         folder: the run's folder, made if need be; relative paths start at the repository's root.
-        metrics: the flat content of metrics.json.
+        metrics: the flat content of metrics.json; bits per byte and tokens per parameter are added.
         history: rows phase, step, metric, value.
-        val, test: every predicted token's loss, nats, float32 [N], and its sample, int32 [N].
+        judged: part (val, development, test) → every predicted token's loss, nats, float32 [T - 1], and its stream.
         weights: what model.safetensors holds.
 
     Raises:
@@ -217,16 +217,22 @@ def write_run(
         OSError: the disk is full or not writable; if it is so before all is written, the earlier run is untouched.
     """
     folder = resolve(folder)
+    tables = {part: losses_by_sample(*known) for part, known in judged.items()}
+    metrics = dict(metrics)
+    for part, table in tables.items():
+        metrics |= {f"{part}_bytes": int(table["bytes"].sum()), f"{part}_bits_per_byte": bits_per_byte(table)}
+    if metrics.get("trained_params"):
+        metrics["tokens_per_parameter"] = metrics["train_tokens"] / metrics["trained_params"]
+    losses, val = judged["val"]
     not_finite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
     if not_finite:
         raise ValueError(f"{not_finite[0]} = {metrics[not_finite[0]]} is not finite: the run is not written")
     writers: dict[str, Callable[[Path], Any]] = {
         "history.csv": lambda path: history.to_csv(path, index=False),
-        "val_by_sample.csv": lambda path: losses_by_sample(*val).to_csv(path, index=False),
-        "test_by_sample.csv": lambda path: losses_by_sample(*test).to_csv(path, index=False),
-        LOSSES: lambda path: np.savez_compressed(path, loss=val[0], sample=val[1]),
+        LOSSES: lambda path: np.savez_compressed(path, loss=losses, sample=val.samples[1:]),
         WEIGHTS: lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
+    writers |= {f"{part}_by_sample.csv": partial(table.to_csv, index=False) for part, table in tables.items()}
     try:
         with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
             mark = replaced_on_exit.enter_context(atomic(folder / "metrics.json"))
@@ -235,8 +241,8 @@ def write_run(
                 write(paths[name])
             sealed = sealed_metrics(metrics, {name: file_digest(path) for name, path in paths.items()})
             mark.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
-            # Six files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark of
-            # a finished run, never an earlier metrics.json beside newer tables.
+            # Several files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark
+            # of a finished run, never an earlier metrics.json beside newer tables.
             (folder / "metrics.json").unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         untouched = "; the earlier run there is untouched" if (folder / "metrics.json").exists() else ""
@@ -286,9 +292,8 @@ def results_dir() -> Path:
 
 
 def run_folders(grid: str) -> dict[str, tuple[Path, str]]:
-    """Finished runs of a grid: name → (folder, "outputs" or "committed")."""
-    found: dict[str, tuple[Path, str]] = {}
-    for root, source in ((results_dir(), "committed"), (outputs_dir(), "outputs")):
-        for path in sorted((root / grid).glob("*/metrics.json")):
-            found[path.parent.name] = (path.parent, source)
-    return found
+    """Finished runs of a grid: name → (folder, "outputs" or "committed"); the latter where `outputs` has none of it."""
+    for root, source in ((outputs_dir(), "outputs"), (results_dir(), "committed")):
+        if paths := sorted((root / grid).glob("*/metrics.json")):
+            return {path.parent.name: (path.parent, source) for path in paths}
+    return {}

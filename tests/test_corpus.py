@@ -1,6 +1,7 @@
 """Tokens against another tokeniser, the known size of chitchat, every file and its faults, and the cache."""
 
 import json
+import lzma
 import subprocess
 import sys
 import types
@@ -26,6 +27,7 @@ from ctxlm.corpus import (
     decode,
     load_corpus,
     split,
+    token_bytes,
     tokenizer,
 )
 from ctxlm.files import ROOT
@@ -115,6 +117,52 @@ def test_chitchat_samples_are_the_conversations_in_order(chitchat):
     conversation = next(iter(chitchat_dataset.Dataset().values()))  # long enough to stay
     turns = [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
     assert decode(chitchat.stream(0, 1).tokens) == "\n".join(turns)
+
+
+# The embedded corpora and their mixtures
+
+
+@pytest.mark.parametrize(("name", "samples", "tokens"), [("sotu", 5_591, 2_074_129), ("docstrings", 6_820, 2_675_559)])
+def test_an_embedded_corpus_has_the_known_size(name, samples, tokens):
+    corpus = load_corpus(name)
+    assert (corpus.num_samples, len(corpus.tokens), corpus.region) == (samples, tokens, 200)
+    with lzma.open(ROOT / "data" / "corpora" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
+        assert decode(corpus.stream(0, 1).tokens) == json.loads(file.readline())["text"]
+
+
+def test_an_embedded_corpus_that_was_changed_is_refused(monkeypatch):
+    monkeypatch.setitem(corpus_module.EMBEDDED, "sotu", "0" * 64)
+    with pytest.raises(ConfigError, match=r"corpus = 'sotu' is not whole at .*sotu\.jsonl\.xz: restore it by git"):
+        load_corpus("sotu")
+
+
+def test_a_mixture_takes_a_sample_of_each_in_turn(monkeypatch):
+    def planted(first, *lengths):
+        starts = np.append(0, np.cumsum(lengths))
+        return Corpus("planted", np.arange(first, first + starts[-1], dtype=np.int32), starts)
+
+    known = {"sotu": planted(0, 1, 2, 3), "docstrings": planted(100, 2, 2, 2, 2, 2)}
+    plain = load_corpus
+    monkeypatch.setattr(corpus_module, "load_corpus", known.__getitem__)
+    mixed = plain("sotu+docstrings")
+    assert mixed.tokens.tolist() == [0, 100, 101, 1, 2, 102, 103, 3, 4, 5, 104, 105]
+    assert mixed.starts.tolist() == [0, 1, 3, 5, 7, 10, 12] and mixed.name == "sotu+docstrings"
+    twice = plain("docstrings+sotu+docstrings")  # two of its samples for one of the other's
+    assert twice.tokens.tolist() == [100, 101, 0, 102, 103, 104, 105, 1, 2, 106, 107]
+
+
+def test_the_mixture_of_all_three_has_a_third_of_the_samples_of_each():
+    mixed, parts = load_corpus("chitchat+sotu+docstrings"), [load_corpus(n) for n in ("chitchat", "sotu", "docstrings")]
+    assert mixed.num_samples == 3 * 3_508
+    for i, part in enumerate(parts):
+        assert np.array_equal(mixed.stream(300 + i, 301 + i).tokens, part.stream(100, 101).tokens)
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text():
+    text = "Ωmega, naïve café\n\tdef f(x): return x  # 日本"
+    tokens = np.array(tokenizer().encode(text).ids)
+    assert token_bytes()[tokens].sum() == len(text.encode())
+    assert token_bytes().shape == (VOCABULARY,)
 
 
 # Files
@@ -241,7 +289,8 @@ def test_ultrachat_has_room_for_the_studys_samples_and_for_ten_times_as_many(mon
     streams = split(experiment)
     assert len(streams.train) == 183_620
     assert [streams.val.samples[i] for i in (0, -1)] == [9600, 9799]
-    assert [streams.test.samples[i] for i in (0, -1)] == [9800, 9999]
+    assert [streams.development.samples[i] for i in (0, -1)] == [9800, 9999]
+    assert [streams.test.samples[i] for i in (0, -1)] == [10_000, 10_199]
     assert len(split(experiment.model_copy(update={"train_samples": 9600})).train) == 183_620 + 8600
     with pytest.raises(ConfigError, match="train_samples = 9601 is more than the training capacity of 9,600 samples"):
         split(experiment.model_copy(update={"train_samples": 9601}))
@@ -378,9 +427,8 @@ def tiny_corpus():
 
 
 def tiny_split(**parameters):
-    return split(
-        Experiment.from_mapping({"val_samples": 1, "test_samples": 1, "train_tokens": 5}, parameters), tiny_corpus()
-    )
+    judged = {"val_samples": 1, "development_samples": 1, "test_samples": 1}
+    return split(Experiment.from_mapping(judged, {"train_tokens": 5}, parameters), tiny_corpus())
 
 
 def test_the_table_of_sizes_is_known():
@@ -391,15 +439,16 @@ def test_the_table_of_sizes_is_known():
         "training capacity": 3,
         "training": 3,
         "validation": 1,
+        "development": 1,
         "test": 1,
     }
-    assert table["tokens"].tolist() == [55, 6, 5, 4, 5]
-    assert table["tokens a sample"].tolist() == [5.5, 2.0, 1.7, 4.0, 5.0]
-    assert table["different tokens"].tolist() == [10, 3, 3, 1, 1]
+    assert table["tokens"].tolist() == [55, 6, 5, 4, 5, 6]
+    assert table["tokens a sample"].tolist() == [5.5, 2.0, 1.7, 4.0, 5.0, 6.0]
+    assert table["different tokens"].tolist() == [10, 3, 3, 1, 1, 1]
     cut = corpus_plots.sizes(tiny_corpus(), tiny_split(max_sample_tokens=3))
-    assert cut["tokens"].tolist() == [55, 6, 5, 3, 3]
+    assert cut["tokens"].tolist() == [55, 6, 5, 3, 3, 3]
     held_out = corpus_plots.sizes(tiny_corpus(), tiny_split(train_tokens=6, held_out_tokens=2))
-    assert held_out["tokens"].tolist() == [55, 6, 4, 2, 5] and held_out["samples"].tolist() == [10, 3, 3, 1, 1]
+    assert held_out["tokens"].tolist() == [55, 6, 4, 2, 5, 6] and held_out["samples"].tolist() == [10, 3, 3, 1, 1, 1]
 
 
 def test_the_share_of_unseen_tokens_is_known():

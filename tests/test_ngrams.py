@@ -11,7 +11,7 @@ from ctxlm import networks, ngrams
 from ctxlm.config import BASELINES, Experiment
 from ctxlm.corpus import split
 from ctxlm.metrics import Alternative
-from ctxlm.ngrams import KneserNey, kneser_ney
+from ctxlm.ngrams import KneserNey, _discounts, kneser_ney
 
 
 class Literal:
@@ -35,10 +35,12 @@ class Literal:
         n = [sum(c == i for c in self.counts[k].values()) for i in range(5)]
         if count == 0:
             return 0
+        i, fixed = min(count, 3), {1: 0.5, 2: 1, 3: 1.5}
         if min(n[1:]) == 0:
-            return {1: 0.5, 2: 1}.get(count, 1.5)
-        y, i = n[1] / (n[1] + 2 * n[2]), min(count, 3)
-        return min(max(i - (i + 1) * y * n[i + 1] / n[i], 0), i)
+            return fixed[i]
+        y = n[1] / (n[1] + 2 * n[2])
+        estimated = {j: j - (j + 1) * y * n[j + 1] / n[j] for j in (1, 2, 3)}
+        return estimated[i] if min(estimated.values()) > 0 else fixed[i]
 
     def p(self, word, history, k=None):
         k = min(self.order, len(history) + 1) if k is None else k
@@ -92,6 +94,13 @@ def test_probabilities_of_all_followers_sum_to_one(length, order, vocabulary, se
     before = np.array(history, int) % vocabulary
     last = [model.probabilities(np.append(before, word))[-1] for word in range(vocabulary)]
     assert sum(last) == pytest.approx(1, abs=1e-9) and min(last) > 0
+
+
+def test_no_word_is_impossible_where_an_estimated_discount_is_not_above_0():
+    model = KneserNey(text(46, 23, 50), 2, 23)
+    assert model.distribution(np.array([5])).min() > 0
+    # 2 once, 1 twice, 3 three times, 1 four times: 2 − 3 · (1/2) · 3/1 is below 0
+    assert _discounts(np.array([1, 1, 2, 3, 3, 3, 4])).tolist() == [0, 0.5, 1, 1.5]
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,8 +164,6 @@ def test_text_is_learnt_and_longer_contexts_help():
 
 def test_discounts_of_a_known_text():
     # 4 pairs once, 2 twice, 1 three times, 1 four times: y = 4 / (4 + 2·2) = 1/2
-    from ctxlm.ngrams import _discounts
-
     assert _discounts(np.array([1, 1, 1, 1, 2, 2, 3, 4])) == pytest.approx([0, 0.5, 2 - 3 * 0.5 / 2, 3 - 4 * 0.5])
 
 

@@ -1,4 +1,4 @@
-"""Protocol 2: what is trained on and what is judged never meet, in any run of any grid and on any corpus."""
+"""Protocol 3: what is trained on and what is judged never meet, in any run of any grid and on any corpus."""
 
 import re
 from itertools import pairwise
@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
 from ctxlm.config import ConfigError, Experiment, load_grid
-from ctxlm.corpus import PROTOCOL, REGION, WINDOWS, Corpus, check_data, load_corpus, split
+from ctxlm.corpus import LEAST_SAMPLES, PROTOCOL, REGION, WINDOWS, Corpus, check_data, load_corpus, split
 from ctxlm.files import ROOT
 
 GRIDS = sorted(path.stem for path in (ROOT / "params" / "grids").glob("*.yaml"))
-DATA = "train_tokens train_samples data_seed val_samples test_samples max_sample_tokens held_out_tokens".split()
+DATA = "corpus train_tokens train_samples data_seed val_samples development_samples test_samples max_sample_tokens"
+DATA = [*DATA.split(), "held_out_tokens"]
+PARTS = ("val", "development", "test")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,7 @@ def runs():
 @pytest.fixture(scope="module")
 def splits(runs, chitchat):
     """The streams of all runs, by their data parameters; the experiment that stands for them comes first."""
-    assert {run.corpus for run in runs.values()} == {"chitchat"}
-    kinds = {tuple(getattr(run, name) for name in DATA): run for run in runs.values()}
+    kinds = {tuple(getattr(run, name) for name in DATA): run for run in runs.values() if run.corpus == "chitchat"}
     return {kind: (run, split(run, chitchat)) for kind, run in kinds.items()}
 
 
@@ -45,7 +46,8 @@ def counting(lengths, name="counting.txt"):
 
 def of_samples(**parameters):
     """An experiment that fits a small corpus."""
-    return Experiment.from_mapping({"val_samples": 1, "test_samples": 1, "max_sample_tokens": None}, parameters)
+    judged = {f"{part}_samples": 1 for part in PARTS}
+    return Experiment.from_mapping(judged, {"max_sample_tokens": None}, parameters)
 
 
 def beginnings(corpus, first, count, longest):
@@ -60,15 +62,15 @@ def beginnings(corpus, first, count, longest):
 
 
 def test_no_run_of_any_grid_is_judged_on_what_any_run_is_trained_on(splits):
-    train, val, test = set(), set(), set()
+    train, val, development, test = set(), set(), set(), set()
     for run, streams in splits.values():
         train |= set(streams.train.samples.tolist())
         if not run.held_out_tokens:  # there it is training text that stands in for validation
             val |= set(streams.val.samples.tolist())
+        development |= set(streams.development.samples.tolist())
         test |= set(streams.test.samples.tolist())
-    assert train and len(val) == len(test) == 200
-    assert not val & test and not train & val and not train & test
-    assert max(train) < 1354 and val == set(range(1354, 1554)) and test == set(range(1554, 1754))
+    assert train and max(train) < 1354
+    assert (val, development, test) == tuple(set(range(first, first + 200)) for first in (1354, 1554, 1754))
 
 
 def test_what_is_held_out_is_training_text_of_no_test(splits):
@@ -82,7 +84,7 @@ def test_what_is_held_out_is_training_text_of_no_test(splits):
 
 def test_every_judged_sample_is_the_beginning_of_its_sample(splits, chitchat):
     for run, streams in splits.values():
-        parts = [streams.test] if run.held_out_tokens else [streams.val, streams.test]
+        parts = [streams.development, streams.test, *([] if run.held_out_tokens else [streams.val])]
         for part in parts:
             samples, counts = np.unique(part.samples, return_counts=True)
             assert counts.max() <= run.max_sample_tokens
@@ -105,7 +107,8 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, chitchat
         assert all(embedding_seed for _, _, embedding_seed in triples)  # each has signs that are drawn
         for label in {run.experiment for run in own}:  # and every model has all of them
             assert {(r.seed, r.data_seed, r.embedding_seed) for r in own if r.experiment == label} == triples
-    monkeypatch.setattr(corpus_module, "load_corpus", lambda name: chitchat)
+    if {run.corpus for run in own} == {"chitchat"}:
+        monkeypatch.setattr(corpus_module, "load_corpus", lambda name: chitchat)
     check_data(own)
 
 
@@ -119,29 +122,30 @@ def test_grids_without_replicates_are_few(runs):
 
 
 def test_chitchats_parts_have_the_known_sizes(chitchat):
-    assert PROTOCOL == 2
+    assert PROTOCOL == 3
     assert (chitchat.half, chitchat.region, chitchat.capacity) == (1754, 200, 1354)
     assert chitchat.starts[1354] == 1_133_776
     streams = split(Experiment(), chitchat)
-    assert [len(stream) for stream in (streams.train, streams.val, streams.test)] == [86_925, 45_354, 44_023]
+    assert [len(stream) for stream in vars(streams).values()] == [86_925, 45_354, 44_023, 42_008]
     assert streams.train.samples[0] == 0
-    assert (streams.val.samples[0], streams.val.samples[-1]) == (1354, 1553)
-    assert (streams.test.samples[0], streams.test.samples[-1]) == (1554, 1753)
-    streams = split(Experiment(val_samples=100, test_samples=200, max_sample_tokens=128), chitchat)
-    assert [len(stream) for stream in (streams.val, streams.test)] == [12_171, 24_445]
-    assert (streams.val.samples[-1], streams.test.samples[-1]) == (1453, 1753)
+    for part, first in (("val", 1354), ("development", 1554), ("test", 1754)):
+        samples = getattr(streams, part).samples
+        assert (samples[0], samples[-1]) == (first, first + 199)
+    assert len(chitchat.second_half) == len(chitchat.tokens) - chitchat.starts[1954] == 1_386_029
+    streams = split(Experiment(val_samples=100, development_samples=200, max_sample_tokens=128), chitchat)
+    assert [len(stream) for stream in (streams.val, streams.development)] == [12_171, 24_445]
+    assert (streams.val.samples[-1], streams.development.samples[-1]) == (1453, 1753)
 
 
 def test_null_means_whole_samples(chitchat):
     streams = split(Experiment(max_sample_tokens=None), chitchat)
-    for part, first in ((streams.val, 1354), (streams.test, 1554)):
+    for part, first in ((streams.val, 1354), (streams.development, 1554), (streams.test, 1754)):
         whole = chitchat.stream(first, first + 200)
         assert np.array_equal(part.tokens, whole.tokens) and np.array_equal(part.samples, whole.samples)
-    assert [len(streams.val), len(streams.test)] == np.diff(chitchat.starts[[1354, 1554, 1754]]).tolist()
 
 
 @pytest.mark.parametrize("longest", [128, 256, None])
-@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("part", PARTS)
 def test_fewer_samples_are_a_prefix_of_more(chitchat, part, longest):
     def judged(samples):
         return getattr(split(Experiment(max_sample_tokens=longest, **{f"{part}_samples": samples}), chitchat), part)
@@ -154,7 +158,7 @@ def test_fewer_samples_are_a_prefix_of_more(chitchat, part, longest):
         assert len(np.unique(fewer.samples)) == samples and whole.samples[len(fewer)] != fewer.samples[-1]
 
 
-def test_what_a_run_is_judged_on_depends_on_nothing_but_its_own_three_parameters(chitchat):
+def test_what_a_run_is_judged_on_depends_on_nothing_but_its_own_parameters(chitchat):
     one = split(Experiment(), chitchat)
     others = [
         {"train_tokens": 1234},
@@ -167,7 +171,7 @@ def test_what_a_run_is_judged_on_depends_on_nothing_but_its_own_three_parameters
     ]
     for parameters in others:
         other = split(Experiment(**parameters), chitchat)
-        for part in ("val", "test"):
+        for part in PARTS:
             assert np.array_equal(getattr(one, part).tokens, getattr(other, part).tokens)
             assert np.array_equal(getattr(one, part).samples, getattr(other, part).samples)
     for parameters in others[3:]:
@@ -211,8 +215,7 @@ def cases(draw, least=1):
     lengths = st.integers(least, 9) | st.integers(10, 300)
     corpus = counting(draw(st.lists(lengths, min_size=6, max_size=60)))
     parameters = {
-        "val_samples": draw(st.integers(1, corpus.region)),
-        "test_samples": draw(st.integers(1, corpus.region)),
+        **{f"{part}_samples": draw(st.integers(1, corpus.region)) for part in PARTS},
         "max_sample_tokens": draw(st.none() | st.integers(least, 12) | st.integers(13, 320)),
         "data_seed": draw(st.integers(0, WINDOWS - 1)),
     }
@@ -224,11 +227,13 @@ def cases(draw, least=1):
 
 
 @given(st.integers(0, 10_000))
-def test_the_first_half_is_a_capacity_and_two_equal_regions(samples):
+def test_a_corpus_is_a_capacity_three_equal_regions_and_what_the_embedding_reads(samples):
     corpus = Corpus("any", np.zeros(samples, np.int32), np.arange(samples + 1))
     assert corpus.region == min(200, max(1, samples // 2 // 8))
     assert corpus.capacity == samples // 2 - 2 * corpus.region
     assert (corpus.region == REGION) == (samples >= 3200)
+    if samples >= LEAST_SAMPLES:
+        assert corpus.capacity > 0 and len(corpus.second_half) == samples - samples // 2 - corpus.region > 0
 
 
 @settings(max_examples=300, deadline=None)
@@ -236,8 +241,10 @@ def test_the_first_half_is_a_capacity_and_two_equal_regions(samples):
 def test_a_split_is_exact_and_overlaps_nowhere(case):
     corpus, e = case
     region, capacity = corpus.region, corpus.capacity
-    val = beginnings(corpus, capacity, e.val_samples, e.max_sample_tokens)
-    test = beginnings(corpus, capacity + region, e.test_samples, e.max_sample_tokens)
+    judged = [
+        beginnings(corpus, capacity + i * region, getattr(e, f"{part}_samples"), e.max_sample_tokens)
+        for i, part in enumerate(PARTS)
+    ]
     # The window begins at the sample nearest to its share of the capacity, and is exact.
     end = int(corpus.starts[capacity])
     distances = [abs(60 * int(start) - end * e.data_seed) for start in corpus.starts[:capacity]]
@@ -246,23 +253,22 @@ def test_a_split_is_exact_and_overlaps_nowhere(case):
     if length is None:
         length = sum(int(np.diff(corpus.starts)[(first + i) % capacity]) for i in range(e.train_samples))
     train = [(int(corpus.starts[first]) + i) % end for i in range(length)]
-    if min(length, len(val), len(test)) < 2:
+    if min(length, *map(len, judged)) < 2:
         with pytest.raises(ConfigError, match="leaves a single token, and nothing to predict from it"):
             split(e, corpus)
         return
     streams = split(e, corpus)
-    for stream, expected in ((streams.train, train), (streams.val, val), (streams.test, test)):
+    for stream, expected in zip(vars(streams).values(), (train, *judged), strict=True):
         assert stream.tokens.dtype == stream.samples.dtype == np.int32
         assert len(stream.tokens) == len(stream.samples) == len(stream)
         assert stream.tokens.tolist() == expected
         where = np.searchsorted(corpus.starts, stream.tokens, side="right") - 1
         assert np.array_equal(where, stream.samples)
-    parts = [set(part) for part in (train, val, test)]
-    assert len(parts[0]) == length and not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
-    assert max(streams.train.samples) < min(streams.val.samples) and max(streams.val.samples) < min(
-        streams.test.samples
-    )
-    assert max(streams.test.samples) < corpus.half
+    assert len(set(train)) == length
+    for before, after in pairwise(vars(streams).values()):
+        assert max(before.samples) < min(after.samples)
+    assert max(streams.development.samples) < corpus.half <= min(streams.test.samples)
+    assert max(streams.test.samples) < min(corpus.second_half.samples)
     steps = {after - before for before, after in pairwise(train)}
     assert steps <= {1, 1 - end} and sum(after < before for before, after in pairwise(train)) <= 1
     assert train[0] in corpus.starts and (train[0] == 0 or e.data_seed)
@@ -295,7 +301,8 @@ def test_held_out_tokens_are_the_windows_last_uncut_and_replace_validation(case,
     for name in ("tokens", "samples"):
         joined = np.concatenate([getattr(found.train, name), getattr(found.val, name)])
         assert np.array_equal(joined, getattr(whole.train, name))
-        assert np.array_equal(getattr(found.test, name), getattr(whole.test, name))
+        for part in ("development", "test"):
+            assert np.array_equal(getattr(getattr(found, part), name), getattr(getattr(whole, part), name))
     assert len(found.val) == held_out
 
 
@@ -338,7 +345,7 @@ def test_data_seeds_rotate_the_training_window_over_the_whole_capacity():
         ),
         (
             {"train_tokens": 5, "max_sample_tokens": 1, "val_samples": 2},
-            r"^test_samples = 1 leaves a single token, and nothing to predict from it: raise it$",
+            r"^development_samples = 1 leaves a single token, and nothing to predict from it: raise it$",
         ),
         ({"train_tokens": 5, "held_out_tokens": 4}, r"^held_out_tokens = 4 of 5 training tokens: it must leave two or"),
         (
@@ -368,19 +375,17 @@ def test_a_stream_of_one_token_has_nothing_to_predict():
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("size", ["train_tokens", "train_samples"])
-def test_a_corpus_too_short_for_three_parts_can_only_be_made_longer(samples, size):
+def test_a_corpus_too_short_for_all_parts_can_only_be_made_longer(samples, size):
     corpus = counting([10] * samples)
     with pytest.raises(ConfigError, match=rf"^{size} = 2 .* capacity of 0 .* has {samples} samples; .* longer corpus$"):
         split(of_samples(**{"train_tokens": None} | {size: 2}), corpus)
 
 
 def test_six_samples_are_enough():
-    streams = split(of_samples(train_tokens=3), counting([3] * 6))
-    assert [part.tokens.tolist() for part in (streams.train, streams.val, streams.test)] == [
-        [0, 1, 2],
-        [3, 4, 5],
-        [6, 7, 8],
-    ]
+    corpus = counting([3] * 6)
+    parts = [part.tokens.tolist() for part in vars(split(of_samples(train_tokens=3), corpus)).values()]
+    assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert corpus.second_half.tokens.tolist() == [12, 13, 14, 15, 16, 17]
 
 
 @settings(max_examples=200, deadline=None)
@@ -416,7 +421,7 @@ def test_windows_that_share_a_token_are_refused_with_a_seed_that_shares_none(cas
 def test_a_seed_is_free_beside_all_other_windows(monkeypatch):
     corpus = counting([10] * 40)  # a capacity of 160 tokens
     monkeypatch.setattr(corpus_module, "load_corpus", lambda name: corpus)
-    seeds = [Experiment(train_tokens=40, data_seed=seed, val_samples=1, test_samples=1) for seed in (0, 15, 31, 40)]
+    seeds = [of_samples(train_tokens=40, data_seed=seed) for seed in (0, 15, 31, 40)]
     with pytest.raises(
         ConfigError, match=r"^data_seed = 40 and 31 have 10 training .*: use data_seed = 44 in place of"
     ):

@@ -15,7 +15,7 @@ COMMON = 5000
 """Neighbours are sought among so many of the corpus's most frequent tokens: rare ones are embedded by chance."""
 
 DATA_PARAMETERS = ("corpus", "embedding", "embed_dim", "train_tokens", "train_samples", "data_seed")
-DATA_PARAMETERS += ("val_samples", "test_samples", "max_sample_tokens")
+DATA_PARAMETERS += ("val_samples", "development_samples", "test_samples", "max_sample_tokens")
 """What a split and an embedding depend on, and nothing else of an experiment."""
 
 
@@ -26,6 +26,7 @@ def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
         "training capacity": corpus.stream(0, corpus.capacity),
         "training": streams.train,
         "validation": streams.val,
+        "development": streams.development,
         "test": streams.test,
     }
     rows = {
@@ -78,23 +79,23 @@ def _by_frequency(corpus: Corpus) -> np.ndarray:
 
 
 def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
-    """Where training, and the regions of validation and test, lie: above in all the corpus, below up to their end."""
-    starts, held = corpus.starts, corpus.capacity
-    first = int(starts[streams.train.samples[0]])
-    last, end = first + len(streams.train), int(starts[held])
-    test = held + corpus.region
-    after = test + corpus.region
+    """Where training and the three judged regions lie: above in all the corpus, below up to their end."""
+    first = int(corpus.starts[streams.train.samples[0]])
+    bounds = [corpus.capacity + i * corpus.region for i in range(4)]
+    end, development, test, after = (int(corpus.starts[bound]) for bound in bounds)
+    last = first + len(streams.train)
     parts = [
         ("training capacity", 0, end, "0.85"),
         ("training", first, min(last, end), COLOURS[0]),
         ("training", 0, last - end, COLOURS[0]),  # a window that runs over the end goes on at the start
-        ("kept for validation", end, int(starts[test]), COLOURS[1]),
-        ("kept for the test", int(starts[test]), int(starts[after]), COLOURS[2]),
+        ("validation", end, development, COLOURS[1]),
+        ("development", development, test, COLOURS[3]),
+        ("test", test, after, COLOURS[2]),
     ]
     if second_half:
-        parts.append(("second half: makes the embedding", int(starts[corpus.half]), int(starts[-1]), COLOURS[4]))
+        parts.append(("makes the embedding", after, len(corpus.tokens), COLOURS[4]))
     figure, ((whole,), (near,)) = new_figure(2, height=2.9)
-    for axes, limit in ((whole, int(starts[-1])), (near, int(starts[after]))):
+    for axes, limit in ((whole, len(corpus.tokens)), (near, after)):
         drawn = set()
         for name, left, right, colour in parts:
             if left < min(right, limit):
@@ -105,7 +106,7 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.grid(visible=False)
     whole.set_title("The whole corpus", loc="left")
-    near.set_title("Its first half", loc="left")
+    near.set_title("Up to the end of the test", loc="left")
     near.set_xlabel("position in the corpus (tokens)")
     keys = dict(zip(*reversed(whole.get_legend_handles_labels()), strict=True))
     figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=3)

@@ -26,12 +26,15 @@ from ctxlm.results import BY_HAND, LOSSES, WEIGHTS, check_seal, outputs_dir, res
 
 NUMBERS = {"seed": int, "train_tokens": int, "val_tokens": int, "val_loss": float, "val_ppl": float}
 """What every metrics.json has beside its `experiment`, finite and, the seed apart, above 0."""
-BY_SAMPLE = {"sample": int, "loss_sum": float, "tokens": int}
+BY_SAMPLE = {"sample": int, "loss_sum": float, "tokens": int, "bytes": int}
 TABLES = {
     "history.csv": {"phase": str, "step": int, "metric": str, "value": float},
     "val_by_sample.csv": BY_SAMPLE,
+    "development_by_sample.csv": BY_SAMPLE,
     "test_by_sample.csv": BY_SAMPLE,
 }
+READABLE = (2, PROTOCOL)
+"""Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
 """The columns of a run's tables, which are committed beside its metrics.json when it took long."""
 DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew, and what each of them is arbitrary about."""
@@ -61,8 +64,8 @@ def read_runs(*grids: str) -> pd.DataFrame:
     - `planned`: how many runs the grid's file asks for.
 
     Raises:
-        ConfigError: a grid has no finished run; a file is damaged; runs were judged by another protocol than today's,
-            or multiply in two types that their grid's file does not give them.
+        ConfigError: a grid has no finished run; a file is damaged; runs were judged by a protocol that is no longer
+            read, or by two; or multiply in two types that their grid's file does not give them.
     """
     frames = []
     for grid in dict.fromkeys(grids):
@@ -79,6 +82,10 @@ def read_runs(*grids: str) -> pd.DataFrame:
         _check_alike(name, runs, plan and plan.runs)
         frames.append(runs.assign(grid=name, planned=len(plan.runs) if plan else len(runs)))
     found = pd.concat(frames, ignore_index=True)
+    if found["protocol"].nunique() > 1:
+        judged = found.groupby("grid")["protocol"].first()
+        listed = ", ".join(f"{grid} by protocol {protocol}" for grid, protocol in judged.items())
+        raise ConfigError(f"grids were not judged on the same text ({listed}): read those of one protocol")
     found = _configured(found)
     if by_hand := [grid for grid in grids if _by_hand(grid)]:
         found = _told_apart(found, found["grid"].isin(by_hand))
@@ -206,11 +213,11 @@ def _check_alike(grid: str, runs: pd.DataFrame, plan: Mapping[str, Experiment] |
     Raises:
         ConfigError: as `read_runs`.
     """
-    other = runs.loc[runs["protocol"] != PROTOCOL, "run"]
+    other = runs.loc[(runs["protocol"] != runs["protocol"].max()) | ~runs["protocol"].isin(READABLE), "run"]
     if len(other):
         judged = " and ".join(f"{n} by protocol {by}" for by, n in runs["protocol"].value_counts().sort_index().items())
         raise ConfigError(
-            f"grid {grid} has runs that were judged otherwise than by today's protocol {PROTOCOL} and cannot be read "
+            f"grid {grid} has runs that were judged otherwise than by one protocol, {' or '.join(map(str, READABLE))} "
             f"({judged}): delete the metrics.json of each, as of {other.iloc[0]}, and run "
             + (f"`make report GRID={grid}` again" if plan else "it again")
         )
@@ -320,7 +327,7 @@ def damaged_runs(grid: str) -> list[Damaged]:
     for run, (folder, source) in run_folders(grid).items():
         try:
             row = pd.Series(_load_run(grid, run, folder, source))
-            for name in TABLES:
+            for name in tables_of(row["protocol"]):
                 _table(grid, row, folder / name)
             load_val_losses(grid, run)
             # which may be deleted to save space, but not changed
@@ -332,6 +339,11 @@ def damaged_runs(grid: str) -> list[Damaged]:
         except Damaged as damage:
             found.append(damage)
     return found
+
+
+def tables_of(protocol: int) -> list[str]:
+    """The names of those of `TABLES` that a run has."""
+    return [name for name in TABLES if protocol > 2 or not name.startswith("development")]
 
 
 def set_aside(damage: Damaged) -> None:
@@ -395,7 +407,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _parsed(path: Path, _changed: int, _size: int) -> pd.DataFrame:
     content, columns = path.read_bytes(), TABLES[path.name]
     table = pd.read_csv(io.BytesIO(content), dtype=columns)
-    if list(table.columns) != list(columns):
+    if list(table.columns) not in (list(columns), [name for name in columns if name != "bytes"]):  # by protocol 2
         raise ValueError(f"its columns are not {', '.join(columns)}")
     if not content.endswith(b"\n") or table.isna().any(axis=None):
         raise ValueError("a line of it is not whole")

@@ -37,7 +37,7 @@ from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, parse_ya
 from ctxlm.corpus import split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import parse_json
+from ctxlm.files import digest, parse_json
 from ctxlm.memory import recent_tokens
 from ctxlm.metrics import NonFiniteLoss, loss_summary
 from ctxlm.model import ContextLM, own_weights
@@ -152,12 +152,11 @@ def train(
     e.meant_for("notebooks/02_experiment.ipynb")
     watch, device = Stopwatch(), resolve_device(e)
     dtype = resolve_dtype(e, device)
-    record, streams, vectors = provenance(e, device, dtype), split(e), torch.from_numpy(load_embedding(e))
+    record, streams, vectors = provenance(e, device, dtype), split(e), load_embedding(e)
+    record["embedding_digest"] = digest(vectors.tobytes())
     folder = run_folder(folder or folder_by_hand(name, e))
     checkpoints = run_checkpoints(folder, record)
-    train, val, test = (
-        torch.from_numpy(s.tokens).long().to(device) for s in (streams.train, streams.val, streams.test)
-    )
+    train, val, development, test = (torch.from_numpy(s.tokens).long().to(device) for s in vars(streams).values())
     asked_to_stop = False
 
     def follow(rows: list[dict]) -> bool:
@@ -165,7 +164,7 @@ def train(
         asked_to_stop = bool(on_epoch and on_epoch(rows))
         return asked_to_stop
 
-    network = ContextLM(e, vectors).to(device)
+    network = ContextLM(e, torch.from_numpy(vectors)).to(device)
     with watch("phase1"):
         shaped = shape_contexts(network, train, e, dtype)
     with watch("phase2"):
@@ -175,21 +174,24 @@ def train(
         phase2 = train_token_block(network, ablation(contexts), ablation(val_contexts), e, dtype, follow, checkpoints)
     predict = Predictor(network, dtype)
     with watch("test"):
-        losses, accuracy = evaluate(predict, ablation(chunked(network, test, **kept)))
+        judged = {
+            name: evaluate(predict, ablation(chunked(network, tokens, **kept)))
+            for name, tokens in (("development", development), ("test", test))
+        }
     if e.phase2_context_window:  # the ContextBlock has moved on
         val_contexts = chunked(network, val)
     recent = [] if e.context_ablation != "none" else recent_tokens(network, predict.from_layers, val_contexts)
     found = record | {"train_tokens": len(train), "val_tokens": len(val), "test_tokens": len(test)}
     found |= network.parameter_counts() | shaped.summary() | phase2.summary() | watch.seconds
-    found |= loss_summary("test", losses, accuracy) | {"recurrence_residual": contexts.residual}
+    for name, (losses, accuracy) in judged.items():
+        found |= loss_summary(name, losses, accuracy)
+    found |= {"recurrence_residual": contexts.residual, "development_tokens": len(development)}
     if asked_to_stop and phase2.epochs_run < e.phase2_epochs:
         found["stopped"] = True
     rows = pd.DataFrame(shaped.phase1.history + phase2.history + recent)
-    judged = (
-        (phase2.val_losses.cpu().numpy(), streams.val.samples[1:]),
-        (losses.cpu().numpy(), streams.test.samples[1:]),
-    )
-    write_run(folder, found, rows, *judged, own_weights(network))
+    losses = {"val": phase2.val_losses} | {name: by_token for name, (by_token, _) in judged.items()}
+    by_part = {name: (by_token.cpu().numpy(), getattr(streams, name)) for name, by_token in losses.items()}
+    write_run(folder, found, rows, by_part, own_weights(network))
     return f"{folder.parent.name}/{folder.name}"
 
 
