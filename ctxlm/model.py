@@ -323,7 +323,7 @@ class ContextLM(nn.Module):
         return self.embedding if self.context_embedding is None else self.context_embedding
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of the blocks, with the study's count of the TokenBlock beside the true one; all trained.
+        """Parameters of the blocks, with the study's count of the TokenBlock beside the true one.
 
         In the `constant` design the study counts every TokenBlock layer as if it read all n tokens, as the first does.
         """
@@ -339,11 +339,10 @@ class ContextLM(nn.Module):
             "context_block_params": context,
             "token_block_params_published": published,
             "token_block_params_trained": trained,
-            "trained_params": sum(p.numel() for p in self.parameters() if p.requires_grad),
         }
 
-    def flops(self, tokens: int, iterations: int, epochs: int) -> dict[str, int]:
-        """FLOPs by shape, two for each weight of a product: of one token's prediction, and of all training.
+    def cost(self, tokens: int, iterations: int, epochs: int) -> dict[str, int]:
+        """Trained parameters, and FLOPs by shape, two for each weight of a product: of one token, of all training.
 
         A step costs three forward passes, and two where weights are frozen and only handed through. Judging, and what
         tables and chunks save or add, are left out.
@@ -358,7 +357,11 @@ class ContextLM(nn.Module):
         head_step = (3 if self.embedding.requires_grad else 2) * head
         context_step = 3 * context if self.trains_contexts else 0
         training = context * (3 * iterations - 1) + epochs * (3 * predict + head_step + context_step)
-        return {"flops_per_token": context + predict + head, "training_flops": tokens * training}
+        return {
+            "trained_params": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "flops_per_token": context + predict + head,
+            "training_flops": tokens * training,
+        }
 
 
 def forward_flops(model: nn.Module) -> int:

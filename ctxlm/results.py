@@ -228,11 +228,11 @@ def write_run(
     if not_finite:
         raise ValueError(f"{not_finite[0]} = {metrics[not_finite[0]]} is not finite: the run is not written")
     writers: dict[str, Callable[[Path], Any]] = {
-        "history.csv": lambda path: history.to_csv(path, index=False),
+        "history.csv": partial(history.to_csv, index=False),
+        **{f"{part}_by_sample.csv": partial(table.to_csv, index=False) for part, table in tables.items()},
         LOSSES: lambda path: np.savez_compressed(path, loss=losses, sample=val.samples[1:]),
         WEIGHTS: lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
-    writers |= {f"{part}_by_sample.csv": partial(table.to_csv, index=False) for part, table in tables.items()}
     try:
         with ExitStack() as replaced_on_exit:  # in reverse order: metrics.json last
             mark = replaced_on_exit.enter_context(atomic(folder / "metrics.json"))

@@ -12,12 +12,18 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from hypothesis import settings
 
 from ctxlm.config import Experiment
 from ctxlm.model import ContextLM
 from ctxlm.results import sealed_metrics
 
 matplotlib.use("Agg")
+
+# The same examples each time, so that a failure is a change's; `--hypothesis-profile new` draws others.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("new", deadline=None)
+settings.load_profile("fixed")
 
 
 def tiny(vocabulary: int = 60, **parameters) -> ContextLM:

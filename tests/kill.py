@@ -37,7 +37,14 @@ EXPERIMENTS = {
     "B": {"num_layers": 2, "context_dim": 32, "train_tokens": 2000} | TRAINED,
     "KN-3": {"model": "kneser-ney", "ngram_order": 3, "train_tokens": 1000},
 }
-COMMON = {"embedding": "random", "embed_dim": 16, "val_samples": 5, "test_samples": 5, "dtype": "float32"}
+COMMON = {
+    "embedding": "random",
+    "embed_dim": 16,
+    "val_samples": 5,
+    "development_samples": 5,
+    "test_samples": 5,
+    "dtype": "float32",
+}
 COMMON |= {"device": "cpu"}
 FREE = re.compile(r"seconds|resumed_after_epoch|phase1_cached|git_commit|^files$")
 """What may differ between two runs: what they took, and what follows from that."""

@@ -103,12 +103,12 @@ def write(
     own = Experiment.from_mapping(given, {"device": "cpu"}).model_dump() | {"protocol": PROTOCOL} | metrics
     folder = root / grid / f"{label}_train_tokens-{own['train_tokens']}_seed-{own['seed']}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
-    for part, loss in ({"val": 6.0, "test": 5.0} | dict(losses or {})).items():
+    for part, loss in ({"val": 6.0, "development": 5.5, "test": 5.0} | dict(losses or {})).items():
         means = np.broadcast_to(loss, own[f"{part}_samples"])
         mean = float(means.mean())
         judged = {f"{part}_tokens": 50 * len(means) + 1, f"{part}_loss": mean, f"{part}_ppl": math.exp(mean)}
         own = judged | own
-        table = pd.DataFrame({"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50})
+        table = pd.DataFrame({"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50, "bytes": 200})
         table.to_csv(folder / f"{part}_by_sample.csv", index=False)
     history = pd.DataFrame([("phase2", 1, "val_loss", own["val_loss"])], columns=["phase", "step", "metric", "value"])
     history.to_csv(folder / "history.csv", index=False)

@@ -243,7 +243,13 @@ def test_a_bad_corpus_is_refused(home, refused, suffix, content):
     name = put(home / f"text{suffix}", content)
 
     def read():
-        check_data([Experiment.from_mapping({"corpus": name, "train_tokens": 5, "val_samples": 1, "test_samples": 1})])
+        check_data(
+            [
+                Experiment.from_mapping(
+                    {"corpus": name, "train_tokens": 5, "val_samples": 1, "development_samples": 1, "test_samples": 1}
+                )
+            ]
+        )
 
     assert f"corpus = {name!r}" in refused(read)
     if content in (MISSING, DIRECTORY):
@@ -394,7 +400,14 @@ def test_a_grid_or_a_search_whose_name_is_no_folders_is_refused(home, refused, s
 @pytest.fixture
 def searched(home):
     """The text of a good search."""
-    common = {"model": "lstm", "embed_dim": 32, "val_samples": 2, "test_samples": 2, "train_tokens": 600}
+    common = {
+        "model": "lstm",
+        "embed_dim": 32,
+        "val_samples": 2,
+        "development_samples": 2,
+        "test_samples": 2,
+        "train_tokens": 600,
+    }
     common |= {"corpus": str(short_paragraphs(home / "text.txt")), "held_out_tokens": 100, "embedding": "random"}
     load_corpus(common["corpus"])  # whose tokens are cached
     content = {"title": "Mine", "trials": 3, "seed": 1, "common": common, "full": {"embed_dim": 64}}
@@ -523,7 +536,14 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CTXLM_CACHE", str(folder / "cache"))
         given = {"corpus": str(short_paragraphs(folder / "text.txt")), "embedding": "random", "embed_dim": 4}
-        given |= {"num_layers": 1, "context_dim": 4, "val_samples": 2, "test_samples": 2, "train_tokens": 100}
+        given |= {
+            "num_layers": 1,
+            "context_dim": 4,
+            "val_samples": 2,
+            "development_samples": 2,
+            "test_samples": 2,
+            "train_tokens": 100,
+        }
         e = Experiment.from_mapping(given)
         run = folder / "run"
         run.mkdir()

@@ -120,7 +120,7 @@ def test_what_the_floor_does_not_count_is_refused(other):
 def test_a_measurement_apart_that_fails_says_why():
     with pytest.raises(RuntimeError) as caught:
         benchmark.measure_apart(Experiment(corpus="no/such.txt"))
-    assert str(caught.value).startswith("ctxlm.config.ConfigError: corpus = 'no/such.txt' is neither chitchat nor")
+    assert str(caught.value).startswith("ctxlm.config.ConfigError: corpus = 'no/such.txt' is no corpus that")
 
 
 @pytest.mark.parametrize(("stderr", "said"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])

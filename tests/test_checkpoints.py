@@ -235,8 +235,8 @@ def test_phase1_that_was_killed_after_an_iteration_ends_with_the_same_bits(
 
 OWN = {
     "embedding": "random", "embed_dim": 16, "context_dim": 16, "num_layers": 2, "train_tokens": 600, "val_samples": 2,
-    "test_samples": 2, "phase2_epochs": 4, "phase2_batch_size": 64, "output_bias": "unigram", "device": "cpu",
-    "dtype": "float32", "phase2_weight_average": 0.9, "phase2_shuffle": True,
+    "development_samples": 2, "test_samples": 2, "phase2_epochs": 4, "phase2_batch_size": 64, "output_bias": "unigram",
+    "device": "cpu", "dtype": "float32", "phase2_weight_average": 0.9, "phase2_shuffle": True,
 }  # fmt: skip
 NO_NETWORKS = {"context_dim", "phase2_shuffle"}
 """Parameters that 03_baseline does not have."""

@@ -432,7 +432,7 @@ class Ngrams:
 
     def plan(self, *orders, **experiments):
         common = {"corpus": str(self.folder / "text.txt"), "embedding": "random", "embed_dim": 16, "val_samples": 5}
-        common |= {"test_samples": 5, "train_tokens": 800, "dtype": "float32"}
+        common |= {"development_samples": 5, "test_samples": 5, "train_tokens": 800, "dtype": "float32"}
         own = {f"KN-{order}": {"model": "kneser-ney", "ngram_order": order} for order in orders} | experiments
         content = {"title": "n-grams", "common": common, "experiments": own}
         self.file.write_text(yaml.safe_dump(content), encoding="utf-8")

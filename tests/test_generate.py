@@ -44,7 +44,7 @@ RUNS = {
     "tuned": CONTEXT | read_yaml("params/tuned.yaml") | {"phase2_context_window": 4, "phase2_epochs": 1},
     "LSTM": NETWORK | {"model": "lstm", "output_bias": "unigram", "slow_decay": 0.9},
     "Transformer": NETWORK | {"model": "transformer", "window": 16, "num_heads": 2},
-    "KN-3": {key: NETWORK[key] for key in ("train_tokens", "val_samples", "test_samples")}
+    "KN-3": {key: NETWORK[key] for key in ("train_tokens", "val_samples", "development_samples", "test_samples")}
     | {"model": "kneser-ney", "ngram_order": 3},
 }
 TEXT = "the cat saw a big dog and then it ran from the house"

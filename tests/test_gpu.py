@@ -281,7 +281,13 @@ def test_the_plan_rehearsed_on_the_cpu_leaves_one_small_file(tmp_path, monkeypat
     monkeypatch.setenv("MPLBACKEND", "Agg")  # as the plan does, but taken back: kernels of other tests draw inline
     monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
     common = {"corpus": str(tmp_path / "text.txt"), "embedding": "random", "embed_dim": 16, "phase2_epochs": 2}
-    common |= {"val_samples": 5, "test_samples": 5, "phase2_batch_size": 128, "dtype": "float32"}
+    common |= {
+        "val_samples": 5,
+        "development_samples": 5,
+        "test_samples": 5,
+        "phase2_batch_size": 128,
+        "dtype": "float32",
+    }
     grid = {"common": common, "experiments": {"A": {"num_layers": 4, "context_dim": 16}, "B": {"context_dim": 32}}}
     (tmp_path / "mine.yaml").write_text(json.dumps(grid | {"sweep": {"train_tokens": [400]}}), encoding="utf-8")
     options = ["--grid", str(tmp_path / "mine.yaml"), "--device", "cpu", "--sizes", "400", "--output", str(tmp_path)]

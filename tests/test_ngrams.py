@@ -129,7 +129,14 @@ def test_judging_gives_losses_and_the_share_of_first_guesses():
 
 
 def test_the_second_half_is_counted_when_asked():
-    data = {"model": "kneser-ney", "train_tokens": 2000, "val_samples": 1, "test_samples": 1, "ngram_order": 2}
+    data = {
+        "model": "kneser-ney",
+        "train_tokens": 2000,
+        "val_samples": 1,
+        "development_samples": 1,
+        "test_samples": 1,
+        "ngram_order": 2,
+    }
     plain = Experiment.from_mapping(data)
     streams = split(plain)
     small = kneser_ney(plain, streams)
@@ -140,7 +147,15 @@ def test_the_second_half_is_counted_when_asked():
 
 @pytest.mark.parametrize("model", BASELINES)
 def test_validation_is_that_of_the_weights_that_are_kept(model):
-    data = {"model": model, "train_tokens": 600, "val_samples": 1, "test_samples": 1, "num_layers": 1, "hidden_dim": 8}
+    data = {
+        "model": model,
+        "train_tokens": 600,
+        "val_samples": 1,
+        "development_samples": 1,
+        "test_samples": 1,
+        "num_layers": 1,
+        "hidden_dim": 8,
+    }
     data |= {"num_heads": 2, "embedding": "random", "embed_dim": 8, "phase2_epochs": 3, "phase2_weight_average": 0.9}
     experiment = Experiment.from_mapping(data | {"phase2_learning_rate": 0.1, "device": "cpu", "dtype": "float32"})
     streams = split(experiment)

@@ -33,6 +33,7 @@ SMALL = {
     "num_layers": 2,
     "train_tokens": 600,
     "val_samples": 2,
+    "development_samples": 2,
     "test_samples": 2,
     "phase2_epochs": 2,
     "phase2_batch_size": 128,
@@ -152,7 +153,14 @@ def test_every_promised_metric_is_written_and_explained(ran):
 
 @pytest.mark.parametrize("model", BASELINES)
 def test_a_baseline_writes_the_columns_of_every_other_run(model, tmp_path, text):
-    own = {"train_tokens": 600, "val_samples": 2, "test_samples": 2, "ngram_order": 3, "embedding": "random"}
+    own = {
+        "train_tokens": 600,
+        "val_samples": 2,
+        "development_samples": 2,
+        "test_samples": 2,
+        "ngram_order": 3,
+        "embedding": "random",
+    }
     own |= {"model": model, "embed_dim": 16, "hidden_dim": 16, "phase2_epochs": 1, "output_bias": "unigram"}
     own |= {"corpus": str(text), "output_dir": str(tmp_path / "run")}
     if model == "lstm":  # one of them by papermill
@@ -248,7 +256,7 @@ def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
     process, _ = papermill(tmp_path, "04_scaling", grid="interactive", output_dir=str(tmp_path / "replicates"))
     assert process.returncode == 0, process.stderr
     run_here(**own | {"num_layers": 3})
-    run_here("03_baseline", corpus=str(text), train_tokens=600, val_samples=2, test_samples=2)
+    run_here("03_baseline", corpus=str(text), train_tokens=600, val_samples=2, development_samples=2, test_samples=2)
     process, _ = papermill(tmp_path, "04_scaling", grid="interactive", output_dir=str(tmp_path / "compared"))
     assert process.returncode == 0, process.stderr
     found = pd.read_csv(tmp_path / "compared" / "estimates.csv")
@@ -260,7 +268,11 @@ def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
 def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_CACHE", CACHE)  # chitchat is read once for all tests
     own = {"output_dir": str(tmp_path / "out")}
-    small = {"train_tokens": 2000, "val_samples": 1, "test_samples": 1, "phase2_epochs": 1} if "02" in notebook else {}
+    small = (
+        {"train_tokens": 2000, "val_samples": 1, "development_samples": 1, "test_samples": 1, "phase2_epochs": 1}
+        if "02" in notebook
+        else {}
+    )
     if notebook == "01_corpus":  # one of them in a kernel
         process, _ = papermill(tmp_path, notebook, cwd=ROOT / "notebooks", **own, **small)
         assert process.returncode == 0, process.stderr

@@ -92,7 +92,14 @@ def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
     marked = [f"{' '.join(HOSTILE)} marked {paragraph}" for paragraph in paragraphs]
     path = tmp_path / f"{HOSTILE[0]}.txt"
     path.write_text("\n\n".join(marked), encoding="utf-8")
-    own = {"train_tokens": 600, "val_samples": 2, "test_samples": 2, "embed_dim": 16, "embedding": "random"}
+    own = {
+        "train_tokens": 600,
+        "val_samples": 2,
+        "development_samples": 2,
+        "test_samples": 2,
+        "embed_dim": 16,
+        "embedding": "random",
+    }
     notebook, executed = ROOT / "notebooks" / "01_corpus.ipynb", tmp_path / "01_corpus.ipynb"
     kernel = {"kernel_name": "python3", "cwd": str(ROOT), "progress_bar": False}
     papermill.execute_notebook(notebook, executed, {"corpus": str(path), **own}, **kernel)

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def grid_file(folder, sizes, **common):
     common = {"corpus": str(folder / "text.txt"), "embedding": "random", "embed_dim": 16, "val_samples": 5} | common
-    common |= {"test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
+    common |= {"development_samples": 5, "test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
     experiments = {"A": {"num_layers": 4, "context_dim": 16}, "B": {"num_layers": 2, "context_dim": 32}}
     words = {"title": "Tiny {with} braces {0}", "description": "and {more}"}  # which Snakemake takes for wildcards
     grid = words | {"common": common, "experiments": experiments, "sweep": {"train_tokens": sizes}}

@@ -37,11 +37,11 @@ from tests.test_pages import Elements
 
 A, B, KN = "small/A", "small/B", "small/KN-3"
 RUNS = {
-    "A": CONTEXT | {"experiment": "A", "test_samples": 4},
-    "B": CONTEXT | {"experiment": "B", "test_samples": 4, "num_layers": 1, "context_dim": 24},
-    "other": CONTEXT | {"experiment": "A", "test_samples": 3},
+    "A": CONTEXT | {"experiment": "A", "development_samples": 4, "test_samples": 4},
+    "B": CONTEXT | {"experiment": "B", "development_samples": 4, "test_samples": 4, "num_layers": 1, "context_dim": 24},
+    "other": CONTEXT | {"experiment": "A", "development_samples": 3, "test_samples": 3},
     "KN-3": {key: NETWORK[key] for key in ("train_tokens", "val_samples")}
-    | {"model": "kneser-ney", "ngram_order": 3, "test_samples": 4},
+    | {"model": "kneser-ney", "ngram_order": 3, "development_samples": 4, "test_samples": 4},
 }
 TEXT = "the cat saw a big dog\nand then it ran from the house"
 HOSTILE = "<script>alert(1)</script> $x$ **b** \x1b[31m \u202e \\(y\\) 'q' \"r\""

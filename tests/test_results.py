@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import ctxlm.files
 from ctxlm.analysis import runs as reading
 from ctxlm.analysis.runs import (
+    READABLE,
     TABLES,
     Damaged,
     damaged_runs,
@@ -26,23 +27,37 @@ from ctxlm.analysis.runs import (
     load_table,
     load_val_losses,
     set_aside,
+    tables_of,
 )
 from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
-from ctxlm.corpus import PROTOCOL
+from ctxlm.corpus import PROTOCOL, Stream
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT, take
 from ctxlm.metrics import losses_by_sample
 from ctxlm.results import Stopwatch, check_seal, git_commit, provenance, run_by_hand, run_folder, run_folders, write_run
 
+STREAM = Stream(np.array([11, 11, 257, 262], dtype=np.int32), np.array([7, 7, 7, 8], dtype=np.int32))
+"""Of the tokens "," and " a" and " the": 1, 2 and 4 bytes."""
 HISTORY = pd.DataFrame([{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}])
 
 
 def write(folder, scale=1.0, **metrics):
-    own = {"experiment": "A", "train_tokens": 100, "seed": 42, "val_tokens": 4, "test_tokens": 3}
-    own |= {"val_loss": 2.0, "val_ppl": 7.4}
-    losses, samples = scale * np.array([1.0, 2.0, 4.0], dtype=np.float32), np.array([7, 7, 8], dtype=np.int32)
+    own = {
+        "experiment": "A",
+        "train_tokens": 100,
+        "seed": 42,
+        "val_tokens": 4,
+        "development_tokens": 3,
+        "test_tokens": 3,
+    }
+    own |= {"val_loss": 2.0, "val_ppl": 7.4, "protocol": PROTOCOL}
+    if "protocol" in metrics and metrics["protocol"] is None:  # as the first runs
+        del own["protocol"], metrics["protocol"]
+    losses, stream = scale * np.array([1.0, 2.0, 4.0], dtype=np.float32), STREAM
+    shorter = Stream(stream.tokens[1:], stream.samples[1:])
+    judged = {"val": (losses, stream), "development": (losses[1:], shorter), "test": (losses[1:], shorter)}
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
-    return write_run(folder, own | metrics, HISTORY, (losses, samples), (losses[1:], samples[1:]), weights)
+    return write_run(folder, own | metrics, HISTORY, judged, weights)
 
 
 @pytest.fixture
@@ -56,6 +71,7 @@ def test_a_run_comes_back_as_it_was_written(roots):
     folder = roots[0] / "g" / "A"
     write(folder, val_ppl=7.4)
     assert sorted(p.name for p in folder.iterdir()) == [
+        "development_by_sample.csv",
         "history.csv",
         "metrics.json",
         "model.safetensors",
@@ -69,26 +85,31 @@ def test_a_run_comes_back_as_it_was_written(roots):
         ["A", 100, "val_loss", 2.0]
     ]
     by_sample = load_table("g", "val_by_sample.csv")
-    assert by_sample[["sample", "loss_sum", "tokens"]].values.tolist() == [[7, 3.0, 2], [8, 4.0, 1]]
+    columns = ["sample", "loss_sum", "tokens", "bytes"]
+    assert by_sample[columns].values.tolist() == [[7, 3.0, 2, 3], [8, 4.0, 1, 4]]
     by_sample = load_table("g", "test_by_sample.csv")
-    assert by_sample[["sample", "loss_sum", "tokens"]].values.tolist() == [[7, 2.0, 1], [8, 4.0, 1]]
+    assert by_sample[columns].values.tolist() == [[7, 2.0, 1, 2], [8, 4.0, 1, 4]]
+    assert runs["test_bytes"].tolist() == [6]
+    assert runs["test_bits_per_byte"].tolist() == pytest.approx([6 / math.log(2) / 6])
     assert load_file(folder / "model.safetensors")["w"].shape == (3, 2)
     with np.load(folder / "val_losses.npz") as file:
         assert file["loss"].tolist() == [1.0, 2.0, 4.0] and file["sample"].tolist() == [7, 7, 8]
 
 
-def test_committed_results_stand_in_and_outputs_win(roots):
+def test_committed_results_stand_in_where_outputs_have_none(roots):
     outputs, results = roots
     write(results / "g" / "A", val_ppl=1.0)
     write(results / "g" / "B", experiment="B", val_ppl=2.0)
+    assert load_runs("g")[["run", "source", "val_ppl"]].values.tolist() == [
+        ["A", "committed", 1.0],
+        ["B", "committed", 2.0],
+    ]
     write(outputs / "g" / "B", experiment="B", val_ppl=3.0)
-    runs = load_runs("g").set_index("run")
-    assert runs.loc["A", ["source", "val_ppl"]].tolist() == ["committed", 1.0]
-    assert runs.loc["B", ["source", "val_ppl"]].tolist() == ["outputs", 3.0]
+    assert load_runs("g")[["run", "source", "val_ppl"]].values.tolist() == [["B", "outputs", 3.0]]
 
 
 def test_a_run_that_names_no_protocol_is_of_the_first_and_a_folder_in_a_folder_is_a_grid(roots):
-    for root, run, own in ((roots[1], "A", {}), (roots[1], "B", {"experiment": "B", "protocol": 2})):
+    for root, run, own in ((roots[1], "A", {"protocol": None}), (roots[1], "B", {"experiment": "B", "protocol": 2})):
         write(root / "search" / "g" / run, **own)
     runs = load_runs("search/g").set_index("run")
     assert runs["protocol"].to_dict() == {"A": 1, "B": 2} and set(runs["source"]) == {"committed"}
@@ -135,11 +156,12 @@ def test_metrics_json_is_replaced_last(roots, monkeypatch):
         ctxlm.files.os, "replace", lambda source, target: (order.append(target.name), replace(source, target))
     )
     write(folder)
-    assert len(order) == 6 and order[-1] == "metrics.json"
+    assert len(order) == 7 and order[-1] == "metrics.json"
 
 
 def test_losses_by_sample_sum_in_double_precision():
-    table = losses_by_sample(np.full(10**6, 0.1, dtype=np.float32), np.zeros(10**6, dtype=np.int32))
+    tokens = np.zeros(10**6 + 1, dtype=np.int32)
+    table = losses_by_sample(np.full(10**6, 0.1, dtype=np.float32), Stream(tokens, tokens))
     assert table["loss_sum"].item() == pytest.approx(10**6 * float(np.float32(0.1)), rel=1e-9)
 
 
@@ -317,8 +339,10 @@ def test_every_committed_result_loads(tmp_path, monkeypatch):
     results = ROOT / "data" / "results"
     for folder in sorted({path.parent.parent for path in results.rglob("metrics.json")}):
         grid = folder.relative_to(results).as_posix()
-        runs, tables = load_runs(grid), [load_table(grid, name) for name in TABLES]
-        assert (runs["protocol"] == PROTOCOL).all()
+        runs = load_runs(grid)
+        (protocol,) = runs["protocol"].unique()
+        tables = [load_table(grid, name) for name in tables_of(protocol)]
+        assert protocol in READABLE
         assert len(runs) == len(list(folder.iterdir())) > 0 and set(runs["source"]) == {"committed"}
         assert set(tables[1]["run"]) == set(tables[2]["run"]) == set(runs["run"])
         assert set(runs["run"]) >= set(tables[0]["run"])  # an n-gram has no history

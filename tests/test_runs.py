@@ -79,7 +79,7 @@ def test_runs_of_another_protocol_are_refused(roots, grid, older):
     file = grid(train_tokens=[20_000, 30_000], seed=[42])
     write(roots[0], "planted", train_tokens=20_000)
     write(roots[0], "planted", train_tokens=30_000, **older)
-    with pytest.raises(ConfigError, match=r"planted .*1 by protocol 1 and 1 by protocol 2.*-30000_seed-42"):
+    with pytest.raises(ConfigError, match=r"planted .*1 by protocol 1 and 1 by protocol 3.*-30000_seed-42"):
         read_runs(file)
     assert len(read_runs(grid(train_tokens=[20_000], seed=[42]))) == 1  # what is not asked for is in nobody's way
 
@@ -292,7 +292,7 @@ def test_all_runs_of_a_folder_without_a_grid_file_are_read(roots):
     assert counted.tolist() == [1, "nothing"]  # the seeds differ, but nothing was done twice
     assert len(read_runs("interactive", "elsewhere")) == 3
     write(roots[0], "interactive", "old", protocol=1)
-    with pytest.raises(ConfigError, match=r"1 by protocol 1 and 2 by protocol 2.*run it again$"):
+    with pytest.raises(ConfigError, match=r"1 by protocol 1 and 2 by protocol 3.*run it again$"):
         read_runs("interactive")
 
 

@@ -46,7 +46,14 @@ def file(tmp_path, text, outputs, monkeypatch):
     """Writes the search `tiny` of an LSTM, some keys of it changed; its table is in the same folder."""
     monkeypatch.setattr(search, "TABLES", tmp_path)
     monkeypatch.setattr(search, "code_hash", lambda model: CODE)
-    common = {"model": "lstm", "embed_dim": 32, "val_samples": 2, "test_samples": 2, "train_tokens": 600}
+    common = {
+        "model": "lstm",
+        "embed_dim": 32,
+        "val_samples": 2,
+        "development_samples": 2,
+        "test_samples": 2,
+        "train_tokens": 600,
+    }
     common |= {"corpus": text, "held_out_tokens": 100, "embedding": "random"}
 
     def written(space=SPACE, **keys):
