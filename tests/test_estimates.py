@@ -14,7 +14,7 @@ import statsmodels.api as sm
 import statsmodels.formula.api as smf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.anova import anova_lm
 
 from ctxlm.analysis.estimates import (
@@ -25,6 +25,7 @@ from ctxlm.analysis.estimates import (
     Estimates,
     Moments,
     collect,
+    combined,
     comparable,
     components,
     crossed,
@@ -661,3 +662,59 @@ def test_components_ask_for_every_combination():
     runs = crossed_runs(np.random.default_rng(7), dict.fromkeys(SOURCES.values(), 0.1))
     with pytest.raises(ValueError, match="every combination of seed, text, signs"):
         components(runs.iloc[1:], SOURCES, "here")
+
+
+# Sites together
+
+
+def site(value, error, at, dof=4.0):
+    half = stats.t.ppf(0.975, dof) * error
+    return Estimate("A − B", at, value, value - half, value + half, 5, 5, dof, ("samples",))
+
+
+def test_an_estimate_gives_back_its_standard_error():
+    assert site(-0.04, 0.013, "x").error == pytest.approx(0.013)
+    assert Estimate("A − B", "x", 1.0, None, None, 1, 1, None, ()).error is None
+
+
+def test_sites_that_agree_are_combined_by_their_precision_and_have_no_spread():
+    errors = [0.01, 0.02, 0.04]
+    _, (mean, spread, _) = combined([site(-0.03, e, f"site {e}") for e in errors], "A − B")
+    assert mean.value == pytest.approx(-0.03) and spread.value == 0
+    assert mean.dof == 2 and mean.over == ("sites",) and mean.n == 15
+
+
+def test_the_spread_between_sites_is_paule_and_mandels():
+    values, variances = np.array([-0.06, -0.03, 0.02, 0.05]), np.array([1e-4, 4e-4, 1e-4, 2e-4])
+    sites = [site(v, math.sqrt(s), f"site {v}") for v, s in zip(values, variances, strict=True)]
+    result, (mean, spread, new) = combined(sites, "A − B")
+
+    def excess(tau2):  # Q of the weighted mean less its degrees of freedom, which the estimate makes 0
+        w = 1 / (variances + tau2)
+        return (w * (values - (w * values).sum() / w.sum()) ** 2).sum() - 3
+
+    tau2 = optimize.brentq(excess, 0, 1)
+    w = 1 / (variances + tau2)
+    centre = (w * values).sum() / w.sum()
+    error = math.sqrt((w * (values - centre) ** 2).sum() / 3 / w.sum())  # Hartung & Knapp
+    assert spread.value == pytest.approx(math.sqrt(tau2), rel=1e-4)
+    assert mean.value == pytest.approx(centre, abs=1e-6)
+    assert mean.high - mean.value == pytest.approx(stats.t.ppf(0.975, 3) * error, rel=1e-3)
+    assert new.high - new.value == pytest.approx(stats.t.ppf(0.975, 2) * math.hypot(error, math.sqrt(tau2)), rel=1e-3)
+    assert result.summary_frame().index[0] == "site -0.06"
+
+
+def test_the_interval_over_sites_holds_a_planted_mean():
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        errors = draw.uniform(0.005, 0.02, 6)
+        values = -0.03 + 0.03 * draw.standard_normal(6) + errors * draw.standard_normal(6)
+        sites = [site(v, e, str(i), dof=1e6) for i, (v, e) in enumerate(zip(values, errors, strict=True))]
+        _, (mean, _, _) = combined(sites, "A − B")
+        held += mean.low < -0.03 < mean.high
+    assert 0.92 < held / 300 < 0.98
+
+
+def test_two_sites_have_no_spread_to_tell():
+    with pytest.raises(ValueError, match="2 sites have an interval, and three are needed"):
+        combined([site(-0.03, 0.01, "x"), site(-0.02, 0.01, "y")], "A − B")

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from scipy import special, stats
 from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.meta_analysis import CombineResults, combine_effects
 
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.run_plots import REFERENCE, new_figure
@@ -92,6 +93,11 @@ class Estimate:
         if self.low is None:
             return "no interval"
         return "lower" if self.high < 0 else "higher" if self.low > 0 else "no significant difference"
+
+    @property
+    def error(self) -> float | None:
+        """The standard error, of which the interval is Student's; None without an interval."""
+        return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof))
 
     @property
     def shown(self) -> tuple[float, float | None, float | None]:
@@ -475,6 +481,42 @@ def differences(runs: pd.DataFrame, found: pd.DataFrame, column: str) -> tuple[n
     both = by_id.loc[[*found["id_a"], *found["id_b"]]]
     judged = tidy.loss_sums(both, LOSSES[column]) if column in LOSSES else None
     return judged and (judged[0][: len(found)] - judged[0][len(found) :], judged[1])
+
+
+def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[CombineResults, Estimates]:
+    """One contrast at several sites, taken together by random effects: sites are draws of text, each with an effect.
+
+    The variance between sites is Paule & Mandel's (1982), the interval of their mean Hartung & Knapp's (2001) with as
+    many degrees of freedom as sites less one.
+
+    Returns:
+        statsmodels' result, and three estimates: the mean over sites; the standard deviation between them; and what a
+        new site is foretold, with Student's prediction interval (Higgins, Thompson & Spiegelhalter 2009).
+
+    Raises:
+        ValueError: fewer than three sites have an interval.
+    """
+    sites = [site for site in sites if site.error]
+    if len(sites) < 3:
+        raise ValueError(f"{contrast}: {len(sites)} sites have an interval, and three are needed to tell their spread")
+    values, variances = np.array([(site.value, site.error**2) for site in sites]).T
+    result = combine_effects(values, variances, method_re="iterated", row_names=[site.at for site in sites])
+    mean, error, dof = result.mean_effect_re, result.sd_eff_w_re_hksj, len(sites) - 1.0
+    n, least, over = sum(site.n for site in sites), min(site.replicates for site in sites), ("sites",)
+
+    def interval(error: float, dof: float) -> tuple[float, float, float]:
+        return mean, *(mean + sign * float(critical(dof)) * error for sign in (-1, 1))
+
+    spread = math.sqrt(max(result.tau2, 0))
+    return result, Estimates(
+        [
+            Estimate(contrast, at, *interval(error, dof), n, least, dof, over),
+            Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, least, None, (), "sd, % of PPL"),
+            Estimate(
+                f"{contrast}, a new site", at, *interval(math.hypot(spread, error), dof - 1), n, least, dof - 1, over
+            ),
+        ]
+    )
 
 
 def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str, column: str = "log_ppl") -> list[Estimate]:

@@ -99,6 +99,15 @@ def read_runs(*grids: str) -> pd.DataFrame:
     return found
 
 
+def read_finished(*grids: str) -> pd.DataFrame:
+    """As `read_runs`, of those of the grids that have a finished run: for a page whose runs are still being made.
+
+    Raises:
+        ConfigError: none has one, or as `read_runs`.
+    """
+    return read_runs(*([grid for grid in grids if run_folders(grid)] or grids))
+
+
 def _by_hand(grid: str) -> bool:
     """Whether a grid is a folder of finished runs that no file plans."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
