@@ -1,58 +1,78 @@
-"""The numbers of 27 November 2026, before the core was rewritten: the same parameters still give the same losses.
+"""What the runs of 28 November 2026 gave, before the code was halved: the same parameters still give the same losses.
 
-`tests/data/losses.json` was written by the code of commit ab6700a: float32, d 64, the first 4,000 tokens of chitchat's
-training capacity and 1,500 after it, and the embedding of the whole second half, not rounded, whatever the protocol
-makes of them.
+The code cells of 02 and 03 are run in this process, in float32 at a width of 64, on a random embedding. `python -m
+tests.test_numbers` writes `tests/data/losses.json` anew, which is a decision to be explained in LOG.md.
 """
 
 import json
 
-import numpy as np
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
 import pytest
 import torch
 
-from ctxlm import embeddings, networks, ngrams
-from ctxlm.config import Experiment
-from ctxlm.corpus import Corpus, Split, Stream, load_corpus
-from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT
-from ctxlm.model import ContextLM
-from ctxlm.phase1 import train_context_block
-from ctxlm.phase2 import train_token_block
-from ctxlm.recurrence import chunked
 
-BEFORE = json.loads((ROOT / "tests" / "data" / "losses.json").read_text(encoding="utf-8"))
+KEPT = ROOT / "tests" / "data" / "losses.json"
+COMMON = {
+    "corpus": "chitchat", "embedding": "random", "embedding_seed": 3, "embed_dim": 64, "train_tokens": 4000,
+    "data_seed": 7, "val_samples": 12, "development_samples": 5, "test_samples": 5, "max_sample_tokens": 128,
+    "seed": 42, "device": "cpu", "dtype": "float32", "phase2_epochs": 2,
+}  # fmt: skip
+A, B = {"num_layers": 6, "context_dim": 64}, {"num_layers": 3, "context_dim": 128}
+STUDY = {"output_bias": "none", "phase2_init_std": 0.1, "logit_scale": 1.0}
+SOUND = {"output_bias": "unigram", "phase2_init_std": 0.01, "logit_scale": 0.7}
+NETWORK = {"output_bias": "unigram", "phase2_learning_rate": 0.001, "hidden_dim": 64}
+RUNS = {
+    "A": A | STUDY,
+    "B": B | STUDY,
+    "sound-A": A | SOUND,
+    "arithmetic-A": A | STUDY | {"design": "arithmetic", "phase1_max_iterations": 3, "phase2_epochs": 1},
+    "zeros-B": B | SOUND | {"context_ablation": "zero"},
+    "random_tokens-A": A | SOUND | {"context_ablation": "random_tokens"},
+    "rank-A": A | SOUND | {"context_rank": 8},
+    "three_tokens-B": B | SOUND | {"num_input_tokens": 3},
+    "trained-A": A | SOUND | {"num_input_tokens": 1, "phase2_context_window": 1, "phase2_freeze_embedding": False},
+    "window-B": B | SOUND | {"phase2_context_window": 4, "phase1_max_iterations": 1, "phase1_min_iterations": 1},
+    "slow-A": A | SOUND | {"slow_decay": 0.98},
+    "LSTM": NETWORK | {"model": "lstm", "num_layers": 1, "window": 32, "slow_decay": 0.98},
+    "Transformer": NETWORK | {"model": "transformer", "num_layers": 2, "num_heads": 4, "window": 64},
+    "KN-4": {"model": "kneser-ney", "ngram_order": 4},
+    "KN-3-second-half": {"model": "kneser-ney", "ngram_order": 3, "ngram_second_half": True},
+}
 
 
-def history(e: Experiment, train: np.ndarray, val: np.ndarray) -> list[dict]:
-    """Rows phase, step, metric, value of one run."""
-    if e.model == "context":
-        model = ContextLM(e, torch.from_numpy(load_embedding(e)))
-        tokens, judged = (torch.from_numpy(part).long() for part in (train, val))
-        phase1 = train_context_block(model, tokens, chunked(model, tokens).values, e)
-        return phase1.history + train_token_block(model, chunked(model, tokens), chunked(model, judged), e).history
-    streams = Split(*(Stream(part, np.zeros(len(part), np.int32)) for part in (train, val, val, val)))
-    found = (networks if e.model != "kneser-ney" else ngrams).build(e, streams)
-    counted = [{"phase": "phase2", "step": 1, "metric": "val_loss", "value": float(found.val[0].astype(float).mean())}]
-    return found.history or counted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def embedding_of_then(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CTXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(Corpus, "second_half", property(lambda corpus: corpus.stream(corpus.half, corpus.num_samples)))
-        patch.setattr(embeddings, "rounded", lambda exact: exact)
-        yield
+def losses(label: str, folder) -> dict[str, float]:
+    """Every loss of a run by what it is, as its notebook writes it into `folder`."""
+    asked = COMMON | RUNS[label] | {"output_dir": str(folder)}
+    name = "03_baseline" if "model" in asked else "02_experiment"
+    if "model" in asked:
+        asked = {key: value for key, value in asked.items() if not key.startswith("phase1")}
+    names: dict = {}
+    for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name}:{cell.id}", "exec"), names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= asked
+    plt.close("all")
+    history = pd.read_csv(folder / "history.csv")
+    rows = history[history["metric"].str.endswith("loss")]
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    measured = {f"{row.phase} {row.step} {row.metric}": row.value for row in rows.itertuples()}
+    return measured | {name: metrics[name] for name in ("val_loss", "development_loss", "test_loss")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", BEFORE["losses"])
-def test_losses_are_those_from_before_the_rewrite(label, one_thread):
-    common = {"embed_dim": 64, "train_tokens": 4000, "dtype": "float32", "device": "cpu"}
-    e = Experiment.from_mapping(common, BEFORE["parameters"][label])
-    corpus = load_corpus("chitchat")
-    first = corpus.starts[1231]  # where validation began then
-    rows = history(e, corpus.tokens[:4000], corpus.tokens[first : first + 1500])
-    found = {f"{row['phase']} {row['step']} {row['metric']}": row["value"] for row in rows}
-    assert {name: found[name] for name in BEFORE["losses"][label]} == pytest.approx(BEFORE["losses"][label], rel=1e-5)
+@pytest.mark.parametrize("label", RUNS)
+def test_losses_are_those_from_before(label, outputs, one_thread, monkeypatch):
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+    before = json.loads(KEPT.read_text(encoding="utf-8"))[label]
+    assert losses(label, outputs / label) == pytest.approx(before, rel=1e-5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = ROOT / "outputs" / "numbers"
+    known = {label: losses(label, folder / label) for label in RUNS}
+    KEPT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
