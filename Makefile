@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report status verify search site benchmark gpu test lab lint docs clean
+.PHONY: help env report status results search site benchmark gpu test lab lint docs clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [SEARCH=lstm] [PYTHON=python3] [JOBS=all]"
@@ -43,15 +43,17 @@ $(VENV)/.made: pyproject.toml
 env: $(VENV)/.ready  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
-	@# What each run says itself is enough.
-	@$(BIN)/snakemake --cores $(JOBS) --quiet host progress reason rules --config 'grid=$(GRID)'
-	@echo "The report: $${CTXLM_OUTPUTS:-outputs}/$(patsubst %.yml,%,$(patsubst %.yaml,%,$(notdir $(GRID))))/report/index.html"
+	@$(BIN)/python -m ctxlm.batch --check '$(GRID)'
+	@# What each run says itself is enough. The report is of what there is, also where runs have failed.
+	@$(BIN)/snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(JOBS)) \
+	  --quiet all --config 'grid=$(GRID)'; \
+	  code=$$?; $(BIN)/python -m ctxlm.analysis.site --grid '$(GRID)' && exit $$code
 
 status: $(VENV)/.ready  ## print how far a grid is, also while it runs
 	@$(BIN)/python -m ctxlm.batch --status '$(GRID)'
 
-verify: $(VENV)/.ready  ## check that the files of all finished runs are as they were written
-	@$(BIN)/python -m ctxlm.analysis.runs
+results: $(VENV)/.ready  ## publish a grid's finished runs as tables in data/results/<grid>
+	@$(BIN)/python -m ctxlm.analysis.runs '$(GRID)'
 
 search: $(VENV)/.ready  ## search hyper-parameters: params/search/$SEARCH.yaml, into data/search (TOP=3: its best at full size)
 	@$(BIN)/python -m ctxlm.search params/search/$(SEARCH).yaml $(addprefix --top ,$(TOP)) \

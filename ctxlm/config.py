@@ -47,6 +47,10 @@ CONTEXT_ALONE = (
     *("phase2_context_window", "phase2_init_std", "phase2_shuffle", "context_ablation", "context_rank"),
 )
 """Parameters that no other model reads."""
+DATA_PARAMETERS = {
+    *("corpus", "embedding", "embed_dim", "val_samples", "development_samples", "test_samples", "max_sample_tokens")
+}
+"""Parameters of what is read and judged, size and replicate apart."""
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
 MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(

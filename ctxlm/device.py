@@ -1,9 +1,6 @@
 """The machine a run takes place on: its device, the type of its products, and where random numbers are drawn."""
 
-import functools
 import hashlib
-import math
-import time
 
 import torch
 from torch import Tensor
@@ -62,40 +59,20 @@ def _device(experiment: Experiment) -> torch.device:
 
 
 def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
-    """The type of the matrix products; `auto` is bfloat16 where that is clearly faster than float32.
+    """The type of the matrix products; `auto` is bfloat16 where the processor or the GPU computes it natively.
 
-    The answer may hang on a timing: runs that are compared must share one (`analysis.runs.grid_dtype`).
+    It is a property of the machine, so that runs of one machine share it.
     """
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)
     if device.type == "cuda":
-        faster = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:  # emulated bfloat16 is slower than float32; these probes are private and absent from some versions
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # emulated it is far slower than float32; these probes are private and absent from some versions
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-        faster = native and _bfloat16_gain() > 1.2
-    return torch.bfloat16 if faster else torch.float32
+    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
     """Matrix products in `dtype`; nothing is rounded where that is float32. `cache` keeps rounded weights."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
-
-
-@functools.cache
-def _bfloat16_gain() -> float:
-    """How many times as fast this CPU multiplies in bfloat16 as in float32; 0.1 s, once a process.
-
-    Having the instructions is not enough: without AMX a recent Xeon takes twice as long with them as in float32
-    (docs/log-2026-11.md). Taking turns, and counting the best, keeps another process's load out of the ratio.
-    """
-    pairs = [(torch.ones(512, 768, dtype=t), torch.ones(768, 4096, dtype=t)) for t in (torch.float32, torch.bfloat16)]
-    seconds = [math.inf, math.inf]
-    for _ in range(5):
-        for index, (left, right) in enumerate(pairs):
-            began = time.perf_counter()
-            left @ right
-            seconds[index] = min(seconds[index], time.perf_counter() - began)
-        if seconds[1] > 10 * seconds[0]:  # emulated: seconds a product
-            break
-    return seconds[0] / seconds[1]

@@ -1,12 +1,9 @@
 """Where things lie on disk, how a file is replaced whole, what is cached, and what a piece of source hashes to."""
 
 import ast
-import atexit
 import hashlib
 import json
 import os
-import platform
-import time
 import uuid
 import warnings
 import zipfile
@@ -87,52 +84,14 @@ def _lock(path: Path) -> FileLock:
     return FileLock(path, thread_local=False)
 
 
-def take(path: Path, timeout: float = 0) -> str:
-    """Take the lock `path` till this process ends, and note beside it who has it; a second time is no other.
-
-    Args:
-        timeout: seconds to wait for another process; below 0, as long as it takes.
-
-    Returns:
-        Who had it before and ended without a word, as one that was killed, or ""; such a lock is free.
-
-    Raises:
-        InUse: another process has it.
-    """
+def take(path: Path) -> bool:
+    """Take the lock `path` till this process ends; whether it could be had. A second time it is had already."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    own, note = _lock(path), path.with_name(f"{path.name}.json")
-    if own.is_locked:
-        return ""
     try:
-        own.acquire(timeout)
+        return _lock(path).is_locked or bool(_lock(path).acquire(0))
     except Timeout:
-        raise InUse(_holder(note) or "another process") from None
-    before = _holder(note)
-    with suppress(OSError), atomic(note) as temporary:  # the lock is taken without it, too, where a disk is full
-        known = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        temporary.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    atexit.register(_let_go, path, os.getpid())
-    return before
-
-
-class InUse(Exception):
-    """A lock is another process's; the message says which."""
-
-
-def _let_go(path: Path, pid: int) -> None:
-    if os.getpid() == pid:  # no fork's
-        path.with_name(f"{path.name}.json").unlink(missing_ok=True)
-        _lock(path).release()
-
-
-def _holder(note: Path) -> str:
-    """Who wrote the note beside a lock; "" where there is none, or none that can be read."""
-    try:
-        known = json.loads(note.read_text(encoding="utf-8"))
-        return f"process {known['pid']} on {known['host']}, since {known['since']}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        return False
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ from ctxlm.networks import NeuralLM, Reader
 from ctxlm.ngrams import KneserNey, kneser_ney
 from ctxlm.phase2 import Predictor, evaluate
 from ctxlm.recurrence import chunked
-from ctxlm.results import LOSSES, WEIGHTS, check_seal, run_folders
+from ctxlm.results import LOSSES, WEIGHTS, run_folders
 
 CHECKED, TOLERANCE = 128, 0.2
 """A loaded run gives so many of its validation losses again, to so many nats on average (bfloat16 rounds)."""
@@ -175,7 +175,6 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
         given = {key: metrics[key] for key in Experiment.model_fields if key in metrics}
         if not given:
             raise ValueError("it holds no run")
-        check_seal(metrics, folder / "metrics.json")
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{name}: metrics.json is damaged ({' '.join(str(error).split())}): {AGAIN}") from None
     if given.get("train_samples") is not None:  # a run also says how many tokens these were
@@ -188,7 +187,7 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
         speaker = NGramSpeaker(kneser_ney(e, split(e)))
         same = sum(map(len, speaker.ngrams.keys)) == metrics.get("ngrams")
     else:
-        speaker, kept = _trained(e, folder, name, metrics), read_arrays(folder / LOSSES, ("loss",))
+        speaker, kept = _trained(e, folder, name), read_arrays(folder / LOSSES, ("loss",))
         found = speaker.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
         same = kept is None or np.abs(found - kept["loss"][:CHECKED]).mean() < TOLERANCE
     if not same:
@@ -295,12 +294,12 @@ def _folder(grid: str | Path, run: str | None) -> tuple[Path, str]:
     folders = run_folders(str(grid))
     if run not in folders:
         remedy = f"choose one of {', '.join(folders)}" if folders else f"run `make report GRID={grid}` first"
-        raise ConfigError(f"run = {run!r} is no finished run of grid {grid}: {remedy}")
+        raise ConfigError(f"run = {run!r} of grid {grid} has no folder here, and so no weights: {remedy}")
     return folders[run][0], f"run {run} of grid {grid}"
 
 
-def _trained(e: Experiment, folder: Path, name: str, metrics: dict[str, Any]) -> Speaker:
-    """The model of an experiment, with the weights in its run's folder, as `metrics` knows them."""
+def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
+    """The model of an experiment, with the weights in its run's folder."""
     path = folder / WEIGHTS
     if not path.exists():
         raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {AGAIN}")
@@ -308,7 +307,6 @@ def _trained(e: Experiment, folder: Path, name: str, metrics: dict[str, Any]) ->
     kind, judge, speaker = kinds.get(e.model, (NeuralLM, Reader, TransformerSpeaker))
     model = kind(e, torch.from_numpy(load_embedding(e)))
     try:
-        check_seal(metrics, path)
         load_own_weights(model, load_file(path))
     except (RuntimeError, OSError, ValueError, SafetensorError):
         raise ConfigError(f"{name}: {path.name} is damaged, or of another version of the code: {AGAIN}") from None

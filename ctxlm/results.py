@@ -1,8 +1,8 @@
 """One run on disk: where it came from, and how it is written whole.
 
-A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished
-run. Small results that took long are committed under `data/results/<grid>/<run>/` and stand in where `outputs` has no
-run of the grid.
+A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished run.
+Those of a grid whose weights are committed, too, are folders `data/results/<grid>/<run>/`, and stand in where `outputs`
+has no run of the grid.
 """
 
 import itertools
@@ -36,11 +36,9 @@ from ctxlm.files import (
     CHECKPOINTS,
     ROOT,
     RUN_LOCK,
-    InUse,
     atomic,
     clear_temporaries,
     digest,
-    file_digest,
     parse_json,
     resolve,
     take,
@@ -135,13 +133,11 @@ def run_folder(path: str | Path | None) -> Path:
             pass
     except OSError as error:
         raise ConfigError(f"output_dir = {str(path)!r} cannot be written to ({error.strerror}): name another") from None
-    try:
-        take(folder / RUN_LOCK)
-    except InUse as other:
+    if not take(folder / RUN_LOCK):
         raise ConfigError(
-            f"output_dir = {str(path)!r} is in use by {other}: wait for that run to end, shut down the "
+            f"output_dir = {str(path)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"
-        ) from None
+        )
     clear_temporaries(folder)
     return folder
 
@@ -223,13 +219,14 @@ def write_run(
         metrics |= {f"{part}_bytes": int(table["bytes"].sum()), f"{part}_bits_per_byte": bits_per_byte(table)}
     if metrics.get("trained_params"):
         metrics["tokens_per_parameter"] = metrics["train_tokens"] / metrics["trained_params"]
+    samples = pd.concat(tables, names=["part"]).reset_index(level=0)
     losses, val = judged["val"]
     not_finite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
     if not_finite:
         raise ValueError(f"{not_finite[0]} = {metrics[not_finite[0]]} is not finite: the run is not written")
     writers: dict[str, Callable[[Path], Any]] = {
         "history.csv": partial(history.to_csv, index=False),
-        **{f"{part}_by_sample.csv": partial(table.to_csv, index=False) for part, table in tables.items()},
+        "samples.csv": partial(samples.to_csv, index=False),
         LOSSES: lambda path: np.savez_compressed(path, loss=losses, sample=val.samples[1:]),
         WEIGHTS: lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
     }
@@ -239,8 +236,7 @@ def write_run(
             paths = {name: replaced_on_exit.enter_context(atomic(folder / name)) for name in writers}
             for name, write in writers.items():
                 write(paths[name])
-            sealed = sealed_metrics(metrics, {name: file_digest(path) for name, path in paths.items()})
-            mark.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
+            mark.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
             # Several files cannot be replaced at once. Whoever is stopped in between leaves a folder without the mark
             # of a finished run, never an earlier metrics.json beside newer tables.
             (folder / "metrics.json").unlink(missing_ok=True)
@@ -254,31 +250,6 @@ def write_run(
     if os.environ.get("CTXLM_PROGRESS") != "lines":
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / "metrics.json"
-
-
-def sealed_metrics(metrics: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    """The content of metrics.json with the digests of the run's files, and its own, under `files`."""
-    content = {name: value for name, value in metrics.items() if name != "files"}
-    return content | {"files": {**files, "metrics.json": _content_digest(content)}}
-
-
-def check_seal(metrics: Mapping[str, Any], path: Path) -> None:
-    """See that a run's file, its metrics.json or another, is what was written with `metrics`.
-
-    Raises:
-        ValueError: it is not.
-        OSError: it cannot be read.
-    """
-    known = metrics.get("files")
-    if not isinstance(known, Mapping) or path.name not in known:
-        raise ValueError("metrics.json has no digest of it")
-    content = {name: value for name, value in metrics.items() if name != "files"}
-    if known[path.name] != (_content_digest(content) if path.name == "metrics.json" else file_digest(path)):
-        raise ValueError("it was changed after the run was written")
-
-
-def _content_digest(content: Mapping[str, Any]) -> str:
-    return digest(json.dumps(content, sort_keys=True))
 
 
 def outputs_dir() -> Path:

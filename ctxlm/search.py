@@ -24,7 +24,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.analysis.runs import grid_dtype, load_runs
+from ctxlm.analysis.runs import load_runs
 from ctxlm.batch import execute
 from ctxlm.config import NAME, NOTEBOOKS, RESOLVED, ConfigError, Experiment, Layers, Seed, code_hash, read_yaml, shown
 from ctxlm.corpus import check_data
@@ -233,9 +233,6 @@ class Search:
         code = code_hash(e.model)
         if other := [number for number, row in over[scale].items() if row["code"] not in (None, code)]:
             raise ConfigError(f"{self.folder(scale, other[0])} was made by other code: move {self.home} away")
-        if e.dtype == "auto":  # one for all
-            own = {self.folder(scale, number).name: e for number in numbers}
-            e = e.model_copy(update={"dtype": grid_dtype(f"search/{self.name}", own)})
         began, count = time.monotonic(), len(waiting)
         with ThreadPoolExecutor(jobs) as pool:
             while waiting or running:

@@ -16,7 +16,6 @@ from hypothesis import settings
 
 from ctxlm.config import Experiment
 from ctxlm.model import ContextLM
-from ctxlm.results import sealed_metrics
 
 matplotlib.use("Agg")
 
@@ -49,9 +48,7 @@ def short_paragraphs(path: Path, count: int = 60, length: int = 40, power: int =
 
 def rewrite(path: Path, **metrics) -> None:
     """Change a metrics.json as if the run had been written so."""
-    known = json.loads(path.read_text(encoding="utf-8"))
-    files = {name: digest for name, digest in known.get("files", {}).items() if name != path.name}
-    path.write_text(json.dumps(sealed_metrics(known | metrics, files)), encoding="utf-8")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | metrics), encoding="utf-8")
 
 
 @pytest.fixture

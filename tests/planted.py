@@ -11,8 +11,6 @@ import pandas as pd
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import PROTOCOL
-from ctxlm.files import file_digest
-from ctxlm.results import sealed_metrics
 
 SIZES = (10_000, 14_000, 20_000, 28_000, 40_000)
 MIDDLE = float(np.log(SIZES).mean())
@@ -103,24 +101,19 @@ def write(
     own = Experiment.from_mapping(given, {"device": "cpu"}).model_dump() | {"protocol": PROTOCOL} | metrics
     folder = root / grid / f"{label}_train_tokens-{own['train_tokens']}_seed-{own['seed']}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
+    tables = {}
     for part, loss in ({"val": 6.0, "development": 5.5, "test": 5.0} | dict(losses or {})).items():
         means = np.broadcast_to(loss, own[f"{part}_samples"])
         mean = float(means.mean())
         judged = {f"{part}_tokens": 50 * len(means) + 1, f"{part}_loss": mean, f"{part}_ppl": math.exp(mean)}
         own = judged | own
-        table = pd.DataFrame({"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50, "bytes": 200})
-        table.to_csv(folder / f"{part}_by_sample.csv", index=False)
+        columns = {"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50, "bytes": 200}
+        tables[part] = pd.DataFrame(columns)
+    samples = pd.concat(tables, names=["part"]).reset_index(level=0)
+    samples.to_csv(folder / "samples.csv", index=False)
     history = pd.DataFrame([("phase2", 1, "val_loss", own["val_loss"])], columns=["phase", "step", "metric", "value"])
     history.to_csv(folder / "history.csv", index=False)
     own = {"best_epoch": 3, "epochs_run": 5, "overfit_rate": 0.05} | own
     kept = {name: value for name, value in own.items() if name not in without}
     (folder / "metrics.json").write_text(json.dumps(kept), encoding="utf-8")
-    seal(folder)
     return folder
-
-
-def seal(folder: Path) -> None:
-    """Make a run's files those that were written."""
-    path = folder / "metrics.json"
-    files = {table.name: file_digest(table) for table in folder.glob("*.csv")}
-    path.write_text(json.dumps(sealed_metrics(json.loads(path.read_text()), files)), encoding="utf-8")

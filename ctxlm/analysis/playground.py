@@ -4,7 +4,6 @@ Views of finished runs, each named "grid/run", for `explore.explore`; they retur
 """
 
 import functools
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -45,15 +44,14 @@ from ctxlm.analysis.run_plots import (
     recent_axis,
     steps_axis,
 )
-from ctxlm.analysis.workbench import GRID, experiment, folder_of, history, metrics, read_metrics, train
+from ctxlm.analysis.workbench import GRID, experiment, history, known_of, metrics, train
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import Stream, decode, split
-from ctxlm.files import resolve
 from ctxlm.generate import ContextSpeaker, Speaker, State, changed, generate, load_run, next_tokens, surprise
 from ctxlm.model import ContextLM
 from ctxlm.phase2 import Predictor
 from ctxlm.recurrence import Ablation, Contexts, chunked
-from ctxlm.results import BY_HAND, outputs_dir, run_folders
+from ctxlm.results import BY_HAND, WEIGHTS, outputs_dir, results_dir, run_folders
 
 MANY = 5
 """Parameters that a row of the table of runs names."""
@@ -92,32 +90,35 @@ def _loaded(run: str, _changed: int) -> Speaker:
 
 def model(run: str) -> Speaker:
     """The model of a run, loaded once. One of the playground's own grid that has no weights is trained first."""
-    path = folder_of(run) / "metrics.json"
-    known = metrics(run)
-    if run.startswith(f"{GRID}/") and known["model"] == "context" and not (path.parent / "model.safetensors").exists():
+    grid, _, name = run.rpartition("/")
+    if grid == GRID and metrics(run)["model"] == "context" and not (run_folders(grid)[name][0] / WEIGHTS).exists():
         tell(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes, once.")
-        train(run.partition("/")[2], "", folder=outputs_dir() / run)
-        path = folder_of(run) / "metrics.json"
-    return _loaded(run, path.stat().st_mtime_ns)
+        run = train(name, "")
+    return _loaded(run, _written(run))
+
+
+def _written(run: str) -> int:
+    """When a run was written, ns; 0 of one without a folder."""
+    grid, _, name = run.rpartition("/")
+    folders = run_folders(grid)
+    return (folders[name][0] / "metrics.json").stat().st_mtime_ns if name in folders else 0
 
 
 def _runs() -> pd.DataFrame:
     """All finished runs in `outputs` and among the committed: run, grid, source, metrics; the playground's first."""
-    grids = set()
-    for root in (outputs_dir(), resolve(os.environ.get("CTXLM_RESULTS") or "data/results")):
+    grids = {path.parent.name for path in results_dir().glob("*/runs.csv")}
+    for root in (outputs_dir(), results_dir()):
         grids |= {path.parents[1].relative_to(root).as_posix() for path in root.glob("**/*/metrics.json")}
     rows = []
     for grid in sorted(grids - {"."}, key=lambda name: (name not in (GRID, BY_HAND), name)):
-        for name, (folder, source) in run_folders(grid).items():
-            known = read_metrics(folder)
-            whole = {
-                **dict.fromkeys(("context_rank", "test_ppl")),
-                "model": "context",
-                "context_ablation": "none",
-            } | known
-            asked = whole["context_ablation"] == "none" and not whole["context_rank"]
-            kept = whole["model"] == "kneser-ney" or (folder / "model.safetensors").exists()
-            rows.append({"grid": grid, "run": name, "source": source, "at hand": asked and kept} | {"metrics": whole})
+        folders = run_folders(grid)
+        for _, row in tidy.load_runs(grid).iterrows():
+            known = {"test_ppl": None} | known_of(row)
+            folder, _ = folders.get(row["run"], (None, ""))
+            asked = folder is not None and known["context_ablation"] == "none" and not known["context_rank"]
+            kept = known["model"] == "kneser-ney" or (asked and (folder / WEIGHTS).exists())
+            rows.append({"grid": grid, "run": row["run"], "source": row["source"], "at hand": asked and kept})
+            rows[-1]["metrics"] = known
     return pd.DataFrame(rows, columns=["grid", "run", "source", "at hand", "metrics"])
 
 
@@ -230,9 +231,14 @@ def _row(run: str) -> dict[str, Any]:
     return known | {"grid": grid, "run": name, "id": run, "source": "outputs", "log_ppl": known.get("test_loss")}
 
 
+def _test(run: str) -> Stream:
+    """The text that a run's test is of: by protocol 2 it was what is development now."""
+    return _judged(experiment(run), metrics(run)["protocol"])
+
+
 @functools.lru_cache(4)
-def _test(e: Experiment) -> Stream:
-    return split(e).test
+def _judged(e: Experiment, protocol: int) -> Stream:
+    return split(e).development if protocol == 2 else split(e).test
 
 
 def _positions(test: Stream, conversation: int) -> np.ndarray:
@@ -243,16 +249,15 @@ def _positions(test: Stream, conversation: int) -> np.ndarray:
 
 def _by_conversation(run: str) -> pd.DataFrame:
     """Of each test conversation, counted from 0, the tokens and the mean loss, nats."""
-    path = folder_of(run) / "test_by_sample.csv"
-    if not path.exists():
-        raise ConfigError(f"run = {run!r} has no losses by test conversation: choose another")
-    table = pd.read_csv(path)
-    table.index = np.searchsorted(np.unique(_test(experiment(run)).samples), table["sample"])
+    grid, _, name = run.rpartition("/")
+    rows = tidy.load_table(grid, "samples")
+    table = rows[(rows["run"] == name) & (rows["part"] == "test")]
+    table = table.set_index(np.searchsorted(np.unique(_test(run).samples), table["sample"]))
     return table.assign(nats=table["loss_sum"] / table["tokens"])
 
 
 def _opening(run: str, conversation: int, characters: int = 280) -> str:
-    test = _test(experiment(run))
+    test = _test(run)
     text = decode(test.tokens[_positions(test, conversation)])
     return text if len(text) <= characters else text[:characters] + " …"
 
@@ -327,7 +332,7 @@ def cost(a: str, b: str, tokens: int) -> Figure:
         raise ConfigError(f"cost_tokens = {tokens!r} is not possible: give a whole number from 1 on")
     figure, ((upper,), (lower,)) = new_figure(2, height=6.4, sharex=True)
     for run, look in _looks(*dict.fromkeys((a, b))).items():
-        speaker, test = model(run), _test(experiment(run)).tokens.tolist()
+        speaker, test = model(run), _test(run).tokens.tolist()
         state, seconds, sizes = speaker.start(), [], []
         for count in range(tokens):
             began = time.perf_counter()
@@ -455,7 +460,7 @@ def _contexts(run: str, _changed: int) -> tuple[ContextLM, Stream, Contexts]:
     speaker = model(run)
     if not isinstance(speaker, ContextSpeaker):
         raise ConfigError(f"run = {run!r} has no contexts: choose a context model, as {GRID}/A")
-    test = _test(experiment(run))
+    test = _test(run)
     return speaker.model, test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
 
 
@@ -466,7 +471,7 @@ def contexts(run: str) -> tuple[ContextLM, Stream, Contexts]:
         ConfigError: it is no context model.
     """
     model(run)
-    return _contexts(run, (folder_of(run) / "metrics.json").stat().st_mtime_ns)
+    return _contexts(run, _written(run))
 
 
 @large

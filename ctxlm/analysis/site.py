@@ -32,6 +32,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import nbformat
+import numpy as np
 import pandas as pd
 from bs4 import BeautifulSoup, NavigableString, Tag
 from filelock import FileLock
@@ -42,10 +43,11 @@ from nbconvert.filters import markdown2html
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
-from ctxlm.batch import is_executed, say
-from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
-from ctxlm.files import ROOT, atomic, parse_json, resolve
-from ctxlm.results import git_commit, outputs_dir
+from ctxlm.analysis.runs import load_runs, load_table
+from ctxlm.batch import failures, say
+from ctxlm.config import ConfigError, load_grid
+from ctxlm.files import ROOT, atomic, resolve
+from ctxlm.results import git_commit, outputs_dir, results_dir
 
 NOTEBOOK_ONLY = "notebook-only"
 """Tag of cells that help whoever opens the notebook, and are left out of its page."""
@@ -83,9 +85,8 @@ POLICY = "; ".join(
 """Content-Security-Policy of every page: nothing from anywhere, and no script but the site's own."""
 ACTIVE = "script iframe object embed link meta base form".split()
 """Elements that an output may hold and a page does not: they load or run something."""
-PROVENANCE = "source protocol device_name device dtype threads git_commit code_hash data_hash params_hash".split()
-CURVE = {"left": 64.0, "right": 344.0, "top": 14.0, "bottom": 196.0}
-"""Where a learning curve's points lie in its drawing, whose size is in templates/run.html."""
+CURVES = {"training": "train_ppl", "validation": "val_ppl"}
+"""What a run's small curve shows: the line's name, and the metric."""
 Link = tuple[str, str]
 """A label, and a page's path from the site's first folder."""
 
@@ -143,13 +144,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its metrics.json, and its page from the site's first folder."""
+    """A finished run: the content of its metrics.json, and its learning curve as `_curve` draws it."""
 
     grid: str
     name: str
-    folder: Path
     metrics: Mapping[str, Any]
-    page: str
+    curve: list[tuple[str, list[tuple[float, float]]]]
 
     @property
     def minutes(self) -> float | None:
@@ -161,77 +161,70 @@ class Run:
 
 
 def build(grid: str, outputs: Path | None = None) -> Path:
-    """Write `report/` of a grid from its executed notebooks; it replaces the earlier one only when complete.
+    """Run the analysis of a grid's finished runs and write its `report/`, which replaces the earlier one when whole.
+
+    Where the analysis fails, its earlier result stays, and the report says why.
 
     Args:
-        grid: a grid's name or file. outputs: where its folder is; by default as `results.outputs_dir`.
+        grid: a grid's name or file.
+        outputs: where its folder is; by default as `results.outputs_dir`.
 
     Raises:
-        ConfigError: the analysis is missing, failed or was not run to its end, or a file of a run is not readable.
+        ConfigError: no run is finished.
     """
     settings, outputs = load_grid(grid), outputs or outputs_dir()
     home = outputs / settings.name
-    analysis = _read(home / f"{ANALYSIS}.ipynb", f"run `make report GRID={grid}` first")
-    _check_analysis(analysis, home)
-    analysis = _without(analysis, FINDING)
+    runs = [run for run in _runs(settings.name) if run.name in settings.runs]  # not those it no longer asks for
+    missing = failures(home, [name for name in settings.runs if name not in {run.name for run in runs}])
+    if not runs:
+        reasons = "; ".join(f"{name}: {why}" for name, why in missing.items())
+        raise ConfigError(f"no run of grid {settings.name} is finished: {reasons}")
+    failure = _analyse(grid, home)
     corpora = sorted(home.glob("corpus*/corpus.ipynb"))
-    found = [*_results().glob(f"{settings.name}/*/metrics.json"), *home.glob("*/metrics.json")]  # the latter win
-    finished = {path.parent.name: _run(path, settings.name) for path in found}
-    runs = [finished[name] for name in settings.runs if name in finished]  # not those the grid no longer asks for
-    pages = [(_label(ANALYSIS), f"{ANALYSIS}.html")]
-    pages += [(_label(path.parent.name), f"{path.parent.name}.html") for path in corpora]
-    navigation = [("Index", "index.html"), *pages, ("Runs", "index.html#runs")]
-    more = list(pages)
+    pages = [(_label(path.parent.name), f"{path.parent.name}.html") for path in corpora]
+    if (analysed := home / f"{ANALYSIS}.ipynb").exists():
+        pages.insert(0, (_label(ANALYSIS), f"{ANALYSIS}.html"))
+    navigation, more = [("Index", "index.html"), *pages, ("Runs", "index.html#runs")], list(pages)
     if (outputs / "site" / "index.html").exists():
         more.append(("Committed findings", "../../site/index.html"))
         navigation.append(more[-1])
     with _staged(home / "report") as folder:
-        site = Site(folder, settings.title, navigation)
-        unfinished = []
-        for name in settings.runs:
-            path, page = home / name / "experiment.ipynb", f"runs/{name}.html"
-            own = {"run_name": name, "runs_page": "index.html#runs"}
-            if name in finished:  # papermill may have been killed once the run was written
-                shown = finished[name].folder == path.parent and is_executed(path)
-            else:
-                shown = _is_readable(path)
-            if shown:
-                notebook = _read(path, "run the grid again")
-                site.write_notebook(page, notebook, f"{_title(notebook, path.stem)}: {name}", **own)
-            elif name in finished:
-                _write_run(site, finished[name], "index.html#runs")
-            if name not in finished:
-                unfinished.append((name, page if shown else None))
+        site, answer = Site(folder, settings.title, navigation), ""
         for path in corpora:
             notebook = _read(path, f"run `make report GRID={grid}` again")
             site.write_notebook(f"{path.parent.name}.html", notebook, _title(notebook, path.stem))
-        site.write_notebook(f"{ANALYSIS}.html", analysis, _title(analysis, ANALYSIS))
-        answer = tidy(cells_html(_tagged(analysis, ANSWER, MAIN_FIGURE)), site.link)
-        values = {"answer": answer, "runs": runs, "unfinished": unfinished, "links": more}
+        if analysed.exists():
+            analysis = _without(_read(analysed, "delete it"), FINDING)
+            site.write_notebook(f"{ANALYSIS}.html", analysis, _title(analysis, ANALYSIS))
+            answer = tidy(cells_html(_tagged(analysis, ANSWER, MAIN_FIGURE)), site.link)
+        values = {"answer": answer, "failure": failure, "runs": runs, "missing": missing, "links": more}
         site.write("index.html", "grid.html", settings.title, description=settings.description, **values)
+    for line in (failure, *(f"{name}: {why}" for name, why in missing.items())):
+        if line:
+            print(line)
     return home / "report" / "index.html"
 
 
-def _check_analysis(notebook: NotebookNode, home: Path) -> None:
-    """Refuse an analysis that failed or did not come to its end; its estimates are written last."""
-    path = home / f"{ANALYSIS}.ipynb"
-    if error := _failure(notebook):
-        raise ConfigError(f"{path} ended in {error}: open it to see where")
-    if any(cell.execution_count is None and cell.source.strip() for cell in _code(notebook)):
-        raise ConfigError(f"{path} was not run to its end: run the grid again")
+def _analyse(grid: str, home: Path) -> str:
+    """Run the analysis on a grid's runs, into `home`; returns why it failed, or ""."""
+    home.mkdir(parents=True, exist_ok=True)
+    target = home / f".{ANALYSIS}.ipynb"
     try:
-        whole = (home / "estimates.csv").read_text(encoding="utf-8").endswith("\n")
-    except (OSError, ValueError):
-        whole = False
-    if not whole:
-        raise ConfigError(f"{home / 'estimates.csv'} is missing or damaged: run the analysis again")
+        _execute(ANALYSIS, {"grid": grid, "output_dir": str(home)}, target)
+        target.replace(home / f"{ANALYSIS}.ipynb")
+    except ConfigError as error:
+        target.unlink(missing_ok=True)
+        changed = ["git", "diff", "--quiet", "HEAD", "--", f"notebooks/{ANALYSIS}.ipynb"]
+        hint = f"; it differs from the commit: `git checkout notebooks/{ANALYSIS}.ipynb` puts it back"
+        return f"{error}{hint if subprocess.run(changed, cwd=ROOT).returncode == 1 else ''}"
+    return ""
 
 
 # The site of all that is committed
 
 
 def build_all(outputs: Path | None = None) -> Path:
-    """Write `site/`: the article, its notebooks executed anew, and a page a committed run.
+    """Write `site/`: the article, its notebooks executed anew, and a table of all committed runs.
 
     Args:
         outputs: where it is written; by default as `results.outputs_dir`.
@@ -248,10 +241,7 @@ def build_all(outputs: Path | None = None) -> Path:
         pages = [(_label(name), f"{name}.html") for name in executed]
         navigation = [("Index", "index.html"), *pages, ("Runs", "runs.html"), ("Method", "method.html")]
         site = Site(folder, _title_of(docs / "index.md"), navigation, strict=True)
-        runs = [_run(path) for path in _results().rglob("metrics.json")]
-        runs.sort(key=lambda run: (run.grid, _natural(run.name)))
-        for run in runs:
-            _write_run(site, run, "runs.html")
+        runs = [run for path in sorted(results_dir().iterdir()) for run in _runs(path.name)]
         site.write("runs.html", "committed.html", "Runs", runs=runs)
         around = [None, *navigation, None]
         turns = {page[1]: {"before": around[k], "after": around[k + 2]} for k, page in enumerate(navigation)}
@@ -285,7 +275,8 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
     def execute(page: str) -> NotebookNode | None:
         began = time.monotonic()
         try:
-            notebook = _execute(*PAGES[page], folder / f"{page}.ipynb")
+            # runs in `outputs` would stand in for committed ones
+            notebook = _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
         except ConfigError as error:
             failures.append(str(error))
             return None
@@ -300,15 +291,14 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
     return executed
 
 
-def _execute(name: str, parameters: Mapping[str, Any], target: Path) -> NotebookNode:
-    """Run a notebook on committed results; one whose kernel did not start, its port being taken, is run again."""
+def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Path | None = None) -> NotebookNode:
+    """Run a notebook, with another folder of `outputs`; one whose kernel did not start is run again."""
     source = ROOT / "notebooks" / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", "--cwd", ROOT, "-k", "python3", "--no-progress-bar"]
     command += [source, target, "-y", json.dumps(parameters)]
     for _ in range(2):
-        with tempfile.TemporaryDirectory() as empty:  # runs in `outputs` would stand in for committed ones
-            own = {"OMP_NUM_THREADS": "1", "CTXLM_OUTPUTS": empty}
-            process = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CTXLM_OUTPUTS": str(outputs)} if outputs else {})
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
         if process.returncode == 0:
             return _read(target, "run it by hand to see why")
         if failure := target.exists() and _failure(_read(target, "run it by hand to see why")):
@@ -332,84 +322,23 @@ def _check_links(folder: Path) -> None:
 # Runs
 
 
-def _results() -> Path:
-    return resolve(os.environ.get("CTXLM_RESULTS") or "data/results")
+def _runs(grid: str) -> list[Run]:
+    """The finished runs of a grid."""
+    runs, history = load_runs(grid), load_table(grid, "history")
+    curves = history[(history["phase"] == "phase2") & history["metric"].isin(["train_ppl", "val_ppl"])]
+    by_run = dict(iter(curves.groupby("run", observed=True)))
+    return [Run(grid, row["run"], row.dropna().to_dict(), _curve(by_run.get(row["run"]))) for _, row in runs.iterrows()]
 
 
-def _run(path: Path, grid: str | None = None) -> Run:
-    """The run of a metrics.json: of a `grid`'s own report, or of the site, where runs lie in folders of grids."""
-    name, of = path.parent.name, grid or path.parents[1].relative_to(_results()).as_posix()
-    page = f"runs/{name}.html" if grid else f"runs/{of}/{name}.html"
-    try:
-        return Run(of, name, path.parent, {} | parse_json(path.read_bytes()), page)  # what is no mapping is refused
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it or run it again") from None
-
-
-def _write_run(site: Site, run: Run, runs_page: str) -> None:
-    """Write a run's page from its metrics.json and history.csv."""
-    m, base = run.metrics, read_yaml("params/base.yaml")
-    asked = [name for name in Experiment.model_fields if name in m and name not in ("experiment", "device", "dtype")]
-    differences = [(name, _value(m[name]), _value(base.get(name))) for name in asked if m[name] != base.get(name)]
-    epochs = _epochs(run)
-    provenance = [(name.replace("_", " "), _value(m[name])) for name in PROVENANCE if m.get(name) is not None]
-    provenance += [("versions", ", ".join(f"{name} {number}" for name, number in m.get("versions", {}).items()))]
-    values = {"run": run, "m": m, "epochs": epochs, "curve": _curve(epochs, m.get("best_epoch"))}
-    values |= {"differences": differences, "provenance": provenance, "runs_page": runs_page}
-    site.write(run.page, "run.html", f"{run.name}, grid {run.grid}", **values)
-
-
-def _epochs(run: Run) -> list[dict[str, Any]]:
-    """Phase 2 by epoch: step, and every metric of the history; n-grams have none."""
-    path = run.folder / "history.csv"
-    try:
-        history = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["phase", "step", "metric", "value"])
-        rows = history[history["phase"] == "phase2"].pivot(index="step", columns="metric", values="value")
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): restore it or run it again") from None
-    return rows.reset_index().to_dict("records")
-
-
-def _curve(epochs: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any] | None:
-    """A learning curve's coordinates: PPL, logarithmic, by epoch. None where there is nothing to draw."""
-    known = [e for e in epochs if {"train_ppl", "val_ppl"} <= e.keys() and min(e["train_ppl"], e["val_ppl"]) > 0]
-    if not known:
-        return None
-    steps, values = [e["step"] for e in known], [e[name] for e in known for name in ("train_ppl", "val_ppl")]
-    low, high = math.log(min(values)) - 0.03, math.log(max(values)) + 0.03
-
-    def x(step: float) -> float:
-        share = (step - steps[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.5
-        return round(CURVE["left"] + share * (CURVE["right"] - CURVE["left"]), 1)
-
-    def y(ppl: float) -> float:
-        share = (math.log(ppl) - low) / (high - low)
-        return round(CURVE["bottom"] - share * (CURVE["bottom"] - CURVE["top"]), 1)
-
-    def levels(digits: Sequence[float]) -> list[float]:
-        tens = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
-        return [d * 10.0**k for k in tens for d in digits if low <= math.log(d * 10.0**k) <= high]
-
-    sets = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [k / 10 for k in range(10, 100)])
-    chosen = next((found for found in map(levels, sets) if len(found) >= 3), [])
-    chosen = chosen[:: math.ceil(len(chosen) / 6) or 1]
-    every = math.ceil(len(steps) / 10)
-    return {
-        "levels": [(f"{value:,.4g}" if value < 1000 else f"{value:,.0f}", y(value)) for value in chosen],
-        "steps": [(step, x(step)) for step in steps[::every]],
-        "best": x(best if best in steps else steps[-1]),
-        "lines": [
-            (name, [(x(e["step"]), y(e[key])) for e in known])
-            for name, key in (("training", "train_ppl"), ("validation", "val_ppl"))
-        ],
-    }
-
-
-def _value(value: Any) -> str:
-    """A parameter's value as it is read."""
-    if value is None or isinstance(value, bool | str):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+def _curve(rows: pd.DataFrame | None) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Training and validation PPL by epoch, logarithmic, as points in a drawing of 100 by 30; none of an n-gram."""
+    if rows is None:
+        return []
+    wide = np.log(rows.pivot(index="step", columns="metric", values="value"))
+    low, span = wide.min(axis=None), np.ptp(wide.to_numpy()) or 1.0
+    x = 3 + 94 * (wide.index - wide.index[0]) / max(wide.index[-1] - wide.index[0], 1)
+    y = 27 - 24 * (wide - low) / span
+    return [(name, [*zip(x.round(1), y[column].round(1), strict=True)]) for name, column in CURVES.items()]
 
 
 # Notebooks and Markdown as HTML
@@ -603,13 +532,6 @@ def _read(path: Path, remedy: str) -> NotebookNode:
         raise ConfigError(f"{path} is not a readable notebook ({str(error).splitlines()[0]}): {remedy}") from None
 
 
-def _is_readable(path: Path) -> bool:
-    try:
-        return bool(_read(path, ""))
-    except ConfigError:
-        return False
-
-
 def _kept(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if NOTEBOOK_ONLY not in cell.metadata.get("tags", [])]
 
@@ -659,11 +581,6 @@ def _label(name: str) -> str:
     return re.sub(r"^\d+_", "", name).replace("_", " ").replace("-", " ").capitalize()
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers in names by their value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
     """A folder that becomes `target` once the block has ended without an error; else the earlier one stays.
@@ -708,14 +625,12 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--grid", default="quick", help="name of a grid that was run, or its file")
     what.add_argument("--all", action="store_true", help="the site of everything that is committed, instead")
     what.add_argument("--notebook", help="an executed notebook to make a page of, instead")
-    parser.add_argument("--outputs", help="folder of all grids' outputs; by default outputs, or CTXLM_OUTPUTS")
     options = parser.parse_args(arguments)
-    outputs = resolve(options.outputs) if options.outputs else None
     try:
         if options.notebook:
             say(str(build_page(resolve(options.notebook))))
         else:
-            say(str(build_all(outputs) if options.all else build(options.grid, outputs)))
+            say(str(build_all() if options.all else build(options.grid)))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 A finished run is named "grid/run".
 """
 
-import functools
+import math
 import re
 import shlex
 import threading
@@ -13,6 +13,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -33,11 +34,12 @@ from ctxlm.analysis.explore import (
     wrapped,
 )
 from ctxlm.analysis.run_plots import COLOURS, REFERENCE, log_axis, metric_of, new_figure, steps_axis
+from ctxlm.analysis.runs import load_runs, load_table
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, parse_yaml, read_yaml
 from ctxlm.corpus import split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import digest, parse_json
+from ctxlm.files import digest
 from ctxlm.memory import recent_tokens
 from ctxlm.metrics import NonFiniteLoss, loss_summary
 from ctxlm.model import ContextLM, own_weights
@@ -46,12 +48,12 @@ from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import Ablation, chunked
 from ctxlm.results import (
     BY_HAND,
+    WEIGHTS,
     Stopwatch,
     folder_by_hand,
     provenance,
     run_checkpoints,
     run_folder,
-    run_folders,
     write_run,
 )
 
@@ -59,44 +61,31 @@ GRID = "playground"
 """The grid whose context models are the presets."""
 
 
-@functools.lru_cache(4096)
-def _read_metrics(path: Path, _changed: int) -> dict[str, Any]:
-    return parse_json(path.read_bytes())
-
-
-def folder_of(run: str) -> Path:
-    """The folder of the run "grid/run".
+def metrics(run: str) -> dict[str, Any]:
+    """The metrics.json of the run "grid/run".
 
     Raises:
         ConfigError: there is no such run.
     """
     grid, _, name = run.rpartition("/")
-    folders = run_folders(grid) if grid else {}
-    if name not in folders:
+    rows = load_runs(grid) if grid else pd.DataFrame()
+    if rows.empty or name not in set(rows["run"]):
         raise ConfigError(f"run = {run!r} is no finished run: choose one of the table, as {GRID}/A")
-    return folders[name][0]
+    return known_of(rows[rows["run"] == name].iloc[0])
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics.json in a run's folder.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    path = folder / "metrics.json"
-    try:
-        return _read_metrics(path, path.stat().st_mtime_ns)
-    except (OSError, ValueError):
-        raise ConfigError(f"{path} is damaged: restore it, or delete it and run it again") from None
-
-
-def metrics(run: str) -> dict[str, Any]:
-    """The metrics.json of a run."""
-    return read_metrics(folder_of(run))
+def known_of(row: pd.Series) -> dict[str, Any]:
+    """A row of `load_runs` as its metrics.json has it: what is missing is None, whole numbers are whole."""
+    known = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+    known = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in known.items()}
+    whole = {name for name, value in known.items() if isinstance(value, float) and value.is_integer()}
+    return known | {name: int(known[name]) for name in whole if not name.endswith(("_loss", "_ppl"))}
 
 
 def history(run: str) -> pd.DataFrame:
-    return pd.read_csv(folder_of(run) / "history.csv")
+    grid, _, name = run.rpartition("/")
+    rows = load_table(grid, "history")
+    return rows[rows["run"] == name]
 
 
 def experiment(run: str) -> Experiment:
@@ -140,6 +129,8 @@ def train(
 ) -> str:
     """Train a preset of the context model with a change, and write it; returns its name, "interactive/<difference>".
 
+    One that is finished there already is not trained again.
+
     Args:
         on_epoch: as `Trainer.run`'s; a run that it ended early has `stopped` among its metrics.
         folder: another one than that.
@@ -150,11 +141,14 @@ def train(
     """
     e, name = changed_experiment(preset, change)
     e.meant_for("notebooks/02_experiment.ipynb")
+    beside = folder_by_hand(name, e)
+    if folder is None and (beside / WEIGHTS).exists():
+        return f"{beside.parent.name}/{beside.name}"
     watch, device = Stopwatch(), resolve_device(e)
     dtype = resolve_dtype(e, device)
     record, streams, vectors = provenance(e, device, dtype), split(e), load_embedding(e)
     record["embedding_digest"] = digest(vectors.tobytes())
-    folder = run_folder(folder or folder_by_hand(name, e))
+    folder = run_folder(folder or beside)
     checkpoints = run_checkpoints(folder, record)
     train, val, development, test = (torch.from_numpy(s.tokens).long().to(device) for s in vars(streams).values())
     asked_to_stop = False

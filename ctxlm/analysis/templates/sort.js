@@ -24,3 +24,15 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+// A field above a table of runs hides the rows that lack one of its words.
+for (const table of document.querySelectorAll("table.runs")) {
+  const field = document.createElement("input");
+  field.type = "search";
+  field.placeholder = "filter: words of a grid or a run";
+  field.setAttribute("aria-label", "show only runs whose row has these words");
+  table.parentNode.before(field);
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\s+/);
+    for (const row of table.tBodies[0].rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+  });
+}
