@@ -151,9 +151,16 @@ def run_by_hand(settings: Experiment, output_dir: str | Path | None) -> tuple[Ex
     stays as it is, and the new run goes beside it, into `<name>-2`.
 
     Raises:
-        ConfigError: as `run_folder`.
+        ConfigError: as `run_folder`, or a finished run of other parameters is there.
     """
     if output_dir is not None:
+        check_output_dir(output_dir)
+        # a batch does a run anew whose parameters its grid has changed
+        if os.environ.get("CTXLM_PROGRESS") != "lines" and _holds_another(resolve(output_dir), settings):
+            raise ConfigError(
+                f"output_dir = {str(output_dir)!r} holds a finished run of other parameters, which this one would "
+                "overwrite: name another folder, or delete that one"
+            )
         return settings, run_folder(output_dir)
     usual = Experiment.from_mapping(read_yaml(f"params/notebooks/{Path(NOTEBOOKS[settings.model]).stem}.yaml"))
     values = {name: value for name, value in settings.model_dump().items() if value != getattr(usual, name)}

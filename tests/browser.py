@@ -51,8 +51,7 @@ class Browser:
 
     def barriers(self) -> list[str]:
         """What axe-core finds serious or critical: of each the rule, and the first element."""
-        found = Axe().run(self.page).response["violations"]
-        grave = [one for one in found if one["impact"] in ("serious", "critical")]
+        grave = [one for one in Axe().run(self.page).response["violations"] if one["impact"] in ("serious", "critical")]
         return [f"{one['id']}: {one['nodes'][0]['html'][:120]}" for one in grave]
 
 

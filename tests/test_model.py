@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctxlm.config import ConfigError, Experiment, read_yaml
-from ctxlm.device import _bfloat16_gain, generator, resolve_device, resolve_dtype
+from ctxlm.device import generator, resolve_device, resolve_dtype
 from ctxlm.model import ContextLM, own_weights, token_inputs
 from tests import literal
 from tests.conftest import stream, tiny
@@ -137,22 +137,27 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(monkeypatch):
         resolve_device(Experiment.from_mapping({"device": "cuda:1"}))
 
 
-def test_bfloat16_is_chosen_only_where_the_cpu_multiplies_it_faster(monkeypatch):
+def test_bfloat16_is_chosen_only_where_the_cpu_has_it(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr("ctxlm.device._bfloat16_gain", lambda: 4.0)
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.bfloat16
     assert resolve_dtype(Experiment.from_mapping({"dtype": "float32"}), cpu) == torch.float32
-    monkeypatch.setattr("ctxlm.device._bfloat16_gain", lambda: 0.5)  # a Xeon without AMX has it, slowly
-    assert resolve_dtype(Experiment(), cpu) == torch.float32
-    assert resolve_dtype(Experiment.from_mapping({"dtype": "bfloat16"}), cpu) == torch.bfloat16
 
 
-def test_the_gain_of_bfloat16_is_a_ratio():
-    assert 0 < _bfloat16_gain() < 1000
+def test_flops_are_those_of_the_shapes():
+    model = tiny(num_layers=2, context_dim=12, embed_dim=8, num_input_tokens=2)
+    context = 2 * 12 * (12 + 16)  # two layers of (C + n·d) → C
+    predict = 8 * (12 + 16) + 8 * (12 + 8)
+    head = 60 * 8
+    cost = model.cost(100, iterations=3, epochs=2)
+    assert cost["flops_per_token"] == 2 * (context + predict + head)
+    # three passes of the ContextBlock that learn cost nine, less the first one, which only reads, twice in all
+    assert cost["training_flops"] == 100 * 2 * (8 * context + 2 * (3 * predict + 2 * head))
+    norms_and_biases = 2 * 3 * 12 + 2 * 3 * 8
+    assert cost["trained_params"] == context + predict + norms_and_biases
 
 
 def test_the_small_arithmetic_design_is_as_large_as_b():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ctxlm.analysis import gpu
 from ctxlm.analysis.run_plots import WIDTH
-from ctxlm.config import BASELINES, ConfigError, Experiment, read_yaml
+from ctxlm.config import BASELINES, CONTEXT_ALONE, ConfigError, Experiment, read_yaml
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT
@@ -69,17 +69,13 @@ def run_here(notebook="02_experiment", **parameters):
     return gpu.run_cells(ROOT / "notebooks" / f"{notebook}.ipynb", parameters)
 
 
-def last_line(process):
-    return [line for line in process.stderr.splitlines() if line.strip()][-1]
-
-
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 def files(folder):
     """What is in a run's folder, but for the lock of the process that has it."""
-    return {path.name for path in folder.iterdir()} - {".lock", ".lock.json"}
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +117,12 @@ def test_a_run_that_differs_only_in_phase2_pays_for_phase1_no_more(ran, text, tm
 
 def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
     """What is written about contexts is of the ContextBlock as Phase 2 left it, and the weights written are those."""
-    own = SMALL | {"phase2_context_window": 8, "phase1_init_std": 0.05, "corpus": str(text), "dtype": "float32"}
-    own |= {"phase1_min_iterations": 1, "phase1_max_iterations": 1, "phase2_freeze_embedding": False}
-    own |= {"slow_decay": 0.9, "phase2_token_dropout": 0.2}
-    run_here(output_dir=str(tmp_path / "run"), **own)
+    values = SMALL | {"phase2_context_window": 8, "phase1_init_std": 0.05, "corpus": str(text), "dtype": "float32"}
+    values |= {"phase1_min_iterations": 1, "phase1_max_iterations": 1, "phase2_freeze_embedding": False}
+    values |= {"slow_decay": 0.9, "phase2_token_dropout": 0.2}
+    run_here(output_dir=str(tmp_path / "run"), **values)
     metrics = metrics_of(tmp_path / "run")
-    settings = Experiment.from_mapping(read_yaml("params/notebooks/02_experiment.yaml"), own)
+    settings = Experiment.from_mapping(read_yaml("params/notebooks/02_experiment.yaml"), values)
     model = ContextLM(settings, torch.from_numpy(load_embedding(settings)))
     before = model.context_block.norms[0].weight.clone()
     load_own_weights(model, load_file(tmp_path / "run" / "model.safetensors"))
@@ -136,8 +132,8 @@ def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
     losses, _ = evaluate(Predictor(model, torch.float32), val)
     assert losses.mean().item() == pytest.approx(metrics["val_loss"], rel=1e-4)
     for name, contexts in (("train_er_noiseless", train), ("val_er", val)):
-        found = effective_rank_pct(singular_values(contexts.values))
-        assert found == pytest.approx(metrics[f"{name}_pct"], rel=1e-4)
+        rank = effective_rank_pct(singular_values(contexts.values))
+        assert rank == pytest.approx(metrics[f"{name}_pct"], rel=1e-4)
 
 
 def test_every_promised_metric_is_written_and_explained(ran):
@@ -153,26 +149,20 @@ def test_every_promised_metric_is_written_and_explained(ran):
 
 @pytest.mark.parametrize("model", BASELINES)
 def test_a_baseline_writes_the_columns_of_every_other_run(model, tmp_path, text):
-    own = {
-        "train_tokens": 600,
-        "val_samples": 2,
-        "development_samples": 2,
-        "test_samples": 2,
-        "ngram_order": 3,
-        "embedding": "random",
-    }
-    own |= {"model": model, "embed_dim": 16, "hidden_dim": 16, "phase2_epochs": 1, "output_bias": "unigram"}
-    own |= {"corpus": str(text), "output_dir": str(tmp_path / "run")}
+    values = {name: value for name, value in SMALL.items() if name not in CONTEXT_ALONE} | {"corpus": str(text)}
+    values |= {"model": model, "ngram_order": 3, "hidden_dim": 16, "phase2_epochs": 1, "output_bias": "unigram"}
+    values |= {"output_dir": str(tmp_path / "run")}
     if model == "lstm":  # one of them by papermill
-        process, _ = papermill(tmp_path, "03_baseline", **own)
+        process, _ = papermill(tmp_path, "03_baseline", **values)
         assert process.returncode == 0, process.stderr
     else:
-        run_here("03_baseline", **own)
+        run_here("03_baseline", **values)
     metrics = metrics_of(tmp_path / "run")
     assert (metrics["model"], metrics["ngram_order"], metrics["train_tokens"]) == (model, 3, 600)
     assert metrics["val_ppl"] > 1 and 0 <= metrics["test_accuracy"] <= 1
-    by_sample = pd.read_csv(tmp_path / "run" / "val_by_sample.csv")
-    assert by_sample["loss_sum"].sum() / by_sample["tokens"].sum() == pytest.approx(metrics["val_loss"], rel=1e-5)
+    samples = pd.read_csv(tmp_path / "run" / "samples.csv").groupby("part")[["loss_sum", "tokens"]].sum()
+    assert set(samples.index) == {"val", "development", "test"}
+    assert samples["loss_sum"]["val"] / samples["tokens"]["val"] == pytest.approx(metrics["val_loss"], rel=1e-5)
     weights = load_file(tmp_path / "run" / "model.safetensors")
     trained = sum(w.numel() for w in weights.values())  # the output's bias with the rest
     assert metrics["trained_params"] == trained and bool(trained) == (model != "kneser-ney")
@@ -180,17 +170,10 @@ def test_a_baseline_writes_the_columns_of_every_other_run(model, tmp_path, text)
     assert [name for name in metrics if f"`{name}`" not in DOCUMENTED] == []
 
 
-def test_a_model_is_not_run_by_another_ones_notebook(tmp_path):
-    with pytest.raises(ConfigError, match=r"^model = 'kneser-ney' is run by notebooks/03_baseline\.ipynb"):
-        run_here(**SMALL, model="kneser-ney", output_dir=str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match=r"^model = 'context' is run by notebooks/02_experiment\.ipynb"):
-        run_here("03_baseline", **SMALL, model="context", output_dir=str(tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
-
-
 @pytest.fixture
-def earlier(tmp_path):
-    """The folder of an earlier run."""
+def earlier(tmp_path, monkeypatch):
+    """The folder of an earlier run, which a batch may do anew."""
+    monkeypatch.setenv("CTXLM_PROGRESS", "lines")
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.json").write_text('{"kept": true}', encoding="utf-8")
@@ -199,30 +182,32 @@ def earlier(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "sentence"),
+    ("notebook", "bad", "words"),
     [
-        ({"num_layer": 3}, "num_layer = 3 is not a parameter: did you mean num_layers?"),
-        ({"corpus": "no/such.txt"}, "corpus = 'no/such.txt' is no file"),
-        ({"output_dir": ""}, "output_dir = '' is not possible: name a folder for the run"),
-        ({"train_tokens": 1}, "train_tokens = 1 leaves a single token, and nothing to predict from it"),
-        ({"train_tokens": 10**6}, "train_tokens = 1000000 is more than the training capacity of"),
+        ("02_experiment", {"num_layer": 3}, "num_layer = 3 .*num_layers"),
+        ("02_experiment", {"corpus": "no/such.txt"}, "corpus = 'no/such.txt' "),
+        ("02_experiment", {"output_dir": ""}, "output_dir = '' "),
+        ("02_experiment", {"train_tokens": 1}, "train_tokens = 1 "),
+        ("02_experiment", {"train_tokens": 10**6}, "train_tokens = 1000000 "),
+        ("02_experiment", {"model": "kneser-ney"}, r"model = 'kneser-ney' .*03_baseline\.ipynb"),
+        ("03_baseline", {"model": "context"}, r"model = 'context' .*02_experiment\.ipynb"),
     ],
 )
-def test_bad_input_is_one_sentence_and_touches_nothing(earlier, text, bad, sentence):
-    with pytest.raises(ConfigError) as caught:
-        run_here(**({"corpus": str(text), "output_dir": str(earlier)} | SMALL | bad))
-    assert str(caught.value).startswith(sentence) and "\n" not in str(caught.value)
+def test_bad_input_is_one_sentence_and_touches_nothing(earlier, text, notebook, bad, words):
+    with pytest.raises(ConfigError, match=f"^{words}") as caught:
+        run_here(notebook, **({"corpus": str(text), "output_dir": str(earlier)} | SMALL | bad))
+    assert "\n" not in str(caught.value)
 
 
 def test_papermill_ends_with_the_sentence_on_bad_input(earlier, text):
     process, _ = papermill(earlier.parent, **SMALL | {"corpus": str(text), "output_dir": str(earlier), "num_layer": 3})
-    assert process.returncode != 0
-    assert last_line(process) == "ConfigError: num_layer = 3 is not a parameter: did you mean num_layers?"
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert process.returncode != 0 and lines[-1].startswith("ConfigError: num_layer = 3")
 
 
 def test_the_loss_that_is_not_finite_leaves_no_metrics(tmp_path, text):
     bad = SMALL | {"phase2_learning_rate": 1.0e30, "dtype": "float32"}
-    with pytest.raises(NonFiniteLoss, match=r"^Phase 2's loss is"):
+    with pytest.raises(NonFiniteLoss):
         run_here(corpus=str(text), output_dir=str(tmp_path / "run"), **bad)
     assert files(tmp_path / "run") == set()
 
@@ -234,7 +219,7 @@ def test_the_loss_that_is_not_finite_leaves_no_metrics(tmp_path, text):
 def test_cells_can_be_run_again_after_a_change(notebook, change, tmp_path, text, monkeypatch):
     """As by hand: what earlier cells left behind is not taken for a parameter."""
     monkeypatch.setattr("matplotlib.pyplot.show", lambda *_: None)
-    own = {**SMALL, "corpus": str(text), "output_dir": str(tmp_path / "run"), "phase2_epochs": 1, **change}
+    values = {**SMALL, "corpus": str(text), "output_dir": str(tmp_path / "run"), "phase2_epochs": 1, **change}
     cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
     namespace: dict = {"In": [""]}  # as IPython keeps it
     for _ in range(2):
@@ -242,41 +227,40 @@ def test_cells_can_be_run_again_after_a_change(notebook, change, tmp_path, text,
             namespace["In"].append(cell.source)
             exec(compile(cell.source, cell.id, "exec"), namespace)
             if cell.id == "parameters":
-                namespace |= {name: value for name, value in own.items() if name in namespace}
+                namespace |= {name: value for name, value in values.items() if name in namespace}
 
 
 @pytest.mark.slow
 def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
     """Two runs of one size, and an n-gram; then the analysis of all that lie beside one another."""
-    own = SMALL | {"corpus": str(text), "phase2_epochs": 1}
-    run_here(**own)
-    run_here(**own | {"seed": 43})
+    values = SMALL | {"corpus": str(text), "phase2_epochs": 1}
+    run_here(**values)
+    run_here(**values | {"seed": 43})
     folders = sorted((outputs / "interactive").iterdir())
     assert len(folders) == 2 and metrics_of(folders[0])["seed"] != metrics_of(folders[1])["seed"]
     process, _ = papermill(tmp_path, "04_scaling", grid="interactive", output_dir=str(tmp_path / "replicates"))
     assert process.returncode == 0, process.stderr
-    run_here(**own | {"num_layers": 3})
+    run_here(**values | {"num_layers": 3})
     run_here("03_baseline", corpus=str(text), train_tokens=600, val_samples=2, development_samples=2, test_samples=2)
     process, _ = papermill(tmp_path, "04_scaling", grid="interactive", output_dir=str(tmp_path / "compared"))
     assert process.returncode == 0, process.stderr
-    found = pd.read_csv(tmp_path / "compared" / "estimates.csv")
-    assert len(found) > 0
+    assert len(pd.read_csv(tmp_path / "compared" / "estimates.csv")) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment", "03_baseline"])
 def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_CACHE", CACHE)  # chitchat is read once for all tests
-    own = {"output_dir": str(tmp_path / "out")}
+    values = {"output_dir": str(tmp_path / "out")}
     small = (
         {"train_tokens": 2000, "val_samples": 1, "development_samples": 1, "test_samples": 1, "phase2_epochs": 1}
         if "02" in notebook
         else {}
     )
     if notebook == "01_corpus":  # one of them in a kernel
-        process, _ = papermill(tmp_path, notebook, cwd=ROOT / "notebooks", **own, **small)
+        process, _ = papermill(tmp_path, notebook, cwd=ROOT / "notebooks", **values, **small)
         assert process.returncode == 0, process.stderr
     else:
         monkeypatch.chdir(ROOT / "notebooks")
-        run_here(notebook, **own, **small)
+        run_here(notebook, **values, **small)
     assert (tmp_path / "out" / ("corpus.json" if notebook == "01_corpus" else "metrics.json")).exists()

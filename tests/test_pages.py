@@ -92,43 +92,43 @@ def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
     marked = [f"{' '.join(HOSTILE)} marked {paragraph}" for paragraph in paragraphs]
     path = tmp_path / f"{HOSTILE[0]}.txt"
     path.write_text("\n\n".join(marked), encoding="utf-8")
-    own = {
-        "train_tokens": 600,
-        "val_samples": 2,
-        "development_samples": 2,
-        "test_samples": 2,
-        "embed_dim": 16,
-        "embedding": "random",
-    }
+    small = {"train_tokens": 600, "embed_dim": 16, "embedding": "random", "corpus": str(path)}
+    small |= dict.fromkeys(("val_samples", "development_samples", "test_samples"), 2)
     notebook, executed = ROOT / "notebooks" / "01_corpus.ipynb", tmp_path / "01_corpus.ipynb"
     kernel = {"kernel_name": "python3", "cwd": str(ROOT), "progress_bar": False}
-    papermill.execute_notebook(notebook, executed, {"corpus": str(path), **own}, **kernel)
+    papermill.execute_notebook(notebook, executed, small, **kernel)
     pages = [HTMLExporter().from_filename(executed)[0], build_page(executed).read_text(encoding="utf-8")]
     for page in pages:
-        found = Elements(page)
-        assert f"{visible(' '.join(HOSTILE))} marked" in found.text  # for the reader
-        assert f"{HOSTILE[0]}.txt" in found.text
-        assert not any("marked" in hidden or "alert(" in hidden for hidden in found.hidden)
+        content = Elements(page)
+        assert f"{visible(' '.join(HOSTILE))} marked" in content.text  # for the reader
+        assert f"{HOSTILE[0]}.txt" in content.text
+        assert not any("marked" in hidden or "alert(" in hidden for hidden in content.hidden)
         assert not CONTROL & set(page)
         assert "marked" not in re.sub(r"<(code|script|style)\b.*?</\1>", "", page, flags=re.DOTALL)  # nor are formulas
-        for tag, attributes in found.elements:
+        for tag, attributes in content.elements:
             assert "onerror" not in attributes and attributes.get("src") != "x"
             assert tag != "meta" or attributes.get("http-equiv", "").lower() != "refresh"
-        assert "corpus_digest" in found.text and "Write what was read" in found.text
+        assert "corpus_digest" in content.text and "Write what was read" in content.text
 
 
 @pytest.mark.slow
 def test_the_benchmark_writes_its_figures(tmp_path, text, monkeypatch):
     # in this process, whose products are not timed; tests/test_benchmark.py looks at what goes between processes
-    monkeypatch.setattr(benchmark, "measure_apart", lambda own: json.loads(json.dumps(benchmark.measure(own))))
+    monkeypatch.setattr(benchmark, "measure_apart", lambda values: json.loads(json.dumps(benchmark.measure(values))))
     monkeypatch.setattr(benchmark, "peak_gflops", lambda *_: 50.0)
-    own = {"sizes": [300, 900], "literal_tokens": 20, "embed_dim": 16, "corpus": str(text), "output_dir": str(tmp_path)}
-    executed = execute("10_benchmark", tmp_path, monkeypatch, **own)
-    found = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    values = {
+        "sizes": [300, 900],
+        "literal_tokens": 20,
+        "embed_dim": 16,
+        "corpus": str(text),
+        "output_dir": str(tmp_path),
+    }
+    executed = execute("10_benchmark", tmp_path, monkeypatch, **values)
+    measured = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     positive = """peak_gflops_float32 peak_gflops_bfloat16 phase2_epoch_share_of_floor
         phase2_epoch_speedup_over_literal recurrence_speedup_over_literal phase1_step_share_of_floor""".split()
-    assert all(found[name] > 0 for name in positive) and set(found["peak_rss_gib"]) == {"300", "900"}
-    assert isinstance(found["time_growth_exponent"], float)  # of whatever sign: these sizes are too small to time
-    assert found["recurrence_residual"] <= 1e-5 and len(found["stages"]) == 2 * 2 * 4
+    assert all(measured[name] > 0 for name in positive) and set(measured["peak_rss_gib"]) == {"300", "900"}
+    assert isinstance(measured["time_growth_exponent"], float)  # of whatever sign: these sizes are too small to time
+    assert measured["recurrence_residual"] <= 1e-5 and len(measured["stages"]) == 2 * 2 * 4
     page = build_page(executed).read_text(encoding="utf-8")
     assert page.count("data:image/png") == 2 and page.count("How fast?</h1>") == 1

@@ -2,354 +2,254 @@
 
 import json
 import os
+import random
 import re
-import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
 
-import pandas as pd
+import nbformat
+import psutil
 import pytest
 import yaml
 
-from ctxlm.config import Experiment
+from ctxlm.analysis import site
+from ctxlm.batch import main
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs
+from tests.test_checkpoints import disk, fill  # noqa: F401
 
 pytestmark = pytest.mark.slow
-GROWN = [400, 800]  # the corpus is read up to the largest size, and so once
+HOSTILE = "<script>alert('{x}')</script> $(exit 3) </style> {{ 7 * 7 }} \\u202e '; --"
+COMMON = {"embedding": "random", "embed_dim": 16, "val_samples": 5, "development_samples": 5, "test_samples": 5}
+NGRAM = {"model": "kneser-ney", "ngram_order": 2}
+FAILS = {"model": "lstm", "hidden_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
+RUNS = {"A": {"num_layers": 2, "context_dim": 16, "phase2_batch_size": 8}, "K": NGRAM}
+RUNS |= {"L": NGRAM | {"train_tokens": 800}, "C": FAILS}
+MAY_DIFFER = re.compile("seconds|resumed_after_epoch|phase1_cached|git_commit")
+"""Metrics of what a run took, and of the tree that it was made from."""
+
+
+class Grid:
+    """A grid file, the commands that carry it out, and what comes of them."""
+
+    def __init__(self, folder: Path, outputs: Path | None = None):
+        self.folder, self.file = folder, folder / "tiny.yaml"
+        self.outputs = outputs or folder / "outputs"
+        self.home, self.log = self.outputs / "tiny", self.folder / f"{self.outputs.name}.txt"
+        self.outputs.mkdir(parents=True, exist_ok=True)
+
+    def plan(self, *runs: str, **common) -> None:
+        text = short_paragraphs(self.folder / "text.txt", count=140, length=60, power=2)
+        text.write_text(f"{HOSTILE}\n\n{text.read_text(encoding='utf-8')}\n\n{HOSTILE}", encoding="utf-8")
+        common = {"corpus": str(text), "train_tokens": 400, "phase2_epochs": 6} | COMMON | common
+        words = {"title": "Tiny {with} braces {0}", "description": "and {more}"}  # which Snakemake takes for wildcards
+        grid = words | {"common": common, "experiments": {name: RUNS[name] for name in runs}}
+        self.file.write_text(yaml.safe_dump(grid), encoding="utf-8")
+
+    def start(self, *command: str, first: str = "", **variables: str) -> subprocess.Popen:
+        """A command, or that of the report; what it prints goes to a file. `first` leads PATH."""
+        binaries = os.path.dirname(sys.executable)
+        report = ["make", "--old-file=.venv/.ready", f"BIN={binaries}", "report", f"GRID={self.file}", "JOBS=2"]
+        variables |= {f"CTXLM_{name}": str(self.outputs / name.lower()) for name in ("CACHE", "RESULTS")}
+        variables |= {"CTXLM_OUTPUTS": str(self.outputs), "OMP_NUM_THREADS": "1"}
+        variables["PATH"] = os.pathsep.join(filter(None, [first, binaries, os.environ["PATH"]]))
+        options = {"cwd": ROOT, "env": os.environ | variables, "start_new_session": True}
+        with self.log.open("a") as file:
+            return subprocess.Popen(command or report, stdout=file, stderr=subprocess.STDOUT, **options)
+
+    def run(self, *command: str, **options) -> tuple[int, str]:
+        """A command's exit code and all that it prints."""
+        self.log.unlink(missing_ok=True)
+        return self.start(*command, **options).wait(), self.printed
+
+    def snakemake(self, *options: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *options, "--config", f"grid={self.file}"]
+        return self.run(*command)
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def page(self) -> str:
+        return (self.home / "report" / "index.html").read_text(encoding="utf-8")
+
+    def results(self) -> dict[str, bytes]:
+        """Run → its metrics.json."""
+        results = {}
+        for path in self.home.glob("*/metrics.json"):
+            with suppress(FileNotFoundError):  # it is just being replaced
+                results[path.parent.name] = path.read_bytes()
+        return results
+
+    def numbers(self) -> dict[str, object]:
+        """All that an undisturbed grid and a killed one have in common."""
+        numbers = {"estimates": (self.home / "estimates.csv").read_bytes()}
+        for run, content in self.results().items():
+            metrics = json.loads(content)
+            numbers[run] = {name: value for name, value in metrics.items() if not MAY_DIFFER.search(name)}
+            for name in ("samples.csv", "val_losses.npz", "model.safetensors"):
+                numbers[f"{run}/{name}"] = (self.home / run / name).read_bytes()
+            lines = (self.home / run / "history.csv").read_text(encoding="utf-8").splitlines()
+            numbers[f"{run}/history.csv"] = [line for line in lines if ",seconds," not in line]
+        return numbers
+
+    def files(self) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in self.home.rglob("*")}
+
+
+def to_do(output: str) -> set[str]:
+    """Runs that a dry run would carry out."""
+    return set(re.findall(r"^ +wildcards: run=(\S+)$", output, re.MULTILINE))
+
+
+def tree(process: psutil.Process, below: str = "") -> list[psutil.Process]:
+    """A process and all that it has started, parents first; without those whose command has `below` in it."""
+    with suppress(psutil.Error):
+        children = [child for child in process.children() if not below or below not in " ".join(child.cmdline())]
+        return [process, *(one for child in children for one in tree(child, below))]
+    return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition() and process.poll() is None:
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a small corpus and the grid file `tiny.yaml`, shared by the steps below."""
-    path = tmp_path_factory.mktemp("pipeline")
-    short_paragraphs(path / "text.txt", count=140, length=60, power=2)
-    grid_file(path, [800])
-    return path
+def grid(tmp_path_factory):
+    """A grid of two runs that was carried out."""
+    grid = Grid(tmp_path_factory.mktemp("pipeline"))
+    grid.plan("A", "K")
+    code, output = grid.run()
+    assert code == 0, output
+    return grid
 
 
-def grid_file(folder, sizes, **common):
-    common = {"corpus": str(folder / "text.txt"), "embedding": "random", "embed_dim": 16, "val_samples": 5} | common
-    common |= {"development_samples": 5, "test_samples": 5, "phase2_epochs": 3, "phase2_batch_size": 128}
-    experiments = {"A": {"num_layers": 4, "context_dim": 16}, "B": {"num_layers": 2, "context_dim": 32}}
-    words = {"title": "Tiny {with} braces {0}", "description": "and {more}"}  # which Snakemake takes for wildcards
-    grid = words | {"common": common, "experiments": experiments, "sweep": {"train_tokens": sizes}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+def test_a_wrong_grid_is_refused_before_any_work(tmp_path, capsys):
+    grid = Grid(tmp_path)
+    grid.plan("A", num_layer=3)
+    for code, output in (grid.run(), grid.snakemake()):
+        assert code != 0 and "num_layer = 3" in output and "num_layers" in output
+        assert not re.search(r"Traceback|Exception|line \d", output)  # the sentence stands alone
+    grid.plan("A", corpus=str(tmp_path / "none.txt"))
+    assert main(["--check", str(grid.file)]) == 1
+    assert capsys.readouterr().err.startswith("corpus = ") and not grid.home.exists()
 
 
-@pytest.fixture
-def grown(folder):
-    """The grid as its runs are made, whatever a test writes into its file."""
-    yield
-    grid_file(folder, GROWN)
+def test_a_grid_gives_runs_and_a_report(grid):
+    assert set(grid.results()) == {"A", "K"}
+    pages = {path.name: path.read_text(encoding="utf-8") for path in grid.home.glob("report/*.html")}
+    assert set(pages) == {"index.html", "04_scaling.html", "corpus.html"}
+    assert "Tiny {with} braces {0}" in grid.page and (grid.home / "estimates.csv").exists()
+    assert not any("<script>alert" in page for page in pages.values())
 
 
-def arguments(folder, *options, grid=None, **config):
-    """What follows `snakemake` in the command of `make report`."""
-    grid = folder / "tiny.yaml" if grid is None else grid
-    return ["--cores", "2", *options, "--config", f"grid={grid}", *(f"{k}={v}" for k, v in config.items())]
+def test_a_dry_run_names_what_is_to_do_and_changes_nothing(grid):
+    before = grid.files()
+    for runs, common, changed in (("AKL", {}, {"L"}), ("AK", {"val_samples": 4}, {"A", "K"})):
+        grid.plan(*runs, **common)
+        code, output = grid.snakemake("--dry-run")
+        assert code == 0 and to_do(output) == changed, output
+    grid.plan("A", "K")
+    assert grid.files() == before
 
 
-def own_environment(folder, first=""):
-    """`first` leads PATH."""
-    path = os.pathsep.join([*filter(None, [first]), os.path.dirname(sys.executable), os.environ["PATH"]])
-    own = {"CTXLM_OUTPUTS": str(folder / "outputs"), "CTXLM_RESULTS": str(folder / "none"), "PATH": path}
-    return {"cwd": ROOT, "env": os.environ | own, "text": True}
+def test_an_added_size_runs_alone_and_a_run_that_fails_beside_it_is_said(grid):
+    before = grid.results()
+    grid.plan("A", "K", "L", "C")
+    code, output = grid.run()
+    assert code != 0 and "NonFiniteLoss" in output and "NonFiniteLoss" in grid.page, output
+    assert set(grid.results()) == {"A", "K", "L"} and grid.results().items() > before.items()
 
 
-def snakemake(folder, *options, first="", **popen):
-    """The command of `make report`, in an environment of its own."""
-    command = [sys.executable, "-m", "snakemake", *arguments(folder, *options)]
-    popen |= own_environment(folder, first)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
+def test_a_rerun_does_nothing_but_the_report(grid):
+    grid.plan("A", "K", "L")
+    before, report = grid.results(), (grid.home / "report" / "index.html").stat().st_mtime_ns
+    code, output = grid.run()
+    assert code == 0 and "begins" not in output and grid.results() == before, output
+    assert (grid.home / "report" / "index.html").stat().st_mtime_ns > report and "NonFiniteLoss" not in grid.page
 
 
-def finished(process):
-    output, _ = process.communicate()
-    return process.returncode, output
+def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, monkeypatch):
+    notebook = nbformat.read(ROOT / "notebooks" / "04_scaling.ipynb", as_version=4)
+    notebook.cells.insert(2, nbformat.v4.new_code_cell("raise ValueError('broken')"))
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "04_scaling.ipynb")
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(grid.outputs))
+    names = ("estimates.csv", "04_scaling.ipynb")
+    before = [(grid.home / name).read_bytes() for name in names]
+    site.build(str(grid.file))
+    assert [(grid.home / name).read_bytes() for name in names] == before
+    assert "broken" in grid.page and (grid.home / "report" / "04_scaling.html").exists()
 
 
-# Snakemake with everything imported once: each line is a command, which a process forked off that carries out.
-SERVER = """
-import json, os, sys
-import ctxlm.corpus, ctxlm.embeddings, ctxlm.results
-from snakemake.cli import main
-for line in sys.stdin:
-    output, arguments = json.loads(line)
-    child = os.fork()
-    if not child:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1), os.dup2(file, 2)
-        sys.argv = ["snakemake", *arguments]
-        main(arguments)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def ask(folder):
-    """Run the command of `make report` where no job is to be carried out, in a third of the time; its output."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, **own_environment(folder)) as server:
-
-        def asked(*options, **other):
-            output = folder / "output"
-            server.stdin.write(json.dumps([str(output), arguments(folder, *options, **other)]) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline()), output.read_text(encoding="utf-8")
-
-        yield asked
-        server.stdin.close()
-
-
-def metrics(folder):
-    return {path.parent.name: path for path in sorted((folder / "outputs" / "tiny").glob("*/metrics.json"))}
-
-
-def times(folder):
-    return {name: path.stat().st_mtime_ns for name, path in metrics(folder).items()}
-
-
-def jobs(output):
-    """Rule → how many jobs of it a dry run would carry out."""
-    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
-
-
-@pytest.fixture
-def put_back(folder):
-    """Returns a file of the grid's; it is put back as it was, with its times, when the test ends."""
-    before = {}
-
-    def taken(name):
-        path = folder / "outputs" / "tiny" / name
-        before[path] = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-        return path
-
-    yield taken
-    for path, (content, stamps) in before.items():
-        path.write_bytes(content)
-        os.utime(path, ns=stamps)
-
-
-def test_bad_input_is_refused_before_any_work(folder, ask):
-    grid_file(folder, [800], num_layer=3)
-    code, output = ask()
-    grid_file(folder, [800])
-    assert code != 0 and "num_layer = 3 is not a parameter: did you mean num_layers?" in output
-    assert "Error" not in output and not re.search(r"line \d", output)  # the sentence stands alone
-    for threads, said in (("abc", "'abc'"), ("True", "True"), ("0", "0")):
-        code, output = ask(threads=threads)
-        assert code != 0 and f"threads = {said} is not possible: give the cores that a run gets" in output
-        assert "Error" not in output and not re.search(r"line \d", output)
-    code, output = ask("--cores", "0")
-    assert code != 0 and "--cores 0 is not possible: give one or more" in output
-    for options, environment, said in (
-        (["--dry-run"], {"CTXLM_OUTPUTS": str(folder / "a{b}")}, "has braces in it: name another folder"),
-        (["--dry-run"], {"CTXLM_OUTPUTS": "~/outputs", "HOME": str(folder / "home")}, ""),
-    ):
-        own = own_environment(folder)
-        own["env"] |= environment
-        command = [sys.executable, "-m", "snakemake", *arguments(folder, *options)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own)
-        assert said in done.stdout and bool(said) == bool(done.returncode), done.stdout
-    assert not (ROOT / "~").exists()
-    code, output = ask(grid="")
-    assert code != 0 and "grid = '' names no grid: choose one of" in output
-    assert "Error" not in output and not re.search(r"line \d", output)
-    assert not (folder / "outputs").exists()
-
-
-def test_a_grid_may_give_sizes_in_tokens_and_in_samples(folder, ask):
-    content = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
-    content["experiments"]["S"] = {"num_layers": 2, "context_dim": 16, "train_tokens": None, "train_samples": 5}
-    content["sweep"] = {}
-    content["experiments"]["A"]["train_tokens"] = 400
-    content["experiments"]["B"]["train_tokens"] = 800
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    code, output = ask("--dry-run", "--printshellcmds")
-    grid_file(folder, [800])
-    assert code == 0 and jobs(output)["corpus"] == 1 and jobs(output)["experiment"] == 3, output
-    # the corpus is read up to the largest size, and its notebook takes what it is given
-    (command,) = re.findall(r"python -m ctxlm\.batch notebooks/01_corpus\.ipynb .*", output)
-    words = shlex.split(command)
-    given = yaml.safe_load(words[words.index("--values") + 1])
-    assert given.pop("output_dir") == f"{folder}/outputs/tiny/corpus"
-    assert (Experiment.from_mapping(given).train_tokens, given["train_samples"]) == (800, None)
-    shutil.rmtree(folder / "outputs")
-
-
-def test_a_killed_grid_resumes(folder):
-    process = snakemake(folder, "--cores", "1", start_new_session=True)
-    logs, deadline = folder / "outputs" / "tiny", time.monotonic() + 300
-    # until one run has ended and the other one has begun
-    while len([*logs.glob("*/experiment.log")]) < 2 and process.poll() is None and time.monotonic() < deadline:
+def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):
+    """Killed are first all processes, then the command alone, whose jobs go on; at last two commands end it."""
+    grid.plan("A", "K", "L")
+    killed = Grid(grid.folder, grid.folder / "killed")
+    process = killed.start()
+    wait_for(lambda: [*killed.home.glob("A/.checkpoints/*.safetensors")], process)
+    kill(tree(psutil.Process(process.pid)))
+    process.wait()
+    assert "A" not in killed.results()
+    process, log = killed.start(), killed.home / "A" / "experiment.log"
+    wait_for(lambda: log.exists() and "goes on after" in log.read_text(encoding="utf-8"), process)
+    kill(tree(psutil.Process(process.pid), below="ctxlm.batch"))
+    process.wait()
+    commands, seen = [killed.start(), killed.start()], defaultdict(set)
+    while None in [command.poll() for command in commands]:
+        for run, content in killed.results().items():
+            seen[run].add(content)
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    kept = times(folder)
-    assert len(kept) == 1
-    code, output = finished(snakemake(folder, "--until", "experiment"))  # the next step goes on to the report
-    assert code == 0 and f"process {process.pid} on " in output, output  # without a hand
-    assert len(metrics(folder)) == 2 and times(folder).items() >= kept.items()
+    assert [command.returncode for command in commands] == [0, 0], killed.printed
+    assert {run: len(contents) for run, contents in seen.items()} == {"A": 1, "K": 1, "L": 1}  # each was done once
+    assert killed.numbers() == grid.numbers()
 
 
-def test_an_added_size_runs_alone(folder):
-    before = times(folder)
-    grid_file(folder, GROWN)
-    code, output = finished(snakemake(folder))
-    assert code == 0, output
-    assert times(folder).items() >= before.items() and len(metrics(folder)) == 4
-    assert (folder / "outputs" / "tiny" / "report" / "index.html").exists()
-    assert (folder / "outputs" / "tiny" / "report" / "04_scaling.html").exists()
+@pytest.mark.night
+def test_a_grid_that_is_killed_at_random_is_the_undisturbed_one(grid):
+    """Killed are all processes, the command alone, or any one of them."""
+    grid.plan("A", "K", "L")
+    assert grid.run()[0] == 0
+    draws, kills, rounds = random.Random(0), 0, 0
+    while kills < 20:
+        rounds += 1
+        killed, code = Grid(grid.folder, grid.folder / f"round-{rounds}"), None
+        while code != 0:
+            process, code = killed.start(), None
+            while code is None:
+                try:
+                    code = process.wait(draws.uniform(1, 60) if kills < 20 else None)
+                except subprocess.TimeoutExpired:
+                    everyone = tree(psutil.Process(process.pid))
+                    commands = tree(psutil.Process(process.pid), below="ctxlm.batch")
+                    kill(draws.choice([everyone, commands, [draws.choice(everyone)]]))
+                    kills += 1
+        assert killed.numbers() == grid.numbers(), killed.printed
 
 
-def test_a_rerun_does_nothing_and_another_size_is_a_new_report(folder, grown, ask):
-    code, output = ask()
-    assert code == 0 and "Nothing to be done" in output
-    grid_file(folder, [*GROWN, 2400])
-    code, output = ask("--dry-run")
-    assert code == 0, output
-    assert jobs(output) == {"corpus": 1, "experiment": 2, "analysis": 1, "report": 1, "all": 1, "total": 6}
-
-
-def test_the_analysis_is_that_of_the_four_runs(folder):
-    estimates = pd.read_csv(folder / "outputs" / "tiny" / "estimates.csv").set_index(["contrast", "at"])
-    runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in metrics(folder).items()}
-    assert set(runs) == {f"{label}_train_tokens-{size}" for label in "AB" for size in GROWN}
-    for size in GROWN:
-        loss = {label: runs[f"{label}_train_tokens-{size}"]["test_loss"] for label in "AB"}
-        found = estimates.loc[("A − B", f"{size} tokens")]
-        assert found["value"] == pytest.approx(loss["A"] - loss["B"], abs=1e-5) and found["n"] == 1
-    page = (folder / "outputs" / "tiny" / "report" / "index.html").read_text(encoding="utf-8")
-    assert all(f"runs/{run}.html" in page for run in runs) and "Tiny {with} braces {0}" in page
-
-
-def test_the_type_of_the_products_is_resolved_once_for_all_runs(folder):
-    kind = (folder / "outputs" / "tiny" / "dtype").read_text(encoding="utf-8").strip()
-    assert {json.loads(path.read_text(encoding="utf-8"))["dtype"] for path in metrics(folder).values()} == {kind}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "changed"),
-    [
-        ([400, 800], {"val_samples": 4}),  # the corpus is read anew as well
-        ([400, 800], {"phase2_learning_rate": 0.001}),
-        ([400, 2800], {"phase2_learning_rate": 0.001}),
-        ([800], {"phase2_learning_rate": 0.001}),
-    ],
-)
-def test_a_changed_parameter_runs_all_anew_whatever_else_is_changed(folder, grown, ask, sizes, changed):
-    grid_file(folder, sizes, **changed)
-    code, output = ask("--dry-run")
-    assert code == 0, output
-    found = jobs(output)
-    assert (found["experiment"], found["analysis"], found["report"]) == (2 * len(sizes), 1, 1), output
-    assert "val_samples" not in changed or found["corpus"] == 1
-
-
-def test_fewer_sizes_are_a_new_report(folder, grown, ask):
-    grid_file(folder, [800])
-    code, output = ask("--dry-run")
-    found = jobs(output)
-    assert code == 0 and "experiment" not in found and (found["analysis"], found["report"]) == (1, 1), output
-
-
-def test_a_damaged_committed_run_is_refused_before_new_ones_are_paid_for(folder, grown, ask):
-    run = folder / "none" / "tiny" / "A_train_tokens-2800"  # where committed results are
-    shutil.copytree(metrics(folder)["A_train_tokens-800"].parent, run)
-    (run / "metrics.json").write_bytes((run / "metrics.json").read_bytes()[:500])
-    grid_file(folder, [*GROWN, 2800])
-    code, output = ask()
-    shutil.rmtree(folder / "none")
-    assert code != 0 and "A_train_tokens-2800/metrics.json of grid tiny is damaged" in output and "git" in output
-    assert "begins" not in output and len(metrics(folder)) == 4
-
-
-def test_a_damaged_run_is_set_aside_and_done_again(folder):
-    path = metrics(folder)["A_train_tokens-800"]
-    before, others = path.with_name("history.csv").read_bytes(), times(folder)
-    path.with_name("history.csv").write_bytes(before.replace(b"1", b"2", 1))
-    code, output = finished(snakemake(folder))
-    assert code == 0 and "A_train_tokens-800/history.csv of grid tiny is damaged" in output, output
-    assert {name for name, time in times(folder).items() if time != others[name]} == {"A_train_tokens-800"}
-    assert len([*path.parent.glob("*.damaged-*")]) == 2
-
-
-def test_a_dry_run_names_a_damaged_run_and_leaves_it(folder, grown, ask, put_back):
-    path = put_back("A_train_tokens-800/metrics.json")
-    path.write_bytes(path.read_bytes()[:500])
-    code, output = ask("--dry-run")
-    assert code != 0 and "A_train_tokens-800/metrics.json of grid tiny is damaged" in output
-    assert path.stat().st_size == 500 and len(metrics(folder)) == 4
-
-
-@pytest.mark.parametrize("name", ["estimates.csv", "A_train_tokens-800/history.csv"])
-def test_what_was_deleted_is_made_again(ask, put_back, name):
-    put_back(name).unlink()
-    code, output = ask("--dry-run")
-    found = jobs(output)
-    assert code == 0 and (found["experiment" if "/" in name else "analysis"], found["report"]) == (1, 1), output
-
-
-def test_a_cut_analysis_is_made_anew(ask, put_back):
-    path = put_back("estimates.csv")
-    path.write_bytes(path.read_bytes()[:-20])
-    code, output = ask("--dry-run")
-    assert code == 0 and jobs(output)["analysis"] == 1 and "experiment" not in jobs(output), output
-
-
-def test_what_was_put_back_is_as_it_was(ask):
-    code, output = ask("--dry-run")
-    assert code == 0 and "Nothing to be done" in output, output
-
-
-def test_a_result_that_snakemake_has_no_record_of_is_judged_by_what_it_says(folder, grown, ask):
-    names = ("metrics.json", "history.csv", "val_by_sample.csv", "test_by_sample.csv")
-    made = [str(path.parent / name) for path in metrics(folder).values() for name in names]
-    code, output = ask("--cleanup-metadata", *made)
-    assert code == 0, output
-    code, output = ask("--dry-run")
-    assert code == 0 and "experiment" not in jobs(output), output
-    grid_file(folder, GROWN, phase2_learning_rate=0.001)
-    code, output = ask("--dry-run")
-    assert code == 0 and jobs(output)["experiment"] == 4, output
-
-
-def test_a_failing_run_says_why_and_leaves_the_others(folder, grown):
-    before = {name: path.read_bytes() for name, path in metrics(folder).items()}
-    grid = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
-    grid["sweep"] = {"train_tokens": [800]}
-    grid["experiments"]["C"] = {"num_layers": 1, "context_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
-    code, output = finished(snakemake(folder))
-    assert code != 0 and "1 of 3 runs have no result" in output and "NonFiniteLoss: Phase 2's loss is" in output
-    assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before
-    page = (folder / "outputs" / "tiny" / "report" / "index.html").read_text(encoding="utf-8")
-    # the report is of what there is, and says what is missing
-    for name in ("A_train_tokens-800", "C_train_tokens-800"):
-        assert f"runs/{name}.html" in page
-        assert (folder / "outputs" / "tiny" / "report" / "runs" / f"{name}.html").exists()
-    shutil.rmtree(folder / "outputs" / "tiny" / "C_train_tokens-800")
-
-
-def broken(folder, notebook):
-    """A folder for PATH whose python is killed at once with this notebook."""
-    path = folder / "broken" / "python"
-    path.parent.mkdir(exist_ok=True)
-    script = f'#!/bin/sh\ncase "$*" in *{notebook}*) kill -9 $$;; esac\nexec "{sys.executable}" "$@"\n'
-    path.write_text(script, encoding="utf-8")
-    path.chmod(0o755)
-    return str(path.parent)
-
-
-def test_an_analysis_that_was_killed_is_not_taken_for_done(folder, grown, ask):
-    before = {name: path.read_bytes() for name, path in metrics(folder).items()}
-    grid_file(folder, [800])  # fewer sizes: the analysis and the report are to be made anew
-    code, output = finished(snakemake(folder, first=broken(folder, "04_scaling")))
-    assert code != 0, output
-    code, output = ask("--dry-run")
-    assert code == 0 and (jobs(output)["analysis"], jobs(output)["report"]) == (1, 1), output
-    assert {name: path.read_bytes() for name, path in metrics(folder).items()} == before
+@pytest.mark.night
+def test_a_full_disk_leaves_what_is_finished_and_is_said(disk, tmp_path):  # noqa: F811
+    grid = Grid(tmp_path, disk / "outputs")
+    grid.plan("K")
+    assert grid.run()[0] == 0
+    before = grid.results()
+    grid.plan("A", "K", "L")
+    full = fill(disk, but=40)
+    code, output = grid.run()
+    assert code != 0 and re.search("No space left|disk is full", output) and grid.results() == before, output
+    full.unlink()
+    code, output = grid.run()
+    assert code == 0 and grid.results().items() > before.items(), output

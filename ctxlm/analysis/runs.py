@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -50,25 +50,33 @@ def load_runs(grid: str) -> pd.DataFrame:
         read = {name: json.loads((folder / "metrics.json").read_bytes()) for name, (folder, _) in folders.items()}
         runs = pd.DataFrame([{"run": name, "source": folders[name][1]} | metrics for name, metrics in read.items()])
     elif (published := results_dir() / grid / "runs.csv").exists():
-        runs = pd.read_csv(published, dtype=dict.fromkeys(TEXTS, str))
-        runs["source"] = "committed"
+        runs = pd.read_csv(published, dtype=dict.fromkeys(TEXTS, str)).copy().assign(source="committed")
     else:
         return pd.DataFrame()
     younger = {name: field.default for name, field in Experiment.model_fields.items() if name not in runs}
-    runs = runs.assign(**younger)
+    runs = runs.assign(**younger).copy()  # in one piece, which so many columns are not at once
     for name, field in Experiment.model_fields.items():
-        if field.default is not None and runs[name].isna().any():
-            runs[name] = runs[name].where(runs[name].notna(), field.default)
+        if type(None) not in get_args(field.annotation) and runs[name].isna().any():  # else null says something
+            runs[name] = runs[name].where(runs[name].notna(), field.default).astype(type(field.default))
     return runs.sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
 
 
 def load_table(grid: str, name: str) -> pd.DataFrame:
     """One of `TABLES` of all finished runs of a grid: column `run`, and its own."""
     if folders := run_folders(grid):
-        tables = {run: pd.read_csv(folder / f"{name}.csv") for run, (folder, _) in folders.items()}
-        return pd.concat(tables, names=["run"]).reset_index(level=0).reset_index(drop=True)
+        tables = {run: _table(folder, name) for run, (folder, _) in folders.items()}
+        joined = pd.concat(tables, names=["run"]).reset_index(level=0).reset_index(drop=True)
+        return joined.astype({"value": float} if name == "history" else {})  # an n-gram's is empty, of any type
     path = results_dir() / grid / f"{name}.parquet"
     return _parquet(path, path.stat().st_mtime_ns) if path.exists() else pd.DataFrame(columns=["run", *TABLES[name]])
+
+
+def _table(folder: Path, name: str) -> pd.DataFrame:
+    """One of `TABLES` of a run."""
+    if name == "samples" and not (folder / "samples.csv").exists():  # of commit c4e67ed, which makes the sites' runs
+        parts = {path.name.partition("_")[0]: pd.read_csv(path) for path in sorted(folder.glob("*_by_sample.csv"))}
+        return pd.concat(parts, names=["part"]).reset_index(level=0)
+    return pd.read_csv(folder / f"{name}.csv")
 
 
 @functools.lru_cache(64)
@@ -92,14 +100,18 @@ def publish(grid: str) -> Path:
             "delete the runs' folders, and run the grid again"
         )
     runs["versions"] = runs["versions"].map(json.dumps)
-    tables = {name: load_table(grid, name) for name in TABLES}
+    tables = {table: load_table(name, table) for table in TABLES}
     folder = results_dir() / name
     if (folder / "runs.csv").exists():
-        earlier = pd.read_csv(folder / "runs.csv", dtype=dict.fromkeys(TEXTS, str))
-        runs = pd.concat([earlier[~earlier["run"].isin(runs["run"])], runs])
+        earlier, new = pd.read_csv(folder / "runs.csv", dtype=dict.fromkeys(TEXTS, str)), set(runs["run"])
+        if set(earlier["protocol"]) != set(runs["protocol"]):
+            raise ConfigError(
+                f"{folder} holds runs of another protocol, which are not read beside these: delete it first"
+            )
+        runs = pd.concat([earlier[~earlier["run"].isin(new)], runs])
         for table, rows in tables.items():
             before = pd.read_parquet(folder / f"{table}.parquet")
-            tables[table] = pd.concat([before[~before["run"].isin(rows["run"])], rows])
+            tables[table] = pd.concat([before[~before["run"].isin(new)], rows])
     write_tables(folder, runs, tables)
     return folder
 

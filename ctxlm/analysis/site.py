@@ -334,7 +334,7 @@ def _curve(rows: pd.DataFrame | None) -> list[tuple[str, list[tuple[float, float
     """Training and validation PPL by epoch, logarithmic, as points in a drawing of 100 by 30; none of an n-gram."""
     if rows is None:
         return []
-    wide = np.log(rows.pivot(index="step", columns="metric", values="value"))
+    wide = np.log(rows.pivot(index="step", columns="metric", values="value").astype(float))
     low, span = wide.min(axis=None), np.ptp(wide.to_numpy()) or 1.0
     x = 3 + 94 * (wide.index - wide.index[0]) / max(wide.index[-1] - wide.index[0], 1)
     y = 27 - 24 * (wide - low) / span

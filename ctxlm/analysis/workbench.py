@@ -174,12 +174,15 @@ def train(
         }
     if e.phase2_context_window:  # the ContextBlock has moved on
         val_contexts = chunked(network, val)
-    recent = [] if e.context_ablation != "none" else recent_tokens(network, predict.from_layers, val_contexts)
-    found = record | {"train_tokens": len(train), "val_tokens": len(val), "test_tokens": len(test)}
+    own_contexts = e.context_ablation == "none" and not e.context_rank
+    recent = recent_tokens(network, predict.from_layers, val_contexts) if own_contexts else []
+    sizes = {f"{name}_tokens": len(stream) for name, stream in vars(streams).items()}
+    found = record | sizes | {"train_tokens": len(train) + e.held_out_tokens}
+    found |= network.cost(len(train), shaped.phase1.iterations, phase2.epochs_run)
     found |= network.parameter_counts() | shaped.summary() | phase2.summary() | watch.seconds
     for name, (losses, accuracy) in judged.items():
         found |= loss_summary(name, losses, accuracy)
-    found |= {"recurrence_residual": contexts.residual, "development_tokens": len(development)}
+    found |= {"recurrence_residual": contexts.residual}
     if asked_to_stop and phase2.epochs_run < e.phase2_epochs:
         found["stopped"] = True
     rows = pd.DataFrame(shaped.phase1.history + phase2.history + recent)

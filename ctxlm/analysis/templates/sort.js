@@ -5,7 +5,7 @@ for (const table of document.querySelectorAll("table")) {
   const read = (row, k) => row.cells[k] ? row.cells[k].textContent.trim() : "";
   const number = text => /^[-+−]?[\d.]/.test(text) ? parseFloat(text.replace(/,/g, "").replace("−", "-")) : NaN;
   [...head.cells].forEach((cell, k) => {
-    if (!cell.textContent.trim()) return;
+    if (!cell.textContent.trim() || ![...body.rows].some(row => read(row, k))) return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...cell.childNodes);
@@ -30,9 +30,13 @@ for (const table of document.querySelectorAll("table.runs")) {
   field.type = "search";
   field.placeholder = "filter: words of a grid or a run";
   field.setAttribute("aria-label", "show only runs whose row has these words");
-  table.parentNode.before(field);
+  const left = document.createElement("output"), rows = [...table.tBodies[0].rows];
+  const count = () => left.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} runs`;
+  table.parentNode.before(field, left);
   field.addEventListener("input", () => {
     const words = field.value.toLowerCase().split(/\s+/);
-    for (const row of table.tBodies[0].rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+    for (const row of rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+    count();
   });
+  count();
 }
