@@ -269,9 +269,9 @@ def results_dir() -> Path:
     return resolve(os.environ.get("CTXLM_RESULTS") or "data/results")
 
 
-def run_folders(grid: str) -> dict[str, tuple[Path, str]]:
+def run_folders(grid: str, committed: bool = False) -> dict[str, tuple[Path, str]]:
     """Finished runs of a grid: name → (folder, "outputs" or "committed"); the latter where `outputs` has none of it."""
-    for root, source in ((outputs_dir(), "outputs"), (results_dir(), "committed")):
+    for root, source in ((outputs_dir(), "outputs"), (results_dir(), "committed"))[committed:]:
         if paths := sorted((root / grid).glob("*/metrics.json")):
             return {path.parent.name: (path.parent, source) for path in paths}
     return {}

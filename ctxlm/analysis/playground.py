@@ -158,7 +158,7 @@ def _read_by(known: Mapping[str, Any]) -> list[str]:
 
 def _stopped(known: Mapping[str, Any]) -> bool:
     """Whether a training was ended by hand before its last epoch."""
-    return known.get("stopped", False)
+    return known.get("stopped") is True
 
 
 def grids() -> list[str]:

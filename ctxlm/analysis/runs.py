@@ -41,12 +41,12 @@ TEXTS = ("git_commit", "params_hash", "code_hash", "data_hash", "embedding_diges
 # A grid's tables
 
 
-def load_runs(grid: str) -> pd.DataFrame:
+def load_runs(grid: str, committed: bool = False) -> pd.DataFrame:
     """One row a finished run: the content of metrics.json, the run's name and its source. Without any, no row.
 
     A parameter that is younger than a run has its default there, which is how the run was made.
     """
-    if folders := run_folders(grid):
+    if folders := run_folders(grid, committed):
         read = {name: json.loads((folder / "metrics.json").read_bytes()) for name, (folder, _) in folders.items()}
         runs = pd.DataFrame([{"run": name, "source": folders[name][1]} | metrics for name, metrics in read.items()])
     elif (published := results_dir() / grid / "runs.csv").exists():
@@ -61,9 +61,9 @@ def load_runs(grid: str) -> pd.DataFrame:
     return runs.sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
 
 
-def load_table(grid: str, name: str) -> pd.DataFrame:
+def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:
     """One of `TABLES` of all finished runs of a grid: column `run`, and its own."""
-    if folders := run_folders(grid):
+    if folders := run_folders(grid, committed):
         tables = {run: _table(folder, name) for run, (folder, _) in folders.items()}
         joined = pd.concat(tables, names=["run"]).reset_index(level=0).reset_index(drop=True)
         return joined.astype({"value": float} if name == "history" else {})  # an n-gram's is empty, of any type

@@ -214,9 +214,10 @@ def _analyse(grid: str, home: Path) -> str:
         target.replace(home / f"{ANALYSIS}.ipynb")
     except ConfigError as error:
         target.unlink(missing_ok=True)
-        changed = ["git", "diff", "--quiet", "HEAD", "--", f"notebooks/{ANALYSIS}.ipynb"]
+        status = ["git", "status", "--porcelain", "--", f"notebooks/{ANALYSIS}.ipynb"]
+        changed = subprocess.run(status, cwd=ROOT, capture_output=True).stdout
         hint = f"; it differs from the commit: `git checkout notebooks/{ANALYSIS}.ipynb` puts it back"
-        return f"{error}{hint if subprocess.run(changed, cwd=ROOT).returncode == 1 else ''}"
+        return f"{error}{hint if changed else ''}"
     return ""
 
 
@@ -241,7 +242,7 @@ def build_all(outputs: Path | None = None) -> Path:
         pages = [(_label(name), f"{name}.html") for name in executed]
         navigation = [("Index", "index.html"), *pages, ("Runs", "runs.html"), ("Method", "method.html")]
         site = Site(folder, _title_of(docs / "index.md"), navigation, strict=True)
-        runs = [run for path in sorted(results_dir().iterdir()) for run in _runs(path.name)]
+        runs = [run for path in sorted(results_dir().iterdir()) for run in _runs(path.name, committed=True)]
         site.write("runs.html", "committed.html", "Runs", runs=runs)
         around = [None, *navigation, None]
         turns = {page[1]: {"before": around[k], "after": around[k + 2]} for k, page in enumerate(navigation)}
@@ -322,9 +323,9 @@ def _check_links(folder: Path) -> None:
 # Runs
 
 
-def _runs(grid: str) -> list[Run]:
-    """The finished runs of a grid."""
-    runs, history = load_runs(grid), load_table(grid, "history")
+def _runs(grid: str, committed: bool = False) -> list[Run]:
+    """The finished runs of a grid, or only those that are committed."""
+    runs, history = load_runs(grid, committed), load_table(grid, "history", committed)
     curves = history[(history["phase"] == "phase2") & history["metric"].isin(["train_ppl", "val_ppl"])]
     by_run = dict(iter(curves.groupby("run", observed=True)))
     return [Run(grid, row["run"], row.dropna().to_dict(), _curve(by_run.get(row["run"]))) for _, row in runs.iterrows()]

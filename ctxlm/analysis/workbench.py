@@ -277,7 +277,7 @@ TRAINING = Training()
 def title_of(run: str) -> str:
     """A finished run, whether it was stopped, and its test PPL."""
     known = metrics(run)
-    return f"{run}{', stopped' * known.get('stopped', False)}, test PPL {known['test_ppl']:,.1f}"
+    return f"{run}{', stopped' * (known.get('stopped') is True)}, test PPL {known['test_ppl']:,.1f}"
 
 
 def workbench(preset: list[str], change: str, run: str, views: Sequence[Callable[..., Any]]) -> None:
