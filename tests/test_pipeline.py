@@ -232,15 +232,15 @@ def test_a_grid_that_is_killed_at_random_is_the_undisturbed_one(grid):
     """Killed are all processes, the command alone, or any one of them."""
     grid.plan("A", "K", "L")
     assert grid.run()[0] == 0
-    draws, kills, rounds = random.Random(0), 0, 0
+    draws, kills, starts = random.Random(0), 0, 0
     while kills < 20:
-        rounds += 1
-        killed, code = Grid(grid.folder, grid.folder / f"round-{rounds}"), None
+        killed, code = Grid(grid.folder, grid.folder / f"killed-{starts}"), None
         while code != 0:
-            process, code = killed.start(), None
+            process, code, starts = killed.start(), None, starts + 1
+            assert starts < 60, f"it does not go on by itself: {killed.printed}"
             while code is None:
                 try:
-                    code = process.wait(draws.uniform(1, 60) if kills < 20 else None)
+                    code = process.wait(draws.uniform(1, 40) if kills < 20 else None)
                 except subprocess.TimeoutExpired:
                     everyone = tree(psutil.Process(process.pid))
                     commands = tree(psutil.Process(process.pid), below="ctxlm.batch")
