@@ -38,6 +38,7 @@ CORPORA = {"corpus" if len(KINDS) == 1 else f"corpus-{k}": run for k, run in enu
 
 # Cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU.
 CORES = workflow.cores or 1
+os.environ["CTXLM_PLANNED"] = str(len(RUNS))  # for the lines that jobs print: in a rule it would run all anew
 GPUS = len(visible_gpus())
 THREADS = config.get("threads", max(1, -(-CORES // GPUS) if GPUS else CORES // len(RUNS)))
 
@@ -106,4 +107,4 @@ rule experiment:
         runtime=lambda wildcards, attempt: attempt * (30 + tokens(RUNS[wildcards.run]) // 1000),
         gres=config.get("gres", ""),
     shell:
-        EXECUTE + f" --name {{wildcards.run:q}} --planned {len(RUNS)}"
+        EXECUTE + " --name {wildcards.run:q}"

@@ -111,7 +111,8 @@ def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
     wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
     metrics = json.loads(done.read_text(encoding="utf-8"))
     hashes = {"code_hash": code_hash(wanted.model), "data_hash": data_hash(wanted)}
-    return wanted.is_that_of(metrics) and all(metrics.get(name) == value for name, value in hashes.items())
+    alike = wanted.is_that_of(metrics) and wanted.dtype in ("auto", metrics["dtype"])
+    return alike and all(metrics.get(name) == value for name, value in hashes.items())
 
 
 def visible_gpus() -> list[str]:
@@ -244,7 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--values", help="its parameters, as YAML")
     parser.add_argument("--name", default="", help="what begins each line that is said")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--planned", type=int, default=0, help="runs of the grid, to say how many are left")
     parser.add_argument("--check", metavar="GRID", help="say what is wrong with a grid instead")
     parser.add_argument("--status", metavar="GRID", help="print how far a grid is instead")
     given = parser.parse_args(arguments)
@@ -271,8 +271,9 @@ def _carry_out(given: argparse.Namespace) -> int:
     if why := execute(given.notebook, resolve(given.executed), done, values, given.name, given.threads):
         say(f"{given.name}: failed: {why}")
         return 1
-    left = given.planned - len([*done.parent.parent.glob("*/metrics.json")])
-    rest = f", {max(left, 0)} of {given.planned} runs left" if given.planned else ""
+    planned = int(os.environ.get("CTXLM_PLANNED") or 0)  # by Snakefile
+    left = planned - len([*done.parent.parent.glob("*/metrics.json")])
+    rest = f", {max(left, 0)} of {planned} runs left" if planned else ""
     say(f"{given.name}: {_result(done)}, {time.monotonic() - began:.0f} s{rest}")
     return 0
 

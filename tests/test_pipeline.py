@@ -18,7 +18,6 @@ import yaml
 
 from ctxlm.analysis import site
 from ctxlm.batch import main
-from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs
 from tests.test_checkpoints import disk, fill  # noqa: F401
@@ -196,14 +195,6 @@ def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, mon
     assert "broken" in grid.page and (grid.home / "report" / "04_scaling.html").exists()
 
 
-def test_a_result_of_other_parameters_is_not_reported(grid, monkeypatch):
-    """As where all runs fail after a change."""
-    grid.plan("A", "K", "L", val_samples=4)
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(grid.outputs))
-    with pytest.raises(ConfigError, match="no run of grid tiny is finished"):
-        site.build(str(grid.file))
-
-
 def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):
     """Killed are first all processes, then the command alone, whose jobs go on; at last two commands end it."""
     grid.plan("A", "K", "L")
@@ -258,7 +249,8 @@ def test_a_full_disk_leaves_what_is_finished_and_is_said(disk, tmp_path):  # noq
     grid.plan("A", "K", "L")
     full = fill(disk, but=40)
     code, output = grid.run()
-    assert code != 0 and re.search("No space left|disk is full", output) and grid.results() == before, output
+    assert code != 0 and re.search("No space left|disk is full", output), output
+    assert "A" not in grid.results() and grid.results().items() >= before.items()
     full.unlink()
     code, output = grid.run()
-    assert code == 0 and grid.results().items() > before.items(), output
+    assert code == 0 and set(grid.results()) == set("AKL") and grid.results().items() > before.items(), output
