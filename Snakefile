@@ -69,7 +69,7 @@ rule corpus:
     input:
         "notebooks/01_corpus.ipynb",
     output:
-        f"{HOME}/{{corpus}}/corpus.json",
+        update(f"{HOME}/{{corpus}}/corpus.json"),  # which another command may be waiting for
     log:
         notebook=f"{HOME}/{{corpus}}/corpus.ipynb",
     params:

@@ -18,6 +18,7 @@ import yaml
 
 from ctxlm.analysis import site
 from ctxlm.batch import main
+from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs
 from tests.test_checkpoints import disk, fill  # noqa: F401
@@ -193,6 +194,14 @@ def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, mon
     site.build(str(grid.file))
     assert [(grid.home / name).read_bytes() for name in names] == before
     assert "broken" in grid.page and (grid.home / "report" / "04_scaling.html").exists()
+
+
+def test_a_result_of_other_parameters_is_not_reported(grid, monkeypatch):
+    """As where all runs fail after a change."""
+    grid.plan("A", "K", "L", val_samples=4)
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(grid.outputs))
+    with pytest.raises(ConfigError, match="no run of grid tiny is finished"):
+        site.build(str(grid.file))
 
 
 def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):

@@ -115,7 +115,7 @@ def repository(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def grid(repository) -> str:
     """The file of a grid of four runs: two finished, one that failed, and one not begun."""
-    settings = {"title": TITLE, "description": "A <small> grid.", "experiments": {"A": {}}}
+    settings = {"title": TITLE, "description": "A <small> grid.", "experiments": {"A": {"train_tokens": 28000}}}
     write(repository, {"mini.yaml": json.dumps(settings | {"sweep": {"seed": [1, 2, 3, 4]}})})
     for seed, changed in ((1, {}), (2, {"test_ppl": None}), (9, {})):  # the last is no longer asked for
         run = {

@@ -92,7 +92,8 @@ def model(run: str) -> Speaker:
     """The model of a run, loaded once. One of the playground's own grid that has no weights is trained first."""
     grid, _, name = run.rpartition("/")
     if grid == GRID and metrics(run)["model"] == "context" and not (run_folders(grid)[name][0] / WEIGHTS).exists():
-        tell(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes, once.")
+        if not (outputs_dir() / BY_HAND / name / WEIGHTS).exists():
+            tell(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes.")
         run = train(name, "")
     return _loaded(run, _written(run))
 

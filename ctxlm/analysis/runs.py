@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ctxlm.config import ConfigError, Experiment, load_grid
+from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.corpus import PROTOCOL
 from ctxlm.files import ROOT, atomic
 from ctxlm.results import BY_HAND, outputs_dir, results_dir, run_folders
@@ -59,6 +59,13 @@ def load_runs(grid: str, committed: bool = False) -> pd.DataFrame:
         if type(None) not in get_args(field.annotation) and runs[name].isna().any():  # else null says something
             runs[name] = runs[name].where(runs[name].notna(), field.default).astype(type(field.default))
     return runs.sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
+
+
+def load_planned(plan: Grid) -> pd.DataFrame:
+    """As `load_runs`, of the runs that a grid asks for, with these parameters: others are an earlier file's."""
+    runs = load_runs(plan.name)
+    asked = [row["run"] in plan.runs and plan.runs[row["run"]].is_that_of(row) for _, row in runs.iterrows()]
+    return runs[asked] if len(runs) else runs
 
 
 def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:
@@ -153,11 +160,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
     for grid in dict.fromkeys(grids):
         plan = None if _by_hand(grid) else load_grid(grid)
         name = plan.name if plan else grid
-        runs = load_runs(name)
-        if plan and len(runs):
-            runs = runs[
-                [run["run"] in plan.runs and plan.runs[run["run"]].is_that_of(run) for _, run in runs.iterrows()]
-            ]
+        runs = load_planned(plan) if plan else load_runs(name)
         if runs.empty:
             first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
             raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")

@@ -43,7 +43,7 @@ from nbconvert.filters import markdown2html
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 
-from ctxlm.analysis.runs import load_runs, load_table
+from ctxlm.analysis.runs import load_planned, load_runs, load_table
 from ctxlm.batch import failures, say
 from ctxlm.config import ConfigError, load_grid
 from ctxlm.files import ROOT, atomic, resolve
@@ -160,22 +160,22 @@ class Run:
 # A grid's own report
 
 
-def build(grid: str, outputs: Path | None = None) -> Path:
+def build(grid: str) -> Path:
     """Run the analysis of a grid's finished runs and write its `report/`, which replaces the earlier one when whole.
 
     Where the analysis fails, its earlier result stays, and the report says why.
 
     Args:
         grid: a grid's name or file.
-        outputs: where its folder is; by default as `results.outputs_dir`.
 
     Raises:
         ConfigError: no run is finished.
     """
-    settings, outputs = load_grid(grid), outputs or outputs_dir()
+    settings, outputs = load_grid(grid), outputs_dir()
     home = outputs / settings.name
-    runs = [run for run in _runs(settings.name) if run.name in settings.runs]  # not those it no longer asks for
-    missing = failures(home, [name for name in settings.runs if name not in {run.name for run in runs}])
+    runs = _listed(settings.name, load_planned(settings), load_table(settings.name, "history"))
+    absent = [name for name in settings.runs if name not in {run.name for run in runs}]
+    missing = dict.fromkeys(absent, "what is there is of other parameters") | failures(home, absent)
     if not runs:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items())
         raise ConfigError(f"no run of grid {settings.name} is finished: {reasons}")
@@ -242,7 +242,11 @@ def build_all(outputs: Path | None = None) -> Path:
         pages = [(_label(name), f"{name}.html") for name in executed]
         navigation = [("Index", "index.html"), *pages, ("Runs", "runs.html"), ("Method", "method.html")]
         site = Site(folder, _title_of(docs / "index.md"), navigation, strict=True)
-        runs = [run for path in sorted(results_dir().iterdir()) for run in _runs(path.name, committed=True)]
+        grids = sorted(path.name for path in results_dir().iterdir())
+        tables = [
+            (name, load_runs(name, committed=True), load_table(name, "history", committed=True)) for name in grids
+        ]
+        runs = [run for table in tables for run in _listed(*table)]
         site.write("runs.html", "committed.html", "Runs", runs=runs)
         around = [None, *navigation, None]
         turns = {page[1]: {"before": around[k], "after": around[k + 2]} for k, page in enumerate(navigation)}
@@ -323,9 +327,8 @@ def _check_links(folder: Path) -> None:
 # Runs
 
 
-def _runs(grid: str, committed: bool = False) -> list[Run]:
-    """The finished runs of a grid, or only those that are committed."""
-    runs, history = load_runs(grid, committed), load_table(grid, "history", committed)
+def _listed(grid: str, runs: pd.DataFrame, history: pd.DataFrame) -> list[Run]:
+    """Runs of a grid as its table shows them, from what `load_runs` and `load_table` give."""
     curves = history[(history["phase"] == "phase2") & history["metric"].isin(["train_ppl", "val_ppl"])]
     by_run = dict(iter(curves.groupby("run", observed=True)))
     return [Run(grid, row["run"], row.dropna().to_dict(), _curve(by_run.get(row["run"]))) for _, row in runs.iterrows()]
