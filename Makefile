@@ -69,7 +69,8 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 	$(BIN)/python -m ctxlm.analysis.site --notebook outputs/benchmark/benchmark.ipynb
 
 gpu: $(VENV)/.ready  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
-	$(BIN)/python -m ctxlm.analysis.gpu
+	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+	$(BIN)/python -m ctxlm.analysis.benchmark study outputs/gpu
 
 test: $(VENV)/.ready  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .

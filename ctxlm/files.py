@@ -6,24 +6,17 @@ import json
 import os
 import uuid
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
-
-RUN_LOCK = ".lock"
-"""In a run's folder: whose it is while it is made."""
-CHECKPOINTS = ".checkpoints"
-"""Within a run's folder, while it is not finished."""
-PLUMBING = ("ctxlm/checkpoints.py", "ctxlm/config.py", "ctxlm/files.py", "ctxlm/progress.py", "ctxlm/results.py")
+PLUMBING = {f"ctxlm/{name}.py" for name in ("config", "files", "progress", "run")}
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 
 if not (ROOT / "params").is_dir():
@@ -42,21 +35,35 @@ def find(path: str | Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder of the caches: `data/cache`, or what the environment variable CTXLM_CACHE names."""
+    """The folder of the caches, made if need be: `data/cache`, or what the environment variable CTXLM_CACHE names."""
     folder = resolve(os.environ.get("CTXLM_CACHE") or "data/cache")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"CTXLM_CACHE = {folder} cannot be made ({error.strerror}): name another folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def outputs_dir() -> Path:
+    """Where runs are written: `outputs`, or what the environment variable CTXLM_OUTPUTS names."""
+    return resolve(os.environ.get("CTXLM_OUTPUTS") or "outputs")
+
+
+def results_dir() -> Path:
+    """Where committed results are: `data/results`, or what the environment variable CTXLM_RESULTS names."""
+    return resolve(os.environ.get("CTXLM_RESULTS") or "data/results")
+
+
+def run_folders(grid: str, committed: bool = False) -> dict[str, tuple[Path, str]]:
+    """Finished runs of a grid: name → (folder, "outputs" or "committed"); the latter where `outputs` has none of it."""
+    for root, source in ((outputs_dir(), "outputs"), (results_dir(), "committed"))[committed:]:
+        if paths := sorted((root / grid).glob("*/metrics.json")):
+            return {path.parent.name: (path.parent, source) for path in paths}
+    return {}
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` only if the block ends without an error.
 
-    A reader therefore sees the old file or the new one, never half of one; a killed writer leaves
-    only a dot-file behind, and a failed one (a full disk) removes it.
+    A reader sees the old file or the new one, never half of one. A killed writer leaves a dot-file behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
@@ -70,17 +77,9 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def clear_temporaries(folder: Path, of: str = "*.*") -> None:
-    """Remove what killed writers have left of the files `of` in a folder, which nobody else writes to meanwhile."""
-    stem, suffix = os.path.splitext(of)
-    for path in folder.glob(f".{stem}-{'[0-9a-f]' * 32}{suffix}"):
-        path.unlink(missing_ok=True)
-
-
 @cache
 def _lock(path: Path) -> FileLock:
-    """One and the same lock for all of this process's threads. Its death lets go of it, whatever it died of; and where
-    nodes share the file system, they share it."""
+    """One lock for all threads of this process, whose death lets go of it; nodes of a file system share it."""
     return FileLock(path, thread_local=False)
 
 
@@ -95,64 +94,21 @@ def take(path: Path) -> bool:
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in the .npz file `path`, or those `build` makes, kept there. A damaged file is made anew, and one
-    that is another's under this name.
+    """The arrays in the .npz file `path`, or those `build` makes, kept there.
 
     Of several processes that want the same file, one builds it and the others wait for it.
     """
-    if (arrays := _own_arrays(path)) is not None:
-        return arrays
-    lock = path.with_name(f".{path.name}.lock")
-    with ExitStack() as locked:
-        with suppress(OSError):  # a cache that cannot be written to has no lock either
-            locked.enter_context(FileLock(lock))
-            # whoever waits for it looks for the arrays once it is theirs
-            locked.callback(lock.unlink, missing_ok=True)
-            clear_temporaries(path.parent, path.name)
-        if (arrays := _own_arrays(path)) is not None:
-            return arrays
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            with np.load(path) as file:
+                return dict(file)
         arrays = build()
         try:
             with atomic(path) as temporary:
-                np.savez(temporary, **arrays, names=np.array(sorted(arrays)), made_as=np.array(path.name))
+                np.savez(temporary, **arrays)
         except OSError as error:  # what was computed is not lost because it cannot be kept
             warnings.warn(f"{path} cannot be kept ({error.strerror}): it will be made again next time", stacklevel=2)
-    return arrays
-
-
-def _own_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file of `cached_arrays`; None where it is missing, damaged, or was made under another name."""
-    known = read_arrays(path, ("made_as",))  # which older ones do not say
-    return None if known and str(known["made_as"]) != path.name else read_arrays(path)
-
-
-def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray] | None:
-    """The arrays `names` of an .npz file, or all of them; None where the file is missing or damaged."""
-    try:
-        with zipfile.ZipFile(path) as whole:  # numpy alone stops checking where a damaged header says an array ends
-            if whole.testzip() is not None:
-                return None
-        with np.load(path) as file:
-            return {name: file[name] for name in names or [str(name) for name in file["names"]]}
-    except Exception:  # a flipped bit can raise nearly anything
-        return None
-
-
-def memory() -> int:
-    """Bytes of this machine's memory, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def parse_json(text: str | bytes) -> Any:
-    """What a text says in JSON.
-
-    Raises:
-        ValueError: it says nothing in JSON, or is nested too deep for Python's parser.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        return arrays
 
 
 def digest(*parts: str | bytes) -> str:
@@ -165,32 +121,22 @@ def digest(*parts: str | bytes) -> str:
     return sha.hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def source_hash(*names: str) -> str:
     """Digest of sources, named relative to the repository's root, and of all of ctxlm that they import.
 
-    Comments, docstrings and layout do not count; of a notebook only the code cells do. What merely moves, checks and
-    names things is left out (`PLUMBING`), and so is the analysis.
+    Comments, docstrings and layout do not count; of a notebook only the code cells do. Left out is what merely moves,
+    checks and names things (`PLUMBING`), and the analysis.
     """
-    found: dict[str, ast.AST] = {}
+    syntax: dict[str, ast.AST] = {}
     wanted = list(names)
     while wanted:
         name = wanted.pop()
-        if name in found or name in PLUMBING or name.startswith("ctxlm/analysis/"):
+        if name in syntax or name in PLUMBING or name.startswith("ctxlm/analysis/"):
             continue
-        found[name] = _syntax(ROOT / name)
-        imported = [node.module for node in ast.walk(found[name]) if isinstance(node, ast.ImportFrom)]
+        syntax[name] = _syntax(ROOT / name)
+        imported = [node.module for node in ast.walk(syntax[name]) if isinstance(node, ast.ImportFrom)]
         wanted += [f"{module.replace('.', '/')}.py" for module in imported if module.startswith("ctxlm.")]
-    return digest(*(part for name in sorted(found) for part in (name, ast.unparse(found[name]))))
+    return digest(*(part for name in sorted(syntax) for part in (name, ast.unparse(syntax[name]))))
 
 
 class _Bare(ast.NodeTransformer):

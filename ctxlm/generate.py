@@ -5,6 +5,7 @@ the text. Everything is on the CPU and in float32. Shapes: V vocabulary, d embed
 """
 
 import codecs
+import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -25,13 +26,13 @@ from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import decode, split, tokenizer
 from ctxlm.device import generator
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import parse_json, read_arrays, resolve
+from ctxlm.files import resolve, run_folders
 from ctxlm.model import ContextLM, load_own_weights
 from ctxlm.networks import NeuralLM, Reader
 from ctxlm.ngrams import KneserNey, kneser_ney
 from ctxlm.phase2 import Predictor, evaluate
 from ctxlm.recurrence import chunked
-from ctxlm.results import LOSSES, WEIGHTS, run_folders
+from ctxlm.run import LOSSES, WEIGHTS
 
 CHECKED, TOLERANCE = 128, 0.2
 """A loaded run gives so many of its validation losses again, to so many nats on average (bfloat16 rounds)."""
@@ -166,17 +167,12 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
     n-grams it has, or by its first validation losses, where they were kept.
 
     Raises:
-        ConfigError: there is no such run; its weights are not there; a file of it is damaged; its contexts were
-            replaced by others; or it no longer is what it was.
+        ConfigError: there is no such run; its weights are not there, or another model's; its contexts were replaced by
+            others; or it no longer is what it was.
     """
     folder, name = _folder(grid, run)
-    try:
-        metrics = parse_json((folder / "metrics.json").read_bytes())
-        given = {key: metrics[key] for key in Experiment.model_fields if key in metrics}
-        if not given:
-            raise ValueError("it holds no run")
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{name}: metrics.json is damaged ({' '.join(str(error).split())}): {AGAIN}") from None
+    metrics = json.loads((folder / "metrics.json").read_bytes())
+    given = {key: metrics[key] for key in Experiment.model_fields if key in metrics}
     if given.get("train_samples") is not None:  # a run also says how many tokens these were
         given["train_tokens"] = None
     e = Experiment.from_mapping(given, {"device": "cpu", "dtype": "float32"})
@@ -187,9 +183,9 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
         speaker = NGramSpeaker(kneser_ney(e, split(e)))
         same = sum(map(len, speaker.ngrams.keys)) == metrics.get("ngrams")
     else:
-        speaker, kept = _trained(e, folder, name), read_arrays(folder / LOSSES, ("loss",))
-        found = speaker.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
-        same = kept is None or np.abs(found - kept["loss"][:CHECKED]).mean() < TOLERANCE
+        speaker, path = _trained(e, folder, name), folder / LOSSES
+        losses = speaker.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
+        same = not path.exists() or np.abs(losses - np.load(path)["loss"][:CHECKED]).mean() < TOLERANCE
     if not same:
         raise ConfigError(f"{name} is not what it was, for its text, its embedding or the code has changed: {AGAIN}")
     return speaker
@@ -308,7 +304,7 @@ def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
     model = kind(e, torch.from_numpy(load_embedding(e)))
     try:
         load_own_weights(model, load_file(path))
-    except (RuntimeError, OSError, ValueError, SafetensorError):
+    except (RuntimeError, SafetensorError):
         raise ConfigError(f"{name}: {path.name} is damaged, or of another version of the code: {AGAIN}") from None
     model.requires_grad_(False)
     return speaker(model, judge(model, torch.float32))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,24 @@ FORGOTTEN = 0.01
 """A disturbance counts as forgotten once so small a share of it is left."""
 RECENT = (1, 2, 4, 8, 16, 32, 64)
 """Tokens that a context is built from, in `recent_tokens`."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How soon the contexts of a stream forget."""
+
+    columns: dict[str, float | None]
+    """Of metrics.json: `horizon` and `lyapunov`, with a suffix."""
+    history: list[dict]
+    """Rows phase (`forgetting`, with the suffix), step (tokens), metric (`share_left`), value."""
+
+
+def reach(block: ContextBlock, contexts: Contexts, suffix: str = "") -> Reach:
+    """What `forgetting`, `horizon` and `lyapunov` say of the contexts that `block` made; `suffix` says when."""
+    left = forgetting(block, contexts)
+    phase = {"phase": f"forgetting{suffix}", "metric": "share_left"}
+    rows = [phase | {"step": step, "value": share} for step, share in enumerate(left)]
+    return Reach({f"horizon{suffix}": horizon(left), f"lyapunov{suffix}": lyapunov(block, contexts)}, rows)
 
 
 @torch.no_grad()

@@ -37,10 +37,13 @@ class _Layers(nn.Module):
     Where the design is `arithmetic` and the width changes, the residual goes through a Linear of its own.
     """
 
-    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator, std: float):
-        """`shapes`: for each layer the widths of context, other (0: none), output and residual (0: no Linear).
+    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator, std: float, dropout: float = 0):
+        """Draw the weights.
 
-        `std`: of the initial weights; of the biases a tenth of it.
+        Args:
+            shapes: for each layer the widths of context, other (0: none), output and residual (0: no Linear).
+            std: of the initial weights; of the biases a tenth of it.
+            dropout: share of the new activations, ReLU(…), that training sets to zero.
         """
         super().__init__()
         # Linear(concat(context, other)) is held as two: autograd then skips the gradient of the part that needs none
@@ -50,6 +53,7 @@ class _Layers(nn.Module):
         self.residuals = nn.ModuleList(nn.Linear(r, out) if r else nn.Identity() for _, _, out, r in shapes)
         self.norms = nn.ModuleList(nn.LayerNorm(out) for _, _, out, _ in shapes)
         self.context_dim = shapes[0][0]
+        self.dropout = dropout
         self.widths = [out for _, _, out, _ in shapes]
         for index, (context, other, out, residual) in enumerate(shapes):
             left = self.from_context[index]
@@ -78,9 +82,12 @@ class _Layers(nn.Module):
         read = self.from_context[index](context)
         if share is not None:
             read = read + share
+        new = F.relu(read)
+        if self.dropout:
+            new = F.dropout(new, self.dropout, self.training)
         residual = self.residuals[index](before)[..., -self.widths[index] :]  # without a Linear the last entries
         # float32, though a residual's Linear gives the type of the products: only products are rounded
-        return self.norms[index](residual.float() + F.relu(read))
+        return self.norms[index](residual.float() + new)
 
 
 def _falling(first: int, last: int, layers: int) -> list[int]:
@@ -138,7 +145,7 @@ class TokenBlock(_Layers):
             (context, a, b, a if e.design == "arithmetic" and a != b else 0)
             for context, (a, b) in zip(context_widths, itertools.pairwise(widths), strict=True)
         ]
-        super().__init__(shapes, generator(e.seed, "init", "token_block"), e.phase2_init_std)
+        super().__init__(shapes, generator(e.seed, "init", "token_block"), e.phase2_init_std, e.dropout)
 
     def forward(self, inputs: Tensor, contexts: list[Tensor]) -> Tensor:
         """h [B, d] from u_t [B, n·d] and every context layer, L tensors [B, width]."""
@@ -186,25 +193,6 @@ class DistinctTokens:
 def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
     """The share of u_t in every layer that reads it, [B, width], from `DistinctTokens`' tables and places [B, n]."""
     return [F.embedding_bag(places, table, mode="sum") for table in tables]
-
-
-class Blanking(nn.Module):
-    """In an epoch of training, sets a share of the input tokens to zero, as before the stream's start."""
-
-    def __init__(self, e: Experiment):
-        super().__init__()
-        self.share, self.seed = e.phase2_token_dropout, e.seed
-        self.draws: torch.Generator | None = None
-
-    def begin(self, epoch: int, device: torch.device) -> None:
-        """Draw from here on as in this epoch of every run of the seed."""
-        self.draws = generator(self.seed, "phase2_token_dropout", epoch, device=device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., d] with a share of its rows blanked."""
-        if not self.share or not self.training or self.draws is None:
-            return x
-        return x * torch.empty(*x.shape[:-1], 1, device=x.device).bernoulli_(1 - self.share, generator=self.draws)
 
 
 class SlowContext(nn.Module):
@@ -291,23 +279,15 @@ class ContextLM(nn.Module):
         self.design = e.design
         self.context_block = ContextBlock(e)
         self.token_block = TokenBlock(e, self.context_block.widths)
-        self.head = None
-        if not e.use_weight_tying:
-            self.head = nn.Linear(e.embed_dim, embedding.shape[0])
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-        # Phase 2 starts it at the training tokens' log frequencies; an untied head has a bias of its own.
-        own_bias = e.output_bias != "none" and self.head is None
-        self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if own_bias else None
+        # Phase 2 starts it at the training tokens' log frequencies.
+        self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if e.output_bias == "unigram" else None
         self.logit_scale = e.logit_scale
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
-        self.blank = Blanking(e)
         self.trains_contexts = bool(e.phase2_context_window)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T], some of them blanked."""
-        u = token_inputs(self.embedding, tokens, positions, self.num_input_tokens)
-        return self.blank(u.unflatten(-1, (self.num_input_tokens, -1))).flatten(-2)
+        """u_t of the TokenBlock, [..., n·d], at `positions` [...] of the stream `tokens` [T]."""
+        return token_inputs(self.embedding, tokens, positions, self.num_input_tokens)
 
     def context_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
@@ -341,7 +321,7 @@ class ContextLM(nn.Module):
             "token_block_params_trained": trained,
         }
 
-    def cost(self, tokens: int, iterations: int, epochs: int) -> dict[str, int]:
+    def cost(self, tokens: int, iterations: int, epochs: float) -> dict[str, int]:
         """Trained parameters, and FLOPs by shape, two for each weight of a product: of one token, of all training.
 
         A step costs three forward passes, and two where weights are frozen and only handed through. Judging, and what
@@ -360,7 +340,7 @@ class ContextLM(nn.Module):
         return {
             "trained_params": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "flops_per_token": context + predict + head,
-            "training_flops": tokens * training,
+            "training_flops": round(tokens * training),
         }
 
 

@@ -5,16 +5,16 @@ read side by side, W positions of each, d embed_dim, H hidden_dim.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
 from ctxlm.corpus import Split
 from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device
@@ -22,9 +22,9 @@ from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Alternative
-from ctxlm.model import Blanking, SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
+from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
 from ctxlm.recurrence import SlowReader
-from ctxlm.trainer import Trained, Trainer
+from ctxlm.trainer import OnEpoch, Trained, Trainer
 
 LSTM_PART, LSTM_WARMUP = 1024, 256
 """An LSTM is judged on parts of a stream side by side, each read on from so many tokens before it."""
@@ -36,27 +36,31 @@ class LSTM(nn.Module):
     The cells stay out of autocast: CPUs without AVX-512 refuse them in bfloat16, and a GPU would run them in float16.
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int, num_layers: int):
+    def __init__(self, embed_dim: int, hidden_dim: int, num_layers: int, dropout: float = 0.0):
+        """`dropout`: of what goes from layer to layer and out, not of the state (Zaremba, Sutskever & Vinyals 2014)."""
         super().__init__()
-        self.cells = nn.LSTM(embed_dim, hidden_dim, num_layers, batch_first=True)
-        self.out = nn.Linear(hidden_dim, embed_dim)
+        between = dropout if num_layers > 1 else 0.0  # torch warns of one that is not there
+        self.cells = nn.LSTM(embed_dim, hidden_dim, num_layers, batch_first=True, dropout=between)
+        self.out, self.dropout = nn.Linear(hidden_dim, embed_dim), nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Any]:
         """h [R, W, d] from inputs [R, W, d], and the state to go on from."""
         with torch.autocast(inputs.device.type, enabled=False):
             h, state = self.cells(inputs, state)
-        return self.out(h), state
+        return self.out(self.dropout(h)), state
 
 
 class Transformer(nn.Module):
     """Pre-norm decoder layers with causal self-attention and learned positions (Radford et al., 2019)."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int, num_layers: int, num_heads: int, window: int):
+    def __init__(
+        self, embed_dim: int, hidden_dim: int, num_layers: int, num_heads: int, window: int, dropout: float = 0.0
+    ):
         super().__init__()
         self.into, self.out = nn.Linear(embed_dim, hidden_dim), nn.Linear(hidden_dim, embed_dim)
         self.positions = nn.Parameter(torch.empty(window, hidden_dim))
         nn.init.normal_(self.positions, std=0.02)
-        layer = partial(nn.TransformerEncoderLayer, hidden_dim, num_heads, 4 * hidden_dim, dropout=0.0)
+        layer = partial(nn.TransformerEncoderLayer, hidden_dim, num_heads, 4 * hidden_dim, dropout=dropout)
         options = {"activation": F.gelu, "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(layer(**options) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_dim)
@@ -83,14 +87,15 @@ class NeuralLM(nn.Module):
         with torch.random.fork_rng([]):  # torch's own initialisation draws from its global generator
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
             if e.model == "lstm":
-                self.body: nn.Module = LSTM(e.embed_dim, e.hidden_dim, e.num_layers)
+                self.body: nn.Module = LSTM(e.embed_dim, e.hidden_dim, e.num_layers, e.dropout)
             else:
-                self.body = Transformer(e.embed_dim, e.hidden_dim, e.num_layers, e.num_heads, e.window)
+                shape = e.embed_dim, e.hidden_dim, e.num_layers, e.num_heads, e.window
+                self.body = Transformer(*shape, e.dropout)
         self.output_bias = nn.Parameter(torch.zeros(len(embedding))) if e.output_bias == "unigram" else None
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
         # what the slow context is made from: as it was before training
         self.register_buffer("read_embedding", embedding if self.slow else None, persistent=False)
-        self.logit_scale, self.window, self.blank = e.logit_scale, e.window, Blanking(e)
+        self.logit_scale, self.window = e.logit_scale, e.window
 
     @property
     def recurrent(self) -> bool:
@@ -98,8 +103,8 @@ class NeuralLM(nn.Module):
         return isinstance(self.body, LSTM)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The normalised embeddings [..., d] at `positions` [...] of the stream `tokens` [T], some of them blanked."""
-        return self.blank(token_inputs(self.embedding, tokens, positions, 1))
+        """The normalised embeddings [..., d] at `positions` [...] of the stream `tokens` [T]."""
+        return token_inputs(self.embedding, tokens, positions, 1)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What training changes, by name."""
@@ -207,9 +212,9 @@ class Windows:
         """The losses of one batch of windows."""
         return self.reader(self.train, *batch)
 
-    def evaluate(self, part: Literal["train", "val"]) -> tuple[Tensor, float]:
-        """Every target's loss and the accuracy, as `evaluate`."""
-        return evaluate(self.reader, self.train if part == "train" else self.val)
+    def evaluate(self) -> tuple[Tensor, float]:
+        """Every validation target's loss and the accuracy, as `evaluate`."""
+        return evaluate(self.reader, self.val)
 
 
 def train_network(
@@ -218,29 +223,31 @@ def train_network(
     val: Tensor,
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
-    on_epoch: Callable[[list[dict]], bool | None] | None = None,
-    checkpoints: Checkpoints | None = None,
+    on_epoch: OnEpoch | None = None,
+    checkpoint: Path | None = None,
+    key: str = "",
 ) -> Trained:
     """Train `model` in place on the stream `train` [T] until `val` gets no better; the best epoch's weights are kept.
 
-    `on_epoch` and `checkpoints` are as in `Trainer.run`.
+    The last three are as in `Trainer.run`.
 
     Raises:
-        NonFiniteLoss, ConfigError: as `Trainer`.
+        NonFiniteLoss: as `Trainer.run`.
     """
-    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoints)
+    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)
 
 
 def build(
     experiment: Experiment,
     streams: Split,
-    on_epoch: Callable[[list[dict]], bool | None] | None = None,
-    checkpoints: Checkpoints | None = None,
+    on_epoch: OnEpoch | None = None,
+    checkpoint: Path | None = None,
+    key: str = "",
 ) -> Alternative:
-    """The network of an experiment, trained on its training stream; the last two are as in `Trainer.run`.
+    """The network of an experiment, trained on its training stream; the last three are as in `Trainer.run`.
 
     Raises:
-        NonFiniteLoss, ConfigError: as `Trainer`.
+        NonFiniteLoss: as `Trainer.run`.
     """
     device = resolve_device(experiment)
     dtype = resolve_dtype(experiment, device)
@@ -251,7 +258,8 @@ def build(
     val = on_device(streams.val.tokens)
     vectors = load_embedding(experiment)
     model = NeuralLM(experiment, torch.from_numpy(vectors)).to(device)
-    found = train_network(model, on_device(streams.train.tokens), val, experiment, dtype, on_epoch, checkpoints)
+    train = on_device(streams.train.tokens)
+    trained = train_network(model, train, val, experiment, dtype, on_epoch, checkpoint, key)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:
@@ -260,14 +268,14 @@ def build(
 
     forward, head = forward_flops(model), 2 * model.embedding.numel()
     head_step = (3 if model.embedding.requires_grad else 2) * head
-    columns = found.summary() | {
+    columns = trained.summary() | {
         "trained_params": sum(p.numel() for p in model.trained().values()),
         "flops_per_token": forward,
         "embedding_digest": digest(vectors.tobytes()),
-        "training_flops": len(streams.train) * found.epochs_run * (3 * (forward - head) + head_step),
+        "training_flops": round(len(streams.train) * trained.epochs_run * (3 * (forward - head) + head_step)),
     }
     if model.recurrent:
         longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
-        columns["lstm_residual"] = (longer - found.val_losses).double().mean().item()
-    known = found.val_losses.cpu().numpy(), found.val_accuracy
-    return Alternative(judge, known, columns, found.history, own_weights(model))
+        columns["lstm_residual"] = (longer - trained.val_losses).double().mean().item()
+    known = trained.val_losses.cpu().numpy(), trained.val_accuracy
+    return Alternative(judge, known, columns, trained.history, own_weights(model))

@@ -32,7 +32,7 @@ def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":
     """
     tokens = streams.train.tokens
     if experiment.ngram_second_half:
-        tokens = np.concatenate([tokens, load_corpus(experiment.corpus).second_half.tokens])
+        tokens = np.concatenate([tokens, load_corpus(experiment.corpus, experiment.shuffle_samples).second_half.tokens])
     return KneserNey(tokens, experiment.ngram_order, VOCABULARY)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
 from ctxlm.device import autocast, generator
 from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
@@ -34,14 +33,14 @@ class Phase1:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Phase 1 from the first contexts to the last, as computed or as found in the cache."""
+    """Phase 1 from the first contexts to the last, computed or out of the cache."""
 
     phase1: Phase1
     spectra: dict[str, Tensor]
     """Singular values, float64 [C], of the contexts before Phase 1 (`init_er`) and in its last, noisy iteration
     (`train_er`)."""
     cached: bool
-    computed_seconds: float
+    seconds: float
     """What it took when it was computed."""
 
     def summary(self) -> dict[str, float]:
@@ -51,7 +50,7 @@ class Shaped:
             "phase1_converged_tokens": self.phase1.converged_tokens,
             "phase1_converged_ratio": self.phase1.converged_tokens / self.phase1.tokens,
             "phase1_cached": self.cached,
-            "phase1_computed_seconds": self.computed_seconds,
+            "phase1_computed_seconds": self.seconds,
         }
 
 
@@ -60,9 +59,9 @@ def shape_contexts(
 ) -> Shaped:
     """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
 
-    Runs that differ only in Phase 2 thus share one Phase 1, and go on with a half-done one of each other's. The key
-    holds the tokens, the embedding of those that occur, the parameters of the ContextBlock and of Phase 1, the weights
-    it starts from, the seed, the type of the products, the kind of device, torch's version and the source.
+    Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
+    occur, the parameters of the ContextBlock and of Phase 1, the weights it starts from, the seed, the type of the
+    products, the kind of device, torch's version and the source.
 
     Raises:
         NonFiniteLoss: the loss is no longer finite; nothing is kept.
@@ -77,24 +76,19 @@ def shape_contexts(
         *(weight.cpu().numpy().tobytes() for weight in block.state_dict().values()),
         model.distinct_tokens(tokens).rows.cpu().numpy().tobytes(),
     )
-    cached, states = True, Checkpoints(cache_dir() / f"phase1-{key}", key)
+    cached = True
 
     def compute() -> dict[str, np.ndarray]:
         nonlocal cached
         cached = False
         contexts = chunked(model, tokens, progress=True).values
         init_er = singular_values(contexts)
-        phase1 = train_context_block(model, tokens, contexts, experiment, dtype, states)
-        found = {"init_er": init_er, "train_er": singular_values(contexts)} | block.state_dict()
+        phase1 = train_context_block(model, tokens, contexts, experiment, dtype)
+        kept = {"init_er": init_er, "train_er": singular_values(contexts)} | block.state_dict()
         record = {"phase1": asdict(phase1), "computed_seconds": time.perf_counter() - began}
-        return {name: tensor.cpu().numpy() for name, tensor in found.items()} | {"record": np.array(json.dumps(record))}
+        return {name: tensor.cpu().numpy() for name, tensor in kept.items()} | {"record": np.array(json.dumps(record))}
 
-    try:
-        arrays = cached_arrays(cache_dir() / f"phase1-{key}.npz", compute)
-    except NonFiniteLoss:
-        states.clear()  # which nobody will go on with
-        raise
-    states.clear()
+    arrays = cached_arrays(cache_dir() / f"phase1-{key}.npz", compute)
     record = json.loads(str(arrays["record"]))
     if cached:
         block.load_state_dict({name: torch.from_numpy(arrays[name]) for name in block.state_dict()})
@@ -117,7 +111,6 @@ def train_context_block(
     contexts: Tensor,
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
-    checkpoints: Checkpoints | None = None,
 ) -> Phase1:
     """Train `model.context_block` in place.
 
@@ -135,7 +128,6 @@ def train_context_block(
             the last iteration's noisy contexts, which give the published train ER.
         experiment: supplies the `phase1_*` parameters, `dist_reg_weight` and `seed`.
         dtype: of the matrix products; everything else is float32.
-        checkpoints: where an earlier process may have left a state to go on from, and where this one leaves its.
 
     Raises:
         NonFiniteLoss: the loss is no longer finite.
@@ -150,15 +142,8 @@ def train_context_block(
         distinct.places(torch.arange(start, stop, device=device)).unique(return_inverse=True) for start, stop in bounds
     ]
     history: list[dict] = []
-    converged, iteration, first = 0, 1, 2
-    if checkpoints and (state := checkpoints.load(device)):
-        first, history = state["iteration"] + 1, state["history"]
-        block.load_state_dict(state["weights"])
-        optimiser.load_state_dict(state["optimiser"])
-        contexts.copy_(state["contexts"])
-        del state
-        say(f"goes on after iteration {first - 1}, where it was stopped")
-    for iteration in range(first, e.phase1_max_iterations + 1):
+    converged, iteration = 0, 1
+    for iteration in range(2, e.phase1_max_iterations + 1):
         began = time.perf_counter()
         optimiser.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # fixed point, diversity, MSE over tokens
@@ -212,8 +197,5 @@ def train_context_block(
         say(f"iteration {iteration}: {converged / total:.1%} of the tokens converged")
         if iteration >= e.phase1_min_iterations and converged / total >= e.phase1_min_converged_ratio:
             break
-        if checkpoints and iteration < e.phase1_max_iterations:
-            state = {"iteration": iteration, "history": history, "contexts": contexts}
-            checkpoints.save(iteration, state | {"weights": block.state_dict(), "optimiser": optimiser.state_dict()})
     optimiser.zero_grad(set_to_none=True)
     return Phase1(total, iteration, converged, history)

@@ -1,18 +1,17 @@
 """Phase 2: freeze the contexts (or train them on) and train the TokenBlock to predict the next token."""
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ctxlm.checkpoints import Checkpoints
 from ctxlm.config import Experiment
-from ctxlm.device import autocast, generator
+from ctxlm.device import autocast
 from ctxlm.loss import Losses, Score
 from ctxlm.model import ContextLM, set_frequencies
 from ctxlm.recurrence import Contexts, SlowReader, chunked
-from ctxlm.trainer import Trained, Trainer
+from ctxlm.trainer import OnEpoch, Trained, Trainer
 
 
 class Predictor:
@@ -20,10 +19,7 @@ class Predictor:
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        weight, bias = model.embedding, model.output_bias
-        if model.head is not None:
-            weight, bias = model.head.weight, model.head.bias
-        self.score = Score(weight, bias, model.logit_scale, dtype)
+        self.score = Score(model.embedding, model.output_bias, model.logit_scale, dtype)
         self.with_slow = SlowReader(model.slow, model.read_embedding)
 
     def __call__(self, stream: Contexts, at: slice | Tensor) -> Losses:
@@ -57,15 +53,13 @@ def evaluate(predict: Predictor, stream: Contexts, batch_size: int = 2048) -> tu
 class Phase2:
     """What Phase 2 is, for the trainer: N tokens give N - 1 targets, each read once an epoch.
 
-    Trained are the TokenBlock and what else the model has to train: the untied head, the output's bias, the slow
-    context's gain, and the embedding unless frozen.
+    Trained are the TokenBlock and what else the model has to train: the output's bias, the slow context's gain, and the
+    embedding unless frozen. Batches are consecutive tokens in stream order, the short last one included.
 
-    Batches are consecutive tokens in stream order, or with `phase2_shuffle` random ones, the short last batch included.
-
-    With `phase2_context_window` the ContextBlock is trained too: batches are windows of so many consecutive tokens, in
-    stream order or shuffled as windows, and gradients go back through each (`Contexts.unrolled`). Every epoch begins
-    with contexts made anew, in `train.values`, and what is judged has contexts of the weights that are judged. Once it
-    is over, the streams' contexts are no longer the model's.
+    With `phase2_context_window` the ContextBlock is trained too: a batch is cut into windows of so many tokens, and
+    gradients go back through each (`Contexts.unrolled`). Every epoch begins with contexts made anew, in `train.values`,
+    and what is judged has contexts of the weights that are judged. Once it is over, the streams' contexts are no longer
+    the model's.
     """
 
     def __init__(self, model: ContextLM, train: Contexts, val: Contexts, experiment: Experiment, dtype: torch.dtype):
@@ -76,30 +70,20 @@ class Phase2:
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
         self.updates = -(-self.targets // experiment.phase2_batch_size)
 
-    def batches(self, epoch: int) -> Iterator[slice | Tensor | tuple[Tensor, int]]:
-        """Positions: a slice, int64 [B], or windows int64 [R, W] and how many of their positions there are."""
-        e, window, device = self.e, self.window or 1, self.train.tokens.device
-        if self.window:
-            # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
+    def batches(self, epoch: int) -> Iterator[slice | tuple[Tensor, int]]:
+        """Positions: a slice, or windows int64 [R, W] and how many of their positions there are."""
+        size, window, device = self.e.phase2_batch_size, self.window, self.train.tokens.device
+        if window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
             self.train.values.copy_(chunked(self.model, self.train.tokens, progress=epoch == 1).values)
-        elif not e.phase2_shuffle:
-            for start in range(0, self.targets, e.phase2_batch_size):
-                yield slice(start, min(start + e.phase2_batch_size, self.targets))
-            return
-        whole, rest = divmod(self.targets, window)
-        starts = torch.arange(whole + (rest > 0), device=device) * window
-        if e.phase2_shuffle:  # the short last window, if there is one, comes last
-            draws = generator(e.seed, "phase2_order", epoch, device=device)
-            starts[:whole] = starts[torch.randperm(whole, generator=draws, device=device)]
-        if not self.window:
-            yield from starts.split(e.phase2_batch_size)
-            return
-        first = 0
-        for rows in starts.split(e.phase2_batch_size // window):
-            yield rows[:, None] + torch.arange(window, device=device), min(len(rows) * window, self.targets - first)
-            first += len(rows) * window
+        for start in range(0, self.targets, size):
+            stop = min(start + size, self.targets)
+            if window:
+                starts = torch.arange(start, stop, window, device=device)
+                yield starts[:, None] + torch.arange(window, device=device), stop - start
+            else:
+                yield slice(start, stop)
 
-    def loss(self, batch: slice | Tensor | tuple[Tensor, int]) -> Losses:
+    def loss(self, batch: slice | tuple[Tensor, int]) -> Losses:
         """The losses of one batch."""
         if not self.window:
             return self.predict(self.train, batch)
@@ -107,10 +91,10 @@ class Phase2:
             positions, layers = self.train.unrolled(self.model, *batch)
         return self.predict.from_layers(self.train.tokens, positions, layers)
 
-    def evaluate(self, part: Literal["train", "val"]) -> tuple[Tensor, float]:
-        """Every target's loss and the accuracy, as `evaluate`, from contexts of the weights that are judged."""
-        stream = self.train if part == "train" else self.val
-        return evaluate(self.predict, chunked(self.model, stream.tokens, keep=self.dtype) if self.window else stream)
+    def evaluate(self) -> tuple[Tensor, float]:
+        """Every validation target's loss and the accuracy, as `evaluate`, from contexts of the weights as they are."""
+        contexts = chunked(self.model, self.val.tokens, keep=self.dtype) if self.window else self.val
+        return evaluate(self.predict, contexts)
 
 
 def train_token_block(
@@ -119,17 +103,18 @@ def train_token_block(
     val: Contexts,
     experiment: Experiment,
     dtype: torch.dtype = torch.float32,
-    on_epoch: Callable[[list[dict]], bool | None] | None = None,
-    checkpoints: Checkpoints | None = None,
+    on_epoch: OnEpoch | None = None,
+    checkpoint: Path | None = None,
+    key: str = "",
 ) -> Trained:
     """Train `model.token_block`, and what else `Phase2` says, in place; the best epoch's weights are kept.
 
-    `on_epoch` and `checkpoints` are as in `Trainer.run`.
+    The last three are as in `Trainer.run`.
 
     Raises:
-        NonFiniteLoss, ConfigError: as `Trainer`.
+        NonFiniteLoss: as `Trainer.run`.
     """
-    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoints)
+    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)
 
 
 def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, torch.nn.Parameter]:
@@ -140,7 +125,6 @@ def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, torch
             model.context_embedding = model.embedding.detach()
             model.embedding.data = model.embedding.detach().clone()
         model.embedding.requires_grad_(True)
-    bias = model.output_bias if model.head is None else model.head.bias
-    set_frequencies(tokens, len(model.embedding), bias if e.output_bias == "unigram" else None, model.slow)
+    set_frequencies(tokens, len(model.embedding), model.output_bias, model.slow)
     kept = () if e.phase2_context_window else ("context_block.",)
     return {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(kept)}

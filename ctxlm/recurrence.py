@@ -6,24 +6,19 @@ of the stream can be run side by side and then joined.
 """
 
 import math
-import os
-import tempfile
 import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.device import generator
-from ctxlm.files import cache_dir
 from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, SlowContext, look_up
 from ctxlm.progress import track
 
-IN_MEMORY = 2**29
-"""Contexts beyond so many bytes live in a memory-mapped file (on a CPU)."""
 INNER_KEPT = 2 * 2**30
-"""Memory, on a CPU mostly of such a file, that the inner layers' contexts of a stream may take."""
+"""Bytes that the inner layers' contexts of a stream may take; beyond, they are computed again when they are read."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
     """Token by token, as defined. `tokens` is int64 [T]."""
     block, distinct = model.context_block, model.distinct_tokens(tokens)
     context = torch.zeros(1, block.context_dim, device=tokens.device)
-    values = _matrix(len(tokens), block.context_dim, tokens.device)
+    values = torch.empty(len(tokens), block.context_dim, device=tokens.device)
     positions = range(len(tokens))
     for t in track(positions, "contexts, token by token") if progress else positions:
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
@@ -131,9 +126,9 @@ def chunked(
     residual = math.inf
     while length < total:
         before = residual
-        found, residual = _chunks(model, tokens, tolerance, length, progress, keep)
-        if found is not None:
-            return found
+        contexts, residual = _chunks(model, tokens, tolerance, length, progress, keep)
+        if contexts is not None:
+            return contexts
         if residual > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
             warnings.warn(
                 f"the ContextBlock does not forget for certain within {length} tokens (residual {residual:.1e}): its "
@@ -154,8 +149,9 @@ def _chunks(
     distinct = model.distinct_tokens(tokens)
     tables = distinct.tables(block)
     starts = torch.arange(count, device=device) * length
-    values = _matrix(count * length, block.context_dim, device).view(count, length, -1)
-    inner = _inner_layers(block.widths[:-1], count, length, device, keep)
+    values, inner = torch.empty(count, length, block.context_dim, device=device), None
+    if keep is not None and count * length * sum(block.widths[:-1]) * keep.itemsize <= INNER_KEPT:
+        inner = [torch.empty(count, length, width, device=device, dtype=keep) for width in block.widths[:-1]]
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
@@ -179,10 +175,9 @@ def _chunks(
         else:
             warmup, residual = 0, 0.0
         if warmup and offset + 1 >= 2 * warmup:
-            found = Contexts(tokens, values.flatten(0, 1)[:total], distinct, residual, warmup)
-            if inner is None:
-                return replace(found, tables=tables), residual
-            return replace(found, inner=[layer.flatten(0, 1)[:total] for layer in inner]), residual
+            kept = inner and [layer.flatten(0, 1)[:total] for layer in inner]
+            last = values.flatten(0, 1)[:total]
+            return Contexts(tokens, last, distinct, residual, warmup, None if kept else tables, kept), residual
     return None, difference
 
 
@@ -202,10 +197,10 @@ class SlowReader:
 
     def contexts(self, tokens: Tensor) -> Tensor:
         """The slow contexts of the stream `tokens` [T], float32 [T, d]."""
-        for stream, found in self._streams:
+        for stream, rows in self._streams:
             if stream is tokens:
-                return found
-        rows = _matrix(len(tokens), self.embedding.shape[1], tokens.device)
+                return rows
+        rows = torch.empty(len(tokens), self.embedding.shape[1], device=tokens.device)
         self._streams = [*self._streams[-1:], (tokens, self.slow.fill(rows, self.embedding, tokens))]
         return rows
 
@@ -257,37 +252,3 @@ def _principal(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         centred = (part.float() - mean).double()
         scatter.addmm_(centred.T, centred)
     return mean, torch.linalg.eigh(scatter).eigenvectors[:, -rank:].float()
-
-
-def _inner_layers(
-    widths: list[int], count: int, length: int, device: torch.device, dtype: torch.dtype | None
-) -> list[Tensor] | None:
-    """Room for the inner layers' contexts, tensors [count, length, width]; None where they are not to be kept."""
-    size = count * length * sum(widths)
-    if dtype is None or size * dtype.itemsize > INNER_KEPT:
-        return None
-    try:
-        flat = _matrix(1, size, device, dtype)[0]
-    except ConfigError:  # the disk has no room: they are computed again instead
-        return None
-    return [part.view(count, length, -1) for part in flat.split([count * length * width for width in widths])]
-
-
-def _matrix(rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised matrix; a large one on a CPU is a file that vanishes with its last user.
-
-    Raises:
-        ConfigError: the disk has no room for it.
-    """
-    size = rows * columns * dtype.itemsize
-    if device.type != "cpu" or size <= IN_MEMORY:
-        return torch.empty(rows, columns, device=device, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=cache_dir(), prefix=".contexts-") as file:
-        try:  # a full disk is found here: in a mapping without its blocks it would kill the process later
-            getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))(file.fileno(), 0, size)
-        except OSError as error:
-            raise ConfigError(
-                f"the contexts of {rows:,} tokens need {size / 2**30:.1f} GiB in {cache_dir()} ({error.strerror}): "
-                "make room there, or name another folder in the environment variable CTXLM_CACHE"
-            ) from None
-        return torch.from_file(file.name, shared=True, size=rows * columns, dtype=dtype).view(rows, columns)

@@ -28,7 +28,9 @@ RUNS = {
     "A": A | STUDY,
     "B": B | STUDY,
     "sound-A": A | SOUND,
-    "arithmetic-A": A | STUDY | {"design": "arithmetic", "phase1_max_iterations": 3, "phase2_epochs": 1},
+    "arithmetic-A": A
+    | STUDY
+    | {"design": "arithmetic", "phase1_min_iterations": 2, "phase1_max_iterations": 2, "phase2_epochs": 1},
     "zeros-B": B | SOUND | {"context_ablation": "zero"},
     "random_tokens-A": A | SOUND | {"context_ablation": "random_tokens"},
     "rank-A": A | SOUND | {"context_rank": 8},
@@ -68,7 +70,8 @@ def losses(label: str, folder) -> dict[str, float]:
 def test_losses_are_those_from_before(label, outputs, one_thread, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
     before = json.loads(KEPT.read_text(encoding="utf-8"))[label]
-    assert losses(label, outputs / label) == pytest.approx(before, rel=1e-5)
+    # Bit for bit on one machine (1e-5 at least); processors that sum in another order differ by up to 9e-5 (LOG.md).
+    assert losses(label, outputs / label) == pytest.approx(before, rel=2e-4)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the stages of a run cost, against the machine's own matrix products: `notebooks/10_benchmark.ipynb` shows it.
 
 `python -m ctxlm.analysis.benchmark '{"num_layers": 6, …}'` measures one experiment in a process of its own, so that
-its peak memory is its own, and prints the result as JSON.
+its peak memory is its own, and prints the result as JSON. `python -m ctxlm.analysis.benchmark GRID FOLDER` measures a
+grid's experiments on a GPU at the study's two sizes, makes its runs, and leaves one file, `FOLDER/gpu.json`: what `make
+gpu` does after the device tests, without a network and without Jupyter.
 """
 
 import json
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,18 +23,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import VOCABULARY, split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import ROOT
+from ctxlm.files import ROOT, atomic, resolve
 from ctxlm.model import ContextLM
 from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import chunked
+from ctxlm.run import run
 
 REFERENCE_TOKENS = 183_620
 """The study's larger size, which headline figures are given for."""
+SIZES = (86_925, REFERENCE_TOKENS)
 EVALUATED = 20_000
 """Tokens that the evaluation is timed on, at most."""
 
@@ -42,7 +47,7 @@ def flops_per_token(experiment: Experiment, distinct: float = 1.0, kept: bool = 
     A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
     weight's gradient, and of the gradients that pass from layer to layer.
 
-    Of the `constant` design with a tied, frozen embedding.
+    Of the `constant` design with a frozen embedding.
 
     Args:
         experiment: supplies L, C, d and n.
@@ -169,15 +174,15 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
-        ConfigError: the floor of its design, head, embedding, trained or slow contexts is not counted.
+        ConfigError: the floor of its design, embedding, dropout, trained or slow contexts is not counted.
         RuntimeError: it failed; the message is its last line.
     """
-    counted = ("design", "use_weight_tying", "phase2_freeze_embedding", "phase2_context_window", "slow_decay")
+    counted = ("design", "phase2_freeze_embedding", "phase2_context_window", "slow_decay", "dropout")
     for name in counted:  # of these, the study's values
         value = Experiment.model_fields[name].default
         if getattr(experiment, name) != value:
-            own = getattr(experiment, name)
-            raise ConfigError(f"{name} = {own!r}: the benchmark counts the products of {value!r} only")
+            given = getattr(experiment, name)
+            raise ConfigError(f"{name} = {given!r}: the benchmark counts the products of {value!r} only")
     command = [sys.executable, "-m", "ctxlm.analysis.benchmark", json.dumps(experiment.model_dump())]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
@@ -290,5 +295,42 @@ class _PeakMemory:
                 return
 
 
+def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+    """Stages of a grid's experiments, and its runs one by one; what gpu.json holds.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    runs = {name: e.model_copy(update={"device": device}) for name, e in load_grid(grid).runs.items()}
+    where = resolve_device(next(iter(runs.values())))
+    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+    report: dict[str, Any] = {"card": card, "torch": str(torch.__version__), "stages": [], "runs": []}
+    for size in sizes:
+        for e in {e.experiment: e for e in reversed(runs.values())}.values():
+            report["stages"] += measure(e.model_copy(update={"train_tokens": size, "train_samples": None}))["stages"]
+    columns = ("train_tokens", "dtype", "epochs_run", "phase1_iterations", "val_ppl", "test_ppl")
+    for name, e in runs.items():
+        metrics = run(e, folder / name)
+        seconds = {key: round(value, 3) for key, value in metrics.items() if key.endswith("_seconds")}
+        report["runs"].append({"run": name} | {key: metrics.get(key) for key in columns} | seconds)
+        print(json.dumps(report["runs"][-1]), flush=True)
+    report["runs_seconds"] = round(sum(row["total_seconds"] for row in report["runs"]), 1)
+    with atomic(folder / "gpu.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        if len(arguments) == 1:
+            print(json.dumps(measure(Experiment.from_mapping(json.loads(arguments[0])))))
+        else:
+            measure_grid(arguments[0], resolve(arguments[1]))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Experiment.from_mapping(json.loads(sys.argv[1])))))
+    sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from ctxlm.memory import FORGOTTEN
-from ctxlm.progress import in_place
+from ctxlm.progress import in_jupyter
 
 COLOURS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 """seaborn's palette `colorblind`."""
@@ -192,7 +192,7 @@ class Live:
 
     def __call__(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Draw the history so far, unless that would take more than `DRAWING` of the time."""
-        if in_place() and DRAWING * (time.perf_counter() - self.ended) > self.cost:
+        if in_jupyter() and DRAWING * (time.perf_counter() - self.ended) > self.cost:
             self._draw(history)
 
     def finish(self, history: Sequence[Mapping[str, Any]]) -> None:

@@ -19,8 +19,8 @@ from scipy import sparse
 
 from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.corpus import PROTOCOL
-from ctxlm.files import ROOT, atomic
-from ctxlm.results import BY_HAND, outputs_dir, results_dir, run_folders
+from ctxlm.files import ROOT, atomic, outputs_dir, results_dir, run_folders
+from ctxlm.run import BY_HAND
 
 TABLES = {"history": ["phase", "step", "metric", "value"], "samples": ["part", "sample", "loss_sum", "tokens", "bytes"]}
 """A run's tables, and their columns."""
@@ -32,7 +32,7 @@ PAIR = [*DRAWN]
 """What two runs that are a pair have in common, beside what they are compared at."""
 TYPES = ("float32", "bfloat16")
 """Types of product that an experiment may have; an n-gram, which has no products, names another."""
-ALIKE = {"experiment", "train_tokens", "train_samples", "device", "train_loss_after_epoch", "val_every_steps", *DRAWN}
+ALIKE = {"experiment", "train_tokens", "train_samples", "device", "validations_per_epoch", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 TEXTS = ("git_commit", "params_hash", "code_hash", "data_hash", "embedding_digest", "versions", "device_name")
 """Columns of runs.csv that pandas could take for numbers."""
@@ -141,7 +141,8 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """The finished runs of one or several grids, a row a run, ready for a formula.
 
     Of a grid that has a file, only runs that it asks for with the parameters that they have are read; others are an
-    earlier file's. Of a folder in `outputs` without such a file, as `interactive`, where runs made by hand are, all.
+    earlier file's. Of one without, all: of runs made by hand, as in `interactive`, and of published ones whose
+    parameters the code no longer has (their commit does).
     Beside the content of metrics.json there are
 
     - `grid`, `run`, and `id`, which joins both;
@@ -158,7 +159,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """
     frames = []
     for grid in dict.fromkeys(grids):
-        plan = None if _by_hand(grid) else load_grid(grid)
+        plan = None if _by_hand(grid) or _published_alone(grid) else load_grid(grid)
         name = plan.name if plan else grid
         runs = load_planned(plan) if plan else load_runs(name)
         if runs.empty:
@@ -193,6 +194,12 @@ def _by_hand(grid: str) -> bool:
     """Whether a grid is a folder of finished runs that no file plans."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
     return grid == BY_HAND or (not planned and any(source == "outputs" for _, source in run_folders(grid).values()))
+
+
+def _published_alone(grid: str) -> bool:
+    """Whether a grid's results are published, but its file is gone."""
+    planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
+    return not planned and (results_dir() / grid / "runs.csv").exists()
 
 
 def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
