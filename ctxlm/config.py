@@ -386,7 +386,7 @@ def load_grid(name: str) -> Grid:
     path, runs = _grid_file(name), {}
     where = str(path)
     try:
-        file: GridFile = validated(GridFile, read_yaml(path))
+        file: GridFile = validated(GridFile, {"title": path.stem} | read_yaml(path))
         common = [read_yaml("params/base.yaml"), *read_layers(file.common)]
         for label, given in file.experiments.items():
             where = f"{path}, experiment {label}"

@@ -15,7 +15,7 @@ from nbconvert import HTMLExporter
 from nbformat.v4 import new_output
 
 from ctxlm.analysis import benchmark
-from ctxlm.analysis.explore import visible
+from ctxlm.analysis.playground import visible
 from ctxlm.analysis.site import build_page
 from ctxlm.files import ROOT
 from tests.conftest import short_paragraphs

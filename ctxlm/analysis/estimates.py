@@ -12,7 +12,6 @@ covers samples alone, and where runs were judged on other texts, replicates alon
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -28,6 +27,7 @@ from statsmodels.stats.meta_analysis import CombineResults, combine_effects
 
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.run_plots import REFERENCE, new_figure
+from ctxlm.files import atomic, resolve
 
 LEVEL = 0.95
 MIME = "application/vnd.ctxlm.estimates+json"
@@ -164,15 +164,7 @@ class Estimates(list[Estimate]):
         return {"text/html": self.table().to_html(), "text/plain": self.frame().to_string(), MIME: data}
 
     def save(self, path: Any) -> None:
-        """Write `frame()` as a CSV file, atomically.
-
-        Raises:
-            ConfigError: as `check_output_dir`, of its folder.
-        """
-        from ctxlm.config import check_output_dir
-        from ctxlm.files import atomic, resolve
-
-        check_output_dir(Path(path).parent)
+        """Write `frame()` as a CSV file, atomically."""
         with atomic(resolve(path)) as temporary:
             self.frame().to_csv(temporary, index=False)
 
@@ -465,7 +457,8 @@ def comparable(found: pd.DataFrame, column: str) -> pd.DataFrame:
     """Those of the `pairs` found of which both sides have a value and, of a loss, were judged on the same text."""
     alike = found[f"{column}_a"].notna() & found[f"{column}_b"].notna()
     if column in LOSSES:
-        for name in (f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples", "corpus", "max_sample_tokens"):
+        text = ("corpus", "judged_corpus", "shuffle_samples", "max_sample_tokens")
+        for name in (f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples", *text):
             if {f"{name}_a", f"{name}_b"} <= {*found}:
                 a, b = found[f"{name}_a"], found[f"{name}_b"]
                 alike &= (a == b) | (a.isna() & b.isna())

@@ -1,11 +1,17 @@
-// A click on a column's name sorts its table: up first, then down; cells without a value stay last.
-for (const table of document.querySelectorAll("table")) {
+// Columns of text stand on the left, numbers on the right, and a click on a column's name sorts its table: up first, then
+// down; cells without a value stay last.
+for (const table of document.querySelectorAll("table:not(.simpletable)")) {
   const head = table.tHead && table.tHead.rows[0], body = table.tBodies[0];
-  if (!head || !body || body.rows.length < 3 || table.matches(".simpletable") || table.querySelector("[colspan], [rowspan]")) continue;
+  if (!head || !body || table.querySelector("[colspan], [rowspan]")) continue;
   const read = (row, k) => row.cells[k] ? row.cells[k].textContent.trim() : "";
+  const missing = text => text === "" || text === "–";
   const number = text => /^[-+−]?[\d.]/.test(text) ? parseFloat(text.replace(/,/g, "").replace("−", "-")) : NaN;
   [...head.cells].forEach((cell, k) => {
-    if (!cell.textContent.trim() || ![...body.rows].some(row => read(row, k))) return;
+    const words = [...body.rows].map(row => read(row, k)).filter(word => !missing(word));
+    const long = words.some(word => word.length > 40);
+    if (long || words.filter(word => Number.isNaN(number(word))).length * 2 > words.length)
+      for (const row of table.rows) row.cells[k]?.classList.add("text", ...(long ? ["long"] : []));
+    if (!cell.textContent.trim() || !words.length || body.rows.length < 3) return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...cell.childNodes);
@@ -15,12 +21,11 @@ for (const table of document.querySelectorAll("table")) {
       for (const other of head.cells) other.removeAttribute("aria-sort");
       cell.setAttribute("aria-sort", down ? "descending" : "ascending");
       const rows = [...body.rows].map(row => ({row, text: read(row, k)}));
-      const missing = rows.filter(item => item.text === "" || item.text === "–");
-      const there = rows.filter(item => !missing.includes(item));
-      const numeric = there.every(item => !Number.isNaN(number(item.text)));
+      const present = rows.filter(item => !missing(item.text)), absent = rows.filter(item => missing(item.text));
+      const numeric = present.every(item => !Number.isNaN(number(item.text)));
       const order = (a, b) => numeric ? number(a.text) - number(b.text) : a.text.localeCompare(b.text, "en", {numeric: true});
-      there.sort((a, b) => down ? order(b, a) : order(a, b));
-      body.append(...[...there, ...missing].map(item => item.row));
+      present.sort((a, b) => down ? order(b, a) : order(a, b));
+      body.append(...[...present, ...absent].map(item => item.row));
     });
   });
 }
