@@ -16,10 +16,16 @@ from ctxlm.batch import on_one_line, visible_gpus
 from ctxlm.config import DATA_PARAMETERS, NOTEBOOKS, ConfigError, code_hash, load_grid
 from ctxlm.embeddings import data_hash
 
+
+def read(run) -> tuple:
+    """What a run's data hash depends on."""
+    return run.corpus, run.judged_corpus, run.embedding
+
+
 try:
     GRID = load_grid(str(config.get("grid", "quick")))
     RUNS = GRID.runs
-    DATA = {(run.corpus, run.embedding): data_hash(run) for run in RUNS.values()}
+    DATA = {read(run): data_hash(run) for run in RUNS.values()}
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have this file's lines printed around the sentence
 
@@ -78,7 +84,7 @@ rule corpus:
             CORPORA[wildcards.corpus].model_dump(include=DATA_PARAMETERS | {"train_tokens", "train_samples"})
             | {"output_dir": f"{HOME}/{wildcards.corpus}"}
         ),
-        data=lambda wildcards: DATA[CORPORA[wildcards.corpus].corpus, CORPORA[wildcards.corpus].embedding],
+        data=lambda wildcards: DATA[read(CORPORA[wildcards.corpus])],
     threads: CORES
     # Before all runs, which find its caches then. It is no input of theirs: of what a run depends on, all is in `params`.
     priority: 10**9
@@ -97,7 +103,7 @@ rule experiment:
             RUNS[wildcards.run].for_notebook() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
         code=lambda wildcards: code_hash(RUNS[wildcards.run].model),
-        data=lambda wildcards: DATA[RUNS[wildcards.run].corpus, RUNS[wildcards.run].embedding],
+        data=lambda wildcards: DATA[read(RUNS[wildcards.run])],
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: tokens(RUNS[wildcards.run])

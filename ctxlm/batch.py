@@ -39,9 +39,7 @@ STEP = re.compile(r"(iteration|epoch) [\d.]+: |goes on after ")
 """Begins what a notebook prints of how far it is."""
 
 
-def execute(
-    notebook: str, executed: Path, done: Path, values: Mapping[str, Any], name: str = "", threads: int = 1
-) -> str:
+def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any], threads: int = 1) -> str:
     """Execute a notebook; returns why it failed in a line, which is also in `failure.txt`, or "".
 
     What another command does there is waited for, and a run that is finished is not done again.
@@ -50,7 +48,6 @@ def execute(
         executed: where it is kept with its outputs, and beside it, with the ending .log, all that it printed.
         done: the file that it writes last, in the same folder.
         values: its parameters.
-        name: what begins each line that is printed.
         threads: how many it computes with.
     """
     folder, failure = done.parent, done.parent / FAILURE
@@ -169,7 +166,7 @@ def status(grid: str) -> list[str]:
     home, states, lines, width = outputs_dir() / plan.name, Counter(), [], max(map(len, plan.runs))
     for name, run in sorted(plan.runs.items()):
         folder, done = home / name, home / name / "metrics.json"
-        if _is_taken(folder / LOCK):
+        if any(_is_taken(folder / lock) for lock in (LOCK, ".lock")):  # the latter is of its kernel
             state, rest = "running", _last_step(folder)
         elif (folder / FAILURE).exists():
             state, rest = "failed", failures(home, [name])[name]
@@ -244,7 +241,7 @@ def _carry_out(given: argparse.Namespace) -> int:
     done, began = resolve(given.done), time.monotonic()
     say(f"{given.name}: begins")
     values = yaml.safe_load(given.values)
-    if reason := execute(given.notebook, resolve(given.executed), done, values, given.name, given.threads):
+    if reason := execute(given.notebook, resolve(given.executed), done, values, given.threads):
         say(f"{given.name}: failed: {reason}")
         return 1
     planned = int(os.environ.get("CTXLM_PLANNED") or 0)  # by Snakefile

@@ -284,7 +284,7 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
     Where no record of cells is kept (outside Jupyter), all that are plain data.
     """
     cells = [str(cell) for cell in namespace.get("In") or []]
-    places = [i for i, cell in enumerate(cells) if {"train_tokens", "sizes"} & _assigned(cell)]
+    places = [i for i, cell in enumerate(cells) if {"train_tokens", "output_dir"} & _assigned(cell)]
     if not places:
         plain = (bool, int, float, str, list, dict, type(None))
         return {name for name, value in namespace.items() if type(value) in plain and not name.startswith("_")}
@@ -395,10 +395,11 @@ def load_grid(name: str) -> Grid:
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
                 where = f"{path}, run {run}"
                 _check_name(run, runs)
-                values = [layer for layer in ([given] if isinstance(given, dict) else []) if layer.keys() & step.keys()]
-                if values:
-                    both = ", ".join(values[0].keys() & step.keys())
-                    raise ConfigError(f"'sweep' would override {both} of the experiment: remove one of the two")
+                written = [
+                    layer for layer in (given if isinstance(given, list) else [given]) if isinstance(layer, dict)
+                ]
+                if both := {*step} & {name for layer in written for name in layer}:
+                    raise ConfigError(f"'sweep' would override {', '.join(both)} of the experiment: leave one out")
                 runs[run] = Experiment.from_mapping(*common, *own, {"experiment": label}, step)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

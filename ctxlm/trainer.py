@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ctxlm.config import Experiment
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.device import generator
 from ctxlm.files import atomic
 from ctxlm.loss import Losses
@@ -73,7 +73,16 @@ class Trainer:
     """Trains a task's weights in place until validation gets no better for `phase2_patience` epochs."""
 
     def __init__(self, task: Task, experiment: Experiment):
-        """The experiment supplies the `phase2_*` parameters, `weight_decay` and `validations_per_epoch`."""
+        """The experiment supplies the `phase2_*` parameters, `dropout`, `weight_decay` and `validations_per_epoch`.
+
+        Raises:
+            ConfigError: an epoch has fewer updates than validations.
+        """
+        if experiment.validations_per_epoch > task.updates:
+            raise ConfigError(
+                f"validations_per_epoch = {experiment.validations_per_epoch}: an epoch has {task.updates} updates, "
+                "so lower it, or phase2_batch_size"
+            )
         self.task, self.e = task, experiment
         weights = [*task.weights.values()]
         matrices, others = [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim < 2]

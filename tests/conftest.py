@@ -2,8 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: tests' products are tiny, and side by side on all cores threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,7 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ctxlm.config import Experiment
+from ctxlm.config import ConfigError, Experiment
+from ctxlm.files import ROOT
 from ctxlm.model import ContextLM
 
 matplotlib.use("Agg")
@@ -23,6 +29,13 @@ matplotlib.use("Agg")
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("new", deadline=None)
 settings.load_profile("fixed")
+
+
+SMALL = {
+    "embedding": "random", "embed_dim": 16, "context_dim": 16, "num_layers": 2, "train_tokens": 600, "val_samples": 2,
+    "development_samples": 2, "test_samples": 2, "phase2_epochs": 2, "phase2_batch_size": 128,
+}  # fmt: skip
+"""A run of the context model that takes seconds, on `short_paragraphs`."""
 
 
 def tiny(vocabulary: int = 60, **parameters) -> ContextLM:
@@ -46,6 +59,38 @@ def short_paragraphs(path: Path, count: int = 60, length: int = 40, power: int =
     return path
 
 
+def refusal(call, *arguments, **keywords) -> str:
+    """The sentence of the ConfigError that the call must raise."""
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **keywords)
+    message = str(caught.value)
+    assert message == message.strip() and "\n" not in message
+    return message
+
+
+def run_cells(notebook: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a notebook's cells in this process, as papermill would in a kernel's; returns its names."""
+    names: dict[str, Any] = {}
+    for cell in json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook}:{cell['id']}", "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            names |= parameters
+    plt.close("all")
+    return names
+
+
+@contextmanager
+def held(path: Path) -> Iterator[subprocess.Popen]:
+    """A lock as another process has it."""
+    script = "import sys; from pathlib import Path; from ctxlm.files import take; print(take(Path(sys.argv[1])))"
+    command = [sys.executable, "-u", "-c", f"{script}; sys.stdin.read()", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        yield other
+        other.kill()
+
+
 def rewrite(path: Path, **metrics) -> None:
     """Change a metrics.json as if the run had been written so."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | metrics), encoding="utf-8")
@@ -58,6 +103,37 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus of 60 short paragraphs."""
+    return short_paragraphs(tmp_path_factory.mktemp("corpus") / "text.txt")
+
+
+@pytest.fixture
+def without_text(monkeypatch):
+    """No corpus is read for a run's provenance."""
+    monkeypatch.setattr("ctxlm.run.data_hash", lambda _: "0" * 16)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, 64 MB; only root may make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path, but: int = 0) -> Path:
+    """Leave so many pages of a disk free."""
+    free = os.statvfs(disk)
+    with (disk / "full").open("wb", buffering=0) as file:
+        file.write(bytes(free.f_bsize * max(free.f_bavail - but, 0)))
+    return disk / "full"
 
 
 @pytest.fixture

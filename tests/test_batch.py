@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import nbformat
 import pytest
@@ -17,18 +16,17 @@ from ctxlm import batch
 from ctxlm.batch import FAILURE, execute, failures, is_finished, main, status
 from ctxlm.config import Experiment, code_hash
 from ctxlm.embeddings import data_hash
-from ctxlm.files import CHECKPOINTS, ROOT
-from tests.conftest import rewrite, short_paragraphs
+from ctxlm.files import ROOT
+from tests.conftest import SMALL, held
 
 DEAD = "DeadKernelError: Kernel died"
-SMALL = {"embedding": "random", "embed_dim": 16, "train_tokens": 100, "phase1_learning_rate": 1e-05}
 
 
 @pytest.fixture
-def values(tmp_path, monkeypatch):
+def values(tmp_path, text, monkeypatch):
     """A run's parameters, of a small text."""
     monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
-    return SMALL | {"corpus": str(short_paragraphs(tmp_path / "text.txt")), "output_dir": str(tmp_path / "run")}
+    return SMALL | {"phase1_learning_rate": 1e-05, "corpus": str(text), "output_dir": str(tmp_path / "run")}
 
 
 def write_result(folder, values, **metrics):
@@ -61,7 +59,7 @@ def papermill(tmp_path, values, monkeypatch):
 
 
 def carry_out(folder, values, notebook="notebooks/x.ipynb", **options):
-    return execute(str(notebook), folder / "experiment.ipynb", folder / "metrics.json", values, "run", **options)
+    return execute(str(notebook), folder / "experiment.ipynb", folder / "metrics.json", values, **options)
 
 
 @pytest.mark.parametrize(
@@ -85,34 +83,30 @@ def test_why_a_notebook_failed_is_kept_in_a_line(tmp_path, values, papermill, li
     assert yaml.safe_load(command[-1]) == values
 
 
-def test_a_failure_and_checkpoints_go_once_it_succeeds_and_an_earlier_result_is_no_success(tmp_path, values, papermill):
+def test_a_failure_goes_once_it_succeeds_and_an_earlier_result_is_no_success(tmp_path, values, papermill):
     papermill(("ConfigError: no", 1), ("done", 0))
-    folder = tmp_path / "run"
-    write_result(folder, values, train_tokens=200)
-    (folder / CHECKPOINTS).mkdir()
-    assert carry_out(folder, values) == "ConfigError: no" and (folder / CHECKPOINTS).exists()
-    assert carry_out(folder, values) == "" and failures(tmp_path, ["run"]) == {}
-    assert not (folder / CHECKPOINTS).exists()
+    write_result(tmp_path / "run", values, train_tokens=200)
+    assert carry_out(tmp_path / "run", values) == "ConfigError: no"
+    assert carry_out(tmp_path / "run", values) == "" and failures(tmp_path, ["run"]) == {}
 
 
-def test_which_result_is_that_of_a_run(tmp_path, values):
-    folder = tmp_path / "run"
-    done = folder / "metrics.json"
-    assert not is_finished(done, values)
-    write_result(folder, values)
-    assert is_finished(done, values) and not is_finished(folder / "corpus.json", values)
-    assert not is_finished(done, values | {"train_tokens": 200})
-    for name in ("code_hash", "data_hash"):
-        write_result(folder, values)
-        rewrite(done, **{name: "other"})
-        assert not is_finished(done, values)
-
-
-def test_a_result_of_another_type_of_product_than_is_asked_for_is_none(tmp_path, values):
-    write_result(tmp_path / "run", values, dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("metrics", "asked", "finished"),
+    [
+        ({}, {}, True),
+        ({}, {"train_tokens": 200}, False),
+        ({"code_hash": "other"}, {}, False),
+        ({"data_hash": "other"}, {}, False),
+        ({"dtype": "bfloat16"}, {"dtype": "auto"}, True),
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}, True),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}, False),
+    ],
+)
+def test_which_result_is_that_of_a_run(tmp_path, values, metrics, asked, finished):
     done = tmp_path / "run" / "metrics.json"
-    results = [is_finished(done, values | {"dtype": dtype}) for dtype in ("auto", "bfloat16", "float32")]
-    assert results == [True, True, False]
+    assert not is_finished(done, values)
+    write_result(tmp_path / "run", values, **metrics)
+    assert is_finished(done, values | asked) == finished and not is_finished(done.with_name("corpus.json"), values)
 
 
 def test_a_free_gpu_is_the_only_one_that_is_seen(tmp_path, values, papermill, monkeypatch):
@@ -124,26 +118,6 @@ def test_a_free_gpu_is_the_only_one_that_is_seen(tmp_path, values, papermill, mo
         carry_out(folder, values | {"device": "cuda"})
     carry_out(folder, values | {"device": "cpu"})
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls] == ["5", "3,5"]
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from ctxlm.files import take
-take(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def held(path):
-    """A lock as another process has it."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, **pipes) as other:
-        assert other.stdout.readline() == b"held\n"
-        yield other
-        other.kill()
 
 
 @pytest.mark.parametrize("lock", [".batch.lock", ".lock"])
@@ -186,7 +160,7 @@ def test_how_far_a_grid_is(tmp_path, outputs, capsys):
     (home / "B" / FAILURE).write_text("NonFiniteLoss: nan\n")
     for name in "CD":
         (home / name / "experiment.log").write_text("Executing\nepoch 3: validation PPL 7.0\nExecuting\n")
-    with held(home / "C" / ".lock"):
+    with held(home / "C" / ".batch.lock"):
         head, *lines = status(str(tmp_path / "five.yaml"))
     states = {line.split()[0]: line for line in lines}
     for name, words in zip("ABCDE", ("finished  test PPL 7.4", "failed", "running", "stopped", "to come"), strict=True):
@@ -204,7 +178,7 @@ def test_how_far_a_grid_is(tmp_path, outputs, capsys):
     ("source", "why"),
     [
         ("import os; os.kill(os.getpid(), 9)", "memory"),
-        ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", "killed"),
+        ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", "memory"),
         ("raise ValueError('no')", "ValueError: no"),
         ("import json, pathlib; pathlib.Path(output_dir, 'metrics.json').write_text('{}'); raise ValueError('no')", ""),
     ],
@@ -215,6 +189,5 @@ def test_how_a_kernel_may_end(tmp_path, values, source, why):
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": spec}), tmp_path / "x.ipynb")
     reason = carry_out(tmp_path / "run", values, tmp_path / "x.ipynb")
-    assert (
-        why in reason and bool(reason) == bool(why) and failures(tmp_path, ["run"]) == ({"run": reason} if why else {})
-    )
+    assert why in reason and bool(reason) == bool(why)
+    assert failures(tmp_path, ["run"]) == ({"run": reason} if why else {})

@@ -20,8 +20,7 @@ from ctxlm.analysis import site
 from ctxlm.batch import main
 from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
-from tests.conftest import short_paragraphs
-from tests.test_checkpoints import disk, fill  # noqa: F401
+from tests.conftest import fill, short_paragraphs
 
 pytestmark = pytest.mark.slow
 HOSTILE = "<script>alert('{x}')</script> $(exit 3) </style> {{ 7 * 7 }} \\u202e '; --"
@@ -209,7 +208,7 @@ def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):
     grid.plan("A", "K", "L")
     killed = Grid(grid.folder, grid.folder / "killed")
     process = killed.start()
-    wait_for(lambda: [*killed.home.glob("A/.checkpoints/*.safetensors")], process)
+    wait_for(lambda: [*killed.home.glob("A/checkpoint.pt")], process)
     kill(tree(psutil.Process(process.pid)))
     process.wait()
     assert "A" not in killed.results()
@@ -250,7 +249,7 @@ def test_a_grid_that_is_killed_at_random_is_the_undisturbed_one(grid):
 
 
 @pytest.mark.night
-def test_a_full_disk_leaves_what_is_finished_and_is_said(disk, tmp_path):  # noqa: F811
+def test_a_full_disk_leaves_what_is_finished_and_is_said(disk, tmp_path):
     grid = Grid(tmp_path, disk / "outputs")
     grid.plan("K")
     assert grid.run()[0] == 0

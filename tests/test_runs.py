@@ -1,23 +1,37 @@
-"""Which runs are read, under which names, as which replicates, and what of them cannot stand side by side."""
+"""Which runs are read, under which names, as which replicates; what is published; what cannot stand side by side."""
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ctxlm.analysis.runs import READABLE, loss_sums, overview, read_histories, read_runs, replicates
-from ctxlm.config import ConfigError
+from ctxlm.analysis.runs import (
+    READABLE,
+    TABLES,
+    load_runs,
+    load_table,
+    loss_sums,
+    overview,
+    publish,
+    read_histories,
+    read_runs,
+    replicates,
+)
+from ctxlm.files import ROOT, run_folders
+from tests.conftest import refusal
 from tests.planted import write
+
+COMMIT = "1234567".ljust(40, "0")
+"""Of digits alone, as a hash may be."""
 
 
 @pytest.fixture
-def roots(tmp_path, monkeypatch):
+def roots(outputs):
     """Where finished runs are looked for: outputs and committed ones."""
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
-    return tmp_path / "outputs", tmp_path / "committed"
+    return outputs, outputs.parent / "committed"
 
 
 @pytest.fixture
@@ -36,13 +50,17 @@ def grid(tmp_path):
 # Which runs are read
 
 
-def test_a_run_that_the_grid_does_not_ask_for_is_not_read(roots, grid):
-    for size in (20_000, 30_000):
-        write(roots[0], "planted", train_tokens=size)
-    runs = read_runs(grid(train_tokens=[20_000, 45_000], seed=[42]))
+def test_a_run_that_the_grid_does_not_ask_for_or_that_is_unfinished_is_not_read(roots, grid):
+    for size in (20_000, 30_000, 45_000):
+        folder = write(roots[0], "planted", train_tokens=size)
+    (folder / "metrics.json").unlink()
+    file = grid(train_tokens=[20_000, 45_000], seed=[42])
+    runs = read_runs(file, file)  # a grid counts once
     assert runs["train_tokens"].tolist() == [20_000] and set(runs["planned"]) == {2}
-    with pytest.raises(ConfigError, match="no finished run"):
-        read_runs(grid(train_tokens=[45_000], seed=[42]))
+    assert "make report GRID=" in refusal(read_runs, grid(train_tokens=[45_000], seed=[42]))
+    assert load_runs("nothing").empty and all(load_table("nothing", name).empty for name in TABLES)
+    write(roots[1], "other")  # committed runs that no file plans
+    assert "'other'" in refusal(read_runs, "other")
 
 
 @pytest.mark.parametrize("other", [{"embedding": "random"}, {"max_sample_tokens": 128}, {"max_sample_tokens": None}])
@@ -55,10 +73,9 @@ def test_a_run_of_other_parameters_than_the_file_gives_it_is_not_read(roots, gri
 
 
 def test_a_size_may_be_asked_for_in_samples(roots, grid):
-    write(roots[0], "planted", train_samples=25, train_tokens=4321, suffix="_few")
+    folder = write(roots[0], "planted", train_samples=25, train_tokens=4321)
+    folder.rename(folder.with_name("A_seed-42"))
     asked = {"A": {"train_samples": 25, "train_tokens": None}}
-    name = "A_train_tokens-4321_seed-42_few"
-    (roots[0] / "planted" / name).rename(roots[0] / "planted" / "A_seed-42")
     assert read_runs(grid(asked, seed=[42]))["train_tokens"].tolist() == [4321]
 
 
@@ -68,39 +85,31 @@ def test_a_run_that_is_older_than_a_parameter_has_its_default(roots, grid):
     write(roots[1], "planted", "KN", model="kneser-ney", dtype="float64")
     runs = read_runs(grid({"A": {}, "KN": {"model": "kneser-ney"}}, train_tokens=[20_000, 30_000], seed=[42]))
     assert len(runs) == 3 and set(runs["source"]) == {"committed"}
-    assert set(runs["configuration"]) == {"A", "KN"}
-    assert set(runs["output_bias"]) == {"none"}  # younger than one of the runs, and off when it was made
+    assert set(runs["configuration"]) == {"A", "KN"} and set(runs["output_bias"]) == {"none"}
     assert set(runs["planned"]) == {4} and set(runs["id"]) == set("planted/" + runs["run"])
 
 
 @pytest.mark.parametrize("older", [2, 1])
 def test_runs_of_another_protocol_are_refused(roots, grid, older):
-    file = grid(train_tokens=[20_000, 30_000], seed=[42])
     write(roots[0], "planted", train_tokens=20_000)
     write(roots[0], "planted", train_tokens=30_000, protocol=older)
-    with pytest.raises(ConfigError, match=f"planted .*protocol {older}"):
-        read_runs(file)
+    assert f"protocol {older}" in refusal(read_runs, grid(train_tokens=[20_000, 30_000], seed=[42]))
     assert len(read_runs(grid(train_tokens=[20_000], seed=[42]))) == 1  # what is not asked for is in nobody's way
     rest = grid(train_tokens=[30_000], seed=[42])
     if older in READABLE:
         assert set(read_runs(rest)["protocol"]) == {older}
     else:
-        with pytest.raises(ConfigError, match=f"protocol {older}"):
-            read_runs(rest)
+        assert f"protocol {older}" in refusal(read_runs, rest)
 
 
-def test_a_grid_without_runs_is_refused_with_what_to_do(roots, grid):
-    with pytest.raises(ConfigError, match="make report GRID="):
-        read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43]))
-    write(roots[1], "other")  # committed runs that no file plans
-    with pytest.raises(ConfigError, match=r"grid 'other' does not exist: choose one of .*, study, "):
-        read_runs("other")
-
-
-def test_a_grid_counts_once(roots, grid):
-    file = grid(train_tokens=[20_000], seed=[42])
-    write(roots[0], "planted", train_tokens=20_000)
-    assert len(read_runs(file, file)) == 1
+def test_committed_folders_stand_in_where_outputs_have_none_and_a_folder_in_a_folder_is_a_grid(roots):
+    for label in "AB":
+        write(roots[1], "search/g", label)
+    assert load_runs("search/g")[["experiment", "source"]].values.tolist() == [["A", "committed"], ["B", "committed"]]
+    assert len(load_table("search/g", "samples")) == 2 * (4 + 200 + 5) and len(run_folders("search/g")) == 2
+    assert load_runs("g").empty and load_runs("search").empty
+    write(roots[0], "search/g", "B")
+    assert load_runs("search/g")[["experiment", "source"]].values.tolist() == [["B", "outputs"]]
 
 
 # What a row holds
@@ -120,20 +129,18 @@ def test_what_a_grid_sweeps_beside_size_and_replicate_is_in_the_label(roots, gri
         run = {"train_tokens": size, "seed": seed, "phase2_learning_rate": rate}
         write(roots[0], "planted", suffix=f"_phase2_learning_rate-{rate}", **run)
     runs = read_runs(grid(train_tokens=[20_000, 30_000], seed=[42, 43], phase2_learning_rate=[0.001, 0.002]))
-    assert set(runs["configuration"]) == {"A, phase2_learning_rate 0.001", "A, phase2_learning_rate 0.002"}
     assert len(runs) == 6 and set(runs["experiment"]) == {"A"}
-    assert set(runs[runs["train_tokens"] == 30_000]["configuration"]) == {"A, phase2_learning_rate 0.002"}
     label = runs["phase2_learning_rate"].map("A, phase2_learning_rate {}".format)
-    assert (runs["configuration"] == label).all()
+    assert (runs["configuration"] == label).all() and label.nunique() == 2
 
 
 def test_runs_of_one_label_in_two_grids_are_one_configuration_only_if_they_are_alike(roots, grid):
-    grids = {"one": {}, "after": {"train_loss_after_epoch": True}, "slow": {"phase2_learning_rate": 0.001}}
+    grids = {"one": {}, "often": {"validations_per_epoch": 5}, "slow": {"phase2_learning_rate": 0.001}}
     files = {}
     for (name, parameters), size in zip(grids.items(), (20_000, 30_000, 40_000), strict=True):
         write(roots[1], name, train_tokens=size, **parameters)
         files[name] = grid({"A": parameters}, name, train_tokens=[size], seed=[42])
-    assert set(read_runs(files["one"], files["after"])["configuration"]) == {"A"}
+    assert set(read_runs(files["one"], files["often"])["configuration"]) == {"A"}
     apart = read_runs(files["one"], files["slow"])
     assert apart["configuration"].nunique() == 2 and apart["experiment"].nunique() == 1
 
@@ -177,26 +184,15 @@ def test_replicates_share_neither_seed_nor_text_nor_signs(draws, count):
             assert (runs.groupby(name)["replicate"].nunique() == 1).all()
 
 
-def test_replicates_are_numbered_over_all_grids(roots, grid):
-    write(roots[1], "one", "A", seed=42)
-    write(roots[1], "one", "A", seed=43)
-    write(roots[1], "two", "B", seed=43)
-    sweep = {"train_tokens": [20_000], "seed": [42, 43]}
-    runs = read_runs(grid({"A": {}}, "one", **sweep), grid({"B": {}}, "two", **sweep)).set_index("id")["replicate"]
-    assert runs.nunique() == 2
-    assert runs["one/A_train_tokens-20000_seed-43"] == runs["two/B_train_tokens-20000_seed-43"]
-
-
-def test_the_overview_counts(roots, grid):
-    for seed, text in ((42, 0), (43, 1), (44, 2)):
-        write(roots[0], "planted", seed=seed, data_seed=text)
-        write(roots[0], "planted", seed=seed, data_seed=text, train_tokens=30_000)
-    file = grid(train_tokens=[20_000, 30_000], **{"seed, data_seed": [[42, 0], [43, 1], [44, 2]]})
-    for folder in (roots[0] / "planted").iterdir():
-        text = {"42": 0, "43": 1, "44": 2}[folder.name[-2:]]
-        folder.rename(folder.with_name(f"{folder.name}_data_seed-{text}"))
-    row = overview(read_runs(file)).loc["planted"]
-    assert row[["finished runs", "replicates"]].tolist() == [6, 3]
+def test_replicates_are_numbered_over_all_grids_and_the_overview_counts(roots):
+    for grid, label, seed in (("one", "A", 42), ("one", "A", 43), ("two", "B", 43)):
+        for size in (20_000, 30_000):
+            write(roots[0], grid, label, seed=seed, data_seed=seed - 42, train_tokens=size)
+    runs = read_runs("one", "two")
+    replicate = runs.groupby(["grid", "seed"])["replicate"].first()
+    assert runs["replicate"].nunique() == 2 and replicate["one", 43] == replicate["two", 43]
+    row = overview(runs).loc["one"]
+    assert row[["finished runs", "replicates"]].tolist() == [4, 2]
     assert row["drawn anew in each"] == "seed, text" and row["training tokens"] == "20,000, 30,000"
 
 
@@ -204,8 +200,7 @@ def test_the_overview_counts(roots, grid):
 
 
 def test_losses_come_by_run_and_sample(roots, grid):
-    rng = np.random.default_rng(0)
-    losses = rng.normal(5, 1, (3, 5))
+    losses = np.random.default_rng(0).normal(5, 1, (3, 5))
     for k, loss in enumerate(losses):
         write(roots[1], "ab"[k % 2], seed=42 + k, losses={"test": loss})
     runs = read_runs(*(grid(name=name, train_tokens=[20_000], seed=[42, 43, 44]) for name in "ab"))
@@ -215,6 +210,9 @@ def test_losses_come_by_run_and_sample(roots, grid):
     again, _ = loss_sums(runs.iloc[[2, 0, 2]])  # in any order, a run as often as it is asked for
     assert (again == sums[[2, 0, 2]]).all()
     assert loss_sums(runs, "val")[0] == pytest.approx(np.full((3, 4), 300.0))
+    histories = read_histories(runs)
+    assert len(histories) == 3 and histories["value"].tolist() == histories["val_loss"].tolist()
+    assert histories["id"].is_unique
 
 
 def test_losses_on_other_text_or_of_no_run_on_disk_are_none(roots, grid):
@@ -228,28 +226,16 @@ def test_losses_on_other_text_or_of_no_run_on_disk_are_none(roots, grid):
     grids = {"a": {}, "fewer": {"val_samples": 3}, "others": {}}
     runs = read_runs(*(grid({"A": grids[name]}, name, train_tokens=[20_000], seed=[1, 2, 3, 4]) for name in grids))
     assert len(runs) == 4 and loss_sums(runs) is not None and loss_sums(runs, "val") is None
-    for seed in (3, 4):
-        assert loss_sums(runs[runs["seed"].isin([1, seed])], "val") is None
-    assert loss_sums(runs[runs["seed"].isin([1, 2])], "val") is not None
+    for seeds, comparable in (([1, 3], False), ([1, 4], False), ([1, 2], True)):
+        assert (loss_sums(runs[runs["seed"].isin(seeds)], "val") is not None) == comparable
     assert loss_sums(runs.assign(id="gone")) is None and loss_sums(runs.iloc[:0]) is None
-
-
-def test_histories_carry_their_runs(roots, grid):
-    for seed in (42, 43):
-        write(roots[1], "a", seed=seed, losses={"val": seed / 10})
-        write(roots[1], "b", seed=seed, losses={"val": seed / 20})
-    files = (grid(name=name, train_tokens=[20_000], seed=[42, 43]) for name in "ab")
-    histories = read_histories(read_runs(*files))
-    assert len(histories) == 4 and histories["value"].tolist() == histories["val_loss"].tolist()
-    assert histories["id"].is_unique
 
 
 # Runs made by hand
 
 
 def test_all_runs_of_a_folder_without_a_grid_file_are_read(roots):
-    with pytest.raises(ConfigError, match=r"grid interactive has no finished run yet: run notebooks/02_experiment"):
-        read_runs("interactive")
+    assert "interactive" in refusal(read_runs, "interactive")
     write(roots[0], "interactive", "A")
     write(roots[0], "interactive", "num_layers-3", num_layers=3, seed=43)
     write(roots[0], "elsewhere", "A")
@@ -266,11 +252,106 @@ def test_runs_by_hand_that_nothing_else_tells_apart_are_told_apart(roots):
     write(roots[0], "interactive", "KN", model="kneser-ney", dtype="float64")
     runs = read_runs("interactive")
     assert overview(runs).loc["interactive", "products"] == "bfloat16, float32, float64"
-    assert dict(runs[["experiment", "configuration"]].values) == {
-        "A": "A, dtype float32",
-        "B": "B, dtype bfloat16",
-        "KN": "KN",
-    }
-    write(roots[0], "twice", "A", val_every_steps=10, suffix="_often")
+    labels = {"A": "A, dtype float32", "B": "B, dtype bfloat16", "KN": "KN"}
+    assert dict(runs[["experiment", "configuration"]].values) == labels
+    write(roots[0], "twice", "A", validations_per_epoch=10, suffix="_often")
     write(roots[0], "twice", "A")
     assert read_runs("twice")["configuration"].nunique() == 2
+
+
+# Published tables
+
+
+def plant(root, grid="quick", seed=1, **metrics):
+    """A run of numbers that no short decimal equals, and of parameters that only some runs have."""
+    drawn = np.random.default_rng(seed).normal(5, 1, 5)
+    usual = {"git_commit": COMMIT, "code_hash": "0" * 16, "versions": {"torch": "2.13.0", "numpy": "2"}}
+    usual |= {"seed": seed, "horizon": drawn[4], "stopped": True} if seed % 2 else {"seed": seed, "train_samples": 7}
+    return write(root, grid, losses={"test": drawn, "val": drawn[:4]}, **usual | metrics)
+
+
+def everything(grid):
+    """A grid's three tables, as comparable as can be: sources apart, all absent values one."""
+    runs = load_runs(grid).drop(columns="source")
+    runs["versions"] = [json.dumps(given) if isinstance(given, dict) else given for given in runs["versions"]]
+    tables = {"runs": runs} | {name: load_table(grid, name) for name in TABLES}
+    return {
+        name: table.astype(object).where(table.notna(), None).sort_values("run", kind="stable", ignore_index=True)
+        for name, table in tables.items()
+    }
+
+
+def assert_alike(tables, others):
+    for name, table in tables.items():
+        assert len(table) and {*table} == {*others[name]}
+        pd.testing.assert_frame_equal(table, others[name][[*table]], check_exact=True)
+
+
+@pytest.mark.parametrize("name", ["quick", "planted"])
+def test_published_tables_give_every_value_back(roots, grid, name):
+    for seed in (3, 1, 2):
+        plant(roots[0], name, seed)
+    (plant(roots[0], name, seed=4, model="kneser-ney") / "history.csv").write_text("phase,step,metric,value\n")
+    written = everything(name)
+    assert written["history"]["value"].map(type).eq(float).all()  # though an n-gram has none
+    assert publish(name if name == "quick" else grid()) == roots[1] / name
+    assert {path.name for path in (roots[1] / name).iterdir()} == {"runs.csv", "history.parquet", "samples.parquet"}
+    assert set(load_runs(name)["source"]) == {"outputs"}
+    shutil.rmtree(roots[0])
+    assert set(load_runs(name)["source"]) == {"committed"} and set(load_runs(name)["git_commit"]) == {COMMIT}
+    assert_alike(written, everything(name))
+    if name == "planted":  # whose file is none of the repository's
+        assert len(read_runs(name)) == 4 and set(read_runs(name)["planned"]) == {4}
+
+
+def test_published_runs_replace_their_earlier_rows_and_keep_others(roots):
+    for seed in (1, 2, 3):
+        plant(roots[0], seed=seed)
+    publish("quick")
+    shutil.rmtree(roots[0])
+    before = everything("quick")
+    run = plant(roots[0], seed=2, val_loss=1.25, horizon_init=0.1).name
+    changed = everything("quick")
+    publish("quick")
+    shutil.rmtree(roots[0])
+    after = everything("quick")
+    assert load_runs("quick").set_index("run").loc[run, ["val_loss", "horizon_init"]].tolist() == [1.25, 0.1]
+    for name, table in after.items():
+        mine = table["run"] == run
+        earlier = before[name][before[name]["run"] != run].reset_index(drop=True)
+        assert_alike({name: earlier}, {name: table.loc[~mine, [*earlier]].reset_index(drop=True)})
+        assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
+
+
+@pytest.mark.parametrize("commit", [None, f"{COMMIT}-dirty"])
+def test_a_run_that_no_commit_made_is_not_published(roots, commit):
+    plant(roots[0], seed=1)
+    run = plant(roots[0], seed=2, git_commit=commit).name
+    assert run in refusal(publish, "quick") and not roots[1].exists()
+
+
+def test_nothing_is_published_of_a_grid_without_runs_of_ones_own_or_beside_another_protocol(roots):
+    plant(roots[1])
+    assert "GRID=quick" in refusal(publish, "quick")
+    plant(roots[0])
+    publish("quick")
+    plant(roots[0], seed=2, protocol=2)
+    assert "protocol" in refusal(publish, "quick")
+
+
+@pytest.mark.parametrize("grid", sorted(path.name for path in (ROOT / "data" / "results").iterdir()))
+def test_every_committed_grid_is_whole(tmp_path, monkeypatch, grid):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    runs, history, samples = load_runs(grid), load_table(grid, "history"), load_table(grid, "samples")
+    assert len(runs) and runs["run"].is_unique and set(runs["source"]) == {"committed"}
+    assert runs["protocol"].nunique() == 1 and set(runs["protocol"]) <= {*READABLE}
+    assert set(samples["run"]) == set(runs["run"])
+    assert set(history["run"]) == set(runs.loc[runs["model"] != "kneser-ney", "run"])  # an n-gram has no history
+    assert history.notna().all(axis=None) and not samples.duplicated(["run", "part", "sample"]).any()
+    sums = samples.groupby(["run", "part"])[["loss_sum", "tokens"]].sum().unstack("part")
+    runs = runs.set_index("run").sort_index()
+    for part in {"val", "test"} | ({"development"} if "development_tokens" in runs else set()):
+        assert (sums["tokens", part] == runs[f"{part}_tokens"] - 1).all()
+        mean = (sums["loss_sum", part] / sums["tokens", part]).astype(float)
+        np.testing.assert_allclose(mean, runs[f"{part}_loss"], rtol=1e-5)
+        np.testing.assert_allclose(np.exp(runs[f"{part}_loss"]), runs[f"{part}_ppl"], rtol=1e-5)

@@ -1,0 +1,300 @@
+"""One run, from settings to a folder: by `run` and by cells alike, whole or not at all, and in whose folder."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import ctxlm.files
+from ctxlm.config import MODULES, NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
+from ctxlm.corpus import PROTOCOL, Split, Stream
+from ctxlm.embeddings import data_hash
+from ctxlm.files import ROOT
+from ctxlm.metrics import NonFiniteLoss, losses_by_sample
+from ctxlm.run import Run, folder_by_hand, git_commit, main, run
+from tests.conftest import SMALL, held, refusal, run_cells
+
+COMMIT = "0" * 40
+SETTINGS = SMALL | {"device": "cpu", "dtype": "float32", "output_bias": "unigram"}
+NETWORK = {"hidden_dim": 16, "window": 8}
+MODELS = {"context": {}, "lstm": {"model": "lstm"} | NETWORK, "kneser-ney": {"model": "kneser-ney"}}
+MAY_DIFFER = re.compile("seconds|phase1_cached|git_commit|resumed_after_epoch")
+"""Metrics of what a run took, and of the tree that it was made from."""
+STREAM = Stream(np.array([11, 11, 257, 262], dtype=np.int32), np.array([7, 7, 7, 8], dtype=np.int32))
+"""Of the tokens "," and " a" and " the": 1, 2 and 4 bytes."""
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """As if the tree were as committed, without asking git, which takes long where notebooks differ."""
+    monkeypatch.setattr("ctxlm.run.git_commit", lambda: COMMIT)
+
+
+def asked(model, text):
+    """The parameters of one of `MODELS` that it reads."""
+    return Experiment.from_mapping(SETTINGS, MODELS[model], {"corpus": str(text)}).for_notebook()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, text):
+    """A finished run of each model: its folder, and what `run` returned."""
+    home, runs = tmp_path_factory.mktemp("made"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CTXLM_CACHE", str(home / "cache"))
+        patch.setattr("ctxlm.run.git_commit", lambda: COMMIT)
+        for model in MODELS:
+            runs[model] = home / model, run(Experiment.from_mapping(asked(model, text)), home / model)
+    return runs
+
+
+def read(folder):
+    """A run's metrics.json."""
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def contents(folder):
+    """All files of a run but its lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def assert_same_run(folder, other):
+    """Two runs have the same numbers to the last bit."""
+    one, two = ({k: v for k, v in read(f).items() if not MAY_DIFFER.search(k)} for f in (folder, other))
+    assert [*one.items()] == [*two.items()]
+    tables = [pd.read_csv(f / "history.csv").query("metric != 'seconds'") for f in (folder, other)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    for name in ("samples.csv", "val_losses.npz", "model.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+# What is written
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_files_of_a_run_agree(made, model):
+    folder, returned = made[model]
+    metrics = read(folder)
+    assert set(contents(folder)) == {
+        "history.csv", "metrics.json", "model.safetensors", "samples.csv", "val_losses.npz"
+    }  # fmt: skip
+    assert metrics == returned.to_dict()
+    sums = pd.read_csv(folder / "samples.csv").groupby("part")[["loss_sum", "tokens", "bytes"]].sum()
+    for part in ("val", "development", "test"):
+        total, tokens, size = sums.loc[part]
+        assert metrics[f"{part}_tokens"] == tokens + 1 and metrics[f"{part}_bytes"] == size
+        assert metrics[f"{part}_loss"] == pytest.approx(total / tokens, rel=1e-6)
+        assert metrics[f"{part}_ppl"] == pytest.approx(math.exp(total / tokens), rel=1e-6)
+        assert metrics[f"{part}_bits_per_byte"] == pytest.approx(total / math.log(2) / size)
+    with np.load(folder / "val_losses.npz") as file:
+        assert file["loss"].mean(dtype=float) == pytest.approx(metrics["val_loss"])
+        assert len(file["sample"]) == len(file["loss"]) == metrics["val_tokens"] - 1
+    weights = sum(weight.numel() for weight in load_file(folder / "model.safetensors").values())
+    assert metrics["trained_params"] == weights and bool(weights) == (model != "kneser-ney")
+    if weights:
+        history = pd.read_csv(folder / "history.csv").query("phase == 'phase2'")
+        losses = history[history["metric"] == "val_loss"].set_index("step")["value"]
+        assert len(losses) == metrics["epochs_run"] and losses.idxmin() == metrics["best_epoch"]
+        assert losses.min() == pytest.approx(metrics["val_loss"])
+        assert metrics["tokens_per_parameter"] == 600 / weights
+
+
+def test_every_column_is_documented_and_every_documented_column_is_written(made):
+    table = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("| column of `metrics.json`")[1]
+    cells = re.findall(r"^\|([^|]*)\|", table.split("\n\n")[0], re.M)
+    documented = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    written = {name for folder, _ in made.values() for name in read(folder)} - Experiment.model_fields.keys()
+    assert written == documented - {"resumed_after_epoch", "stopped"}
+
+
+@pytest.mark.parametrize("model", ["context", "lstm"])
+def test_the_cells_of_a_notebook_give_what_run_gives(made, model, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+    run_cells(NOTEBOOKS[model], asked(model, text) | {"output_dir": str(tmp_path / "run")})
+    assert_same_run(tmp_path / "run", made[model][0])
+
+
+def test_provenance_holds_with_what_a_run_was_made(made, text):
+    record = read(made["context"][0])
+    e = Experiment.from_mapping({name: record[name] for name in Experiment.model_fields})
+    assert e == Experiment.from_mapping(SETTINGS, {"corpus": str(text)}) and e.params_hash == record["params_hash"]
+    assert (record["code_hash"], record["data_hash"]) == (code_hash(), data_hash(e))
+    assert (record["git_commit"], record["protocol"]) == (COMMIT, PROTOCOL)
+    assert record["versions"]["torch"] == torch.__version__ and record["threads"] == torch.get_num_threads()
+    assert len({code_hash(model) for model in MODULES}) == 3  # networks share theirs
+
+
+def write(folder, settings=None, **columns):
+    """Write a run of three predictions that nothing has computed."""
+    losses, shorter = torch.tensor([1.0, 2.0, 4.0]), Stream(STREAM.tokens[1:], STREAM.samples[1:])
+    judged = {part: (losses if part == "val" else losses[1:], 0.5) for part in ("val", "development", "test")}
+    rows = [{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}]
+    this = Run(settings or Experiment(device="cpu"), folder)
+    weights = {"w": torch.arange(6.0).reshape(2, 3).T}
+    return this.write(Split(STREAM, STREAM, shorter, shorter), judged, columns, rows, weights)
+
+
+def test_what_is_judged_by_sample_is_written_part_by_part(tmp_path, without_text):
+    metrics = write(tmp_path / "A")
+    assert (metrics["val_loss"], metrics["test_bytes"], metrics["train_tokens"]) == (pytest.approx(7 / 3), 6, 4)
+    assert pd.read_csv(tmp_path / "A" / "samples.csv").values.tolist() == [
+        ["val", 7, 3.0, 2, 3],
+        ["val", 8, 4.0, 1, 4],
+        *([part, *row] for part in ("development", "test") for row in ([7, 2.0, 1, 2], [8, 4.0, 1, 4])),
+    ]
+    assert load_file(tmp_path / "A" / "model.safetensors")["w"].shape == (3, 2)
+    long = np.zeros(10**6 + 1, dtype=np.int32)
+    table = losses_by_sample(np.full(10**6, 0.1, dtype=np.float32), Stream(long, long))
+    assert table["loss_sum"].item() == pytest.approx(10**6 * float(np.float32(0.1)), rel=1e-9)  # in double precision
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left"), None])
+def test_a_run_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch, without_text, error):
+    def fail(*_arguments, **_options):
+        raise error
+
+    write(tmp_path / "A")
+    before = contents(tmp_path / "A")
+    if error:
+        monkeypatch.setattr("ctxlm.run.save_file", fail)  # the last file that is written
+    with pytest.raises(OSError if error else ValueError, match="No space left" if error else "test_horizon = inf"):
+        write(tmp_path / "A", test_horizon=1.0 if error else math.inf)
+    assert contents(tmp_path / "A") == before
+
+
+def test_metrics_json_is_replaced_last_and_is_gone_before_any_other_file_is(tmp_path, monkeypatch, without_text):
+    order, replace = [], ctxlm.files.os.replace
+
+    def watched(source, target):
+        order.append((target.name, (tmp_path / "A" / "metrics.json").exists()))
+        replace(source, target)
+
+    write(tmp_path / "A")
+    monkeypatch.setattr(ctxlm.files.os, "replace", watched)
+    write(tmp_path / "A")
+    assert len(order) == 5 and order[-1][0] == "metrics.json" and not any(exists for _, exists in order)
+
+
+def test_the_commit_is_dirty_where_a_file_differs_and_unchanged_files_are_filtered_once(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    (tmp_path / ".gitattributes").write_text("*.ipynb filter=counted\n", encoding="utf-8")
+    (tmp_path / "a.ipynb").write_text("{}\n", encoding="utf-8")
+    git("init", "--quiet")
+    git("config", "filter.counted.clean", f"echo >>'{tmp_path}/filtered'; cat")
+    git("add", ".gitattributes", "a.ipynb")
+    git("commit", "--quiet", "-m", "first")
+    monkeypatch.setattr("ctxlm.run.ROOT", tmp_path)
+    os.utime(tmp_path / "a.ipynb", (1, 1))  # as after a clone, git does not know whether it is the same
+    before = (tmp_path / "filtered").read_text()
+    commits = {git_commit() for _ in range(3)}
+    assert len(commits) == 1 and re.fullmatch("[0-9a-f]{40}", commits.pop())
+    assert len((tmp_path / "filtered").read_text()) <= len(before) + 1
+    (tmp_path / "a.ipynb").write_text("{1}\n", encoding="utf-8")
+    assert git_commit().endswith("-dirty")
+    monkeypatch.setattr("ctxlm.run.ROOT", tmp_path / "nowhere")
+    assert git_commit() is None
+
+
+def test_more_validations_than_updates_are_refused(text, tmp_path):
+    few = {"validations_per_epoch": 7, "corpus": str(text)}  # and 599 targets, 128 at a time
+    with pytest.raises(ConfigError, match="validations_per_epoch = 7"):
+        run(Experiment.from_mapping(SETTINGS, MODELS["lstm"], few), tmp_path / "A")
+
+
+# What is refused or fails
+
+
+def test_a_command_ends_with_a_sentence(tmp_path, text, capsys):
+    values = json.dumps(SETTINGS | {"corpus": str(text), "test_samples": 99})
+    assert main([str(tmp_path / "A"), values]) == 1
+    assert capsys.readouterr().err.startswith("ConfigError: test_samples = 99 ") and contents(tmp_path / "A") == {}
+    assert main([str(tmp_path / "A"), '{"num_layer": 3}']) == 1
+    assert capsys.readouterr().err.startswith("ConfigError: num_layer = 3 ")
+
+
+@pytest.mark.parametrize(
+    "values", [{"model": "lstm", "phase2_learning_rate": 1e30} | NETWORK, {"phase1_learning_rate": 1e30}]
+)
+def test_a_loss_that_is_not_finite_names_the_rate_and_leaves_no_run(tmp_path, text, monkeypatch, values):
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    (name,) = (name for name in values if "rate" in name)
+    with pytest.raises(NonFiniteLoss, match=f"{name} = 1e"):
+        run(Experiment.from_mapping(SETTINGS, values, {"corpus": str(text)}), tmp_path / "A")
+    assert "metrics.json" not in contents(tmp_path / "A")
+
+
+def test_a_folder_is_one_process_own_till_it_dies(tmp_path):
+    folder, e = tmp_path / "A", Experiment(device="cpu")
+    with held(folder / ".lock"):
+        assert refusal(Run, e, folder).startswith(f"output_dir = {str(folder)!r} ")
+        assert Run(e, tmp_path / "B").folder == tmp_path / "B"
+    assert Run(e, folder).folder == Run(e, folder).folder == folder  # a kernel may write there again
+    with ThreadPoolExecutor(1) as another:  # and from another of its threads
+        assert another.submit(Run, e, folder).result().folder == folder
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/A"])
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, folder):
+    (tmp_path / "file").touch()
+    assert refusal(Run, Experiment(), tmp_path / folder).startswith("output_dir = ")
+
+
+def test_a_folder_that_holds_a_run_of_other_parameters_is_refused_by_hand(tmp_path, without_text, monkeypatch):
+    folder, e, other = tmp_path / "mine", Experiment(num_layers=3), Experiment()
+    write(folder, e)
+    before = contents(folder)
+    assert Run(e, folder).settings == e  # whatever `auto` became
+    assert refusal(Run, other, folder).startswith(f"output_dir = {str(folder)!r} ")
+    monkeypatch.setenv("CTXLM_PROGRESS", "lines")  # a batch, whose grid has changed
+    assert Run(other, folder).settings == other and contents(folder) == before
+
+
+# Runs by hand, which name no folder
+
+USUAL = {notebook: read_yaml(f"params/{notebook.replace('.ipynb', '.yaml')}") for notebook in NOTEBOOKS.values()}
+
+
+def by_hand(notebook="02_experiment", **changed):
+    """The settings and the folder of a notebook's run with some of its defaults changed."""
+    return folder_by_hand(Experiment.from_mapping(USUAL[f"notebooks/{notebook}.ipynb"], changed))
+
+
+@pytest.mark.parametrize(
+    ("notebook", "changed", "name", "label"),
+    [
+        ("02_experiment", {}, "A", "A"),
+        ("02_experiment", {"seed": 43, "num_layers": 3}, "num_layers-3_seed-43", "num_layers-3"),
+        ("02_experiment", {"train_tokens": 5000, "seed": 43}, "train_tokens-5000_seed-43", "A"),  # a size and replicate
+        ("02_experiment", {"experiment": "mine", "num_layers": 3}, "mine_num_layers-3", "mine"),
+        ("02_experiment", {"corpus": "texts/my own.txt"}, "corpus-texts-my-own.txt", "corpus-texts-my-own.txt"),
+        ("03_baseline", {}, "KN-4", "KN-4"),
+        ("03_baseline", {"model": "lstm", "seed": 1, "window": 8}, "lstm_window-8_seed-1", "lstm_window-8"),
+    ],
+)
+def test_a_run_by_hand_is_named_after_what_differs_from_the_notebooks_defaults(outputs, notebook, changed, name, label):
+    settings, folder = by_hand(notebook, **changed)
+    assert folder == outputs / "interactive" / name and settings.experiment == label
+
+
+def test_a_run_of_other_parameters_stays_and_the_new_one_goes_beside_it(outputs, without_text):
+    settings, folder = by_hand(seed=43)
+    write(folder, settings)
+    before = contents(folder)
+    assert by_hand(seed=43) == (settings, folder)  # the same again
+    other, beside = by_hand("03_baseline", seed=43)
+    assert beside.name == "seed-43-2" and other.experiment == "KN-4"
+    write(beside, other)
+    assert by_hand("03_baseline", seed=43)[1] == beside and by_hand(seed=43)[1] == folder
+    assert contents(folder) == before
