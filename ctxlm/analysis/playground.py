@@ -1,170 +1,375 @@
-"""What the playground shows: models asked in words, two runs side by side, what contexts remember.
+"""The playground: trained models asked in words, two side by side, what contexts remember, and a small training.
 
-Views of finished runs, each named "grid/run", for `explore.explore`; they return figures, tables or HTML.
+Views are plain functions of finished runs, each named "grid/run", that return a figure, a table or HTML, or raise a
+ConfigError where there is nothing to show; `explore` puts controls above them. Texts, of a corpus or out of a model,
+may hold anything: they are escaped, in `pre` and `code` elements, where nobody looks for formulas.
 """
 
 import functools
+import inspect
+import json
+import os
 import re
+import shlex
+import signal
+import sys
+import textwrap
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import HTML
+import yaml
+from IPython import get_ipython
+from IPython.display import HTML, display
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from ctxlm import run as running
+from ctxlm.analysis import run_plots as plots
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.estimates import Estimates, paired
-from ctxlm.analysis.explore import (
-    MOST_NATS,
-    colour_scale,
-    coloured,
-    heat,
-    large,
-    legend_above,
-    quoted,
-    table_of,
-    tell,
-    visible,
-    wrapped,
-)
-from ctxlm.analysis.plots import FIRST, recent_tokens
-from ctxlm.analysis.run_plots import (
-    COLOURS,
-    LINES,
-    MARKERS,
-    REFERENCE,
-    log_axis,
-    metric_of,
-    new_figure,
-    recent_axis,
-    steps_axis,
-)
-from ctxlm.analysis.workbench import GRID, experiment, history, known_of, metrics, train
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.corpus import Stream, decode, split
-from ctxlm.generate import ContextSpeaker, Speaker, State, changed, generate, load_run, next_tokens, surprise
+from ctxlm.files import atomic, outputs_dir, results_dir, run_folders
+from ctxlm.generate import ContextSpeaker, Speaker, changed, generate, load_run, next_tokens, surprise
+from ctxlm.metrics import NonFiniteLoss
 from ctxlm.model import ContextLM
 from ctxlm.phase2 import Predictor
 from ctxlm.recurrence import Ablation, Contexts, chunked
-from ctxlm.results import BY_HAND, WEIGHTS, outputs_dir, results_dir, run_folders
 
-MANY = 5
-"""Parameters that a row of the table of runs names."""
-SURPRISES = [(heat(nats), str(nats)) for nats in range(0, MOST_NATS + 1, 3)]
-"""Colours and what they stand for, nats."""
-ECHOED = 300
-"""Characters of a prompt, its last, that are shown again beside what comes next."""
-READ = 8_000
-"""Characters of a text that are read, its first: at each token a pointer is told what was likelier."""
-
-
-def labels(*runs: str) -> dict[str, str]:
-    """Runs and how a figure calls them: by what they are and, where two would be called alike, by their grid too."""
-    parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
-    short = {run: re.sub(rf"_({parameters})-", r", \1 ", run.rpartition("/")[2]) for run in runs}
-    alike = [name for name in short.values() if list(short.values()).count(name) > 1]
-    return {run: f"{name}, {run.rpartition('/')[0]}" if name in alike else name for run, name in short.items()}
+GRID, BY_HAND = "playground", running.BY_HAND
+"""The grid whose context models are the presets, and the one that trainings here go to."""
+READ, MOST_NATS = 8_000, 12
+"""Characters of a text that are read, its first; and a surprise from which on the colour grows no deeper, nats."""
+LARGE = dict.fromkeys(
+    ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 14.5
+)
+"""Letters that are 9 pixels high and more where a figure is 390 wide."""
 
 
-def _looks(*runs: str) -> dict[str, dict[str, Any]]:
-    """Of each run the label, the colour, the marker and the line: A is blue and B orange, as everywhere.
+# How a notebook shows views
 
-    Others, also variants of these, have colours that are far apart.
+
+def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls: Any) -> None:
+    """Show views of their controls' first values and, where there is a frontend, again whenever a control is changed.
+
+    Args:
+        views: each is given those of the controls that it takes.
+        controls: a list of choices, a text, or (least, most, first) for a number; anything else stays as it is.
     """
-    others, found = iter((COLOURS[2], COLOURS[4], COLOURS[3])), {}
-    for (run, name), marker, line in zip(labels(*runs).items(), MARKERS, LINES, strict=False):
-        colour = FIRST.get(name) or next(others)
-        found[run] = {"label": name, "color": colour, "marker": marker, "linestyle": line}
-    return found
+    place = {list: 0, tuple: 2}  # where the first value stands
+    values = {name: c[place[type(c)]] if type(c) in place else c for name, c in controls.items()}
+    widgets = {name: _widget(name, control) for name, control in controls.items()} if has_widgets() else {}
+    if widgets:
+        import ipywidgets  # opens channels to a frontend: not where there is none
+
+        seen = [widget for widget in widgets.values() if isinstance(widget, ipywidgets.DOMWidget)]
+        display(ipywidgets.Box(seen, layout={"flex_flow": "row wrap"}))
+    for view in [views] if callable(views) else views:
+        names = inspect.signature(view).parameters.keys() & controls.keys()
+        if widgets:
+            display(ipywidgets.interactive_output(functools.partial(_show, view), {n: widgets[n] for n in names}))
+        else:
+            _show(view, **{name: values[name] for name in names})
 
 
-@functools.lru_cache(8)
-def _loaded(run: str, _changed: int) -> Speaker:
-    return load_run(*run.rsplit("/", 1))
+def has_widgets() -> bool:
+    """Whether someone sits before this kernel: not under papermill or nbconvert, which would keep widgets' state."""
+    shell = get_ipython()
+    editor = shell is not None and "__vsc_ipynb_file__" in shell.user_ns  # VS Code's
+    return shell is not None and (editor or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules)
 
 
-def model(run: str) -> Speaker:
-    """The model of a run, loaded once. One of the playground's own grid that has no weights is trained first."""
-    grid, _, name = run.rpartition("/")
-    if grid == GRID and metrics(run)["model"] == "context" and not (run_folders(grid)[name][0] / WEIGHTS).exists():
-        if not (outputs_dir() / BY_HAND / name / WEIGHTS).exists():
-            tell(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes.")
-        run = train(name, "")
-    return _loaded(run, _written(run))
+def _widget(name: str, control: Any) -> Any:
+    import ipywidgets
+
+    look = {"description": name, "style": {"description_width": "initial"}}
+    look["layout"] = {"width": "28em", "max_width": "100%", "margin": "2px 12px 2px 0"}
+    if isinstance(control, list):
+        return ipywidgets.Dropdown(options=control, **look)
+    if isinstance(control, tuple):
+        least, most, first = control
+        slider = ipywidgets.FloatSlider if isinstance(most, float) else ipywidgets.IntSlider
+        return slider(min=least, max=most, value=first, continuous_update=False, **look)
+    if not isinstance(control, str):
+        return ipywidgets.fixed(control)
+    kind = ipywidgets.Textarea if name in ("text", "change") else ipywidgets.Text
+    return kind(value=control, continuous_update=False, **look)
 
 
-def _written(run: str) -> int:
-    """When a run was written, ns; 0 of one without a folder."""
-    grid, _, name = run.rpartition("/")
-    folders = run_folders(grid)
-    return (folders[name][0] / "metrics.json").stat().st_mtime_ns if name in folders else 0
+def _show(view: Callable[..., Any], **values: Any) -> None:
+    """Display a view, or the sentence that says why there is none."""
+    try:
+        shown = view(**values)
+    except (ConfigError, NonFiniteLoss, OSError) as error:
+        shown = HTML(f"<p>{quoted(error)}</p>")
+    display(shown)
+    if isinstance(shown, Figure):
+        plt.close(shown)  # else Jupyter would show it once more
 
 
-def _runs() -> pd.DataFrame:
-    """All finished runs in `outputs` and among the committed: run, grid, source, metrics; the playground's first."""
-    grids = {path.parent.name for path in results_dir().glob("*/runs.csv")}
-    for root in (outputs_dir(), results_dir()):
-        grids |= {path.parents[1].relative_to(root).as_posix() for path in root.glob("**/*/metrics.json")}
-    rows = []
-    for grid in sorted(grids - {"."}, key=lambda name: (name not in (GRID, BY_HAND), name)):
-        folders = run_folders(grid)
-        for _, row in tidy.load_runs(grid).iterrows():
-            known = {"test_ppl": None} | known_of(row)
-            folder, _ = folders.get(row["run"], (None, ""))
-            asked = folder is not None and known["context_ablation"] == "none" and not known["context_rank"]
-            kept = known["model"] == "kneser-ney" or (asked and (folder / WEIGHTS).exists())
-            rows.append({"grid": grid, "run": row["run"], "source": row["source"], "at hand": asked and kept})
-            rows[-1]["metrics"] = known
-    return pd.DataFrame(rows, columns=["grid", "run", "source", "at hand", "metrics"])
+@plt.rc_context(LARGE)
+def lines(panels: Mapping[str, pd.DataFrame], x: str, title: str = "") -> Figure:
+    """Panels below one another, from label → table: over its index a line for every column (run, what).
 
-
-def choices(*first: str) -> list[str]:
-    """Runs that can be asked, `first` ones first; those of the playground can be trained on first use."""
-    runs = _runs()
-    found = (runs["grid"] + "/" + runs["run"])[runs["at hand"] | (runs["grid"] == GRID)].tolist()
-    return [*first, *(run for run in found if run not in first)]
-
-
-def catalogue(grid: str = GRID) -> Styler:
-    """The finished runs of a grid, or of "all": what differs, test PPL, whether they can be asked.
-
-    Where much differs, it is what differs from the grid's first run.
+    The first run is blue and the second orange; a second line of a run is dotted.
     """
-    runs, rows = _runs(), []
-    for name, own in runs[(runs["grid"] == grid) | (grid == "all")].groupby("grid", sort=False):
-        values = pd.DataFrame([{key: str(m.get(key)) for key in _read_by(m)} for m in own["metrics"]])
-        varied = [key for key in values if values[key].nunique() > 1 and key not in ("experiment", "device", "dtype")]
-        usual = values.iloc[0] if len(varied) > MANY else {}
-        for row, value in zip(own.to_dict("records"), values.to_dict("records"), strict=True):
-            read = [key for key in varied if key in _read_by(row["metrics"])]
-            differs = [f"{key} {value[key]}" for key in read if not len(usual) or value[key] != usual[key]]
-            differs = differs[:MANY] + ["…"] * (len(differs) > MANY) + ["stopped"] * _stopped(row["metrics"])
-            asked = "yes" if row["at hand"] else "no" if name != GRID else "after training"
-            rows.append([f"{name}/{row['run']}", row["metrics"]["test_ppl"], asked, ", ".join(differs) or "–"])
-    caption = f"{len(rows)} of {len(runs)} finished runs in {runs['grid'].nunique()} grids"
-    formats = {"test PPL": lambda x: "" if x is None or np.isnan(x) else f"{x:,.1f}"}
-    table = pd.DataFrame(rows, columns=["run", "test PPL", "can be asked", "what differs"])
-    return table_of(table, ["run", "what differs"], formats).set_caption(caption)
+    figure, axes = plots.new_figure(len(panels), height=1.4 + 3 * len(panels), sharex=True)
+    for panel, (label, frame) in zip(axes[:, 0], panels.items(), strict=True):
+        first: dict[str, str] = {}
+        for run, what in frame:
+            line, k, values = "-" if first.setdefault(run, what) == what else ":", [*first].index(run), frame[run, what]
+            look = {"color": plots.COLOURS[k], "marker": plots.MARKERS[k] if len(values) < 60 else ""}
+            name = textwrap.fill(f"{run}, {what}" if what else run, 58)
+            panel.plot(values.dropna(), label=name, linestyle=line, **look)
+        if "(log)" in label:
+            plots.log_axis(panel, label)
+        else:
+            panel.set(ylabel=label, ylim=(min(0, panel.get_ylim()[0]), None))
+    plots.steps_axis(axes[-1, 0], x)
+    axes[0, 0].set_title(textwrap.fill(title, 58), loc="left", parse_math=False)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    columns = 1 if max(map(len, names)) > 26 else 2
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
+    return figure
 
 
-def _read_by(known: Mapping[str, Any]) -> list[str]:
-    """The parameters that a run's model reads."""
-    return [*Experiment.model_construct(model=known["model"]).for_notebook()]
+def visible(text: str, spaces: bool = False) -> str:
+    """A text with signs in the place of what cannot be seen: control characters and, if asked for, spaces."""
+    signs = {c: f"⟨U+{ord(c):04X}⟩" for c in text if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029"}
+    return text.translate(str.maketrans(signs | {"\n": "⏎", "\t": "⇥"} | ({" ": "␣"} if spaces else {})))
 
 
-def _stopped(known: Mapping[str, Any]) -> bool:
-    """Whether a training was ended by hand before its last epoch."""
-    return known.get("stopped") is True
+def quoted(text: Any) -> str:
+    """A text as HTML: escaped, and in an element in which nobody looks for formulas."""
+    look = "font:inherit;color:inherit;background:none;white-space:pre-wrap"
+    return f'<code style="{look}">{escape(visible(str(text)))}</code>'
+
+
+def table_of(frame: pd.DataFrame, texts: Sequence[str] = (), caption: str = "") -> Styler:
+    """A table; the columns `texts`, which may be long, stand on the left."""
+    look = {"text-align": "left", "min-width": "13em", "overflow-wrap": "anywhere"}
+    heads = {name: [{"selector": "th", "props": "text-align:left"}] for name in texts}
+    style = frame.style.hide(axis="index").format(quoted).format_index(quoted, axis=1).set_table_styles(heads)
+    return style.set_properties(subset=list(texts), **look).set_caption(quoted(caption))
+
+
+def coloured(rows: Iterable[tuple[str, str, str, str]], what: str, legend: Mapping[str, str] | None = None) -> HTML:
+    """Tokens on colours, from rows (text, colour, number below, title); above them `what`, and meaning → colour."""
+    ink, tokens = "color:#111;font:inherit", []  # on a colour the same in a light page and a dark one
+    for text, colour, number, title in rows:
+        small = f'<sub style="font-size:10px;opacity:.75">{escape(number)}</sub>' if number else ""
+        look = f"background:{colour};{ink};border-radius:3px" if colour else "background:none;font:inherit"
+        tokens.append(f'<code title="{escape(visible(title))}" style="{look}">{escape(visible(text))}{small}</code>')
+        tokens += ["<br>"] * text.endswith("\n")
+    legend = legend or {str(nats): heat(nats) for nats in range(0, MOST_NATS + 1, 3)}
+    boxes = (f'<span style="background:{c};{ink};padding:2px 8px">{escape(name)}</span>' for name, c in legend.items())
+    look = "white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;font:15px/2 sans-serif;max-width:60em"
+    head = f'<p style="font:14px sans-serif;margin:.3em 0">{quoted(what)} {"".join(boxes)}</p>'
+    return HTML(f'<div>{head}<pre style="{look}">{"".join(tokens)}</pre></div>')
+
+
+def heat(nats: float) -> str:
+    """The colour of a surprise, light enough for dark letters."""
+    return to_hex(plt.get_cmap("YlOrBr")(0.6 * min(max(nats, 0.0) / MOST_NATS, 1.0)))
+
+
+# Runs
 
 
 def grids() -> list[str]:
-    """What `catalogue` may be of."""
-    return list(dict.fromkeys([GRID, "all", *_runs()["grid"]]))
+    """Grids that have finished runs, in `outputs` or committed; the playground's and those by hand first."""
+    names = {path.parent.name for path in results_dir().glob("*/runs.csv")}
+    for root in (outputs_dir(), results_dir()):
+        names |= {path.parents[1].relative_to(root).as_posix() for path in root.glob("**/*/metrics.json")}
+    return sorted(names - {"."}, key=lambda name: (name not in (GRID, BY_HAND), name))
+
+
+def finished(grid: str) -> pd.DataFrame:
+    """The finished runs of a grid by "grid/run": what metrics.json holds, and whether they can be `asked`.
+
+    The playground's own, whose weights are not all committed, are trained when they are asked.
+    """
+    runs, folders = tidy.load_runs(grid), run_folders(grid)
+    if runs.empty:
+        return runs
+    weights = {run for run, (folder, _) in folders.items() if grid == GRID or (folder / running.WEIGHTS).exists()}
+    asked = runs["run"].isin(weights) | (runs["run"].isin(folders) & runs["model"].eq("kneser-ney"))
+    return runs.assign(asked=asked).set_index(grid + "/" + runs["run"])
+
+
+def choices(*first: str) -> list[str]:
+    """Runs that can be asked, `first` ones first."""
+    tables = [finished(grid) for grid in grids() if run_folders(grid)]
+    return list(dict.fromkeys([*first, *(run for runs in tables for run in runs.index[runs["asked"]])]))
+
+
+def catalogue(grid: str = GRID) -> Styler:
+    """The finished runs of a grid, or of "all": test PPL, whether they can be asked, what differs from its first."""
+    rows, names = [], [name for name in Experiment.model_fields if name not in ("experiment", "device")]
+    for each in grids() if grid == "all" else [grid]:
+        for run, row in (runs := finished(each)).iterrows():
+            usual = runs.iloc[0]
+            differs = [f"{name} {_value(row[name])}" for name in names if str(row[name]) != str(usual[name])]
+            differs += ["stopped"] * (row.get("stopped") is True)
+            rows.append([run, _value(row.get("test_ppl")), "yes" if row["asked"] else "no", ", ".join(differs) or "–"])
+    columns = ["run", "test PPL", "can be asked", "differs from the grid's first run in"]
+    return table_of(pd.DataFrame(rows, columns=columns), [columns[0], columns[-1]], f"{len(rows)} finished runs")
+
+
+def metrics(run: str) -> dict[str, Any]:
+    """What metrics.json holds of the run "grid/run"; what is missing is None.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    runs = finished(run.rpartition("/")[0])
+    if run not in runs.index:
+        raise ConfigError(f"run = {run!r} is no finished run: choose one of the table, as {GRID}/A")
+    return {name: None if value != value else value for name, value in runs.loc[run].to_dict().items()}
+
+
+def table(run: str, kind: str) -> pd.DataFrame:
+    """The `history` of a run, or its `samples`."""
+    grid, _, name = run.rpartition("/")
+    rows = tidy.load_table(grid, kind)
+    return rows[rows["run"] == name]
+
+
+def experiment(run: str) -> Experiment:
+    """A run's parameters, for the CPU."""
+    known = metrics(run)
+    given = {name: known[name] for name in Experiment.model_fields} | {"device": "cpu", "dtype": "float32"}
+    if given["train_samples"]:  # a run also says how many tokens these were
+        given["train_tokens"] = None
+    return Experiment.from_mapping(given)
+
+
+@functools.lru_cache(8)
+def model(run: str) -> Speaker:
+    """The model of a run, loaded once. One of the playground's own grid that has no weights is trained first."""
+    grid, _, name = run.rpartition("/")
+    folder, _ = run_folders(grid).get(name, (outputs_dir(), ""))
+    if grid == GRID and metrics(run)["model"] == "context" and not (folder / running.WEIGHTS).exists():
+        print(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes.")
+        return load_run(*train(name).split("/"))
+    return load_run(grid, name)
+
+
+def _value(value: Any) -> str:
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.5g}"
+
+
+# Training
+
+
+def presets() -> dict[str, Experiment]:
+    """What a training may begin with: the playground's context models."""
+    return {name: e for name, e in load_grid(GRID).runs.items() if e.model == "context"}
+
+
+def changed_experiment(preset: str, change: str) -> tuple[Experiment, str]:
+    """A preset with parameters changed, as YAML, and a name for it.
+
+    Raises:
+        ConfigError: there is no such preset, or the change is no mapping of parameters, or not possible.
+    """
+    known = presets()
+    if preset not in known:
+        raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
+    try:
+        given = yaml.safe_load(change) or {}
+    except yaml.YAMLError:
+        given = change
+    if not isinstance(given, dict):
+        raise ConfigError(f"change = {change!r} is no list of parameters: write one a line, as num_layers: 3")
+    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *(f"{key}-{value}" for key, value in given.items())]))
+    return Experiment.from_mapping(known[preset].model_dump(), given), name
+
+
+def train(preset: str, change: str = "") -> str:
+    """Train a preset with a change, its curve live, and write it; returns its name, "interactive/<preset>_<change>".
+
+    One that is finished is not trained again. Jupyter's stop button (Ctrl-C) ends it after its epoch: the best epoch so
+    far is kept and judged, and metrics.json says `stopped`. Pressed twice, it ends at once and nothing is written.
+
+    Raises:
+        ConfigError: as `changed_experiment` and `ctxlm.run.run`.
+        NonFiniteLoss: the change does not let it learn.
+    """
+    e, name = changed_experiment(preset, change)
+    run, path = f"{BY_HAND}/{name}", outputs_dir() / BY_HAND / name / "metrics.json"
+    if path.exists() and e.is_that_of(metrics(run)):
+        print(f"{run} is finished: to train it anew, delete {path.parent}")
+        return run
+
+    def draw(history: pd.DataFrame) -> Figure:
+        loss = plots.metric_of(history, "phase2", "val_loss")
+        epoch, best = (step / e.validations_per_epoch for step in (loss.index[-1], loss.idxmin()))
+        title = f"epoch {epoch:g} of at most {e.phase2_epochs}, the best so far {best:g}"
+        return lines({"PPL (log)": _by_epoch(run, history, e.validations_per_epoch)}, "epoch", title)
+
+    def press(*_: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        pressed.append(True)
+        print("It stops after this epoch and keeps the best one. Stopped once more, it ends at once and keeps nothing.")
+
+    def follow(history: list[dict]) -> bool:
+        rows[:] = history
+        curve(history)
+        ended[:] = pressed
+        return bool(ended)
+
+    curve, rows, pressed, ended = plots.Live(draw), [], [], []
+    main = threading.current_thread() is threading.main_thread()  # which alone takes signals
+    before = signal.signal(signal.SIGINT, press) if main else None
+    try:
+        known = running.run(e, path.parent, follow)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    curve.finish(rows)
+    if ended and known["epochs_run"] < e.phase2_epochs:
+        with atomic(path) as new:
+            new.write_text(json.dumps(json.loads(path.read_bytes()) | {"stopped": True}, indent=1) + "\n")
+    for kept in (model, contexts, _test):
+        kept.cache_clear()
+    return run
+
+
+def commands(preset: str, change: str) -> HTML:
+    """The papermill command that trains a preset with a change, and a grid that repeats both over replicates."""
+    e, name = changed_experiment(preset, change)
+    notebook, plan = Path(NOTEBOOKS[e.model]), read_yaml(f"params/grids/{GRID}.yaml")
+    usual = Experiment.from_mapping(read_yaml(f"params/notebooks/{notebook.stem}.yaml"))
+    given = {key: value for key, value in e.for_notebook().items() if value != getattr(usual, key)}
+    command = ["papermill", str(notebook), f"outputs/{BY_HAND}/{name}.ipynb", "--cwd", ".", "-k", "python3"]
+    command += ["-y", yaml.safe_dump(given, default_flow_style=True, width=10**6).strip()]
+    layers = plan["experiments"][preset]
+    layers = layers if isinstance(layers, list) else [layers]
+    grid = {
+        "title": f"{preset}, and with a change",
+        "common": plan["common"],
+        "experiments": {preset: layers, "changed": [*layers, yaml.safe_load(change) or {}]},
+        "sweep": {"seed, data_seed, embedding_seed": [[42, 0, 1], [43, 20, 2], [44, 40, 3]]},
+    }
+    typed = f"source .venv/bin/activate\nmkdir -p outputs/{BY_HAND}\n{shlex.join(command)}"
+    look = "white-space:pre-wrap;overflow-wrap:anywhere;padding:.6em;border:1px solid #8888;border-radius:4px"
+    parts = (escape(part) for part in (typed, yaml.safe_dump(grid, sort_keys=False)))
+    return HTML("".join(f'<pre style="{look}">{part}</pre>' for part in parts))
 
 
 # Two runs side by side
@@ -172,34 +377,27 @@ def grids() -> list[str]:
 
 def differing(a: str, b: str) -> Styler:
     """The parameters in which two runs differ, and what came of them."""
-    _check_two(a, b)
-    both, named = (metrics(a), metrics(b)), labels(a, b)
-    names = [n for n in Experiment.model_fields if n in both[0] and n in both[1] and both[0][n] != both[1][n]]
+    known = {run: metrics(run) for run in (a, b)}
+    names = [name for name in Experiment.model_fields if known[a][name] != known[b][name]]
     names += ["context_block_params", "token_block_params_trained", "best_epoch", "epochs_run"]
-    names += ["stopped"] * any(map(_stopped, both)) + ["val_ppl", "test_ppl"]
-    columns = [named[a], named[b]]
-    rows = [[name, *(_value(m.get(name)) for m in both)] for name in names]
-    return table_of(pd.DataFrame(rows, columns=["parameter", *columns]), columns)
+    names += ["stopped"] * any(k.get("stopped") is True for k in known.values()) + ["val_ppl", "test_ppl"]
+    columns = {run: [_value(k.get(name)) for name in names] for run, k in known.items()}
+    return table_of(pd.DataFrame({"parameter": names} | columns))
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, bool | str) or value is None:
-        return "–" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
-
-
-@large
 def curves(a: str, b: str) -> Figure:
     """PPL by epoch of two runs: validation, and training dotted."""
-    figure, ((axes,),) = new_figure(height=4.4)
-    for run, look in _looks(*dict.fromkeys((a, b))).items():
-        for metric, part, line in (("val_ppl", "validation", "-"), ("train_ppl", "training", ":")):
-            values, own = metric_of(history(run), "phase2", metric), look | {"linestyle": line}
-            axes.plot(values.index, values, **own | {"label": f"{look['label']}, {part}"})
-    steps_axis(axes, "epoch")
-    log_axis(axes, "PPL (log)")
-    legend_above(figure)
-    return figure
+    each = [
+        _by_epoch(run, table(run, "history"), metrics(run)["validations_per_epoch"]) for run in dict.fromkeys((a, b))
+    ]
+    return lines({"PPL (log)": pd.concat(each, axis=1)}, "epoch")
+
+
+def _by_epoch(run: str, history: pd.DataFrame, parts: int) -> pd.DataFrame:
+    """PPL by epoch, from a history with so many validations an epoch."""
+    names = {"validation": "val_ppl", "training": "train_ppl"}
+    frame = pd.DataFrame({(run, part): plots.metric_of(history, "phase2", name) for part, name in names.items()})
+    return frame.set_axis(frame.index / parts)
 
 
 def difference(a: str, b: str) -> Estimates:
@@ -208,38 +406,52 @@ def difference(a: str, b: str) -> Estimates:
     Raises:
         ConfigError: they are one run, or were judged on other texts.
     """
-    _check_two(a, b)
-    both, named = pd.DataFrame([_row(a), _row(b)]), labels(a, b)
-    # one pair, whatever was drawn for each side: both read the same test text
-    both = both.assign(replicate=0, **dict.fromkeys(tidy.PAIR, 0))
-    found = paired(both, {"id": a}, {"id": b}, [], contrast=f"{named[a]} − {named[b]}")
-    if not found or found[0].low is None:
-        raise ConfigError(
-            f"{a} and {b} were not judged on the same test text: make their test_samples and corpus equal"
-        )
-    return found
-
-
-def _check_two(a: str, b: str) -> None:
     if a == b:
         raise ConfigError(f"a = b = {a!r}: choose two runs")
+    both = pd.DataFrame([metrics(run) | {"grid": run.rpartition("/")[0], "id": run} for run in (a, b)])
+    # one pair, whatever was drawn for each side: both read the same test text
+    both = both.assign(log_ppl=both.get("test_loss"), replicate=0, **dict.fromkeys(tidy.PAIR, 0))
+    estimates = paired(both, {"id": a}, {"id": b}, [], contrast=f"{a} − {b}")
+    if not estimates or estimates[0].low is None:
+        raise ConfigError(f"{a} and {b} were not judged on the same text: make their test_samples and corpus equal")
+    return estimates
 
 
-def _row(run: str) -> dict[str, Any]:
-    """A run as `estimates` reads it."""
-    grid, _, name = run.rpartition("/")
-    known = metrics(run)
-    return known | {"grid": grid, "run": name, "id": run, "source": "outputs", "log_ppl": known.get("test_loss")}
+def most_different(a: str, b: str, count: int = 3) -> Styler:
+    """The test conversations that speak most for `a`, and those that speak most for `b`; nats a token."""
+    difference(a, b)  # refuses what cannot be compared
+    nats = {run: _nats(run) for run in (a, b)}
+    gap = nats[a] - nats[b]
+    each = {f"nats, {run}": values.map("{:.2f}".format) for run, values in nats.items()}
+    return _ends(a, gap, count, {"difference": gap.map("{:+.2f}".format)} | each)
 
 
-def _test(run: str) -> Stream:
-    """The text that a run's test is of: by protocol 2 it was what is development now."""
-    return _judged(experiment(run), metrics(run)["protocol"])
+def extremes(run: str, count: int = 4) -> Styler:
+    """The test conversations that a run reads best, and worst; nats a token."""
+    nats = _nats(run)
+    return _ends(run, nats, count, {"PPL": np.exp(nats).map("{:,.0f}".format), "nats": nats.map("{:.2f}".format)})
+
+
+def _ends(run: str, order: pd.Series, count: int, columns: Mapping[str, pd.Series]) -> Styler:
+    """The first and the last test conversations in an order: their text, and columns."""
+    test, ranked = _test(run), order.sort_values().index
+    frame = pd.DataFrame(columns).loc[[*ranked[:count], *ranked[-count:]]].rename_axis("conversation").reset_index()
+    tokens = [test.tokens[_positions(test, k)] for k in frame["conversation"]]
+    frame.insert(0, "text", [decode(some[:80]) + " …" * (len(some) > 80) for some in tokens])
+    return table_of(frame, ["text"])
+
+
+def _nats(run: str) -> pd.Series:
+    """Of each test conversation, counted from 0, the mean loss, nats a token."""
+    rows = table(run, "samples").query("part == 'test'")
+    return (rows["loss_sum"] / rows["tokens"]).set_axis(np.searchsorted(np.unique(_test(run).samples), rows["sample"]))
 
 
 @functools.lru_cache(4)
-def _judged(e: Experiment, protocol: int) -> Stream:
-    return split(e).development if protocol == 2 else split(e).test
+def _test(run: str) -> Stream:
+    """The text that a run's test is of: by protocol 2 it was what is development now."""
+    streams = split(experiment(run))
+    return streams.development if metrics(run)["protocol"] == 2 else streams.test
 
 
 def _positions(test: Stream, conversation: int) -> np.ndarray:
@@ -248,208 +460,106 @@ def _positions(test: Stream, conversation: int) -> np.ndarray:
     return np.flatnonzero(test.samples == samples[min(conversation, len(samples) - 1)])
 
 
-def _by_conversation(run: str) -> pd.DataFrame:
-    """Of each test conversation, counted from 0, the tokens and the mean loss, nats."""
-    grid, _, name = run.rpartition("/")
-    rows = tidy.load_table(grid, "samples")
-    table = rows[(rows["run"] == name) & (rows["part"] == "test")]
-    table = table.set_index(np.searchsorted(np.unique(_test(run).samples), table["sample"]))
-    return table.assign(nats=table["loss_sum"] / table["tokens"])
-
-
-def _opening(run: str, conversation: int, characters: int = 280) -> str:
-    test = _test(run)
-    text = decode(test.tokens[_positions(test, conversation)])
-    return text if len(text) <= characters else text[:characters] + " …"
-
-
-def most_different(a: str, b: str, count: int = 3) -> Styler:
-    """The test conversations that speak most for `a`, and those that speak most for `b`; nats a token."""
-    difference(a, b)  # refuses what cannot be compared
-    nats, named = {run: _by_conversation(run)["nats"] for run in (a, b)}, labels(a, b)
-    gap = (nats[a] - nats[b]).sort_values()
-    ends = pd.concat([gap.head(count), gap.tail(count)])
-    rows = [[_opening(a, at), _signed(x), nats[a][at], nats[b][at], at] for at, x in ends.items()]
-    columns = [f"nats, {named[a]}", f"nats, {named[b]}"]
-    table = pd.DataFrame(rows, columns=["text", "difference", *columns, "conversation"])
-    return table_of(table, ["text"], dict.fromkeys(columns, "{:.2f}"))
-
-
-def extremes(run: str, count: int = 4) -> Styler:
-    """The test conversations that a run reads best, and worst; nats a token."""
-    order = _by_conversation(run).sort_values("nats")
-    table = (
-        pd.concat([order.head(count), order.tail(count)])[["nats", "tokens"]].rename_axis("conversation").reset_index()
-    )
-    table.insert(0, "text", [_opening(run, at) for at in table["conversation"]])
-    table.insert(1, "PPL", np.exp(table["nats"]))
-    return table_of(table, ["text"], {"nats": "{:.2f}", "PPL": "{:,.0f}"})
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+z.{digits}f}".replace("-", "−")
-
-
 # Asking
 
 
-def ask(prompt: str, a: str, b: str, c: str, top: int = 10) -> HTML:
-    """The most probable next tokens after a prompt, of up to three runs side by side, as bars."""
-    look = _looks(*dict.fromkeys((a, b, c)))
-    found = {run: next_tokens(model(run), prompt, top) for run in look}
-    most, parts = max(table["probability"].max() for table in found.values()), []
-    for run, table in found.items():
-        rows = (
-            f'<tr><td style="text-align:left">{quoted(row.text, True)}</td><td>{100 * row.probability:.1f}&nbsp;%</td>'
-            f'<td style="width:6em"><div style="background:{to_hex(look[run]["color"])};height:.8em;min-width:1px;'
-            f'width:{row.probability / most:.1%}"></div></td></tr>'
-            for row in table.itertuples()
-        )
-        head = f"<caption>{quoted(look[run]['label'])}</caption>"
-        parts.append(f'<table style="margin:0;font-size:14px">{head}<tbody>{"".join(rows)}</tbody></table>')
-    tail = prompt if len(prompt) <= ECHOED else f"… {prompt[-ECHOED:]}"
-    asked = f'<p style="font:15px sans-serif;margin:.3em 0">after {quoted(tail)}</p>'
-    return HTML(f'{asked}<div style="display:flex;flex-wrap:wrap;gap:.5em 1em">{"".join(parts)}</div>')
+def ask(prompt: str, a: str, b: str, c: str, top: int = 10) -> Styler:
+    """The most probable next tokens after a prompt, of up to three runs side by side, with bars."""
+    columns: dict[str, Any] = {}
+    for run in dict.fromkeys((a, b, c)):
+        likely = next_tokens(model(run), prompt, top)
+        columns |= {run: [visible(text, True) for text in likely["text"]], f"{run}, %": 100 * likely["probability"]}
+    style, numbers = table_of(pd.DataFrame(columns), caption=f"after {prompt[-300:]}"), [*columns][1::2]
+    for name, colour in zip(numbers, plots.COLOURS, strict=False):
+        most = max(columns[number].max() for number in numbers)
+        style = style.format("{:.1f}", subset=[name]).bar([name], color=f"{colour}66", vmin=0, vmax=most)
+    return style
 
 
 def continued(
     run: str, prompt: str, tokens: int = 80, temperature: float = 0.8, top_k: int = 50, seed: int = 0
 ) -> HTML:
     """A prompt and how a run goes on from it; each token of it on the colour of its surprise."""
-    drawn = list(generate(model(run), prompt, tokens, temperature, top_k, seed))
-    rows = [(prompt, "", "", "the prompt")] if prompt else []
-    rows += [(text, heat(nats), "", f"{nats:.2f} nats") for _, text, nats in drawn]
-    return coloured(rows, colour_scale(SURPRISES, "surprise, nats:"))
+    drawn = generate(model(run), prompt, tokens, temperature, top_k, seed)
+    rows = [(text, heat(nats), "", f"{nats:.2f} nats") for _, text, nats in drawn]
+    return coloured([(prompt, "", "", "the prompt")] * bool(prompt) + rows, "surprise, nats:")
 
 
-@large
-def cost(a: str, b: str, tokens: int) -> Figure:
-    """The least time of a token in each twentieth of a text, and bytes of all that is kept of it.
-
-    Raises:
-        ConfigError: there are no `tokens`.
-    """
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ConfigError(f"cost_tokens = {tokens!r} is not possible: give a whole number from 1 on")
-    figure, ((upper,), (lower,)) = new_figure(2, height=6.4, sharex=True)
-    for run, look in _looks(*dict.fromkeys((a, b))).items():
-        speaker, test = model(run), _test(run).tokens.tolist()
-        state, seconds, sizes = speaker.start(), [], []
-        for count in range(tokens):
+def cost(a: str, b: str, cost_tokens: int) -> Figure:
+    """The least time of a token in each twentieth of a text, and bytes of all that is kept of it."""
+    each = {}
+    for run in dict.fromkeys((a, b)):
+        speaker, rows = model(run), []
+        state = speaker.start()
+        for end, token in enumerate(np.resize(_test(run).tokens, cost_tokens).tolist(), 1):
             began = time.perf_counter()
             speaker.log_probs(state)
-            state = speaker.step(state, test[count % len(test)])
-            seconds.append(time.perf_counter() - began)
-            sizes.append(state_bytes(state))
-        parts = np.array_split(np.arange(tokens), min(tokens, 20))
-        at, each = [part[-1] + 1 for part in parts], [min(seconds[part[0] : part[-1] + 1]) for part in parts]
-        upper.plot(at, 1000 * np.array(each), **look)
-        lower.plot(at, [sizes[k - 1] for k in at], **look)
-    upper.set(ylabel="milliseconds a token", ylim=0)
-    lower.set(ylabel="bytes kept", ylim=0, xlabel="tokens read")
-    legend_above(figure)
-    return figure
-
-
-def state_bytes(state: State) -> int:
-    """Bytes of all that a model knows of a text."""
-    tensors = [*state.hidden, *([] if state.slow is None else [state.slow])]
-    return 8 * len(state.recent) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+            state = speaker.step(state, token)
+            seconds, kept = time.perf_counter() - began, [*state.hidden, *([] if state.slow is None else [state.slow])]
+            rows.append((end, 1000 * seconds, 8 * len(state.recent) + sum(t.untyped_storage().nbytes() for t in kept)))
+        twentieths = np.arange(len(rows)) * 20 // len(rows)
+        read = pd.DataFrame(rows, columns=["end", "ms", "bytes"]).groupby(twentieths)
+        each[run, ""] = read.agg({"end": "max", "ms": "min", "bytes": "max"}).set_index("end")
+    panels = {"milliseconds a token": "ms", "bytes kept": "bytes"}
+    panels = {label: pd.DataFrame({run: read[name] for run, read in each.items()}) for label, name in panels.items()}
+    return lines(panels, "tokens read")
 
 
 # Reading
 
 
-def _alternatives(speaker: Speaker, tokens: Sequence[int], top: int = 4) -> list[str]:
-    """At each token the most probable ones, as a pointer is told."""
-    state, found = speaker.start(), []
-    for token in tokens:
-        values, best = speaker.log_probs(state).topk(top)
-        pairs = zip(best.tolist(), values.exp().tolist(), strict=True)
-        found.append(", ".join(f"{visible(decode([other]), True)} {100 * p:.1f} %" for other, p in pairs))
-        state = speaker.step(state, token)
-    return found
-
-
 def reading(text: str, a: str) -> HTML:
-    """A text on the colours of its surprises, the number below each token, nats; a pointer is told alternatives."""
-    table = surprise(model(a), text[:READ])
-    others = _alternatives(model(a), table["token"].tolist())
-    told = [f"{nats:.2f} nats; likelier: {other}" for nats, other in zip(table["nats"], others, strict=True)]
-    rows = [(r.text, heat(r.nats), f"{r.nats:.1f}", t) for r, t in zip(table.itertuples(), told, strict=True)]
-    what = f"{labels(a)[a]}, {table['nats'].mean():.2f} nats a token:"
-    return coloured(rows, colour_scale(SURPRISES, what))
+    """A text on the colours of its surprises, the number below each token, nats; its title names likelier ones."""
+    speaker, rows = model(a), []
+    read, state = surprise(speaker, text[:READ]), speaker.start()
+    for row in read.itertuples():
+        values, best = speaker.log_probs(state).topk(4)
+        pairs = zip(best.tolist(), values.exp().tolist(), strict=True)
+        likelier = ", ".join(f"{visible(decode([token]), True)} {100 * p:.1f} %" for token, p in pairs)
+        rows.append((row.text, heat(row.nats), f"{row.nats:.1f}", f"{row.nats:.2f} nats; likelier: {likelier}"))
+        state = speaker.step(state, row.token)
+    return coloured(rows, f"{a}, {read['nats'].mean():.2f} nats a token:")
 
 
 def against(text: str, a: str, b: str) -> HTML:
     """The surprises of `a` minus those of `b` on the same text: in the colour of the one that foresaw the token."""
-    _check_two(a, b)
-    text, look = text[:READ], _looks(a, b)
-    first, second = surprise(model(a), text), surprise(model(b), text)
-    ends = [look[a]["color"], "white", look[b]["color"]]
-    colours = LinearSegmentedColormap.from_list("against", ends)
-
-    def colour(gap: float) -> str:
-        return to_hex(colours(0.5 + 0.32 * np.clip(gap / 3, -1, 1)))
-
-    gaps = first["nats"] - second["nats"]
-    rows = [
-        (row.text, colour(gap), _signed(gap, 1), f"{row.nats:.2f} − {other:.2f} nats")
-        for row, gap, other in zip(first.itertuples(), gaps, second["nats"], strict=True)
-    ]
-    names = [
-        (colour(-3), f"{look[a]['label']} foresaw it"),
-        (colour(0), "alike"),
-        (colour(3), look[b]["label"] + " did"),
-    ]
-    return coloured(rows, colour_scale(names, f"{_signed(gaps.mean())} nats a token:"))
+    read, other = surprise(model(a), text[:READ]), surprise(model(b), text[:READ])["nats"]
+    blue_to_orange = LinearSegmentedColormap.from_list("", [plots.COLOURS[0], "white", plots.COLOURS[1]])
+    gaps = read["nats"] - other
+    colours = [to_hex(colour) for colour in blue_to_orange(0.5 + 0.32 * np.clip([-3, 0, 3, *gaps], -3, 3) / 3)]
+    titles = [f"{x:.2f} − {y:.2f} nats" for x, y in zip(read["nats"], other, strict=True)]
+    rows = zip(read["text"], colours[3:], gaps.map("{:+.1f}".format), titles, strict=True)
+    legend = dict(zip((f"{a} foresaw it", "alike", f"{b} did"), colours, strict=False))
+    return coloured(rows, f"{gaps.mean():+.2f} nats a token:", legend)
 
 
 # Memory
 
 
-@large
 def exchanged(text: str, token: str, a: str, b: str, back: int) -> Figure:
-    """What is still changed at the text's end if the token k steps before it is exchanged, k from 0 to `back`.
-
-    Raises:
-        ConfigError: as `changed`; or the text is a single token.
-    """
-    count = len(surprise(model(a), text))
-    if count == 1:
-        raise ConfigError(f"text = {text!r} is a single token, after which nothing is read: write a longer one")
-    back = min(back, count - 1)
-    figure, ((upper,), (lower,)) = new_figure(2, height=7.4, sharex=True)
-    for run, look in _looks(*dict.fromkeys((a, b))).items():
-        table = changed(model(run), text, range(back + 1), token)
-        upper.plot(table["back"], table["context_distance"].where(lambda x: x > 1e-6), **look)
-        lower.plot(table["back"], table["kl"].where(lambda x: x > 1e-6), **look)
-    for axes, label in ((upper, "context distance,\nshare of its length"), (lower, "KL of the next\ntoken, nats")):
-        axes.set(yscale="log", ylabel=label)
-    end = visible(text if len(text) <= 50 else f"… {text[-48:]}")
-    upper.set_title(wrapped(f"A token of “{end}” exchanged for “{visible(token, True)}”"), loc="left", parse_math=False)
-    steps_axis(lower, "tokens read since the exchange, k")
-    legend_above(figure)
-    return figure
+    """What is still changed at the text's end if the token k steps before it is exchanged, k from 0 to `back`."""
+    steps = range(min(back + 1, len(surprise(model(a), text))))
+    each = {(run, ""): changed(model(run), text, steps, token).set_index("back") for run in (a, b)}
+    distance = pd.DataFrame({run: rows["context_distance"] for run, rows in each.items()})
+    divergence = pd.DataFrame({run: rows["kl"] for run, rows in each.items()})
+    panels = {"context distance,\nshare of its length (log)": distance, "KL of the next\ntoken, nats (log)": divergence}
+    panels = {label: frame.where(frame > 1e-6) for label, frame in panels.items()}
+    title = f"A token of “{visible(text[-48:])}” exchanged for “{visible(token, True)}”"
+    return lines(panels, "tokens read since the exchange, k", title)
 
 
-@large
 def recent(a: str, b: str) -> Figure:
-    """Validation PPL when contexts have read the last k tokens only, as the runs measured it."""
-    figure, ((axes,),) = new_figure(height=4.4)
-    for run, look in _looks(*dict.fromkeys((a, b))).items():
-        known = history(run)
-        if not (known["phase"] == "recent_tokens").any():
-            continue
-        rows = recent_tokens(known.assign(id=run))
-        axes.plot(rows["k"], np.exp(rows["value"]), **look)
-        axes.axhline(np.exp((rows["value"] - rows["extra"]).iloc[0]), color=look["color"], linestyle=":")
-    if not axes.lines:
+    """Validation PPL when contexts have read the last k tokens only, as the runs measured it; dotted: all tokens."""
+    columns = {}
+    for run in (a, b):
+        ppl = plots.metric_of(table(run, "history"), "recent_tokens", "val_ppl")
+        if len(ppl):
+            columns |= {(run, "the last k"): ppl.drop(0), (run, "all tokens"): ppl.drop(0) * 0 + ppl[0]}
+    if not columns:
         raise ConfigError(f"neither {a} nor {b} has measured it: choose a context model")
-    recent_axis(axes, [1, 2, 4, 8, 16, 32, 64])
-    axes.set_xlabel("tokens read, k (log)")
-    log_axis(axes, "PPL (log)")
-    legend_above(figure)
+    frame = pd.DataFrame(columns)
+    figure = lines({"validation PPL (log)": frame}, "")
+    plots.recent_axis(figure.axes[0], frame.index)
     return figure
 
 
@@ -457,41 +567,33 @@ def recent(a: str, b: str) -> Figure:
 
 
 @functools.lru_cache(4)
-def _contexts(run: str, _changed: int) -> tuple[ContextLM, Stream, Contexts]:
-    speaker = model(run)
-    if not isinstance(speaker, ContextSpeaker):
-        raise ConfigError(f"run = {run!r} has no contexts: choose a context model, as {GRID}/A")
-    test = _test(run)
-    return speaker.model, test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
-
-
 def contexts(run: str) -> tuple[ContextLM, Stream, Contexts]:
     """A run's model, the test text, and its contexts there.
 
     Raises:
         ConfigError: it is no context model.
     """
-    model(run)
-    return _contexts(run, _written(run))
+    speaker, test = model(run), _test(run)
+    if not isinstance(speaker, ContextSpeaker):
+        raise ConfigError(f"run = {run!r} has no contexts: choose a context model, as {GRID}/A")
+    return speaker.model, test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
 
 
-@large
+@plt.rc_context(LARGE)
 def space(run: str, conversation: int) -> Figure:
     """The path of a conversation's contexts in the plane of the test contexts' two principal dimensions."""
-    _, test, found = contexts(run)
-    values = found.values - found.values.mean(0)
+    _, test, states = contexts(run)
+    values = states.values - states.values.mean(0)
     eigenvalues, axes_of = torch.linalg.eigh(values.T @ values)
     plane, shares = (values @ axes_of[:, [-1, -2]]).numpy(), (eigenvalues.flip(0) / eigenvalues.sum()).tolist()
-    own, others = _positions(test, conversation), np.linspace(0, len(plane) - 1, 2000).astype(int)
-    figure, ((axes,),) = new_figure(height=6.2)
+    path, others = _positions(test, conversation), np.linspace(0, len(plane) - 1, 2000).astype(int)
+    figure, ((axes,),) = plots.new_figure(height=6.2)
     axes.plot(*plane[others].T, ".", color="0.75", markersize=3, zorder=1)
-    axes.plot(*plane[own].T, color="0.5", linewidth=0.5, zorder=2)
-    dots = axes.scatter(*plane[own].T, c=np.arange(len(own)), cmap="viridis", s=36, zorder=3)
-    for position in own[:: max(len(own) // 8, 1)]:
-        text = visible(decode([test.tokens[position]]), True)
-        axes.annotate(
-            text, plane[position], parse_math=False, zorder=4, bbox={"fc": "w", "ec": "none", "alpha": 0.7, "pad": 1}
-        )
+    axes.plot(*plane[path].T, color="0.5", linewidth=0.5, zorder=2)
+    dots = axes.scatter(*plane[path].T, c=np.arange(len(path)), cmap="viridis", s=36, zorder=3)
+    look = {"parse_math": False, "zorder": 4, "bbox": {"fc": "w", "ec": "none", "alpha": 0.7, "pad": 1}}
+    for position in path[:: max(len(path) // 8, 1)]:
+        axes.annotate(visible(decode([test.tokens[position]]), True), plane[position], **look)
     axes.set(xlabel=f"first dimension, {shares[0]:.0%} of the spread", ylabel=f"second, {shares[1]:.0%}")
     figure.colorbar(dots, label=f"token of conversation {conversation}")
     return figure
@@ -499,53 +601,37 @@ def space(run: str, conversation: int) -> Figure:
 
 def neighbours(run: str, conversation: int, position: int, count: int = 6) -> Styler:
     """The test contexts nearest to one, each in another conversation: distance, and the text that led there."""
-    _, test, found = contexts(run)
-    own = _positions(test, conversation)
-    here = own[min(position, len(own) - 1)]
-    distances = (found.values - found.values[here]).norm(dim=1).numpy()
-    places = np.argsort(distances, kind="stable")
-    _, first = np.unique(test.samples[places], return_index=True)  # of each conversation the nearest
-    places = [here, *(at for at in places[np.sort(first)] if test.samples[at] != test.samples[here])][: count + 1]
-    table = {
-        "text up to there": [decode(test.tokens[max(at - 11, 0) : at + 1]) for at in places],
-        "distance": [f"{100 * distances[at] / distances.mean():.0f} %" for at in places],
-        "conversation": np.searchsorted(np.unique(test.samples), test.samples[places]),
-    }
-    caption = "the first is the context itself; 100 % is the mean distance"
-    return table_of(pd.DataFrame(table), ["text up to there"]).set_caption(caption)
+    _, test, states = contexts(run)
+    path = _positions(test, conversation)
+    here = path[min(position, len(path) - 1)]
+    distances = (states.values - states.values[here]).norm(dim=1).numpy()
+    frame = pd.DataFrame({"distance": distances, "conversation": np.unique(test.samples, return_inverse=True)[1]})
+    nearest = frame.drop(path).sort_values("distance").drop_duplicates("conversation").head(count)
+    shown = pd.concat([frame.loc[[here]], nearest])
+    shown["distance"] = [f"{100 * x / distances.mean():.0f} %" for x in shown["distance"]]
+    shown.insert(0, "text up to there", [decode(test.tokens[max(k - 11, 0) : k + 1]) for k in shown.index])
+    return table_of(shown, ["text up to there"], "the first is the context itself; 100 % is the mean distance")
 
 
-@large
 def what_if(run: str, conversation: int) -> Figure:
     """How the loss on a conversation grows if zeros, or contexts of shuffled text, stand in place of its contexts.
 
     The sum over tokens so far of the loss so, minus the loss with its own contexts: above 0, the contexts help.
     """
     losses = replaced(run, conversation)
-    figure, ((axes,),) = new_figure(height=4.4)
-    for name, colour, line in (("zeros", COLOURS[2], "-"), ("shuffled", COLOURS[3], "--")):
-        gap = (losses[name] - losses["contexts"]).cumsum()
-        axes.plot(
-            gap.index + 1,
-            gap,
-            color=colour,
-            linestyle=line,
-            label=f"{name}: {_signed(gap.iloc[-1] / len(gap))} a token",
-        )
-    axes.axhline(0, **REFERENCE)
-    axes.set(xlabel=f"token of conversation {conversation}", ylabel="nats lost so far")
-    legend_above(figure)
-    return figure
+    gaps = {name: losses[name] - losses["contexts"] for name in ("zeros", "shuffled")}
+    sums = {(name, f"{gap.mean():+.2f} a token"): gap.cumsum() for name, gap in gaps.items()}
+    return lines({"nats lost so far": pd.DataFrame(sums)}, f"token of conversation {conversation}")
 
 
 @torch.no_grad()
 def replaced(run: str, conversation: int) -> pd.DataFrame:
     """The loss of each token of a conversation, nats, with its contexts, with zeros, and with shuffled text's."""
-    network, test, found = contexts(run)
-    at = torch.from_numpy(_positions(test, conversation))
-    at = at[at > 0] - 1  # the token before predicts it
+    network, test, states = contexts(run)
+    positions = torch.from_numpy(_positions(test, conversation))
+    positions = positions[positions > 0] - 1  # the token before predicts it
     predict, columns = Predictor(network, torch.float32), {}
     for name, ablation in (("contexts", "none"), ("zeros", "zero"), ("shuffled", "random_tokens")):
         e = experiment(run).model_copy(update={"context_ablation": ablation})
-        columns[name] = predict(Ablation(network, found, e)(found), at)[1].numpy()
+        columns[name] = predict(Ablation(network, states, e)(states), positions)[1].numpy()
     return pd.DataFrame(columns)
