@@ -205,7 +205,9 @@ class Trainer:
         losses, accuracy = self.task.evaluate()
         loss = losses.double().mean().item()
         self._check(loss)
+        epoch = self._epochs(self.step)
         values = {
+            "epoch": epoch,
             "train_loss": train_loss,
             "train_ppl": perplexity(train_loss),
             "train_accuracy": self.hits.item() / self.targets,
@@ -216,7 +218,6 @@ class Trainer:
             "seconds": time.perf_counter() - self.began,
         }
         self.history += [{"phase": "phase2", "step": self.step, "metric": k, "value": v} for k, v in values.items()]
-        epoch = self._epochs(self.step)
         say(f"epoch {epoch:g}: train PPL {values['train_ppl']:,.1f}, validation PPL {values['val_ppl']:,.1f}")
         self.last_loss = loss
         if loss < self.best["loss"]:

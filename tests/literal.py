@@ -17,28 +17,19 @@ class Weights:
     A layer is a dict of `weight` [out, in], `bias` [out], `norm_weight` [out] and `norm_bias` [out], and, where its
     residual has a Linear, `residual_weight` [out, in] and `residual_bias` [out]. In the `constant` design a context
     layer maps C + n·d to C, the first token layer C + n·d to d and the others C + d to d; in the `arithmetic` design
-    the first context layer alone reads the tokens. `embedding` is [V, d]. `head` is
-    a dict of `weight` [V, d] and `bias` [V], or None when it is tied to the embedding. `input_norm`, a pair
-    (weight [d], bias [d]), is the study's own affine after the embedding's LayerNorm; None leaves it out.
+    the first context layer alone reads the tokens. `embedding` is [V, d], and the head too.
     """
 
-    def __init__(self, context_layers, token_layers, embedding, head=None, input_norm=None):
-        self.context_layers = [_copy(layer) for layer in context_layers]
-        self.token_layers = [_copy(layer) for layer in token_layers]
+    def __init__(self, context_layers, token_layers, embedding):
+        self.context_layers, self.token_layers = context_layers, token_layers
         self.embedding = embedding.detach().clone()
-        self.head = None if head is None else _copy(head)
-        self.input_norm = None if input_norm is None else tuple(part.detach().clone() for part in input_norm)
-
-
-def _copy(layer):
-    return {name: tensor.detach().clone() for name, tensor in layer.items()}
 
 
 def copied(model):
     """Copies of a `ContextLM`'s weights."""
 
     def layers(block):
-        found = []
+        copies = []
         for index, (left, residual, norm) in enumerate(
             zip(block.from_context, block.residuals, block.norms, strict=True)
         ):
@@ -48,19 +39,13 @@ def copied(model):
             layer |= {"norm_weight": norm.weight, "norm_bias": norm.bias}
             if hasattr(residual, "weight"):
                 layer |= {"residual_weight": residual.weight, "residual_bias": residual.bias}
-            found.append(layer)
-        return found
+            copies.append({name: tensor.detach().clone() for name, tensor in layer.items()})
+        return copies
 
-    head = None if model.head is None else {"weight": model.head.weight, "bias": model.head.bias}
-    return Weights(layers(model.context_block), layers(model.token_block), model.embedding, head)
-
-
-def zero_head(vocabulary, d, dtype=torch.float32):
-    """An untied head as it starts: logits are zero whatever it reads."""
-    return {"weight": torch.zeros(vocabulary, d, dtype=dtype), "bias": torch.zeros(vocabulary, dtype=dtype)}
+    return Weights(layers(model.context_block), layers(model.token_block), model.embedding)
 
 
-def token_input(embedding, tokens, t, n, input_norm=None):
+def token_input(embedding, tokens, t, n):
     """u_t = (x_{t-n+1}, …, x_t), [n·d]: normalised embeddings, zeros before the stream."""
     d = embedding.shape[1]
     parts = []
@@ -68,19 +53,8 @@ def token_input(embedding, tokens, t, n, input_norm=None):
         if position < 0:
             parts.append(embedding.new_zeros(d))
             continue
-        x = F.layer_norm(embedding[tokens[position]], (d,), eps=1e-5)
-        if input_norm is not None:
-            weight, bias = input_norm
-            if position < t:  # the study trains its affine through the current token alone
-                weight, bias = weight.detach(), bias.detach()
-            x = x * weight + bias
-        parts.append(x)
+        parts.append(F.layer_norm(embedding[tokens[position]], (d,), eps=1e-5))
     return torch.cat(parts)
-
-
-def token_inputs(embedding, tokens, n, input_norm=None):
-    """`token_input` of every position, [T, n·d]."""
-    return torch.stack([token_input(embedding, tokens, t, n, input_norm) for t in range(len(tokens))])
 
 
 def _layer(layer, residual, read):
@@ -111,13 +85,6 @@ def token_step(weights, contexts, u):
     return h
 
 
-def logits_of(weights, h):
-    """h [d] gives one logit for each token of the vocabulary, [V]."""
-    if weights.head is None:
-        return weights.embedding @ h
-    return weights.head["weight"] @ h + weights.head["bias"]
-
-
 def zero_context(weights):
     """The context before the stream, [C]."""
     return torch.zeros_like(weights.context_layers[-1]["bias"])
@@ -130,7 +97,7 @@ def run_contexts(weights, tokens, n, embedding=None):
     c = zero_context(weights)
     contexts = []
     for t in range(len(tokens)):
-        outputs = context_step(weights, c, token_input(embedding, tokens, t, n, weights.input_norm))
+        outputs = context_step(weights, c, token_input(embedding, tokens, t, n))
         contexts.append(outputs)
         c = outputs[-1]
     return contexts
@@ -162,8 +129,7 @@ def phase1(weights, tokens, n, settings, noise):
             outputs = []
             for row, t in enumerate(positions):
                 read = previous[t - 1] + settings["phase1_context_noise"] * draws[row]  # t = 0 reads the last context
-                u = token_input(weights.embedding, tokens, t, n, weights.input_norm)
-                outputs.append(context_step(weights, read, u)[-1])
+                outputs.append(context_step(weights, read, token_input(weights.embedding, tokens, t, n))[-1])
             out = torch.stack(outputs)
             squared = (out - previous[start : positions[-1] + 1]) ** 2
             fixed_point = squared.mean()
@@ -196,31 +162,52 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
 
     Returns a dict: `epochs` (a record each), `steps` (every update's training loss), `best_epoch` (from 1) and
     `val_losses` (the best epoch's, one for each validation target, [N - 1]).
-    With `weights.input_norm` that affine is trained too, and contexts are folded anew with it as it moves.
     With `phase2_context_window` the ContextBlock is trained too, through so many tokens at a time from the context held
     before them; an epoch begins with contexts folded anew, and what is validated has contexts of its own weights.
+    With `output_bias` unigram a bias of the logits is trained, which starts at the log frequencies. With `slow_decay`
+    the head reads s_t = a·s_{t-1} + w(x_t)·x_t too, normalised, times a trained gain; rare tokens weigh more.
     """
     snapshot = weights.embedding.detach().clone()  # contexts keep Phase 1's embedding
     parameters = [tensor for layer in weights.token_layers for tensor in layer.values()]
     window = settings["phase2_context_window"]
     if window:
         parameters += [tensor for layer in weights.context_layers for tensor in layer.values()]
-    if weights.head is not None:
-        parameters += weights.head.values()
-    if weights.input_norm is not None:
-        parameters += weights.input_norm
     if not settings["phase2_freeze_embedding"]:
         parameters.append(weights.embedding)
+    vocabulary, d = snapshot.shape
+    frequencies = torch.ones(vocabulary)
+    for token in train_tokens:
+        frequencies[token] += 1
+    frequencies /= frequencies.sum()
+    bias, gain = torch.zeros(vocabulary), torch.full((d,), 0.07 / settings["logit_scale"])
+    if settings["output_bias"] == "unigram":
+        bias = frequencies.log()
+        parameters.append(bias)
+    if settings["slow_decay"]:
+        parameters.append(gain)
     for tensor in parameters:
         tensor.requires_grad_(True)
-    optimiser = torch.optim.Adam(parameters, lr=settings["phase2_learning_rate"])
+    groups = [
+        {"params": [x for x in parameters if x.ndim == 2], "weight_decay": settings["weight_decay"]},
+        {"params": [x for x in parameters if x.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=settings["phase2_learning_rate"])
 
-    def predict(tokens, t, contexts):
-        u = token_input(weights.embedding, tokens, t, n, weights.input_norm)
-        return logits_of(weights, token_step(weights, contexts, u))
+    def slow_contexts(tokens):
+        s, rows = torch.zeros(d), []
+        for token in tokens if settings["slow_decay"] else []:
+            s = settings["slow_decay"] * s + 0.001 / (0.001 + frequencies[token]) * F.layer_norm(snapshot[token], (d,))
+            rows.append(s)
+        return rows
 
-    train_contexts = run_contexts(weights, train_tokens, n, snapshot)
-    val_contexts = run_contexts(weights, val_tokens, n, snapshot)
+    def predict(tokens, t, contexts, slow):
+        h = token_step(weights, contexts, token_input(weights.embedding, tokens, t, n))
+        if settings["slow_decay"]:
+            h = h + gain * F.layer_norm(slow[t], (d,))
+        return settings["logit_scale"] * (weights.embedding @ h) + bias
+
+    train_contexts, train_slow = run_contexts(weights, train_tokens, n, snapshot), slow_contexts(train_tokens)
+    val_contexts, val_slow = run_contexts(weights, val_tokens, n, snapshot), slow_contexts(val_tokens)
     targets = len(train_tokens) - 1
     epochs, steps, best, best_tensors = [], [], None, None
     for epoch in range(1, settings["phase2_epochs"] + 1):
@@ -238,12 +225,7 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
                     contexts = context_step(weights, c, token_input(snapshot, train_tokens, t, n))
                     c = contexts[-1]
                     anew[t] = c.detach()
-                if weights.input_norm is not None:
-                    with torch.no_grad():
-                        u = token_input(snapshot, train_tokens, t, n, weights.input_norm)
-                        contexts = context_step(weights, c, u)
-                        c = contexts[-1]
-                rows.append(predict(train_tokens, t, contexts))
+                rows.append(predict(train_tokens, t, contexts, train_slow))
             logits = torch.stack(rows)
             following = torch.as_tensor([int(train_tokens[t + 1]) for t in positions])
             loss = F.cross_entropy(logits, following)
@@ -256,10 +238,11 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
             steps.append(loss.item())
             loss_sum += loss.item() * len(positions)
             hits += int((logits.argmax(dim=1) == following).sum())
-        if window or weights.input_norm is not None:
+        if window:
             val_contexts = run_contexts(weights, val_tokens, n, snapshot)
         with torch.no_grad():
-            logits = torch.stack([predict(val_tokens, t, val_contexts[t]) for t in range(len(val_tokens) - 1)])
+            judged = range(len(val_tokens) - 1)
+            logits = torch.stack([predict(val_tokens, t, val_contexts[t], val_slow) for t in judged])
             following = torch.as_tensor([int(token) for token in val_tokens[1:]])
             val_losses = F.cross_entropy(logits, following, reduction="none")
         record = {"epoch": epoch, "train_loss": loss_sum / targets, "train_accuracy": hits / targets}

@@ -1,4 +1,4 @@
-"""The benchmark counts what torch multiplies, sees memory that is taken, and says the worse of two figures."""
+"""The benchmark counts what torch multiplies, and says the worse of two figures."""
 
 import json
 import subprocess
@@ -48,10 +48,9 @@ def test_the_floor_counts_the_products_that_torch_does(shape, monkeypatch):
         with torch.no_grad():
             F.linear(model.token_block(inputs, contexts()), model.embedding)
 
-    found = flops_per_token(Experiment.from_mapping(shape))
-    kept = flops_per_token(Experiment.from_mapping(shape), kept=True)
-    assert all(found[name] - kept[name] == counted(contexts) for name in ("phase2_epoch", "evaluation"))
-    assert found == {
+    floor, kept = (flops_per_token(Experiment.from_mapping(shape), kept=kept) for kept in (False, True))
+    assert all(floor[name] - kept[name] == counted(contexts) for name in ("phase2_epoch", "evaluation"))
+    assert floor == {
         "recurrence": counted(contexts),
         "phase1_step": counted(phase1_step),
         "phase2_epoch": counted(phase2_step),
@@ -68,17 +67,6 @@ def test_looked_up_tokens_leave_the_products_with_the_contexts():
     assert plain["phase2_epoch"] - saved["phase2_epoch"] == token_part
 
 
-def test_peak_memory_is_what_was_taken_and_given_back():
-    size = 300 * 2**20
-    with benchmark._PeakMemory() as before:
-        pass
-    with benchmark._PeakMemory() as memory:
-        taken = torch.ones(size // 4)
-        memory.done.wait(0.2)
-        del taken
-    assert 0.9 * size < memory.peak - before.peak < 1.3 * size
-
-
 def test_headlines_are_the_worse_configurations_at_the_studys_size():
     rows = [
         {"experiment": label, "tokens": tokens, "stage": stage, "dtype": "float32", "share_of_floor": share}
@@ -88,8 +76,10 @@ def test_headlines_are_the_worse_configurations_at_the_studys_size():
         for stage in ("recurrence", "phase1_step", "phase2_epoch", "evaluation")
     ]
     index = pd.MultiIndex.from_product([("A", "B"), (20_000, 1_000_000)], names=["experiment", "tokens"])
-    own = {"device": "cpu", "threads": 2, "recurrence_residual": 1e-6, "peak_gflops_float32": 9.0}
-    runs = pd.DataFrame([own | {"peak_gflops_bfloat16": 30.0 + i, "peak_rss_gib": 1.0 + i} for i in range(4)], index)
+    machine = {"device": "cpu", "threads": 2, "recurrence_residual": 1e-6, "peak_gflops_float32": 9.0}
+    runs = pd.DataFrame(
+        [machine | {"peak_gflops_bfloat16": 30.0 + i, "peak_rss_gib": 1.0 + i} for i in range(4)], index
+    )
     literal_times = pd.DataFrame({"A": {"recurrence": 0.1, "phase2_epoch": 0.5}, "B": dict.fromkeys(["recurrence"], 1)})
     summary, table = summarise(runs, pd.DataFrame(rows), literal_times)
     assert summary["tokens"] == 183_620 and len(table) == 8
@@ -105,26 +95,20 @@ def test_headlines_are_the_worse_configurations_at_the_studys_size():
     "other",
     [
         {"design": "arithmetic"},
-        {"use_weight_tying": False},
         {"phase2_freeze_embedding": False},
         {"phase2_context_window": 1},
         {"slow_decay": 0.9},
+        {"dropout": 0.1},
     ],
 )
 def test_what_the_floor_does_not_count_is_refused(other):
     (name,) = other
-    with pytest.raises(ConfigError, match=f"{name} = .*: the benchmark counts the products of"):
+    with pytest.raises(ConfigError, match=f"{name} = "):
         benchmark.measure_apart(Experiment.from_mapping(other))
 
 
-def test_a_measurement_apart_that_fails_says_why():
-    with pytest.raises(RuntimeError) as caught:
-        benchmark.measure_apart(Experiment(corpus="no/such.txt"))
-    assert str(caught.value).startswith("ctxlm.config.ConfigError: corpus = 'no/such.txt' is no corpus that")
-
-
-@pytest.mark.parametrize(("stderr", "said"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])
-def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, said, monkeypatch):
+@pytest.mark.parametrize(("stderr", "last"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])
+def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, last, monkeypatch):
     commands, answers = [], [(0, 'a warning\n{"threads": 2}\n'), (-9, "")]
 
     def answer(command, **_):
@@ -133,10 +117,10 @@ def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, said, m
         return subprocess.CompletedProcess(command, code, stdout, stderr)
 
     monkeypatch.setattr(benchmark.subprocess, "run", answer)
-    own = Experiment(num_layers=3)
-    assert benchmark.measure_apart(own) == {"threads": 2}
-    with pytest.raises(RuntimeError, match=f"^{said}$"):
-        benchmark.measure_apart(own)
+    e = Experiment(num_layers=3)
+    assert benchmark.measure_apart(e) == {"threads": 2}
+    with pytest.raises(RuntimeError, match=f"^{last}$"):
+        benchmark.measure_apart(e)
     *command, parameters = commands[0]
     assert command == [sys.executable, "-m", "ctxlm.analysis.benchmark"]
-    assert Experiment.from_mapping(json.loads(parameters)) == own
+    assert Experiment.from_mapping(json.loads(parameters)) == e

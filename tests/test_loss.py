@@ -29,57 +29,30 @@ def tiles_of(tokens):
         yield
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 80),
     vocabulary=st.integers(2, 90),
     with_bias=st.booleans(),
+    frozen=st.booleans(),
     seed=st.integers(0, 99),
     scale=st.sampled_from([0.01, 1.0, 30.0]),
     tile=st.sampled_from([1, 7, 64]),
 )
-def test_loss_gradients_and_hits_are_torchs(rows, vocabulary, with_bias, seed, scale, tile):
+def test_loss_gradients_and_hits_are_torchs(rows, vocabulary, with_bias, frozen, seed, scale, tile):
     h, weight, bias, targets = problem(rows, 5, vocabulary, seed, scale)
     bias = bias if with_bias else None
-    leaves = [x.requires_grad_() for x in (h, weight, bias) if x is not None]
+    leaves = [x.requires_grad_() for x in (h, None if frozen else weight, bias) if x is not None]
     with tiles_of(tile):
         loss, losses, correct = linear_cross_entropy(h, weight, targets, bias)
-    found = torch.autograd.grad(3 * loss, leaves)
+    gradients = torch.autograd.grad(3 * loss, leaves)
     logits = F.linear(h, weight, bias)
     expected = F.cross_entropy(logits, targets)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"), atol=1e-4, rtol=1e-5)
     assert torch.equal(correct, logits.argmax(1) == targets)
-    for ours, torchs in zip(found, torch.autograd.grad(3 * expected, leaves), strict=True):
+    for ours, torchs in zip(gradients, torch.autograd.grad(3 * expected, leaves), strict=True):
         torch.testing.assert_close(ours, torchs, atol=1e-4, rtol=1e-4)
-
-
-class Anew(torch.autograd.Function):
-    """The loss of h, weight and bias, made anew whenever it is differentiated: gradcheck does so more than once."""
-
-    @staticmethod
-    def forward(ctx, targets, *leaves):
-        ctx.save_for_backward(targets, *leaves)
-        return linear_cross_entropy(*leaves[:2], targets, *leaves[2:])[0]
-
-    @staticmethod
-    def backward(ctx, outer):
-        targets, *leaves = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in leaves]
-            loss = linear_cross_entropy(*leaves[:2], targets, *leaves[2:])[0]
-        return None, *torch.autograd.grad(loss, leaves, outer)
-
-
-@pytest.mark.filterwarnings("ignore:Input #")  # gradcheck would have double precision; the reductions are float32
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_gradcheck(with_bias):
-    h, weight, bias, targets = problem(5, 3, 7)
-    leaves = [x.requires_grad_() for x in ((h, weight, bias) if with_bias else (h, weight))]
-
-    assert torch.autograd.gradcheck(
-        lambda *leaves: Anew.apply(targets, *leaves), leaves, eps=1e-2, atol=1e-3, rtol=1e-2
-    )
 
 
 def test_a_loss_is_differentiated_once():
@@ -90,43 +63,12 @@ def test_a_loss_is_differentiated_once():
         loss.backward()
 
 
-def test_evaluation_multiplies_once(monkeypatch):
+def test_evaluation_multiplies_once():
     h, weight, bias, targets = problem(9, 6, 40)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         losses = linear_cross_entropy(h, weight.requires_grad_(), targets, bias.requires_grad_())[1]
     assert counter.get_total_flops() == 2 * 9 * 6 * 40
     torch.testing.assert_close(losses, F.cross_entropy(F.linear(h, weight, bias), targets, reduction="none").detach())
-
-
-@pytest.mark.parametrize("rows", [1, 70])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_float32_is_near_float64(rows, with_bias):
-    """A vocabulary that is no multiple of the tile; gradients of h, the head and the bias."""
-    h, weight, bias, targets = problem(rows, 32, 5000)
-    leaves = [x.requires_grad_() for x in ((h, weight, bias) if with_bias else (h, weight))]
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    loss, losses, _ = linear_cross_entropy(*leaves[:2], targets, *leaves[2:])
-    logits = F.linear(*exact)
-    expected = F.cross_entropy(logits, targets)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        losses.double(), F.cross_entropy(logits, targets, reduction="none"), rtol=1e-6, atol=1e-5
-    )
-    found, expected = torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, exact)
-    for ours, torchs in zip(found, expected, strict=True):
-        assert (ours.double() - torchs).norm() < 3e-6 * torchs.norm()
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_tiles_change_nothing_but_rounding(frozen):
-    h, weight, bias, targets = problem(9, 6, 40)
-    leaves = [x.requires_grad_() for x in ((h, bias) if frozen else (h, weight, bias))]
-    found = []
-    for tile in (40, 7):
-        with tiles_of(tile):
-            loss, losses, correct = linear_cross_entropy(h, weight, targets, bias)
-        found.append((losses, correct, *torch.autograd.grad(loss, leaves)))
-    torch.testing.assert_close(*found)
 
 
 def test_no_rows_have_no_loss():
@@ -153,13 +95,6 @@ def test_bfloat16_products_stay_near_float32():
     assert rounded.item() == pytest.approx(exact.item(), abs=5e-3)
     exact_gradient, gradient = (torch.autograd.grad(loss, h)[0] for loss in (exact, rounded))
     assert (gradient - exact_gradient).norm() < 0.02 * exact_gradient.norm()
-
-
-def test_large_logits_do_not_overflow():
-    h, weight, _, targets = problem(10, 8, 30, scale=1e3)
-    loss, losses, _ = linear_cross_entropy(h, weight, targets)
-    torch.testing.assert_close(losses, F.cross_entropy(h @ weight.T, targets, reduction="none"), rtol=1e-5, atol=1e-2)
-    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("tile", [40, 7])
@@ -192,11 +127,6 @@ def test_a_frozen_weight_gets_no_gradient_and_evaluation_no_graph():
         assert not linear_cross_entropy(h, weight, targets)[0].requires_grad
 
 
-def test_equal_logits_predict_the_first_token():
-    _, _, correct = linear_cross_entropy(torch.zeros(3, 4), torch.randn(9, 4), torch.tensor([0, 1, 8]))
-    assert correct.tolist() == [True, False, False]
-
-
 @pytest.mark.parametrize("tile", [1, 3, 16, 60, 64])
 def test_equal_logits_of_several_tiles_predict_the_first_token(tile):
     """In bfloat16, where small integers are exact, and nearly every row's largest logit is there several times."""
@@ -209,15 +139,3 @@ def test_equal_logits_of_several_tiles_predict_the_first_token(tile):
         with tiles_of(tile):
             correct = linear_cross_entropy(h, weight, targets, dtype=torch.bfloat16)[2]
         assert torch.equal(correct, largest.argmax(1) == targets)
-
-
-def test_evaluation_makes_no_room_for_gradients():
-    h, weight, bias, targets = problem(6, 5, 30)
-    context = type("Context", (), {"needs_input_grad": (True,) * 7, "mark_non_differentiable": lambda *_: None})()
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for name in ("empty_like", "zeros_like", "zeros"):
-            patch.setattr(torch, name, lambda *_, **__: pytest.fail("a gradient is made room for"))
-        ctxlm.loss._LinearCrossEntropy.forward(
-            context, h, weight.requires_grad_(), bias.requires_grad_(), targets, torch.float32, False
-        )
-    assert context.gradients == (None, None, None)

@@ -9,91 +9,79 @@ from ctxlm.metrics import NonFiniteLoss
 from ctxlm.model import ContextLM, load_own_weights, own_weights
 from ctxlm.phase1 import shape_contexts, train_context_block
 from ctxlm.phase2 import Predictor, evaluate, train_token_block
-from ctxlm.recurrence import chunked, sequential
+from ctxlm.recurrence import sequential
 from tests.conftest import stream, tiny
 
 SHAPE = {"num_layers": 2, "context_dim": 12, "embed_dim": 8}
 
 
 def prepared(train=200, val=80, **parameters):
+    """An experiment, its model, and the contexts of a training and a validation stream."""
     settings = Experiment.from_mapping(SHAPE, {"phase2_batch_size": 32, "phase2_epochs": 4}, parameters)
-    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k.startswith(("use_", "slow_"))})
-    tokens, val_tokens = stream(train), stream(val, seed=1)
-    return (
-        settings,
-        model,
-        sequential(model, tokens),
-        sequential(model, val_tokens),
-    )
+    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k in ("slow_decay", "output_bias")})
+    return settings, model, *(sequential(model, stream(length, seed=seed)) for seed, length in enumerate((train, val)))
 
 
-def values(phase, metric):
-    return [row["value"] for row in phase.history if row["phase"] == "phase2" and row["metric"] == metric]
+def copied(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
-def test_evaluation_reads_every_target_whatever_the_batch():
-    _, model, _, val = prepared(val=83)
-    predict = Predictor(model, torch.float32)
-    whole, accuracy = evaluate(predict, val)
-    parts, again = evaluate(predict, val, batch_size=7)
-    assert len(whole) == len(parts) == 82 and again == accuracy
-    torch.testing.assert_close(parts, whole)
+def changed(model, before):
+    """The names of weights that are no longer as they were."""
+    return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
 
-def test_phase2_learns_from_kept_layers_as_from_recomputed_ones():
-    def losses(keep):
-        settings, model, _, val = prepared()
-        with torch.no_grad():  # strong inputs: the block forgets within a chunk
-            for linear in model.context_block.from_other:
-                linear.weight *= 5
-        train = chunked(model, stream(400), chunk_length=80, keep=keep)
-        assert (train.inner is None) == (keep is None)
-        return values(train_token_block(model, train, sequential(model, val.tokens), settings), "val_loss")
-
-    assert losses(torch.float32) == pytest.approx(losses(None), rel=1e-4)
+# What changes
 
 
-def test_a_trained_embedding_is_the_models_own():
+def test_each_phase_changes_its_own_block_alone():
+    settings, model, train, val = prepared(output_bias="unigram")
+    before = copied(model)
+    train_token_block(model, train, val, settings)
+    names = changed(model, before)
+    assert "output_bias" in names and all(name.startswith(("token_block", "output_bias")) for name in names)
+    assert torch.equal(own_weights(model)["output_bias"], model.output_bias)
+    before = copied(model)
+    train_context_block(model, train.tokens, train.values, settings)
+    names = changed(model, before)
+    assert names and all(name.startswith("context_block") for name in names)
+
+
+def test_a_trained_embedding_is_the_models_own_and_contexts_keep_theirs():
     settings, _, train, val = prepared(phase2_freeze_embedding=False)
     given = 0.1 * torch.randn(60, 8)
-    before = given.clone()
-    model = ContextLM(settings, given)
-    train_token_block(model, train, val, settings)
-    assert torch.equal(given, before) and not torch.equal(model.embedding, before)
-
-
-def test_training_on_keeps_the_embedding_that_contexts_read():
-    settings, model, train, val = prepared(phase2_freeze_embedding=False)
-    before = model.embedding.detach().clone()
-    for _ in range(2):
+    before, model = given.clone(), ContextLM(settings, given)
+    for _ in range(2):  # also where training goes on
         train_token_block(model, train, val, settings)
-    assert torch.equal(model.context_embedding, before)
+        assert torch.equal(given, before) and not torch.equal(model.embedding, before)
+        assert torch.equal(model.context_embedding, before)
 
 
-@pytest.mark.parametrize("design", ["constant", "arithmetic"])
-def test_phase1_in_bfloat16_rounds_products_only(design):
-    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4, "design": design})
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny(**SHAPE, design=design)
-        contexts = sequential(model, stream(200)).values
-        start = {name: p.clone() for name, p in model.context_block.state_dict().items()}
-        phase1 = train_context_block(model, stream(200), contexts, settings, dtype)
-        moved = {name: p - start[name] for name, p in model.context_block.state_dict().items()}
-        losses = [row["value"] for row in phase1.history if row["metric"] in ("fixed_point_loss", "diversity_loss")]
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            inputs = model.context_inputs(stream(200), torch.arange(9))
-            layers = model.context_block(contexts[:9], model.context_block.shares(inputs))
-        assert all(layer.dtype == torch.float32 for layer in layers)
-        found[dtype] = losses, moved
-    (exact, exact_moves), (rounded, rounded_moves) = found.values()
-    assert rounded == pytest.approx(exact, rel=0.05, abs=2e-3)
-    exact, rounded = (torch.cat([m.flatten() for m in moves.values()]) for moves in (exact_moves, rounded_moves))
-    assert (exact - rounded).norm() < 0.4 * exact.norm()  # Adam takes full steps on gradients of either sign
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("window", "slow"), [(0, 0.0), (8, 0.0), (0, 0.9)])
+def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window, slow):
+    parameters = {"phase2_freeze_embedding": frozen, "phase2_context_window": window, "slow_decay": slow}
+    settings, model, train, val = prepared(**parameters)
+    before = model.embedding.clone()
+    phase2 = train_token_block(model, train, val, settings)
+    assert torch.equal(model.embedding, before) == frozen
+    new = ContextLM(settings, before.clone())
+    load_own_weights(new, own_weights(model))
+    assert not changed(new, model.state_dict())
+    assert ("context_embedding" in own_weights(model)) == (not frozen)
+    if slow:  # made from the embedding before training, whatever became of it
+        s, rows = torch.zeros(8), []
+        for token in val.tokens:
+            s = slow * s + model.slow.weights[token] * F.layer_norm(before[token], (8,))
+            rows.append(s)
+        torch.testing.assert_close(Predictor(new, torch.float32).with_slow.contexts(val.tokens), torch.stack(rows))
+    for one in (new, model):
+        losses, _ = evaluate(Predictor(one, torch.float32), sequential(one, val.tokens), batch_size=7)
+        torch.testing.assert_close(losses, phase2.val_losses)
 
 
 @pytest.mark.parametrize("window", [8, 256])  # the second holds the whole stream
-def test_contexts_that_are_out_of_date_or_in_a_file_are_made_anew(window, monkeypatch):
+def test_contexts_that_are_out_of_date_are_made_anew(window):
     """Training goes on where it ended, whatever the stream still holds."""
 
     def losses(spoil):
@@ -104,84 +92,76 @@ def test_contexts_that_are_out_of_date_or_in_a_file_are_made_anew(window, monkey
             phase2 = train_token_block(model, train, val, settings)
         return phase2.val_losses
 
-    expected = losses(spoil=False)
-    monkeypatch.setattr("ctxlm.recurrence.IN_MEMORY", 0)
-    torch.testing.assert_close(losses(spoil=True), expected)
+    torch.testing.assert_close(losses(spoil=True), losses(spoil=False))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize(("window", "slow"), [(0, 0.0), (8, 0.0), (0, 0.9)])
-def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window, slow):
-    own = {"phase2_freeze_embedding": frozen, "phase2_context_window": window, "slow_decay": slow}
-    settings, model, train, val = prepared(**own)
-    before = model.embedding.clone()
-    phase2 = train_token_block(model, train, val, settings)
-    assert torch.equal(model.embedding, before) == frozen
-    new = ContextLM(settings, before.clone())
-    load_own_weights(new, own_weights(model))
-    for again, expected in zip(new.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(again, expected)
-    if slow:  # made from the embedding before training, whatever became of it
-        s, rows = torch.zeros(before.shape[1]), []
-        for token in val.tokens:
-            row = F.layer_norm(before[token], before.shape[1:])
-            s = slow * s + model.slow.weights[token] * row
-            rows.append(s)
-        found = Predictor(new, torch.float32).with_slow.contexts(val.tokens)
-        torch.testing.assert_close(found, torch.stack(rows))
-    losses, _ = evaluate(Predictor(new, torch.float32), sequential(new, val.tokens))
-    torch.testing.assert_close(losses, phase2.val_losses)
-    again, _ = evaluate(Predictor(model, torch.float32), sequential(model, val.tokens))
-    torch.testing.assert_close(again, phase2.val_losses)
-    assert ("context_embedding" in own_weights(model)) == (not frozen)
+def test_dropout_takes_its_share_of_new_activations_in_training_alone():
+    model, draws = tiny(dropout=0.3, **SHAPE), torch.Generator().manual_seed(0)
+    block, (u, context) = model.token_block, (torch.randn(4000, width, generator=draws) for width in (16, 12))
+
+    def h(seed, training):
+        torch.manual_seed(seed)
+        model.train(training)
+        with torch.no_grad():
+            contexts = model.context_block(context, model.context_block.shares(u))
+            return contexts[-1], block(u, contexts)
+
+    (read, one), (again, same), (_, other), (_, plain) = h(1, True), h(1, True), h(2, True), h(1, False)
+    assert torch.equal(one, same) and torch.equal(plain, h(2, False)[1])
+    assert not torch.equal(one, other) and not torch.equal(one, plain)
+    assert torch.equal(read, again)  # the ContextBlock has none
+    block.norms[0] = torch.nn.Identity()  # a layer's new activations without residual and norm
+    share, nothing = block.from_other[0](u), torch.zeros(4000, 8)
+    new, left = (block.train(training).layer(0, context, share, nothing) for training in (False, True))
+    assert ((left == 0) | torch.isclose(left, new / 0.7)).all()
+    assert (left[new > 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert left.mean().item() == pytest.approx(new.mean().item(), rel=0.02)
 
 
-def test_the_context_block_and_a_frozen_embedding_do_not_change_in_phase2():
-    settings, model, train, val = prepared()
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    train_token_block(model, train, val, settings)
-    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
-    assert changed and all(name.startswith("token_block") for name in changed)
-
-
-def test_phase1_changes_the_context_block_alone():
-    settings, model, train, _ = prepared()
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    train_context_block(model, train.tokens, train.values, settings)
-    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
-    assert changed and all(name.startswith("context_block") for name in changed)
-
-
-def test_one_iteration_of_phase1_is_the_recurrence_alone():
+def test_the_least_that_can_be_done():
+    settings, model, train, val = prepared(train=2, val=2, phase2_epochs=1)
+    assert len(train_token_block(model, train, val, settings).val_losses) == 1  # two tokens have one target
     settings, model, train, _ = prepared(phase1_max_iterations=1, phase1_min_iterations=1)
     before = train.values.clone()
     phase1 = train_context_block(model, train.tokens, train.values, settings)
-    assert (phase1.iterations, phase1.converged_tokens, phase1.history) == (1, 0, [])
+    assert (phase1.iterations, phase1.converged_tokens, phase1.history) == (1, 0, [])  # the recurrence alone
     assert torch.equal(train.values, before)
 
 
-def test_a_stream_of_two_tokens_has_one_target():
-    settings, model, train, val = prepared(train=2, val=2, phase2_epochs=1)
-    assert len(train_token_block(model, train, val, settings).val_losses) == 1
+# Rounding
 
 
-def test_a_loss_that_is_not_finite_stops_phase1():
-    settings, model, train, _ = prepared()
-    with torch.no_grad():
-        model.context_block.norms[-1].weight[0] = float("inf")
-    with pytest.raises(NonFiniteLoss, match=r"at iteration 2: lower phase1_learning_rate = 0\.002"):
-        train_context_block(model, train.tokens, train.values, settings)
+@pytest.mark.parametrize("design", ["constant", "arithmetic"])
+def test_phase1_in_bfloat16_rounds_products_only(design):
+    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4, "design": design})
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(**SHAPE, design=design)
+        contexts, before = sequential(model, stream(200)).values, copied(model.context_block)
+        phase1 = train_context_block(model, stream(200), contexts, settings, dtype)
+        moved = torch.cat([(p - before[name]).flatten() for name, p in model.context_block.state_dict().items()])
+        losses = [row["value"] for row in phase1.history if row["metric"] in ("fixed_point_loss", "diversity_loss")]
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            inputs = model.context_inputs(stream(200), torch.arange(9))
+            layers = model.context_block(contexts[:9], model.context_block.shares(inputs))
+        assert all(layer.dtype == torch.float32 for layer in layers)
+        runs.append((losses, moved))
+    (exact, exact_moves), (rounded, rounded_moves) = runs
+    assert rounded == pytest.approx(exact, rel=0.05, abs=2e-3)
+    assert (exact_moves - rounded_moves).norm() < 0.4 * exact_moves.norm()  # Adam's steps are of either sign
 
 
 @pytest.mark.parametrize(("window", "slow"), [(0, 0.0), (8, 0.9)])
 def test_bfloat16_products_follow_float32(window, slow):
-    results = []
+    means = []
     for dtype in (torch.float32, torch.bfloat16):
         settings, model, train, val = prepared(phase2_epochs=2, phase2_context_window=window, slow_decay=slow)
-        results.append(train_token_block(model, train, val, settings, dtype))
+        means.append(train_token_block(model, train, val, settings, dtype).val_losses.mean().item())
         assert train.values.dtype == torch.float32
-    exact, rounded = (phase2.val_losses.mean().item() for phase2 in results)
-    assert rounded == pytest.approx(exact, abs=0.02)
+    assert means[0] == pytest.approx(means[1], abs=0.02)
+
+
+# Phase 1's cache
 
 
 @pytest.fixture
@@ -200,21 +180,17 @@ def shaped(tokens=None, embedding_scale=1.0, dtype=torch.float32, **parameters):
 
 def test_phase1_is_computed_once_for_runs_that_differ_in_phase2(empty_cache):
     model, first = shaped()
+    again, second = shaped(phase2_learning_rate=0.5, phase2_batch_size=7, dropout=0.2, val_samples=3, experiment="b")
     plain, contexts = tiny(**SHAPE), sequential(tiny(**SHAPE), stream(200)).values
-    expected = train_context_block(
-        plain, stream(200), contexts, Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4})
-    )
-    again, second = shaped(phase2_learning_rate=0.5, phase2_batch_size=7, val_samples=3, experiment="other")
-    assert (first.cached, second.cached) == (False, True)
+    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4})
+    expected = train_context_block(plain, stream(200), contexts, settings)
     timeless = [[row for row in phase1.history if row["metric"] != "seconds"] for phase1 in (first.phase1, expected)]
     assert timeless[0] == timeless[1] and first.phase1.iterations == expected.iterations
-    assert second.phase1 == first.phase1 and second.computed_seconds == first.computed_seconds
+    assert second.phase1 == first.phase1 and (first.cached, second.cached) == (False, True)
     assert second.summary() == first.summary() | {"phase1_cached": True}
-    for name in ("init_er", "train_er"):
-        assert torch.equal(first.spectra[name], second.spectra[name])
-    for name, weight in again.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
-        assert torch.equal(weight, plain.state_dict()[name]), name
+    assert all(torch.equal(first.spectra[name], second.spectra[name]) for name in ("init_er", "train_er"))
+    assert not changed(again, model.state_dict()) and not changed(plain, model.state_dict())
+    assert not shape_contexts(model, stream(200), settings).cached  # which would go on from trained weights
 
 
 @pytest.mark.parametrize(
@@ -236,34 +212,7 @@ def test_another_phase1_is_not_taken_from_the_cache(empty_cache, other):
     assert not shaped(**other)[1].cached
 
 
-def test_a_damaged_phase1_is_computed_again(empty_cache):
-    model, first = shaped()
-    (path,) = empty_cache.iterdir()
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 200] = bytes(byte ^ 1 for byte in content[middle : middle + 200])
-    path.write_bytes(content)
-    again, second = shaped()
-    assert not second.cached and second.phase1.iterations == first.phase1.iterations
-    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
-    assert shaped()[1].cached
-
-
-def test_a_block_that_was_already_shaped_is_another_phase1(empty_cache):
-    model, _ = shaped()
-    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4, "phase1_learning_rate": 0.01})
-    assert not shape_contexts(model, stream(200), settings).cached  # goes on from trained weights
-    fresh, found = shaped(phase1_learning_rate=0.01)
-    assert not found.cached and not torch.equal(
-        fresh.context_block.from_context[0].weight, model.context_block.from_context[0].weight
-    )
-
-
-def test_a_phase1_that_failed_is_not_kept(empty_cache, monkeypatch):
-    def fail(*_):
-        raise NonFiniteLoss("no")
-
-    monkeypatch.setattr("ctxlm.phase1.train_context_block", fail)
-    with pytest.raises(NonFiniteLoss):
-        shaped()
-    assert not any(empty_cache.iterdir())
+def test_a_phase1_that_is_no_longer_finite_is_stopped_and_not_kept(empty_cache):
+    with pytest.raises(NonFiniteLoss, match=r"iteration [34]: .*phase1_learning_rate = 1e\+30"):
+        shaped(phase1_learning_rate=1e30)
+    assert not [path for path in empty_cache.iterdir() if path.suffix == ".npz"]

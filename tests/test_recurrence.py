@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ctxlm.recurrence
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.model import ContextLM, SlowContext
@@ -17,7 +16,7 @@ from tests.conftest import stream, tiny
 
 
 @pytest.mark.filterwarnings("ignore:the ContextBlock does not forget")  # some narrow random ones do not
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     length=st.integers(1, 400),
     chunk=st.integers(40, 120),
@@ -27,35 +26,30 @@ from tests.conftest import stream, tiny
 )
 def test_chunks_give_the_sequential_contexts(length, chunk, layers, n, seed):
     model, tokens = tiny(num_layers=layers, num_input_tokens=n, seed=seed), stream(length, seed=seed)
-    expected, found = sequential(model, tokens), chunked(model, tokens, chunk_length=chunk)
-    assert found.values.shape == (length, 12)
-    assert found.residual <= 1e-5
+    expected, chunks = sequential(model, tokens), chunked(model, tokens, chunk_length=chunk)
+    assert chunks.values.shape == (length, 12)
+    assert chunks.residual <= 1e-5
     # A narrow random block need not contract, so a rounding error may grow along the stream: what is certified is
     # that every context is the block's answer to the one before it, from the zero context on.
-    before = torch.cat([torch.zeros(1, 12), found.values[:-1]])
+    before = torch.cat([torch.zeros(1, 12), chunks.values[:-1]])
     block = model.context_block
     with torch.no_grad():
         again = block(before, block.shares(model.context_inputs(tokens, torch.arange(length))))[-1]
-    assert (again - found.values).abs().max().item() <= 1e-4
-    if found.warmup == 0:
-        assert torch.equal(found.values, expected.values)
+    assert (again - chunks.values).abs().max().item() <= 1e-4
+    if chunks.warmup == 0:
+        assert torch.equal(chunks.values, expected.values)
 
 
 @pytest.mark.parametrize(("layers", "width"), [(6, 128), (3, 256)])
 def test_contexts_of_real_tokens_agree_to_1e_5(layers, width):
-    own = Experiment.from_mapping(
+    e = Experiment.from_mapping(
         {"num_layers": layers, "context_dim": width, "embed_dim": 128, "embedding": "random", "train_tokens": 3000}
     )
-    tokens = torch.from_numpy(split(own).train.tokens.astype(np.int64))
-    model = ContextLM(own, torch.from_numpy(load_embedding(own)))
-    expected, found = sequential(model, tokens), chunked(model, tokens)
-    assert 0 < found.warmup < 256 and found.residual <= 1e-5
-    assert (found.values - expected.values).abs().max().item() <= 1e-5
-    # and in one pass: every context is the block's answer to the one before
-    block = model.context_block
-    with torch.no_grad():
-        again = block(found.values[:-1], block.shares(model.context_inputs(tokens, torch.arange(1, 3000))))[-1]
-    assert (again - found.values[1:]).abs().max().item() <= 1e-5
+    tokens = torch.from_numpy(split(e).train.tokens.astype(np.int64))
+    model = ContextLM(e, torch.from_numpy(load_embedding(e)))
+    expected, chunks = sequential(model, tokens), chunked(model, tokens)
+    assert 0 < chunks.warmup < 256 and chunks.residual <= 1e-5
+    assert (chunks.values - expected.values).abs().max().item() <= 1e-5
 
 
 def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
@@ -64,9 +58,9 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
         for linear in model.context_block.from_context:
             linear.weight *= 30
     with pytest.warns(UserWarning, match="does not forget for certain within") as caught:
-        found = chunked(model, tokens, chunk_length=60)
+        chunks = chunked(model, tokens, chunk_length=60)
     assert len(caught) == 1
-    assert torch.equal(found.values, sequential(model, tokens).values) and found.warmup == 0
+    assert torch.equal(chunks.values, sequential(model, tokens).values) and chunks.warmup == 0
 
 
 @pytest.mark.parametrize(("residuals", "tried"), [((3, 2.9), (5, 20)), ((3, 1, 0.9), (5, 20, 80)), ((3,) * 9, (5, 20))])
@@ -85,9 +79,9 @@ def test_longer_chunks_are_tried_only_where_they_bring_the_runs_nearer(monkeypat
 
 def test_a_longer_chunk_is_tried_before_the_fall_back():
     model, tokens = forgetful(), stream(2000)
-    found = chunked(model, tokens, chunk_length=2)
-    assert found.warmup > 2 and found.residual <= 1e-5
-    torch.testing.assert_close(found.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
+    chunks = chunked(model, tokens, chunk_length=2)
+    assert chunks.warmup > 2 and chunks.residual <= 1e-5
+    torch.testing.assert_close(chunks.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
 
 
 def forgetful(**parameters):
@@ -100,78 +94,21 @@ def forgetful(**parameters):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_layers_are_those_computed_again(dtype):
-    model, tokens = forgetful(), stream(950)
-    block = model.context_block
-    plain, kept = chunked(model, tokens, chunk_length=100), chunked(model, tokens, chunk_length=100, keep=dtype)
-    assert plain.inner is None
-    assert [(layer.shape, layer.dtype) for layer in kept.inner] == [((950, 12), dtype)] * 2
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 1}, {"design": "arithmetic", "num_input_tokens": 1}], ids=str)
+def test_kept_layers_are_those_computed_again(shape, dtype, monkeypatch):
+    model, tokens = forgetful(**shape), stream(950)
+    plain, kept = (chunked(model, tokens, chunk_length=100, keep=keep) for keep in (None, dtype))
+    widths = model.context_block.widths[:-1]
+    assert plain.inner is None and [(x.shape, x.dtype) for x in kept.inner] == [((950, w), dtype) for w in widths]
     assert torch.equal(plain.values, kept.values) and kept.warmup > 0
     for start, stop in ((0, 1), (0, 950), (99, 102), (900, 950)):
-        again, found = plain.layers(block, slice(start, stop)), kept.layers(block, slice(start, stop))
-        for expected, layer in zip(again, found, strict=True):
+        pairs = [contexts.layers(model.context_block, slice(start, stop)) for contexts in (plain, kept)]
+        for expected, layer in zip(*pairs, strict=True):
             assert (layer.float() - expected).abs().max() <= (0.02 if dtype == torch.bfloat16 else 1e-4)
-
-
-def test_inner_layers_beyond_the_budget_are_computed_again(monkeypatch):
-    model, tokens = forgetful(), stream(950)
-    monkeypatch.setattr("ctxlm.recurrence.INNER_KEPT", 2 * 1000 * 12 * 4 - 1)
-    assert chunked(model, tokens, chunk_length=100, keep=torch.float32).inner is None
-    assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is not None
-
-    def full(*arguments):
-        raise ConfigError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        own = ctxlm.recurrence._matrix
-        patch.setattr("ctxlm.recurrence._matrix", lambda *a: full() if torch.bfloat16 in a else own(*a))
-        assert chunked(model, tokens, chunk_length=100, keep=torch.bfloat16).inner is None
-    one_layer = forgetful(num_layers=1)
-    kept = chunked(one_layer, tokens, chunk_length=100, keep=torch.float32)
-    assert (
-        kept.inner == [] and len(kept.layers(one_layer.context_block, slice(0, 9))) == 1
-    )  # the last layer is all there is
-
-
-@pytest.mark.parametrize("keep", [None, torch.bfloat16])
-def test_large_contexts_live_in_a_file_without_a_name(keep, monkeypatch, tmp_path):
-    model, tokens = forgetful(), stream(950)
-    expected = chunked(model, tokens, chunk_length=100, keep=keep)
-    monkeypatch.setattr("ctxlm.recurrence.IN_MEMORY", 0)
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path))
-    found = chunked(model, tokens, chunk_length=100, keep=keep)
-    assert not list(tmp_path.iterdir())
-    for mapped, plain in zip(
-        (found.values, *(found.inner or [])), (expected.values, *(expected.inner or [])), strict=True
-    ):
-        assert torch.equal(mapped, plain)
-
-
-def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ctxlm.recurrence.IN_MEMORY", 0)
-    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"the contexts of 1,000 tokens need .* \(No space left on device\)"):
-        chunked(forgetful(), stream(950), chunk_length=100)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_kept_layers_of_falling_widths(n):
-    model, tokens = forgetful(design="arithmetic", num_input_tokens=n), stream(950)
-    kept = chunked(model, tokens, chunk_length=100, keep=torch.float32)
-    again = chunked(model, tokens, chunk_length=100)
-    assert [layer.shape[1] for layer in kept.inner] == model.context_block.widths[:-1]
-    for start, stop in ((0, 3), (98, 203)):
-        layers = zip(
-            kept.layers(model.context_block, slice(start, stop)),
-            again.layers(model.context_block, slice(start, stop)),
-            strict=True,
-        )
-        assert all((one - other).abs().max() < 1e-4 for one, other in layers)
+    size = 1000 * sum(widths) * dtype.itemsize
+    for budget in (size, size - 1):
+        monkeypatch.setattr("ctxlm.recurrence.INNER_KEPT", budget)
+        assert (chunked(model, tokens, chunk_length=100, keep=dtype).inner is None) == (budget < size)
 
 
 def test_windows_are_unrolled_from_the_contexts_held_before_them():
@@ -186,22 +123,22 @@ def test_windows_are_unrolled_from_the_contexts_held_before_them():
         for t in range(first, min(first + 4, 22)):
             expected[t] = block(before[None], block.shares(model.context_inputs(tokens, torch.tensor([t]))))
             before = expected[t][-1][0]
-    for layer, found in enumerate(layers):
+    for layer, unrolled in enumerate(layers):
         by_hand = torch.cat([expected[t][layer] for t in positions.tolist()])
-        torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(unrolled, by_hand, atol=1e-6, rtol=1e-5)
     # The new contexts are held, the others are as they were, and gradients end where a window begins.
     assert torch.equal(contexts.values[positions], layers[-1]) and not contexts.values.requires_grad
     others = [t for t in range(23) if t not in positions.tolist()]
     assert torch.equal(contexts.values[others], held[others])
     torch.stack([layer.square().sum() for layer in layers]).sum().backward()
-    found = [p.grad.clone() for p in block.parameters()]
+    gradients = [p.grad.clone() for p in block.parameters()]
     block.zero_grad()
     sum(layer.square().sum() for t in expected for layer in expected[t]).backward()
-    for one, p in zip(found, block.parameters(), strict=True):
+    for one, p in zip(gradients, block.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(length=st.integers(1, 3 * SlowContext.BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
 def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
     slow, tokens = SlowContext(decay, 0.2, 60, 8), stream(length, seed=seed)
@@ -209,10 +146,10 @@ def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
     embedding, shares = torch.randn(60, 8, generator=draws), torch.rand(60, generator=draws)
     slow.weigh(shares)
     reader, s = SlowReader(slow, embedding), torch.zeros(8, dtype=torch.float64)
-    found = reader.contexts(tokens)
+    rows = reader.contexts(tokens)
     for t, token in enumerate(tokens):
         s = decay * s + 1e-3 / (1e-3 + shares[token]) * F.layer_norm(embedding[token].double(), (8,))
-        torch.testing.assert_close(found[t].double(), s, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(rows[t].double(), s, atol=1e-5, rtol=1e-4)
     h = torch.randn(1, 8, generator=draws)
     expected = h.double() + 0.35 * F.layer_norm(s, (8,))
     torch.testing.assert_close(reader(h, tokens, torch.tensor([length - 1])).double(), expected, atol=1e-4, rtol=1e-3)
@@ -225,6 +162,6 @@ def test_slow_contexts_are_made_once_of_the_embedding_before_training_and_have_n
     with torch.no_grad():
         model.embedding.mul_(torch.rand(model.embedding.shape))
     reader = SlowReader(model.slow, model.read_embedding)
-    found = reader.contexts(tokens)
-    assert torch.equal(found, expected) and not found.requires_grad
-    assert reader.contexts(tokens) is found and reader.contexts(tokens.clone()) is not found
+    rows = reader.contexts(tokens)
+    assert torch.equal(rows, expected) and not rows.requires_grad
+    assert reader.contexts(tokens) is rows and reader.contexts(tokens.clone()) is not rows

@@ -1,21 +1,16 @@
-"""The one trainer: stopped and gone on with to the same bits, best weights kept, its schedule and averages, faults."""
+"""The one trainer: the best state kept, validated when asked, stopped and gone on with to the same bits, faults."""
 
-import copy
 import math
-import subprocess
-import sys
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ctxlm.config import ConfigError, Experiment
-from ctxlm.files import ROOT
+from ctxlm.config import Experiment
 from ctxlm.metrics import NonFiniteLoss
-from ctxlm.model import Blanking, ContextLM, load_own_weights, own_weights
+from ctxlm.model import ContextLM, load_own_weights, own_weights
 from ctxlm.networks import NeuralLM, Windows
 from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import sequential
@@ -24,29 +19,21 @@ from tests.conftest import stream
 
 VOCABULARY = 40
 COMMON = {"embed_dim": 8, "num_layers": 2, "phase2_batch_size": 32, "phase2_epochs": 4, "phase2_patience": 4}
-RECIPE = {
+EVERYTHING = {
     "output_bias": "unigram",
-    "phase2_warmup_updates": 4,
-    "phase2_final_rate": 0.1,
-    "phase2_token_dropout": 0.2,
-    "phase2_weight_average": 0.9,
     "slow_decay": 0.9,
     "phase2_freeze_embedding": False,
+    "dropout": 0.2,
+    "weight_decay": 0.3,
 }
 KINDS = {
     "study": {"context_dim": 12},
-    "windows": {"context_dim": 12, "phase2_context_window": 8, "phase2_shuffle": True, "phase2_weight_average": 0.9},
-    "tuned": RECIPE
-    | {
-        "context_dim": 12,
-        "num_input_tokens": 1,
-        "logit_scale": 0.5,
-        "phase2_context_window": 1,
-        "phase2_shuffle": True,
-    },
-    "lstm": RECIPE | {"model": "lstm", "hidden_dim": 12, "window": 8},
-    "transformer": RECIPE | {"model": "transformer", "hidden_dim": 16, "num_heads": 4, "window": 8},
+    "windows": {"context_dim": 12, "phase2_context_window": 8, "validations_per_epoch": 2},
+    "tuned": EVERYTHING | {"context_dim": 12, "num_input_tokens": 1, "phase2_context_window": 1},
+    "lstm": EVERYTHING | {"model": "lstm", "hidden_dim": 12, "window": 8, "validations_per_epoch": 3},
+    "transformer": EVERYTHING | {"model": "transformer", "hidden_dim": 16, "num_heads": 4, "window": 8},
 }
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def trainer(kind, **parameters):
@@ -60,22 +47,17 @@ def trainer(kind, **parameters):
     return Trainer(Phase2(model, sequential(model, train), sequential(model, val), e, torch.float32), e)
 
 
-def values(found, metric, phase="phase2"):
-    return [row["value"] for row in found.history if (row["phase"], row["metric"]) == (phase, metric)]
+def values(trained, metric):
+    return [row["value"] for row in trained.history if row["metric"] == metric]
 
 
-def rows(history, *without):
-    """All but what differs from run to run, and what is left out on purpose."""
-    left_out = {"seconds", *without}
-    return [row for row in history if row["metric"] not in left_out and row["phase"] not in left_out]
-
-
-def assert_same(one, found, other, expected, *without):
+def assert_same(one, trained, other, expected):
     """Two trainings have left the same bits, in history, losses and weights."""
-    assert rows(found.history, *without) == rows(expected.history, *without) != []
-    assert torch.equal(found.val_losses, expected.val_losses)
+    rows, others = ([row for row in t.history if row["metric"] != "seconds"] for t in (trained, expected))
+    assert rows == others != []
+    assert torch.equal(trained.val_losses, expected.val_losses)
     for name in ("best_epoch", "epochs_run", "val_accuracy", "last_val_loss"):
-        assert getattr(found, name) == getattr(expected, name)
+        assert getattr(trained, name) == getattr(expected, name)
     weights, others = one.task.model.state_dict(), other.task.model.state_dict()
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -84,71 +66,47 @@ def assert_same(one, found, other, expected, *without):
 # Stopped, and gone on with
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("by", ["copy", "file"])
-def test_training_goes_on_from_any_epoch_to_the_same_bits(kind, by, one_thread, tmp_path):
-    def carried(state):
-        if by == "copy":
-            return copy.deepcopy(state)
-        torch.save(state, tmp_path / "state.pt")
-        return torch.load(tmp_path / "state.pt")
-
-    whole = trainer(kind)
-    states = [carried(whole.state_dict())]
-    while not whole.done:
-        whole.run_epoch()
-        states.append(carried(whole.state_dict()))
-    expected = whole.finish()
-    assert len(states) == expected.epochs_run + 1 == 5
-    for epoch, state in enumerate(states):
-        torch.manual_seed(epoch)  # torch's own generator has no part in it
-        fresh = trainer(kind)
-        fresh.load_state_dict(state)
-        assert (fresh.epoch, fresh.done) == (epoch, epoch == 4)
-        found = fresh.run()
-        assert_same(fresh, found, whole, expected)
-        assert fresh.update == whole.update and len(values(found, "seconds")) == 4
+class Killed(Exception):
+    pass
 
 
-@pytest.mark.parametrize("kind", ["study", "tuned"])
-def test_training_may_be_stopped_by_patience_after_it_went_on(kind, one_thread):
-    settings = {"phase2_patience": 1, "phase2_learning_rate": 0.3, "phase2_warmup_updates": 0, "phase2_epochs": 9}
-    whole = trainer(kind, **settings)
-    expected = whole.run()
-    assert expected.best_epoch + 1 == expected.epochs_run < 9
-    stopped = trainer(kind, **settings)
-    for _ in range(expected.best_epoch):
-        stopped.run_epoch()
-    fresh = trainer(kind, **settings)
-    fresh.load_state_dict(copy.deepcopy(stopped.state_dict()))
-    assert_same(fresh, fresh.run(), whole, expected)
+@each_kind
+def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, one_thread, tmp_path):
+    whole, parts = trainer(kind), KINDS[kind].get("validations_per_epoch", 1)
+    expected, checkpoint = whole.run(), tmp_path / "checkpoint.pt"
+
+    def killed_in_epoch(epoch):
+        def on_epoch(history):
+            if history[-1]["step"] == epoch * parts:
+                raise Killed
+
+        return on_epoch
+
+    for epoch in (1, 2, 4):  # each process does less or more than the one before
+        with pytest.raises(Killed):
+            trainer(kind).run(killed_in_epoch(epoch), checkpoint, "key")
+        assert checkpoint.exists() == (epoch > 1) and len([*tmp_path.iterdir()]) == (epoch > 1)
+    fresh = trainer(kind)
+    torch.manual_seed(9)  # torch's own generator has no part in it
+    trained = fresh.run(None, checkpoint, "key")
+    assert fresh.update == whole.update
+    assert_same(fresh, trained, whole, expected)
+    assert trained.resumed == trained.summary()["resumed_after_epoch"] == 3
+    assert expected.resumed == 0 and "resumed_after_epoch" not in expected.summary()
+    other = trainer(kind)
+    assert other.run(None, checkpoint, "another key").resumed == 0  # begins anew, and leaves its own state
+    assert trainer(kind).run(None, checkpoint, "another key").resumed == 4
 
 
-GO_ON = """
-import sys
-import torch
-torch.set_num_threads(1)
-from tests.test_trainer import trainer
-fresh = trainer("tuned")
-fresh.load_state_dict(torch.load(sys.argv[1]))
-found = fresh.run()
-torch.save([found.val_losses, fresh.task.model.state_dict()], sys.argv[1])
-"""
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(one_thread, tmp_path, capsys):
+    plain, other = trainer("study"), trainer("study")
+    (tmp_path / "file").touch()
+    trained = other.run(None, tmp_path / "file" / "checkpoint.pt", "key")
+    assert_same(other, trained, plain, plain.run())
+    assert str(tmp_path / "file") in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_training_goes_on_in_another_process(one_thread, tmp_path):
-    whole = trainer("tuned")
-    whole.run_epoch()
-    torch.save(whole.state_dict(), tmp_path / "state.pt")
-    expected = whole.run()
-    subprocess.run([sys.executable, "-c", GO_ON, tmp_path / "state.pt"], cwd=ROOT, check=True, capture_output=True)
-    losses, weights = torch.load(tmp_path / "state.pt")
-    assert torch.equal(losses, expected.val_losses)
-    assert all(torch.equal(weights[name], w) for name, w in whole.task.model.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_nothing_but_seed_and_state_decides(kind, one_thread):
     one, other, changed = trainer(kind), trainer(kind), trainer(kind, seed=43)
     torch.manual_seed(1)
@@ -156,233 +114,156 @@ def test_nothing_but_seed_and_state_decides(kind, one_thread):
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
     assert_same(one, first, other, other.run())
-    assert torch.equal(before, torch.random.get_rng_state())
+    assert "dropout" in KINDS[kind] or torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(first.val_losses, changed.run().val_losses)
 
 
 # What is kept
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_best_epochs_weights_and_losses_are_kept(kind, one_thread):
+@each_kind
+def test_the_best_states_weights_and_losses_are_kept(kind, one_thread):
     # Random tokens cannot be learnt, so validation soon gets worse.
-    own = trainer(kind, phase2_learning_rate=0.05, phase2_patience=2, phase2_epochs=8)
-    found = own.run()
-    losses = values(found, "val_loss")
-    assert found.best_epoch == 1 + losses.index(min(losses)) < found.epochs_run == len(losses)
-    assert found.epochs_run == min(found.best_epoch + 2, 8)
-    again, accuracy = own.task.evaluate("val")
-    assert torch.equal(again, found.val_losses) and accuracy == found.val_accuracy
-    assert again.double().mean().item() == min(losses) and not own.task.model.training
-    assert found.last_val_loss == losses[-1]
-    summary = found.summary()
-    assert (summary["best_epoch"], summary["epochs_run"]) == (found.best_epoch, found.epochs_run)
+    one = trainer(kind, phase2_learning_rate=0.05, phase2_patience=2, phase2_epochs=8)
+    trained, parts = one.run(), one.e.validations_per_epoch
+    losses = values(trained, "val_loss")
+    assert trained.best_epoch == (1 + losses.index(min(losses))) / parts < trained.epochs_run == len(losses) / parts
+    assert trained.epochs_run == pytest.approx(min(trained.best_epoch + 2, 8))
+    again, accuracy = one.task.evaluate()
+    assert torch.equal(again, trained.val_losses) and accuracy == trained.val_accuracy
+    assert again.double().mean().item() == min(losses) and not one.task.model.training
+    if one.e.phase2_context_window:  # and what is judged has contexts of the weights that are judged
+        model = one.task.model
+        anew, _ = evaluate(Predictor(model, torch.float32), sequential(model, one.task.val.tokens))
+        torch.testing.assert_close(anew, again)
+    summary = trained.summary()
+    assert (summary["best_epoch"], summary["epochs_run"]) == (trained.best_epoch, trained.epochs_run)
     assert summary["val_loss"] == min(losses) and summary["val_ppl"] == pytest.approx(math.exp(min(losses)))
     assert summary["last_val_ppl"] == pytest.approx(math.exp(losses[-1]))
     assert summary["overfit_rate"] == pytest.approx(math.exp(losses[-1] - min(losses)) - 1)
-
-
-@pytest.mark.parametrize("kind", ["windows", "tuned", "lstm", "transformer"])
-def test_averaged_weights_are_those_that_are_judged_and_kept(kind, one_thread):
-    own = trainer(kind, phase2_epochs=1)
-    own.run_epoch()
-    raw = [weight.detach().clone() for weight in own.average.weights]
-    means = [mean.clone() for mean in own.average.means]
-    found = own.finish()
-    for weight, mean, trained in zip(own.task.weights.values(), means, raw, strict=True):
-        assert torch.equal(weight, mean)
-        assert not torch.equal(mean, trained)
-    assert torch.equal(own.task.evaluate("val")[0], found.val_losses)
-    if kind in ("windows", "tuned"):  # and what is judged has contexts of the weights that are judged
-        model = own.task.model
-        losses, _ = evaluate(Predictor(model, torch.float32), sequential(model, own.task.val.tokens))
-        torch.testing.assert_close(losses, found.val_losses)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_that_was_loaded_is_judged_as_the_trained_one(kind, one_thread):
-    own, fresh = trainer(kind), trainer(kind)  # of the second nobody has said that it is not in training
-    found = own.run()
-    load_own_weights(fresh.task.model, own_weights(own.task.model))
+    fresh = trainer(kind)  # a model that was loaded is judged as the trained one
+    load_own_weights(fresh.task.model, own_weights(one.task.model))
     for _ in range(2):
-        losses, accuracy = fresh.task.evaluate("val")
-        assert torch.equal(losses, found.val_losses) and accuracy == found.val_accuracy
+        losses, accuracy = fresh.task.evaluate()
+        assert torch.equal(losses, trained.val_losses) and accuracy == trained.val_accuracy
 
 
-# What changes nothing else
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_validating_between_epochs_changes_nothing_else(kind, one_thread):
-    plain, often = trainer(kind), trainer(kind, val_every_steps=3)
-    expected, watched = plain.run(), often.run()
-    assert_same(often, watched, plain, expected, "phase2_updates")
-    steps = [row["step"] for row in watched.history if row["phase"] == "phase2_updates"]
-    assert steps == list(range(3, often.update + 1, 3)) and len(steps) > 4
-    assert not [row for row in expected.history if row["phase"] == "phase2_updates"]
-    updates, losses = values(watched, "updates"), values(watched, "val_loss")
-    between = dict(zip(steps, values(watched, "val_loss", "phase2_updates"), strict=True))
-    assert {update: between[update] for update in updates if update in between} == {
-        update: loss for update, loss in zip(updates, losses, strict=True) if update in between
-    }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_training_loss_after_an_epoch_is_that_of_its_weights_and_changes_nothing_else(kind, one_thread):
-    plain, also = (trainer(kind, phase2_epochs=1, train_loss_after_epoch=after) for after in (False, True))
-    expected, measured = plain.run(), also.run()
-    assert_same(also, measured, plain, expected, "train_loss_after", "train_ppl_after")
-    losses = also.task.evaluate("train")[0].double()  # one epoch: its weights are the best
-    if kind in ("study", "windows", "tuned"):
-        model = also.task.model
-        anew, _ = evaluate(Predictor(model, torch.float32), sequential(model, also.task.train.tokens))
-        torch.testing.assert_close(anew.double(), losses)
-    assert values(measured, "train_loss_after") == [losses.mean().item()]
-    assert values(measured, "train_ppl_after") == pytest.approx([losses.mean().exp().item()])
-    assert values(expected, "train_loss_after") == []
+@each_kind
+def test_validating_more_often_changes_nothing_but_the_best_state(kind, one_thread):
+    plain, often = (trainer(kind, validations_per_epoch=parts) for parts in (1, 3))
+    expected, trained = plain.run(), often.run()
+    assert expected.epochs_run == trained.epochs_run == 4
+    assert values(trained, "val_loss")[2::3] == values(expected, "val_loss")
+    assert values(trained, "updates")[2::3] == values(expected, "updates")
+    assert trained.last_val_loss == expected.last_val_loss
+    assert trained.summary()["val_loss"] == min(values(trained, "val_loss")) <= expected.summary()["val_loss"]
+    states = plain.optimiser.state_dict()["state"], often.optimiser.state_dict()["state"]
+    assert all(torch.equal(one[k], states[1][i][k]) for i, one in states[0].items() for k in one)
 
 
 # A task whose losses are known
 
 
 class Scripted:
-    """Fits the weight w to targets that go round, and is judged by the losses it is given, epoch by epoch."""
+    """Fits a matrix and a vector to targets that go round; what it is judged by is given, validation by validation."""
 
     TARGETS = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, 0.25], [-1.0, 1.0, 4.0], [0.5, 0.5, -3.0]])
 
-    def __init__(self, e, judged, batches=3, updates=None, losses=None):
+    def __init__(self, judged, batches, losses):
         self.model = nn.Module()
-        self.model.blank, self.model.w = Blanking(e), nn.Parameter(torch.tensor([0.3, 0.2, 0.1]))
-        self.weights = {"w": self.model.w}
-        self.count, self.updates = batches, batches if updates is None else updates
+        self.model.m, self.model.v = nn.Parameter(torch.tensor([[0.5, -0.2, 0.1]])), nn.Parameter(torch.tensor([0.3]))
+        self.weights, self.updates = dict(self.model.named_parameters()), batches
         self.judged, self.losses = judged, losses
-        self.trained, self.seen, self.asked, self.trainer = [], [], [], None
+        self.epochs, self.trained, self.seen = [], 0, []
 
     def batches(self, epoch):
-        assert epoch == self.trainer.epoch
-        return range(self.count)
+        self.epochs.append(epoch)
+        return range(self.updates)
 
     def loss(self, batch):
         assert self.model.training
-        self.trained.append((self.trainer.optimiser.param_groups[0]["lr"], self.model.w.detach().clone()))
-        mean = (self.model.w - self.TARGETS[(len(self.trained) - 1) % 4]).square().mean()
-        losses = [len(self.trained), 1.0] if self.losses is None else [self.losses[len(self.trained) - 1]]
+        self.trained += 1
+        mean = (self.model.m[0] + self.model.v - self.TARGETS[(self.trained - 1) % 4]).square().mean()
+        losses = [self.trained, 1.0] if self.losses is None else [self.losses[self.trained - 1]]
         return mean, torch.tensor(losses), torch.tensor([True, False][: len(losses)])
 
-    def evaluate(self, part):
+    def evaluate(self):
         assert not self.model.training
-        self.asked.append(part)
-        self.seen.append(self.model.w.detach().clone())
-        return torch.tensor([self.judged[self.trainer.epoch - 1]]), 0.25
+        self.seen.append([w.detach().clone() for w in self.weights.values()])
+        return torch.tensor([self.judged[len(self.seen) - 1]]), 0.25
 
 
-def scripted(judged=(1.0,) * 99, batches=3, updates=None, losses=None, **parameters):
+def scripted(judged=(1.0,) * 99, batches=3, losses=None, **parameters):
     e = Experiment.from_mapping({"phase2_patience": 99, "phase2_epochs": 3}, parameters)
-    task = Scripted(e, judged, batches, updates, losses)
-    task.trainer = Trainer(task, e)
-    return task, task.trainer
+    task = Scripted(judged, batches, losses)
+    return task, Trainer(task, e)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    judged=st.lists(st.integers(0, 6), min_size=1, max_size=12),
-    patience=st.integers(1, 5),
-    average=st.sampled_from([0.0, 0.9]),
-)
-def test_training_ends_once_patience_is_out_and_keeps_the_first_best(judged, patience, average):
-    task, own = scripted(
-        [0.125 * loss for loss in judged],
-        phase2_patience=patience,
-        phase2_epochs=len(judged),
-        phase2_weight_average=average,
-    )
+@given(data=st.data(), parts=st.integers(1, 4), epochs=st.integers(1, 6), patience=st.integers(1, 4))
+def test_training_ends_once_patience_is_out_and_keeps_the_first_best(data, parts, epochs, patience):
+    judged = data.draw(st.lists(st.integers(0, 6), min_size=parts * epochs, max_size=parts * epochs))
+    batches = data.draw(st.integers(2 * parts, 12))
+    changed = {"phase2_patience": patience, "phase2_epochs": epochs, "validations_per_epoch": parts}
+    task, whole = scripted([0.125 * loss for loss in judged], batches, **changed)
     best = run = 0
     for run, loss in enumerate(judged, start=1):
         if best == 0 or loss < judged[best - 1]:
             best = run
-        if run - best >= patience:
+        if run - best >= patience * parts:  # of epochs
             break
-    found = own.run()
-    assert (found.best_epoch, found.epochs_run, len(task.seen)) == (best, run, run)
-    assert found.val_losses.tolist() == [0.125 * judged[best - 1]] and found.val_accuracy == 0.25
-    assert found.last_val_loss == 0.125 * judged[run - 1]
-    assert torch.equal(task.model.w.detach(), task.seen[best - 1])
-    assert own.done and not task.model.training
+    trained = whole.run()
+    assert (trained.best_epoch, trained.epochs_run, len(task.seen)) == (best / parts, run / parts, run)
+    assert task.epochs == [*range(1, math.ceil(run / parts) + 1)]
+    ends = [epoch * batches + math.ceil(k * batches / parts) for epoch in range(epochs) for k in range(1, parts + 1)]
+    assert values(trained, "updates") == ends[:run]
+    assert trained.val_losses.tolist() == [0.125 * judged[best - 1]] and trained.val_accuracy == 0.25
+    assert trained.last_val_loss == 0.125 * judged[run - 1]
+    assert all(torch.equal(*pair) for pair in zip(task.weights.values(), task.seen[best - 1], strict=True))
+    assert whole.done and not task.model.training
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    epochs=st.integers(1, 5),
-    batches=st.integers(1, 6),
-    rise=st.integers(0, 29),
-    final=st.floats(0.01, 1),
-    more=st.integers(0, 1),
-)
-def test_the_learning_rate_is_the_formulas(epochs, batches, rise, final, more):
-    total, peak = epochs * batches, 0.003
-    rise %= total
-    parameters = {"phase2_epochs": epochs, "phase2_warmup_updates": rise, "phase2_final_rate": final}
-    task, own = scripted(batches=batches + more, updates=batches, phase2_learning_rate=peak, **parameters)
-    own.run()
-    expected = []
-    for update in range(epochs * (batches + more)):
-        share = min(max(update - rise, 0) / max(total - rise, 1), 1)
-        cosine = final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share))
-        expected.append(peak * min(1, (update + 1) / (rise + 1)) * cosine)
-    assert [rate for rate, _ in task.trained] == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_whoever_is_shown_the_history_can_end_training(parts):
+    shown = []
+
+    def on_epoch(history):
+        shown.append([row["value"] for row in history if row["metric"] == "val_loss"])
+        return len(shown) == 3
+
+    judged = [0.5, 0.25, 0.75, 1.0, 1.0, 1.0]
+    task, one = scripted(judged, phase2_epochs=6 // parts, validations_per_epoch=parts)
+    trained = one.run(on_epoch)
+    assert shown == [judged[:1], judged[:2], judged[:3]]
+    assert (trained.best_epoch, trained.epochs_run) == (2 / parts, 3 / parts)
+    assert all(torch.equal(*pair) for pair in zip(task.weights.values(), task.seen[1], strict=True))
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_to_its_end():
-    task, own = scripted(phase2_learning_rate=0.1)
-    own.run()
-    assert {rate for rate, _ in task.trained} == {0.1}  # by default it stays where it is
-    task, own = scripted(
-        batches=10, phase2_epochs=2, phase2_learning_rate=0.1, phase2_warmup_updates=4, phase2_final_rate=0.2
-    )
-    own.run()
-    rates = [rate for rate, _ in task.trained]
-    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-    assert rates[12] == pytest.approx(0.06)  # half way between 0.1 and 0.02
-    assert all(later < rate for rate, later in pairwise(rates[4:])) and rates[-1] > 0.02
-
-
-def test_a_warm_up_that_outlasts_the_training_is_refused():
-    with pytest.raises(ConfigError, match="phase2_warmup_updates = 21 is not over within phase2_epochs = 3 of 7"):
-        trainer("study", phase2_epochs=3, phase2_warmup_updates=21)
-    with pytest.raises(ConfigError, match="phase2_warmup_updates = 9 is not over within phase2_epochs = 3 of 3"):
-        scripted(phase2_warmup_updates=9)
-    assert scripted(phase2_warmup_updates=8)[1].run().epochs_run == 3
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("clip", [0.5, 100.0])
-def test_averages_are_those_of_a_literal_loop(decay, clip):
-    own = {"phase2_learning_rate": 0.1, "phase2_gradient_clip": clip, "phase2_weight_average": decay}
-    task, trained = scripted(batches=7, phase2_epochs=3, val_every_steps=1, **own)
-    trained.run()
-    w = torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
-    mean, first, second, means = w.clone(), torch.zeros(3).double(), torch.zeros(3).double(), []
-    for update in range(1, 22):
-        assert task.trained[update - 1][1].tolist() == pytest.approx(w.tolist(), abs=1e-5)  # its own, not the average
-        gradient = 2 / 3 * (w - Scripted.TARGETS[(update - 1) % 4].double())
+def test_steps_are_adams_and_matrices_alone_decay(decay, clip):
+    changed = {"phase2_learning_rate": 0.1, "phase2_gradient_clip": clip, "weight_decay": decay}
+    task, one = scripted(batches=7, validations_per_epoch=7, **changed)
+    one.run()
+    w, decays = torch.tensor([0.5, -0.2, 0.1, 0.3]).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
+    first, second = torch.zeros(4).double(), torch.zeros(4).double()
+    assert len(task.seen) == 21
+    for update, seen in enumerate(task.seen, start=1):
+        error = 2 / 3 * (w[:3] + w[3] - Scripted.TARGETS[(update - 1) % 4].double())
+        gradient = torch.cat([error, error.sum()[None]])
         gradient *= min(1.0, clip / (gradient.norm().item() + 1e-6))
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        step = first / (1 - 0.9**update) / ((second / (1 - 0.999**update)).sqrt() + 1e-8)
-        w = w - 0.1 * step
-        share = min(decay, (1 + update) / (10 + update))
-        mean = share * mean + (1 - share) * w
-        means += [mean] * (1 + (update % 7 == 0))  # judged after every update, and after every epoch
-    assert len(task.seen) == len(means)
-    for seen, expected in zip(task.seen, means, strict=True):
-        assert seen.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+        w = w * (1 - 0.1 * decay * decays)  # decoupled: Adam's moments know nothing of it
+        w = w - 0.1 * first / (1 - 0.9**update) / ((second / (1 - 0.999**update)).sqrt() + 1e-8)
+        assert torch.cat([x.flatten() for x in seen]).tolist() == pytest.approx(w.tolist(), abs=1e-5)
 
 
 def test_an_epochs_rows_are_known():
-    task, own = scripted([0.5, 0.25], phase2_epochs=2, train_loss_after_epoch=True, val_every_steps=2)
-    found = own.run()
-    first = {row["metric"]: row["value"] for row in found.history if (row["phase"], row["step"]) == ("phase2", 1)}
+    _, one = scripted([0.5, 0.25], phase2_epochs=2)
+    trained = one.run()
+    first = {row["metric"]: row["value"] for row in trained.history if (row["phase"], row["step"]) == ("phase2", 1)}
     assert first.pop("seconds") > 0
     assert first == {
+        "epoch": 1,
         "train_loss": (1 + 1 + 2 + 1 + 3 + 1) / 6,  # of every target, before its update
         "train_ppl": pytest.approx(math.exp(1.5)),
         "train_accuracy": 0.5,
@@ -390,58 +271,29 @@ def test_an_epochs_rows_are_known():
         "val_ppl": pytest.approx(math.exp(0.5)),
         "val_accuracy": 0.25,
         "updates": 3,
-        "train_loss_after": 0.5,
-        "train_ppl_after": pytest.approx(math.exp(0.5)),
     }
-    assert values(found, "updates") == [3, 6] and values(found, "train_loss") == [1.5, (4 + 5 + 6 + 3) / 6]
-    between = [(row["step"], row["value"]) for row in found.history if row["phase"] == "phase2_updates"]
-    assert between == [(2, 0.5), (4, 0.25), (6, 0.25)]
-    assert task.asked == ["val", "val", "train", "val", "val", "val", "train"]
+    assert values(trained, "train_loss") == [1.5, (4 + 5 + 6 + 3) / 6]
+    between = scripted(batches=4, phase2_epochs=1, validations_per_epoch=2)[1].run()
+    assert values(between, "train_loss") == [(1 + 2 + 2) / 4, (3 + 4 + 2) / 4]  # since the last validation
 
 
 # Faults
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3000.0])  # e to the last is no number either
-@pytest.mark.parametrize("update", [2, 3, 5])
+@pytest.mark.parametrize("update", [1, 3, 5])
 def test_a_loss_that_is_not_finite_stops_training_at_once(loss, update):
-    task, own = scripted(losses=[1.0] * (update - 1) + [loss], phase2_learning_rate=0.5)
-    epoch = (update + 2) // 3
-    with pytest.raises(
-        NonFiniteLoss, match=rf"in epoch {epoch} by update {update}: lower phase2_learning_rate = 0\.5$"
-    ):
-        own.run()
-    assert len(task.trained) == update
-
-
-@pytest.mark.parametrize(
-    ("model", "remedy"),
-    [
-        ("context", r"logit_scale = 1\.0 or phase2_init_std = 0\.1 or phase2_learning_rate = 0\.002"),
-        ("lstm", r"logit_scale = 1\.0 or phase2_learning_rate = 0\.002"),
-    ],
-)
-def test_a_loss_that_is_not_finite_from_the_start_names_what_it_starts_from(model, remedy):
-    task, own = scripted(losses=[math.nan], model=model)
-    with pytest.raises(NonFiniteLoss, match=rf"loss is nan in epoch 1 by update 1: lower {remedy}$"):
-        own.run()
-    assert len(task.trained) == 1
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 3000.0])
-def test_a_validation_loss_that_is_not_finite_stops_training(loss):
-    task, own = scripted([1.0, loss])
-    with pytest.raises(NonFiniteLoss, match=r"in epoch 2 by update 6: lower phase2_learning_rate = 0\.002$"):
-        own.run()
+    task, one = scripted(losses=[1.0] * (update - 1) + [loss], phase2_learning_rate=0.5)
+    with pytest.raises(NonFiniteLoss, match=rf"epoch {(update + 2) // 3} .*update {update}.*learning_rate = 0\.5"):
+        one.run()
+    assert task.trained == update
+    task, one = scripted([1.0, loss])  # and so does a validation loss
+    with pytest.raises(NonFiniteLoss, match=r"update 6.*learning_rate = 0\.002"):
+        one.run()
     assert len(task.seen) == 2
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_models_loss_that_is_not_finite_stops_training_at_once():
-    with pytest.raises(NonFiniteLoss, match=r"in epoch 1 by update [2-9]: lower phase2_learning_rate = 1e\+30"):
+    with pytest.raises(NonFiniteLoss, match=r"epoch 1 by update [2-9]: .*phase2_learning_rate = 1e\+30"):
         trainer("study", phase2_learning_rate=1.0e30).run()
-    own = trainer("study")
-    with torch.no_grad():
-        own.task.model.token_block.norms[-1].weight[0] = float("nan")
-    with pytest.raises(NonFiniteLoss, match=r"in epoch 1 by update 1: lower logit_scale = 1\.0 or phase2_init_std = "):
-        own.run()

@@ -153,26 +153,15 @@ def plot_phase1(history: pd.DataFrame) -> Figure:
 
 
 def plot_phase2(history: pd.DataFrame) -> Figure:
-    """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked.
-
-    Validation between epochs (`val_every_steps`) is placed by Phase 2's "updates" by the end of every epoch or, in a
-    history without them, as if its last value stood at the end of the last epoch.
-    """
+    """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked."""
     figure, ((left, right),) = new_figure(1, 2, 3.4)
-    between, updates = metric_of(history, "phase2_updates", "val_loss"), metric_of(history, "phase2", "updates")
-    for axes, name, change in ((left, "loss", np.array), (right, "ppl", np.exp)):
+    epochs = metric_of(history, "phase2", "epoch")
+    for axes, name in ((left, "loss"), (right, "ppl")):
         train, val = (metric_of(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
-        if len(between):
-            epoch = updates.iloc[0] if len(updates) else between.index[-1] / val.index[-1]
-            look = {"color": COLOURS[0], "alpha": 0.6, "linewidth": 1, "marker": ".", "markersize": 3}
-            axes.plot(between.index / epoch, change(between), label="validation between epochs", **look)
-        axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
-        after = metric_of(history, "phase2", f"train_{name}_after")
-        if len(after):
-            look = {"color": COLOURS[2], "marker": MARKERS[2], "linestyle": LINES[2]}
-            axes.plot(after.index, after, label="training, after the epoch", **look)
-        axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
-        axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin()}", **REFERENCE)
+        axes.plot(epochs, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
+        axes.plot(epochs, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
+        best = epochs[val.idxmin()]
+        axes.axvline(best, label=f"best epoch: {best:g}", **REFERENCE)
         steps_axis(axes, "epoch")
     left.set_ylabel("loss, nats a token")
     log_axis(right, "PPL (log)")

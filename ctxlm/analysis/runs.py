@@ -1,6 +1,6 @@
 """The finished runs of a grid as tidy tables: a row a run, a row a run and step, a row a run and judged sample.
 
-While you work, a run is a folder (`ctxlm.results`). What is published is three files a grid,
+While you work, a run is a folder (`ctxlm.run`). What is published is three files a grid,
 `data/results/<grid>/{runs.csv, history.parquet, samples.parquet}`, which `make results GRID=x` writes. They are read
 where there is no folder of a run of the grid.
 """
