@@ -60,7 +60,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_PROGRESS": "lines"}
         if values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney":
-            environment |= free_gpu(folder, held)
+            environment |= free_gpu(held)
         command = f"{sys.executable} -m papermill --cwd . -k python3 --no-progress-bar --log-output".split()
         command += [notebook, str(executed), "-y", on_one_line(values)]
         failure.unlink(missing_ok=True)
@@ -105,11 +105,11 @@ def visible_gpus() -> list[str]:
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
-def free_gpu(folder: Path, held: ExitStack) -> dict[str, str]:
+def free_gpu(held: ExitStack) -> dict[str, str]:
     """Make a free GPU the only one that a run sees, and its own until `held` ends."""
     for gpu in visible_gpus():
         with suppress(Timeout):
-            held.enter_context(FileLock(folder.parent.parent / f".gpu-{gpu}.lock").acquire(0))
+            held.enter_context(FileLock(outputs_dir() / f".gpu-{gpu}.lock").acquire(0))
             return {"CUDA_VISIBLE_DEVICES": gpu}
     return {}
 

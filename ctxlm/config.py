@@ -151,9 +151,11 @@ class Experiment(BaseModel):
     validations_per_epoch: int = Field(
         1, ge=1, le=100, description="how often an epoch is validated; the best state of all is kept"
     )
-    dropout: Share = Field(0.0, description="share of every layer's new activations that an update sets to zero")
+    dropout: Share = Field(
+        0.0, description="share of the TokenBlock's, or a network's, new activations that an update sets to zero"
+    )
     weight_decay: float = Field(
-        0.0, ge=0, le=100, description="decoupled decay of weight matrices, as a multiple of the learning rate"
+        0.0, ge=0, le=100, description="decoupled decay of all weights but biases and norms, times the learning rate"
     )
     output_bias: Literal["none", "unigram"] = Field(
         "none", description="unigram: a trained bias of the output, started at the training tokens' log frequencies"
@@ -200,6 +202,8 @@ class Experiment(BaseModel):
             refuse("embedding_turned embed_dim", "the embedding has no such dimension")
         if self.phase1_min_iterations > self.phase1_max_iterations:
             refuse("phase1_min_iterations phase1_max_iterations", "lower the first or raise the second")
+        if self.judged_corpus and {*self.corpus.split("+")} & {*self.judged_corpus.split("+")}:
+            refuse("corpus judged_corpus", "text of the first would be judged on: name another, or null")
         if self.ngram_second_half and self.model != "kneser-ney":
             refuse("ngram_second_half model", "only kneser-ney counts")
         if self.model == "transformer" and self.hidden_dim % self.num_heads:
@@ -246,11 +250,16 @@ class Experiment(BaseModel):
         """
         names = _parameters_given(namespace) - {*also}
         e = cls.from_mapping({name: namespace[name] for name in names | (cls.model_fields.keys() & namespace)})
-        for name, value in (("corpus", e.corpus), ("embedding", e.embedding)):
+        for name in ("corpus", "judged_corpus", "embedding"):
+            value = getattr(e, name) or ""
             if "." in value and not find(value).is_file():
                 raise ConfigError(f"{name} = {value!r} is no file at {find(value)}: check the name")
         if notebook and NOTEBOOKS[e.model] != notebook:
             raise ConfigError(f"model = {e.model!r} is run by {NOTEBOOKS[e.model]}, not by this notebook")
+        if notebook and (unread := sorted(names - e.for_notebook().keys())):
+            raise ConfigError(
+                f"{unread[0]} = {namespace[unread[0]]!r}: model = {e.model!r} does not read it: leave it out"
+            )
         return e
 
     def for_notebook(self) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     kind, dim = experiment.embedding, experiment.embed_dim
     if kind == "random":
         draws = np.random.default_rng(experiment.embedding_seed or SEED)
-        return GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
-    if kind == "gpt2":
+        embedding = GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
+    elif kind == "gpt2":
         embedding = _wte(_gpt2_file(dim), kind, dim)
     elif kind.endswith(".safetensors"):
         embedding = _wte(find(kind), kind, dim)
@@ -78,7 +78,8 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     elif experiment.embedding_rows == "unit":
         lengths = np.linalg.norm(embedding, axis=1, keepdims=True)
         embedding = embedding * (lengths.mean() / np.maximum(lengths, 1e-6))
-    return embedding * signs(dim, experiment.embedding_seed, experiment.embedding_turned)
+    seed = 0 if kind == "random" else experiment.embedding_seed
+    return embedding * signs(dim, seed, experiment.embedding_turned)
 
 
 def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) -> np.ndarray:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxlm import networks, ngrams
-from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
+from ctxlm.config import NOTEBOOKS, RESOLVED, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
@@ -344,7 +344,7 @@ def _holds_another(folder: Path, settings: Experiment) -> bool:
     if not path.exists():
         return False
     metrics = json.loads(path.read_bytes())
-    machine = {name: metrics[name] for name in ("device", "dtype")}  # what `auto` became
+    machine = {name: metrics[name] for name in RESOLVED if getattr(settings, name) == "auto"}
     return settings.model_copy(update=machine).params_hash != metrics["params_hash"]
 
 

@@ -26,9 +26,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, Field
 
 from ctxlm.batch import free_gpu
-from ctxlm.config import ConfigError, Experiment, Layers, Seed, names_of, read_layers, read_yaml, validated
+from ctxlm.config import ConfigError, Experiment, Layers, Seed, code_hash, names_of, read_layers, read_yaml, validated
 from ctxlm.corpus import check_data
-from ctxlm.files import ROOT, atomic, outputs_dir, take
+from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
 
 TABLES = ROOT / "data" / "search"
 MEASURED = ("val_loss", "val_ppl", "total_seconds")
@@ -47,6 +47,7 @@ class SearchFile(BaseModel):
     full: Layers
     trials: int = Field(ge=1, le=999)
     seed: Seed
+    """Of the sampler, which with several jobs draws by chance all the same."""
     space: dict[str, list[Any] | dict[str, Any]] = Field(min_length=1)
 
 
@@ -71,9 +72,10 @@ class Search:
                         e = self.experiment(first | {line: value}, scale)
                         if not e.held_out_tokens:
                             raise ConfigError(f"held_out_tokens = 0 at the {scale} scale: hold out text to choose by")
+            self.model = self.experiment(first, "quick").model
             check_data([self.experiment(first, "quick")])
             check_data([self.experiment(first, "full")])
-        except ConfigError as error:
+        except (ConfigError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from None
 
     def _ends(self, line: str) -> list[Any]:
@@ -109,6 +111,10 @@ class Search:
         self.home.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self.home / "journal.log")))
         study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
+        asked = digest(json.dumps(self.file.model_dump(include={"common", "space", "seed"})), code_hash(self.model))
+        if study.user_attrs.setdefault("asked", asked) != asked:
+            raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
+        study.set_user_attr("asked", asked)
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
         over = len(self.over(study))
@@ -211,12 +217,12 @@ def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "ctxlm.run", str(folder), yaml.safe_dump(experiment.for_notebook())]
     with ExitStack() as held:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | free_gpu(folder, held)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_PROGRESS": "lines"} | free_gpu(held)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads((folder / "metrics.json").read_bytes())
     reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["it was killed"])[-1]
-    if reason.startswith(("NonFiniteLoss", "ValueError")):
+    if reason.startswith("NonFiniteLoss") or "is not finite" in reason:
         return {}
     raise ConfigError(f"{folder}: {reason}")
 

@@ -78,7 +78,7 @@ class Trainer:
         Raises:
             ConfigError: an epoch has fewer updates than validations.
         """
-        if experiment.validations_per_epoch > task.updates:
+        if experiment.validations_per_epoch > max(1, task.updates - 1):  # a Transformer may have one batch fewer
             raise ConfigError(
                 f"validations_per_epoch = {experiment.validations_per_epoch}: an epoch has {task.updates} updates, "
                 "so lower it, or phase2_batch_size"
@@ -137,11 +137,12 @@ class Trainer:
         """
         task, parts = self.task, self.e.validations_per_epoch
         epoch = self.step // parts + 1
-        ends = {-(-task.updates * part // parts) for part in range(1, parts)}  # the last is the epoch's end
+        batches = [*task.batches(epoch)]
+        ends = {-(-len(batches) * part // parts) for part in range(1, parts)}  # the last is the epoch's end
         if self.e.dropout:
             torch.manual_seed(generator(self.e.seed, "dropout", epoch).initial_seed())
         self._begin()
-        for count, batch in enumerate(track(task.batches(epoch), f"epoch {epoch}", task.updates), 1):
+        for count, batch in enumerate(track(batches, f"epoch {epoch}"), 1):
             self.optimiser.zero_grad()
             loss, losses, correct = task.loss(batch)
             loss.backward()
@@ -155,7 +156,7 @@ class Trainer:
                 self._check(self.loss_sum.item() / self.targets)
             if count in ends:
                 self._validate()
-                if self.done or (on_epoch and on_epoch(self.history)):
+                if (on_epoch and on_epoch(self.history)) or self.done:
                     return True
                 self._begin()
         self._validate()

@@ -193,12 +193,12 @@ def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache, tmp_pa
     assert not np.array_equal(*random)
 
 
-@pytest.mark.parametrize("kind", ["ppmi", "file"])
+@pytest.mark.parametrize("kind", ["ppmi", "random", "file"])
 def test_rows_may_be_centred_or_of_one_length(kind, cache, tmp_path):
     path = tmp_path / "model.safetensors"
     rows = np.random.default_rng(0).standard_normal((VOCABULARY, 8), dtype=np.float32)
     save_file({"wte.weight": (rows + 0.5) * np.linspace(0.1, 3, VOCABULARY, dtype=np.float32)[:, None]}, path)
-    name = "ppmi" if kind == "ppmi" else str(path)
+    name = str(path) if kind == "file" else kind
     given, centred, unit = (loaded(embedding=name, embedding_rows=rows) for rows in ("given", "centred", "unit"))
     assert given.dtype == centred.dtype == unit.dtype == np.float32
     np.testing.assert_allclose(centred, given - given.mean(0, dtype=np.float64), atol=1e-5)
@@ -206,8 +206,8 @@ def test_rows_may_be_centred_or_of_one_length(kind, cache, tmp_path):
     lengths = np.linalg.norm(given.astype(np.float64), axis=1)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), lengths.mean(), rtol=1e-4)
     np.testing.assert_allclose(unit / lengths.mean(), given / lengths[:, None], atol=1e-5)  # no row is turned
-    signed = loaded(embedding=name, embedding_rows="unit", embedding_seed=1)
-    assert np.array_equal(signed, unit * signs(8, 1))
+    signed = loaded(embedding=name, embedding_rows="unit", embedding_turned=1)
+    assert np.array_equal(signed, unit * signs(8, 0, 1))
 
 
 def test_a_random_embedding_has_gpt2s_spread(cache):

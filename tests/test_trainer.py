@@ -15,7 +15,7 @@ from ctxlm.networks import NeuralLM, Windows
 from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import sequential
 from ctxlm.trainer import Trainer
-from tests.conftest import stream
+from tests.conftest import refusal, stream
 
 VOCABULARY = 40
 COMMON = {"embed_dim": 8, "num_layers": 2, "phase2_batch_size": 32, "phase2_epochs": 4, "phase2_patience": 4}
@@ -211,7 +211,8 @@ def test_training_ends_once_patience_is_out_and_keeps_the_first_best(data, parts
             best = run
         if run - best >= patience * parts:  # of epochs
             break
-    trained = whole.run()
+    shown = []
+    trained = whole.run(lambda history: shown.append(history[-1]["step"]))
     assert (trained.best_epoch, trained.epochs_run, len(task.seen)) == (best / parts, run / parts, run)
     assert task.epochs == [*range(1, math.ceil(run / parts) + 1)]
     ends = [epoch * batches + math.ceil(k * batches / parts) for epoch in range(epochs) for k in range(1, parts + 1)]
@@ -219,7 +220,7 @@ def test_training_ends_once_patience_is_out_and_keeps_the_first_best(data, parts
     assert trained.val_losses.tolist() == [0.125 * judged[best - 1]] and trained.val_accuracy == 0.25
     assert trained.last_val_loss == 0.125 * judged[run - 1]
     assert all(torch.equal(*pair) for pair in zip(task.weights.values(), task.seen[best - 1], strict=True))
-    assert whole.done and not task.model.training
+    assert whole.done and not task.model.training and shown == [*range(1, run + 1)]
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -242,7 +243,7 @@ def test_whoever_is_shown_the_history_can_end_training(parts):
 @pytest.mark.parametrize("clip", [0.5, 100.0])
 def test_steps_are_adams_and_matrices_alone_decay(decay, clip):
     changed = {"phase2_learning_rate": 0.1, "phase2_gradient_clip": clip, "weight_decay": decay}
-    task, one = scripted(batches=7, validations_per_epoch=7, **changed)
+    task, one = scripted(batches=1, phase2_epochs=21, **changed)
     one.run()
     w, decays = torch.tensor([0.5, -0.2, 0.1, 0.3]).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
     first, second = torch.zeros(4).double(), torch.zeros(4).double()
@@ -278,6 +279,11 @@ def test_an_epochs_rows_are_known():
 
 
 # Faults
+
+
+@pytest.mark.parametrize(("batches", "parts"), [(1, 2), (3, 4), (7, 8)])
+def test_more_validations_than_updates_are_refused(batches, parts):
+    assert f"validations_per_epoch = {parts}" in refusal(scripted, batches=batches, validations_per_epoch=parts)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3000.0])  # e to the last is no number either

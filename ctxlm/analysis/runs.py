@@ -71,19 +71,11 @@ def load_planned(plan: Grid) -> pd.DataFrame:
 def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:
     """One of `TABLES` of all finished runs of a grid: column `run`, and its own."""
     if folders := run_folders(grid, committed):
-        tables = {run: _table(folder, name) for run, (folder, _) in folders.items()}
+        tables = {run: pd.read_csv(folder / f"{name}.csv") for run, (folder, _) in folders.items()}
         joined = pd.concat(tables, names=["run"]).reset_index(level=0).reset_index(drop=True)
         return joined.astype({"value": float} if name == "history" else {})  # an n-gram's is empty, of any type
     path = results_dir() / grid / f"{name}.parquet"
     return _parquet(path, path.stat().st_mtime_ns) if path.exists() else pd.DataFrame(columns=["run", *TABLES[name]])
-
-
-def _table(folder: Path, name: str) -> pd.DataFrame:
-    """One of `TABLES` of a run."""
-    if name == "samples" and not (folder / "samples.csv").exists():  # of commit c4e67ed, which makes the sites' runs
-        parts = {path.name.partition("_")[0]: pd.read_csv(path) for path in sorted(folder.glob("*_by_sample.csv"))}
-        return pd.concat(parts, names=["part"]).reset_index(level=0)
-    return pd.read_csv(folder / f"{name}.csv")
 
 
 @functools.lru_cache(64)
