@@ -111,7 +111,7 @@ class Search:
         self.home.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self.home / "journal.log")))
         study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
-        asked = digest(json.dumps(self.file.model_dump(include={"common", "space", "seed"})), code_hash(self.model))
+        asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.seed]), code_hash(self.model))
         if study.user_attrs.setdefault("asked", asked) != asked:
             raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
         study.set_user_attr("asked", asked)

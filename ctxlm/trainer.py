@@ -137,11 +137,11 @@ class Trainer:
         """
         task, parts = self.task, self.e.validations_per_epoch
         epoch = self.step // parts + 1
-        batches = [*task.batches(epoch)]
-        ends = {-(-len(batches) * part // parts) for part in range(1, parts)}  # the last is the epoch's end
         if self.e.dropout:
             torch.manual_seed(generator(self.e.seed, "dropout", epoch).initial_seed())
         self._begin()
+        batches = [*task.batches(epoch)]
+        ends = {-(-len(batches) * part // parts) for part in range(1, parts)}  # the last is the epoch's end
         for count, batch in enumerate(track(batches, f"epoch {epoch}"), 1):
             self.optimiser.zero_grad()
             loss, losses, correct = task.loss(batch)
@@ -228,7 +228,6 @@ class Trainer:
     def _check(self, loss: float) -> None:
         if not math.isfinite(perplexity(loss)):  # also where it is a number, but no longer a language model's loss
             raise NonFiniteLoss(
-                f"Phase 2's loss is {loss} in epoch {self.step // self.e.validations_per_epoch + 1} by update "
-                f"{self.update}: lower phase2_learning_rate = {self.e.phase2_learning_rate} or logit_scale = "
-                f"{self.e.logit_scale}"
+                f"Phase 2's loss is {loss} by update {self.update}: lower phase2_learning_rate = "
+                f"{self.e.phase2_learning_rate} or logit_scale = {self.e.logit_scale}"
             )

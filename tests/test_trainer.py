@@ -290,7 +290,7 @@ def test_more_validations_than_updates_are_refused(batches, parts):
 @pytest.mark.parametrize("update", [1, 3, 5])
 def test_a_loss_that_is_not_finite_stops_training_at_once(loss, update):
     task, one = scripted(losses=[1.0] * (update - 1) + [loss], phase2_learning_rate=0.5)
-    with pytest.raises(NonFiniteLoss, match=rf"epoch {(update + 2) // 3} .*update {update}.*learning_rate = 0\.5"):
+    with pytest.raises(NonFiniteLoss, match=rf"update {update}: .*learning_rate = 0\.5"):
         one.run()
     assert task.trained == update
     task, one = scripted([1.0, loss])  # and so does a validation loss
@@ -301,5 +301,5 @@ def test_a_loss_that_is_not_finite_stops_training_at_once(loss, update):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_models_loss_that_is_not_finite_stops_training_at_once():
-    with pytest.raises(NonFiniteLoss, match=r"epoch 1 by update [2-9]: .*phase2_learning_rate = 1e\+30"):
+    with pytest.raises(NonFiniteLoss, match=r"by update [2-9]: .*phase2_learning_rate = 1e\+30"):
         trainer("study", phase2_learning_rate=1.0e30).run()

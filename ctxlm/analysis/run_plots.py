@@ -155,7 +155,8 @@ def plot_phase1(history: pd.DataFrame) -> Figure:
 def plot_phase2(history: pd.DataFrame) -> Figure:
     """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked."""
     figure, ((left, right),) = new_figure(1, 2, 3.4)
-    epochs = metric_of(history, "phase2", "epoch")
+    steps = metric_of(history, "phase2", "val_loss").index
+    epochs = metric_of(history, "phase2", "epoch").reindex(steps).fillna(pd.Series(steps, steps))  # unless it is old
     for axes, name in ((left, "loss"), (right, "ppl")):
         train, val = (metric_of(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
         axes.plot(epochs, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
