@@ -111,6 +111,7 @@ def test_which_result_is_that_of_a_run(tmp_path, values, metrics, asked, finishe
 
 def test_a_free_gpu_is_the_only_one_that_is_seen(tmp_path, values, papermill, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))  # whose grids and searches share the GPUs
     folder = tmp_path / "outputs" / "grid" / "run"
     folder.mkdir(parents=True)
     calls = papermill(("", 1), ("", 1))
