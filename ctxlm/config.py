@@ -357,8 +357,11 @@ Layers = str | dict[str, Any] | list[str | dict[str, Any]] | None
 
 def read_layers(layers: Layers) -> list[dict[str, Any]]:
     """The values of each layer, files read."""
-    listed = layers if isinstance(layers, list) else [layers or {}]
-    return [read_yaml(layer) if isinstance(layer, str) else layer for layer in listed]
+    return [read_yaml(layer) if isinstance(layer, str) else layer for layer in _listed(layers)]
+
+
+def _listed(layers: Layers) -> list[str | dict[str, Any]]:
+    return layers if isinstance(layers, list) else [layers or {}]
 
 
 class GridFile(BaseModel):
@@ -404,9 +407,7 @@ def load_grid(name: str) -> Grid:
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
                 where = f"{path}, run {run}"
                 _check_name(run, runs)
-                written = [
-                    layer for layer in (given if isinstance(given, list) else [given]) if isinstance(layer, dict)
-                ]
+                written = [layer for layer in _listed(given) if isinstance(layer, dict)]  # files hold defaults
                 if both := {*step} & {name for layer in written for name in layer}:
                     raise ConfigError(f"'sweep' would override {', '.join(both)} of the experiment: leave one out")
                 runs[run] = Experiment.from_mapping(*common, *own, {"experiment": label}, step)

@@ -252,6 +252,7 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     """
     corpora: dict[tuple, Corpus] = {}
     windows: dict[tuple, dict[int, tuple[int, int]]] = {}
+    in_samples: dict[tuple, int] = {}
     for e in experiments:
         kind = (e.corpus, e.shuffle_samples)
         if kind not in corpora:
@@ -259,14 +260,17 @@ def check_data(experiments: Iterable[Experiment]) -> None:
         corpus = corpora[kind]
         split(e, corpus)
         start, length = _window(corpus, _capacity(corpus, e)[1], e)
-        known = windows.setdefault((*kind, e.train_sample_tokens), {})
+        known = windows.setdefault(place := (*kind, e.train_sample_tokens), {})
         known[e.data_seed] = start, max(length, known.get(e.data_seed, (0, 0))[1])  # a shorter one is its beginning
-        if len(known) > 1 and e.train_samples is not None:
+        if e.train_samples is not None:
+            in_samples[place] = e.train_samples
+    for place, known in windows.items():
+        if len(known) > 1 and place in in_samples:
             raise ConfigError(
-                f"data_seed = {' and '.join(map(str, known))} with train_samples = {e.train_samples}: windows of so "
+                f"data_seed = {' and '.join(map(str, known))} with train_samples = {in_samples[place]}: windows of so "
                 "many samples differ in tokens, so that no two can be compared: give train_tokens instead"
             )
-    for (*kind, longest), known in windows.items():
+        *kind, longest = place
         corpus = corpora[tuple(kind)]
         tokens = len(corpus.stream(0, corpus.capacity, longest))
         for (one, (a, m)), (other, (b, n)) in itertools.combinations(known.items(), 2):
@@ -313,9 +317,8 @@ def _cached_corpus(
 
     def tokenised() -> dict[str, np.ndarray]:
         samples = texts()
-        if (
-            count := sum(map(bool, samples))
-        ) < LEAST_SAMPLES:  # said at once: a line of 50 MB takes minutes to tokenise
+        count = sum(map(bool, samples))
+        if count < LEAST_SAMPLES:  # refused at once: a line of 50 MB takes minutes to tokenise
             between, s = " by blank lines" if suffix == ".txt" else ", a line or row each", "s" * (count != 1)
             raise ConfigError(
                 f"corpus = {name!r} has {count} sample{s}, and takes {LEAST_SAMPLES} or more to be split: separate "

@@ -24,13 +24,13 @@ A, B = {"num_layers": 6, "context_dim": 64}, {"num_layers": 3, "context_dim": 12
 STUDY = {"output_bias": "none", "phase2_init_std": 0.1, "logit_scale": 1.0}
 SOUND = {"output_bias": "unigram", "phase2_init_std": 0.01, "logit_scale": 0.7}
 NETWORK = {"output_bias": "unigram", "phase2_learning_rate": 0.001, "hidden_dim": 64}
+WITHOUT_PHASE1 = {"phase1_min_iterations": 1, "phase1_max_iterations": 1}
 RUNS = {
     "A": A | STUDY,
     "B": B | STUDY,
     "sound-A": A | SOUND,
-    "arithmetic-A": A
-    | STUDY
-    | {"design": "arithmetic", "phase1_min_iterations": 2, "phase1_max_iterations": 2, "phase2_epochs": 1},
+    "arithmetic-A": A | STUDY | {"design": "arithmetic", "phase1_max_iterations": 3, "phase2_epochs": 1},
+    "arithmetic-zeros-A": A | SOUND | {"design": "arithmetic", "context_ablation": "zero"} | WITHOUT_PHASE1,
     "zeros-B": B | SOUND | {"context_ablation": "zero"},
     "random_tokens-A": A | SOUND | {"context_ablation": "random_tokens"},
     "rank-A": A | SOUND | {"context_rank": 8},
@@ -43,6 +43,14 @@ RUNS = {
     "KN-4": {"model": "kneser-ney", "ngram_order": 4},
     "KN-3-second-half": {"model": "kneser-ney", "ngram_order": 3, "ngram_second_half": True},
 }
+
+ROUNDING = {"arithmetic-A": 5e-2, "arithmetic-zeros-A": 2e-4, "B": 2e-4, "trained-A": 2e-4} | dict.fromkeys(
+    ("zeros-B", "random_tokens-A", "three_tokens-B", "window-B", "slow-A"), 5e-5
+)
+"""Where processors that sum in another order differ by more than 5e-6 (the arithmetic design's contexts are chaotic).
+
+On one machine all paths give the same bits.
+"""
 
 
 def losses(label: str, folder) -> dict[str, float]:
@@ -70,8 +78,7 @@ def losses(label: str, folder) -> dict[str, float]:
 def test_losses_are_those_from_before(label, outputs, one_thread, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
     before = json.loads(KEPT.read_text(encoding="utf-8"))[label]
-    # Bit for bit on one machine (1e-5 at least); processors that sum in another order differ by up to 9e-5 (LOG.md).
-    assert losses(label, outputs / label) == pytest.approx(before, rel=2e-4)
+    assert losses(label, outputs / label) == pytest.approx(before, rel=ROUNDING.get(label, 1e-5))
 
 
 if __name__ == "__main__":

@@ -317,10 +317,9 @@ def train(preset: str, change: str = "") -> str:
         return run
 
     def draw(history: pd.DataFrame) -> Figure:
-        loss = plots.metric_of(history, "phase2", "val_loss")
-        epoch, best = (step / e.validations_per_epoch for step in (loss.index[-1], loss.idxmin()))
-        title = f"epoch {epoch:g} of at most {e.phase2_epochs}, the best so far {best:g}"
-        return lines({"PPL (log)": _by_epoch(run, history, e.validations_per_epoch)}, "epoch", title)
+        loss = plots.by_epoch(history, "val_loss")
+        title = f"epoch {loss.index[-1]:g} of at most {e.phase2_epochs}, the best so far {loss.idxmin():g}"
+        return lines({"PPL (log)": _ppl(run, history)}, "epoch", title)
 
     def press(*_: Any) -> None:
         signal.signal(signal.SIGINT, before)
@@ -387,17 +386,14 @@ def differing(a: str, b: str) -> Styler:
 
 def curves(a: str, b: str) -> Figure:
     """PPL by epoch of two runs: validation, and training dotted."""
-    each = [
-        _by_epoch(run, table(run, "history"), metrics(run)["validations_per_epoch"]) for run in dict.fromkeys((a, b))
-    ]
+    each = [_ppl(run, table(run, "history")) for run in dict.fromkeys((a, b))]
     return lines({"PPL (log)": pd.concat(each, axis=1)}, "epoch")
 
 
-def _by_epoch(run: str, history: pd.DataFrame, parts: int) -> pd.DataFrame:
-    """PPL by epoch, from a history with so many validations an epoch."""
+def _ppl(run: str, history: pd.DataFrame) -> pd.DataFrame:
+    """PPL by epoch, of validation and of training."""
     names = {"validation": "val_ppl", "training": "train_ppl"}
-    frame = pd.DataFrame({(run, part): plots.metric_of(history, "phase2", name) for part, name in names.items()})
-    return frame.set_axis(frame.index / parts)
+    return pd.DataFrame({(run, part): plots.by_epoch(history, name) for part, name in names.items()})
 
 
 def difference(a: str, b: str) -> Estimates:

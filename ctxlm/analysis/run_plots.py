@@ -136,6 +136,12 @@ def metric_of(history: pd.DataFrame, phase: str, name: str) -> pd.Series:
     return rows.set_index("step")["value"].sort_index()
 
 
+def by_epoch(history: pd.DataFrame, name: str) -> pd.Series:
+    """A metric of Phase 2 by epoch, of which a run with several validations in one has parts; older runs have none."""
+    values, epochs = (metric_of(history, "phase2", metric) for metric in (name, "epoch"))
+    return values.set_axis(epochs.reindex(values.index)) if len(epochs) else values
+
+
 def plot_phase1(history: pd.DataFrame) -> Figure:
     """One run's Phase 1 by iteration: converged share, mean squared change, and both terms of the loss."""
     figure, ((left, middle, right),) = new_figure(1, 3, 3.1)
@@ -155,14 +161,11 @@ def plot_phase1(history: pd.DataFrame) -> Figure:
 def plot_phase2(history: pd.DataFrame) -> Figure:
     """One run's Phase 2 by epoch: training and validation loss and PPL, the best epoch marked."""
     figure, ((left, right),) = new_figure(1, 2, 3.4)
-    steps = metric_of(history, "phase2", "val_loss").index
-    epochs = metric_of(history, "phase2", "epoch").reindex(steps).fillna(pd.Series(steps, steps))  # unless it is old
     for axes, name in ((left, "loss"), (right, "ppl")):
-        train, val = (metric_of(history, "phase2", f"{part}_{name}") for part in ("train", "val"))
-        axes.plot(epochs, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
-        axes.plot(epochs, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
-        best = epochs[val.idxmin()]
-        axes.axvline(best, label=f"best epoch: {best:g}", **REFERENCE)
+        train, val = (by_epoch(history, f"{part}_{name}") for part in ("train", "val"))
+        axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
+        axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
+        axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin():g}", **REFERENCE)
         steps_axis(axes, "epoch")
     left.set_ylabel("loss, nats a token")
     log_axis(right, "PPL (log)")

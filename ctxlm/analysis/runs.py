@@ -149,9 +149,10 @@ def read_runs(*grids: str) -> pd.DataFrame:
     Raises:
         ConfigError: a grid has no finished run, or runs were judged by two protocols, or by one no longer read.
     """
-    frames = []
+    frames, unplanned = [], []
     for grid in dict.fromkeys(grids):
-        plan = None if _by_hand(grid) or _published_alone(grid) else load_grid(grid)
+        plan = _plan(grid)
+        unplanned += [grid] * (plan is None)
         name = plan.name if plan else grid
         runs = load_planned(plan) if plan else load_runs(name)
         if runs.empty:
@@ -161,8 +162,9 @@ def read_runs(*grids: str) -> pd.DataFrame:
     joined = pd.concat(frames, ignore_index=True)
     _check_protocols(joined)
     joined = _configured(joined)
-    if by_hand := [grid for grid in grids if _by_hand(grid)]:
-        joined = _told_apart(joined, joined["grid"].isin(by_hand))
+    by_hand = joined["grid"].isin(unplanned) & joined["source"].eq("outputs")
+    if by_hand.any():
+        joined = _told_apart(joined, by_hand)
     joined["id"] = joined["grid"] + "/" + joined["run"]
     joined["replicate"] = replicates(joined)
     joined["log_ppl"] = joined.get("test_loss", math.nan)
@@ -182,16 +184,10 @@ def read_finished(*grids: str) -> pd.DataFrame:
     return read_runs(*([grid for grid in grids if len(load_runs(grid))] or grids))
 
 
-def _by_hand(grid: str) -> bool:
-    """Whether a grid is a folder of finished runs that no file plans."""
+def _plan(grid: str) -> Grid | None:
+    """A grid's file, expanded; None for runs that no file plans: made by hand, or published and their file is gone."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
-    return grid == BY_HAND or (not planned and any(source == "outputs" for _, source in run_folders(grid).values()))
-
-
-def _published_alone(grid: str) -> bool:
-    """Whether a grid's results are published, but its file is gone."""
-    planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
-    return not planned and (results_dir() / grid / "runs.csv").exists()
+    return None if grid == BY_HAND or (not planned and len(load_runs(grid))) else load_grid(grid)
 
 
 def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
