@@ -187,7 +187,9 @@ def read_finished(*grids: str) -> pd.DataFrame:
 def _plan(grid: str) -> Grid | None:
     """A grid's file, expanded; None for runs that no file plans: made by hand, or published and their file is gone."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
-    return None if grid == BY_HAND or (not planned and len(load_runs(grid))) else load_grid(grid)
+    made = any(source == "outputs" for _, source in run_folders(grid).values())
+    published = (results_dir() / grid / "runs.csv").exists()
+    return None if grid == BY_HAND or (not planned and (made or published)) else load_grid(grid)
 
 
 def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
