@@ -89,11 +89,12 @@ HISTORY = pd.DataFrame(STEPS, columns=["phase", "step", "metric", "value"])
 MISSING = [f"A_seed-3: NonFiniteLoss {HOSTILE}", "A_seed-4: was not begun"]
 INDEX = """# Deep or wide?
 
-A is 2.6 %<!--= 04_scaling: A − B @ 28,000 tokens --> better (0.4 to 4.7 %). [日本語](#summary-in-japanese)
+A is 2.6 %<!--= 04_scaling: A − B @ 28,000 tokens --> better (0.4 to 4.7 %). [日本語](index.ja.md)
 
-![PPL of A and B by tokens](04_scaling#main-figure)
+![PPL of A and B by tokens](images/answer.png "04_scaling#main-figure")
 
-- Depth wins ([more](04_scaling.html#Which-is-better)), by the [method](method.md#judging), of [files](../LOG.md).
+- Depth wins ([more](../notebooks/04_scaling.ipynb#Which-is-better)), by the [method](method.md#judging), of
+  [files](../LOG.md) and [runs](../data/results).
 """
 DOCS = {
     "docs/index.md": INDEX,
@@ -265,7 +266,7 @@ def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_
     assert (root / "outputs" / "site" / "answer.png").read_bytes() == base64.b64decode(PICTURE)
     links = {link.get_text(): link["href"] for link in soup.main("a")}
     assert links["more"] == "04_scaling.html#which-is-better" and links["method"] == "method.html#judging"
-    assert "files" not in links and "of files." in soup.get_text()  # no page of the site
+    assert "files" not in links and links["runs"] == "runs.html"  # the former is no page of the site
     section = soup.find("section", lang="ja", id="summary-in-japanese")
     assert section.h2.get_text() == "深さか幅か" and section.a["href"] == "08_audit.html"
     table = soup_of(root / "outputs" / "site" / "runs.html").table
@@ -277,8 +278,8 @@ def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("docs/index.md", INDEX.replace("html#Which", "html#ich"), "04_scaling.html#ich-is-better, which is not there"),
-        ("docs/index.md", INDEX.replace("#main-figure", "#other"), "names 04_scaling#other, which is not there"),
+        ("docs/index.md", INDEX.replace("ipynb#Which", "ipynb#ich"), "04_scaling.html#ich-is-better, which"),
+        ("docs/index.md", INDEX.replace("#main-figure", "#other"), "index.html names images/answer.png, "),
         ("notebooks/08_audit.ipynb", notebook(text("# A\n\n[x](10_x.html)")), "08_audit.html names 10_x.html, "),
     ],
 )

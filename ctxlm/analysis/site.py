@@ -58,6 +58,8 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
 DOCS = ("method", "literature", "parameters", "results")
 """Files of `docs` that are pages; the navigation has the first."""
+PLACES = {"../data/results": "runs.html", "index.ja.md": "index.html#summary-in-japanese"}
+"""Where the site has what links of `docs/index.md` lead to in the repository."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -133,10 +135,10 @@ def build_all(outputs: Path | None = None) -> Path:
         for name, notebook in executed.items():
             without = [FINDING] if PAGES[name][1] else []  # of other runs than the findings are about
             bodies[name] = tidy(cells_html(notebook, *without), pages)
-        for image in bodies["index"]("img"):  # it names the page and the tag of a figure's cell
-            page, _, tag = image["src"].partition("#")
+        for image in bodies["index"]("img", title=True):  # it names the page and the tag of a figure's cell
+            page, _, tag = image["title"].partition("#")
             if page in executed and (figure := bodies[page].select_one(f".{tag} img")):
-                image.attrs |= figure.attrs | {"alt": image["alt"]}
+                image.attrs = figure.attrs | {"alt": image["alt"]}
         common = {"site": bodies["index"].h1.get_text(), "navigation": navigation}
         for name, body in bodies.items():
             _write(folder / f"{name}.html", body=body, kicker=_label(name) if name in executed else "", **common)
@@ -238,7 +240,7 @@ def tidy(html: str, pages: Collection[str] = ()) -> BeautifulSoup:
 
 def _link(href: str, pages: Collection[str]) -> str | None:
     """A link of a notebook or of Markdown, which names their files, as a page has it; None where there is no page."""
-    parts = urlsplit(href)
+    parts = urlsplit(PLACES.get(href, href))
     name = Path(parts.path)
     page = f"{name.stem}.html" if name.suffix in (".ipynb", ".md") else parts.path
     if parts.scheme:
