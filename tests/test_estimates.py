@@ -510,7 +510,9 @@ def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):
     assert [e.contrast for e in found] == ["A − B", "A − B", "α"]
     found.save(tmp_path / "new" / "estimates.csv")
     table = pd.read_csv(tmp_path / "new" / "estimates.csv")
-    assert table["value"].tolist() == [-0.05, 0.1, -0.05] and table["low"].isna().tolist() == [False, True, False]
+    shown = [e.shown[0] for e in found]  # per cent of PPL, as the unit says
+    assert table["value"].tolist() == fixed(shown) and table["low"].isna().tolist() == [False, True, False]
+    assert shown[1] == fixed(100 * math.expm1(0.1))
     assert table["over"][0] == "seed, samples" and list(table) == list(found.frame())
 
 

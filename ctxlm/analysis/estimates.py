@@ -116,8 +116,12 @@ class Estimates(list[Estimate]):
     """Estimates that show themselves as a table, and carry themselves with it."""
 
     def frame(self) -> pd.DataFrame:
-        """One row an estimate, its own fields and the verdict."""
-        rows = [asdict(e) | {"over": ", ".join(e.over), "verdict": e.verdict} for e in self]
+        """One row an estimate, its own fields, value and interval in its unit, and the verdict."""
+        ends = ("value", "low", "high")
+        rows = [
+            asdict(e) | dict(zip(ends, e.shown, strict=True)) | {"over": ", ".join(e.over), "verdict": e.verdict}
+            for e in self
+        ]
         return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
 
     def table(self) -> Styler:

@@ -264,6 +264,7 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
             "planned": rows["planned"].iloc[0],
             "replicates": repeated[grid],
             "drawn anew in each": ", ".join(drawn[grid]) or "nothing",
+            "best epoch is the last allowed": f"{_cut_short(rows)} of {len(rows)}",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(rows["train_tokens"].unique())),
             "protocol": ", ".join(map(str, sorted(rows["protocol"].unique()))),
             "products": ", ".join(sorted(rows["dtype"].unique())),
@@ -273,6 +274,11 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
         for grid, rows in runs.groupby("grid")
     }
     return pd.DataFrame(table).T.rename_axis("grid")
+
+
+def _cut_short(runs: pd.DataFrame) -> int:
+    """How many runs might have got better in more epochs."""
+    return int(runs["best_epoch"].ge(runs["phase2_epochs"]).sum()) if "best_epoch" in runs else 0
 
 
 def _configured(runs: pd.DataFrame) -> pd.DataFrame:
