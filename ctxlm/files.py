@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
+BY_HAND = "interactive"
+"""The grid of runs that are made by hand and named after what they are: it has no file."""
 PLUMBING = {f"ctxlm/{name}.py" for name in ("config", "files", "progress", "run")}
 """Modules that no run's numbers depend on: parameters are held by value, files by content."""
 

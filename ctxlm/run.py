@@ -37,7 +37,7 @@ from ctxlm.config import NOTEBOOKS, RESOLVED, ConfigError, Experiment, code_hash
 from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import ROOT, atomic, digest, outputs_dir, resolve, take
+from ctxlm.files import BY_HAND, ROOT, atomic, digest, outputs_dir, resolve, take
 from ctxlm.memory import reach, recent_tokens
 from ctxlm.metrics import (
     NonFiniteLoss,
@@ -57,8 +57,6 @@ WEIGHTS, LOSSES = "model.safetensors", "val_losses.npz"
 """A run's files of its weights, and of every validation token's loss."""
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 """In a run's folder while it is made: its state after the last epoch, and whose it is."""
-BY_HAND = "interactive"
-"""The grid of runs that are made by hand and named after what they are: it has no file."""
 REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
 """Parameters that an experiment's label leaves out: runs that differ in no other are of one configuration."""
 

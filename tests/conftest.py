@@ -169,14 +169,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Fast tests first; side by side, files that take long first, so that none is waited for at the end.
 
-    These are a cluster's, which waits more than it works, JupyterLab's, and then those of the most slow tests.
+    These are JupyterLab's, which waits more than it works, and then those of the most slow tests.
     """
     slow = {item: item.get_closest_marker("slow") is not None for item in items}
     items.sort(key=slow.get)
     if hasattr(config, "workerinput"):
         counts = Counter(item.path for item in items if slow[item])
-        first = {"test_slurm.py": -2, "test_lab.py": -1}
-        items.sort(key=lambda item: (first.get(item.path.name, 0), -counts[item.path]))
+        items.sort(key=lambda item: (item.path.name != "test_lab.py", -counts[item.path]))
 
 
 @pytest.fixture

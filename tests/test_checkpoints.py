@@ -61,7 +61,7 @@ PLACES = {"while a checkpoint is written": 0, "before a checkpoint": 1, "while t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["context", "lstm"])
+@pytest.mark.parametrize("model", ["context", pytest.param("lstm", marks=pytest.mark.night)])
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(model, text, tmp_path):
     values = asked(model, text) | EPOCHS
     run(Experiment.from_mapping(values), tmp_path / "whole")

@@ -590,7 +590,7 @@ def held(found, log_tokens: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicates", [4, 8])
+@pytest.mark.parametrize("replicates", [4, pytest.param(8, marks=pytest.mark.night)])
 @pytest.mark.parametrize("spread", [LIKE_RUNS, SAMPLES_WEIGH, APART], ids=["as runs", "samples weigh", "apart"])
 def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
     rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])

@@ -145,6 +145,7 @@ def test_the_playground_answers(lab, copy):
     assert lab.page.locator(COMPLAINTS).all_inner_texts() == []
 
 
+@pytest.mark.night
 def test_a_second_run_by_hand_leaves_the_first_alone(lab, copy):
     path = copy / "notebooks" / "02_experiment.ipynb"
     small = path.read_text().replace("train_tokens = 10_000", "train_tokens = 1_000")

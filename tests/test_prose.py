@@ -9,13 +9,13 @@ import re
 
 import nbformat
 import pandas as pd
-import papermill
 import pytest
 
 from ctxlm.analysis.estimates import MIME
 from ctxlm.analysis.site import PAGES, build_all
 from ctxlm.files import ROOT
 from tests.browser import read_by_everyone
+from tests.conftest import run_cells
 
 MARKER = re.compile(r"<!--= (?P<page>\S+): (?P<contrast>.+?) @ ?(?P<at>.*?) ?-->")
 NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
@@ -164,9 +164,7 @@ def test_the_markers_are_read_as_they_are_meant():
 @pytest.mark.parametrize("grid", ["ablations", "baselines"])
 def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    parameters = {"grid": grid, "output_dir": str(tmp_path / "analysis")}
-    source, out = ROOT / "notebooks" / "04_scaling.ipynb", tmp_path / "04.ipynb"
-    papermill.execute_notebook(source, out, parameters, cwd=ROOT, kernel_name="python3", progress_bar=False)
+    run_cells("notebooks/04_scaling.ipynb", {"grid": grid, "output_dir": str(tmp_path / "analysis")})
     assert (tmp_path / "analysis" / "estimates.csv").exists()
 
 
@@ -176,6 +174,7 @@ def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
     committed += len([*(ROOT / "data" / "results").glob("*/*/metrics.json")])
     for page in sorted(site.glob("*.html")):
         read_by_everyone(browser, page)
+        browser.open(page)
         assert browser.printed() <= (4 if page.name == "index.html" else 6), page
         if page.name == "runs.html":
             assert browser.page.locator("output").inner_text() == f"{committed} of {committed} runs"

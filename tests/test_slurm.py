@@ -21,7 +21,7 @@ if os.getuid():
     MISSING.append("root")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.night,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(MISSING), reason=f"a Slurm of one's own needs {', '.join(MISSING)}"),
 ]

@@ -39,15 +39,15 @@ from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.estimates import Estimates, paired
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, read_yaml
 from ctxlm.corpus import Stream, decode, split
-from ctxlm.files import atomic, outputs_dir, results_dir, run_folders
+from ctxlm.files import BY_HAND, atomic, outputs_dir, results_dir, run_folders
 from ctxlm.generate import ContextSpeaker, Speaker, changed, generate, load_run, next_tokens, surprise
 from ctxlm.metrics import NonFiniteLoss
 from ctxlm.model import ContextLM
 from ctxlm.phase2 import Predictor
 from ctxlm.recurrence import Ablation, Contexts, chunked
 
-GRID, BY_HAND = "playground", running.BY_HAND
-"""The grid whose context models are the presets, and the one that trainings here go to."""
+GRID = "playground"
+"""The grid whose context models are the presets; trainings here go to `BY_HAND`."""
 READ, MOST_NATS = 8_000, 12
 """Characters of a text that are read, its first; and a surprise from which on the colour grows no deeper, nats."""
 LARGE = dict.fromkeys(

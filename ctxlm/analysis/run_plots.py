@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from ctxlm.memory import FORGOTTEN
 from ctxlm.progress import in_jupyter
 
 COLOURS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
@@ -106,6 +105,8 @@ def steps_axis(axes: Axes, label: str) -> None:
 
 def forgetting_axes(axes: Axes) -> list[Artist]:
     """The axes of a disturbance's share over the tokens read since; returns their reference lines."""
+    from ctxlm.memory import FORGOTTEN  # torch takes two seconds, which other figures need not wait for
+
     floor = 100 * float(np.finfo(np.float32).eps)
     lines = [
         axes.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),

@@ -19,8 +19,7 @@ from scipy import sparse
 
 from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.corpus import PROTOCOL
-from ctxlm.files import ROOT, atomic, outputs_dir, results_dir, run_folders
-from ctxlm.run import BY_HAND
+from ctxlm.files import BY_HAND, ROOT, atomic, outputs_dir, results_dir, run_folders
 
 TABLES = {"history": ["phase", "step", "metric", "value"], "samples": ["part", "sample", "loss_sum", "tokens", "bytes"]}
 """A run's tables, and their columns."""
