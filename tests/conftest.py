@@ -154,10 +154,11 @@ def browser():
 
 
 def pytest_xdist_auto_num_workers():
-    """As many as `make report` has cores (psutil would count the whole machine's); more than eight find no work."""
+    """One more than `make report` has cores (psutil would count the whole machine's), for browsers and kernels are also
+    waited for; more than eight find no work."""
     from snakemake.utils import available_cpu_count  # not needed on a machine that has only a GPU's tests to run
 
-    return min(8, available_cpu_count())
+    return min(8, available_cpu_count() + 1)
 
 
 def pytest_configure(config):

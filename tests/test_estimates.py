@@ -595,7 +595,7 @@ def held(found, log_tokens: float) -> bool:
 def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
     rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])
     meet, hits = MIDDLE + 0.3, []
-    for _ in range(2000):
+    for _ in range(1000):
         found = moments(draws(rng, replicates, spread, truth, tokens), tokens)
         level, slope = (found.estimate(weights, "") for weights in ([1, 0], [0, 1]))
         crossing = held(fieller(found, MIDDLE), meet)
@@ -605,7 +605,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
     assert ((covered > 0.93) & (covered < most)).all(), covered
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_so_do_those_of_whole_runs(monkeypatch):
     hits, rng = [], np.random.default_rng(21)
     spread = {"text": 0.06, "own": 0.037, "tilt": 0.025, "hard": 0.035, "liked": 0.0035, "noise": 0.0065}

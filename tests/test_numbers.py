@@ -73,8 +73,11 @@ def losses(label: str, folder) -> dict[str, float]:
     return measured | {name: metrics[name] for name in ("val_loss", "development_loss", "test_loss")}
 
 
+CHAOTIC = pytest.param("arithmetic-A", marks=pytest.mark.night)  # holds to 5 % only, and takes 13 s
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("label", RUNS)
+@pytest.mark.parametrize("label", [CHAOTIC if label == "arithmetic-A" else label for label in RUNS])
 def test_losses_are_those_from_before(label, outputs, one_thread, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
     before = json.loads(KEPT.read_text(encoding="utf-8"))[label]
