@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +17,6 @@ FORGOTTEN = 0.01
 """A disturbance counts as forgotten once so small a share of it is left."""
 RECENT = (1, 2, 4, 8, 16, 32, 64)
 """Tokens that a context is built from, in `recent_tokens`."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How soon the contexts of a stream forget."""
-
-    columns: dict[str, float | None]
-    """Of metrics.json: `horizon` and `lyapunov`, with a suffix."""
-    history: list[dict]
-    """Rows phase (`forgetting`, with the suffix), step (tokens), metric (`share_left`), value."""
-
-
-def reach(block: ContextBlock, contexts: Contexts, suffix: str = "") -> Reach:
-    """What `forgetting`, `horizon` and `lyapunov` say of the contexts that `block` made; `suffix` says when."""
-    left = forgetting(block, contexts)
-    phase = {"phase": f"forgetting{suffix}", "metric": "share_left"}
-    rows = [phase | {"step": step, "value": share} for step, share in enumerate(left)]
-    return Reach({f"horizon{suffix}": horizon(left), f"lyapunov{suffix}": lyapunov(block, contexts)}, rows)
 
 
 @torch.no_grad()
@@ -64,6 +45,18 @@ def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts:
         differences.append((true - false).square().mean())
     left = torch.stack(differences).sqrt()
     return (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).tolist()  # a single position disturbs nothing
+
+
+def forgetting_rows(block: ContextBlock, contexts: Contexts, phase: str = "forgetting") -> list[dict]:
+    """`forgetting` as rows of history.csv: phase, step (tokens), metric (`share_left`), value."""
+    left = forgetting(block, contexts)
+    return [{"phase": phase, "step": k, "metric": "share_left", "value": share} for k, share in enumerate(left)]
+
+
+def reach(block: ContextBlock, contexts: Contexts) -> tuple[dict[str, float | None], list[dict]]:
+    """How soon the contexts that `block` made forget: `horizon` and `lyapunov` by name, and `forgetting_rows`."""
+    rows = forgetting_rows(block, contexts)
+    return {"horizon": horizon([row["value"] for row in rows]), "lyapunov": lyapunov(block, contexts)}, rows
 
 
 def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:

@@ -38,7 +38,7 @@ from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
 from ctxlm.files import BY_HAND, ROOT, atomic, digest, outputs_dir, resolve, take
-from ctxlm.memory import reach, recent_tokens
+from ctxlm.memory import forgetting_rows, reach, recent_tokens
 from ctxlm.metrics import (
     NonFiniteLoss,
     bits_per_byte,
@@ -199,7 +199,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         train, val, development, test = tokens_on(this.device, streams)
     model = ContextLM(e, torch.from_numpy(vectors)).to(this.device)
     with watch("memory"):
-        before = reach(model.context_block, chunked(model, val), "_init")
+        before = forgetting_rows(model.context_block, chunked(model, val), "forgetting_init")
     with watch("phase1"):
         shaped = shape_contexts(model, train, e, dtype)
     # the inner layers' contexts too, where Phase 2 reads them as they are
@@ -221,7 +221,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         for part, tokens in (("development", development), ("test", test)):
             judged[part] = evaluate(predict, ablation(chunked(model, tokens, keep=keep)))
     with watch("memory"):
-        after = reach(model.context_block, val_contexts)
+        rates, after = reach(model.context_block, val_contexts)
         whole = e.context_ablation == "none" and not e.context_rank
         recent = recent_tokens(model, predict.from_layers, val_contexts) if whole else []
     columns = (
@@ -231,11 +231,10 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         | {f"{name}_pct": effective_rank_pct(values) for name, values in spectra.items()}
         | shaped.summary()
         | phase2.summary()
-        | before.columns
-        | after.columns
+        | rates
         | {"recurrence_residual": train_contexts.residual, "recurrence_warmup": train_contexts.warmup}
     )
-    history = shaped.phase1.history + phase2.history + recent + before.history + after.history
+    history = shaped.phase1.history + phase2.history + recent + before + after
     return this.write(streams, judged, columns, history, own_weights(model))
 
 
