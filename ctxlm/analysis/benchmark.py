@@ -11,7 +11,6 @@ import math
 import resource
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -119,26 +118,26 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         for kind in peaks:
             peaks[kind] = max(peaks[kind], peak_gflops(kind, device))
 
-    with _PeakMemory() as memory:
-        tokens = torch.from_numpy(split(experiment).train.tokens.astype(np.int64)).to(device)
-        model = ContextLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
-        few = chunked(model, tokens[:2])
-        steps = Experiment.from_mapping(experiment.model_dump(), {"phase1_max_iterations": 3, "phase2_epochs": 1})
-        values = chunked(model, tokens).values
-        with stage("phase1"):
-            phase1 = train_context_block(model, tokens, values, steps, dtype)
-        del values
-        with stage("recurrence"):
-            contexts = chunked(model, tokens, keep=dtype)
-        with stage("phase2"):
-            phase2 = train_token_block(model, contexts, few, steps, dtype)
-        last = {(row["phase"], row["metric"]): row["value"] for row in phase1.history + phase2.history}
-        seconds["phase1_step"] = last["phase1", "seconds"]
-        seconds["phase2_epoch"] = last["phase2", "seconds"]
-        part = chunked(model, tokens[: EVALUATED + 1], keep=dtype)
-        with stage("evaluation"):
-            evaluate(Predictor(model, dtype), part)
+    tokens = torch.from_numpy(split(experiment).train.tokens.astype(np.int64)).to(device)
+    model = ContextLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
+    few = chunked(model, tokens[:2])
+    steps = Experiment.from_mapping(experiment.model_dump(), {"phase1_max_iterations": 3, "phase2_epochs": 1})
+    values = chunked(model, tokens).values
+    with stage("phase1"):
+        phase1 = train_context_block(model, tokens, values, steps, dtype)
+    del values
+    with stage("recurrence"):
+        contexts = chunked(model, tokens, keep=dtype)
+    with stage("phase2"):
+        phase2 = train_token_block(model, contexts, few, steps, dtype)
+    last = {(row["phase"], row["metric"]): row["value"] for row in phase1.history + phase2.history}
+    seconds["phase1_step"] = last["phase1", "seconds"]
+    seconds["phase2_epoch"] = last["phase2", "seconds"]
+    part = chunked(model, tokens[: EVALUATED + 1], keep=dtype)
+    with stage("evaluation"):
+        evaluate(Predictor(model, dtype), part)
     left = flops_per_token(experiment, len(contexts.distinct.rows) / len(tokens), kept=contexts.inner is not None)
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the kernel says
     rows = []
     for name, plain in flops_per_token(experiment).items():
         kind = torch.float32 if name == "recurrence" else dtype
@@ -164,7 +163,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         "recurrence_warmup": contexts.warmup,
         "peak_gflops_float32": peaks[torch.float32],
         "peak_gflops_bfloat16": peaks[torch.bfloat16],
-        "peak_rss_gib": memory.peak / 2**30,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
@@ -263,36 +262,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class _PeakMemory:
-    """Largest anonymous resident memory of this process while the block runs, bytes, looked at 20 times a second.
-
-    Memory-mapped files do not count: the kernel takes their pages back when it needs them. Where /proc is missing,
-    the largest resident memory of any kind since the process began stands in.
-    """
-
-    def __enter__(self) -> "_PeakMemory":
-        self.peak, self.done = 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        status = Path("/proc/self/status")
-        while True:
-            if status.exists():
-                fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-                self.peak = max(self.peak, int(fields["RssAnon"].split()[0]) * 1024)
-            else:
-                unit = 1 if sys.platform == "darwin" else 1024
-                self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            if self.done.wait(0.05):
-                return
 
 
 def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[int] = SIZES) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def plot_shares(table: pd.DataFrame) -> Figure:
 
 
 def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """Seconds of each stage, and peak anonymous memory, against the number of tokens."""
+    """Seconds of each stage, and peak memory, against the number of tokens."""
     figure, ((left, right),) = new_figure(columns=2, height=4)
     styles, sizes = looks(stages["experiment"]), sorted(stages["tokens"].unique())
     for (stage, label), rows in stages[stages["stage"] != "evaluation"].groupby(["stage", "experiment"], sort=False):
@@ -298,7 +298,7 @@ def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         axes.tick_params(axis="x", rotation=30)
         axes.set_xlabel("tokens (log)")
     log_axis(left, "seconds (log)")
-    right.set_ylabel("peak anonymous memory, GiB")
+    right.set_ylabel("peak memory, GiB")
     right.set_ylim(0)
     keys = [Line2D([], [], **(styles[label] | {"linestyle": "-"}), label=label) for label in styles]
     keys += [
