@@ -297,8 +297,8 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
     if not places:
         plain = (bool, int, float, str, list, dict, type(None))
         return {name for name, value in namespace.items() if type(value) in plain and not name.startswith("_")}
-    own = [cells[places[-1]], *(cell for cell in cells[places[0] :] if cell.lstrip().startswith("# Parameters"))]
-    return set().union(*map(_assigned, own)) & namespace.keys()
+    ours = [cells[places[-1]], *(cell for cell in cells[places[0] :] if cell.lstrip().startswith("# Parameters"))]
+    return set().union(*map(_assigned, ours)) & namespace.keys()
 
 
 def _assigned(cell: str) -> set[str]:
@@ -402,7 +402,7 @@ def load_grid(name: str) -> Grid:
         common = [read_yaml("params/base.yaml"), *read_layers(file.common)]
         for label, given in file.experiments.items():
             where = f"{path}, experiment {label}"
-            own = read_layers(given)
+            layers = read_layers(given)
             for step in sweep(file.sweep):
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
                 where = f"{path}, run {run}"
@@ -410,7 +410,7 @@ def load_grid(name: str) -> Grid:
                 written = [layer for layer in _listed(given) if isinstance(layer, dict)]  # files hold defaults
                 if both := {*step} & {name for layer in written for name in layer}:
                     raise ConfigError(f"'sweep' would override {', '.join(both)} of the experiment: leave one out")
-                runs[run] = Experiment.from_mapping(*common, *own, {"experiment": label}, step)
+                runs[run] = Experiment.from_mapping(*common, *layers, {"experiment": label}, step)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return Grid(name=path.stem, title=file.title, description=file.description, runs=runs)
@@ -440,8 +440,8 @@ def _grid_file(name: str) -> Path:
     if not resolve(path).exists():
         known = ", ".join(sorted(file.stem for file in ours.glob("*.yaml")))
         raise ConfigError(f"grid {name!r} does not exist: choose one of {known}, or name a .yaml file")
-    own = ours / f"{path.stem}.yaml"
-    if own.exists() and resolve(path).resolve() != own:
+    namesake = ours / f"{path.stem}.yaml"
+    if namesake.exists() and resolve(path).resolve() != namesake:
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
     if not re.fullmatch(NAME, path.stem):
         raise ConfigError(f"{path}: {path.stem!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'")

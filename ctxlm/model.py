@@ -367,7 +367,7 @@ def load_own_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         RuntimeError: the weights are another model's.
     """
     if "context_embedding" in weights:  # a new model has none yet, and its embedding may be the caller's
-        model.context_embedding, own = torch.empty_like(model.embedding), torch.empty_like(model.embedding)
-        model.embedding.data = own
+        model.context_embedding, trained = torch.empty_like(model.embedding), torch.empty_like(model.embedding)
+        model.embedding.data = trained
     model.load_state_dict({"embedding": model.embedding.detach()} | weights)
     model.eval()

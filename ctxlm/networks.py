@@ -82,8 +82,8 @@ class NeuralLM(nn.Module):
         """`embedding` is float32 [V, d]; weights are drawn from the experiment's seed, on the CPU."""
         super().__init__()
         e = experiment
-        own = embedding if e.phase2_freeze_embedding else embedding.clone()  # training must not change the caller's
-        self.embedding = nn.Parameter(own, requires_grad=not e.phase2_freeze_embedding)
+        kept = embedding if e.phase2_freeze_embedding else embedding.clone()  # training must not change the caller's
+        self.embedding = nn.Parameter(kept, requires_grad=not e.phase2_freeze_embedding)
         with torch.random.fork_rng([]):  # torch's own initialisation draws from its global generator
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
             if e.model == "lstm":
@@ -163,9 +163,9 @@ def evaluate(reader: Reader, tokens: Tensor, lstm_warmup: int = LSTM_WARMUP) -> 
     for some, which in zip(positions.split(rows), scored.split(rows), strict=True):
         reader.state = None
         for at, counted in zip(some.split(columns, 1), which.split(columns, 1), strict=True):
-            _, found, hits = reader(tokens, at, counted)
+            _, nats, hits = reader(tokens, at, counted)
             place = to_device(at[counted], tokens.device)
-            losses[place], correct[place] = found, hits
+            losses[place], correct[place] = nats, hits
     reader.state = before  # training may be in the middle of an epoch
     return losses, correct.double().mean().item()
 

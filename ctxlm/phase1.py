@@ -163,19 +163,19 @@ def train_context_block(
                 read = read.add_(noise, alpha=e.phase1_context_noise)
             rows, places = read_rows[index]
             # float32, because a frequent token's gradient is a sum of hundreds
-            own = [table.detach()[rows].float().requires_grad_() for table in tables]
+            read_tables = [table.detach()[rows].float().requires_grad_() for table in tables]
             with products:
-                out = block(read, look_up(own, places))[-1]
+                out = block(read, look_up(read_tables, places))[-1]
             loss, fixed_point, diversity, moved = _context_loss(out, previous, e.dist_reg_weight)
             (loss / len(bounds)).backward()
-            for gradient, table in zip(gradients, own, strict=True):
+            for gradient, table in zip(gradients, read_tables, strict=True):
                 gradient.index_add_(0, rows, table.grad)
             contexts[start:stop] = out.detach()
             carried = previous[-1:]  # the next block reads this block's end as it was before
             sums += torch.stack([fixed_point / len(bounds), diversity / len(bounds), moved.sum() / total]).detach()
             converged_sum += (moved < e.phase1_convergence_threshold).sum()
         torch.autograd.backward(tables, [g.to(t.dtype) for g, t in zip(gradients, tables, strict=True)])
-        del tables, gradients, own
+        del tables, gradients, read_tables
         fixed_point, diversity, mse = sums.tolist()
         if not abs(fixed_point + diversity) < float("inf"):
             raise NonFiniteLoss(

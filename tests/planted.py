@@ -54,12 +54,12 @@ class Planted:
         text, hard = draw("text", replicates), k * draw("hard", len(tokens))
         rows, sums = [], []
         for label, (alpha, level) in laws.items():
-            own, tilt = draw("own", replicates), draw("tilt", replicates)
+            group, tilt = draw("own", replicates), draw("tilt", replicates)
             liked = k * draw("liked", len(tokens))
             for r in range(replicates):
                 for size in sizes:
                     x = math.log(size) - MIDDLE
-                    loss = level + alpha * x + text[r] + own[r] + tilt[r] * x
+                    loss = level + alpha * x + text[r] + group[r] + tilt[r] * x
                     sums.append((loss + hard + liked + k * draw("noise", len(tokens))) * self.tokens)
                     rows.append({"experiment": label, "train_tokens": size, "seed": 42 + r, "data_seed": 7 * r})
         self.sums, runs = np.array(sums), pd.DataFrame(rows)

@@ -97,12 +97,12 @@ def test_the_study_s_verdicts_are_known(claims):
 
 @pytest.mark.parametrize("folder", [STUDY, LATER])
 def test_every_claim_is_complete(folder):
-    found = audit(folder)
-    assert found["claim_id"].is_unique
-    assert (found[["section", "claim", "why"]].map(len) > 0).all(axis=None) and (found["recomputed"] != "").all()
-    assert not found[["claim_id", "claim", "why"]].map(lambda text: "{" in text).any(axis=None)
-    numbers = found["difference"].dropna()
-    assert (numbers.abs()[found["verdict"] == ROUNDED] <= 0.01).all()
+    result = audit(folder)
+    assert result["claim_id"].is_unique
+    assert (result[["section", "claim", "why"]].map(len) > 0).all(axis=None) and (result["recomputed"] != "").all()
+    assert not result[["claim_id", "claim", "why"]].map(lambda text: "{" in text).any(axis=None)
+    numbers = result["difference"].dropna()
+    assert (numbers.abs()[result["verdict"] == ROUNDED] <= 0.01).all()
 
 
 # What hangs on a cell
@@ -162,7 +162,7 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "said"),
+    ("column", "value", "words"),
     [
         ("recomputed", "1 +", "1 \\+"),
         ("recomputed", "slope('C')", r"results\.csv has no single train_tokens of C"),
@@ -178,8 +178,8 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
         ("why", "{nothing}.", "nothing"),
     ],
 )
-def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, said):
-    with pytest.raises(ConfigError, match=said) as error:
+def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, words):
+    with pytest.raises(ConfigError, match=words) as error:
         changed("audit", column, value, claim_id="doubling_A")
     message = str(error.value)
     assert "audit.csv, claim doubling_A" in message and "correct this row" in message and "\n" not in message
@@ -211,8 +211,8 @@ def test_rounding_is_by_the_printed_digits_and_then_by_one_per_cent(value, share
     step = 10.0**-cell.decimals
     assert verdict(cell, cell + share * step) == HOLDS
     for sign in (-1, 1):
-        found, off = verdict(cell, cell + sign * more * step), more * step / abs(cell) if cell else 1
-        assert found == (ROUNDED if off <= 0.0099 else FALSE if off >= 0.0101 else found)
+        result, off = verdict(cell, cell + sign * more * step), more * step / abs(cell) if cell else 1
+        assert result == (ROUNDED if off <= 0.0099 else FALSE if off >= 0.0101 else result)
 
 
 @given(st.floats(0.001, 1e6), st.integers(0, 4))

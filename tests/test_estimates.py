@@ -58,24 +58,24 @@ def ends(estimate: Estimate) -> tuple[float, float]:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
 def test_over_replicates_alone_the_interval_is_students(values):
-    found = moments(np.array(values)[:, None]).estimate([1.0], "x")
+    result = moments(np.array(values)[:, None]).estimate([1.0], "x")
     expected = stats.ttest_1samp(values, 0).confidence_interval()
-    assert ends(found) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert found.value == pytest.approx(np.mean(values), abs=1e-9) and found.dof == fixed(len(values) - 1)
+    assert ends(result) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert result.value == pytest.approx(np.mean(values), abs=1e-9) and result.dof == fixed(len(values) - 1)
 
 
 def test_over_samples_alone_the_error_is_that_of_a_ratio():
     rng = np.random.default_rng(0)
     tokens = rng.integers(20, 129, 60).astype(float)
     sums = rng.normal(0.1, 0.3, 60) * tokens
-    found = moments(sums[None, :, None], tokens).estimate([1.0], "x")
+    result = moments(sums[None, :, None], tokens).estimate([1.0], "x")
     ratio = sums.sum() / tokens.sum()  # Cochran (1977), without the finite population's correction
     s2 = np.square(sums - ratio * tokens).sum() / 59
     error = math.sqrt(s2 / 60) / tokens.mean()
     dof = tokens.sum() ** 2 / (tokens**2).sum() - 1
     half = stats.t.ppf(0.975, dof) * error
-    assert found.value == fixed(ratio) and ends(found) == fixed((ratio - half, ratio + half))
-    assert found.dof == fixed(dof) and dof < 59
+    assert result.value == fixed(ratio) and ends(result) == fixed((ratio - half, ratio + half))
+    assert result.dof == fixed(dof) and dof < 59
     equal = moments(sums[None, :, None], np.full(60, 80.0)).estimate([1.0], "x")
     expected = stats.ttest_1samp(sums / 80, 0).confidence_interval()
     assert ends(equal) == fixed((expected.low, expected.high))
@@ -85,13 +85,13 @@ def test_without_interaction_both_sources_add_up():
     rng = np.random.default_rng(1)
     by_replicate, by_sample = rng.normal(0, 0.3, 5), rng.normal(0, 0.5, 30)
     table = by_replicate[:, None] + by_sample
-    found, tokens = moments(100 * table[..., None], np.full(30, 100.0)), np.full(30, 100.0)
+    result, tokens = moments(100 * table[..., None], np.full(30, 100.0)), np.full(30, 100.0)
     over_replicates, over_samples = np.var(by_replicate, ddof=1) / 5, np.var(by_sample, ddof=1) / 30
-    assert [part.item() for part, _ in found.parts] == fixed([over_replicates, over_samples, 0])
-    variance, dof = found.variance(np.ones(1))
+    assert [part.item() for part, _ in result.parts] == fixed([over_replicates, over_samples, 0])
+    variance, dof = result.variance(np.ones(1))
     assert variance == fixed(over_replicates + over_samples)
     assert dof == fixed(variance**2 / (over_replicates**2 / 4 + over_samples**2 / 29))  # Satterthwaite (1946)
-    assert found.mean == fixed(np.average(table.mean(0), weights=tokens))
+    assert result.mean == fixed(np.average(table.mean(0), weights=tokens))
 
 
 def test_what_both_do_together_counts_once():
@@ -101,11 +101,11 @@ def test_what_both_do_together_counts_once():
     long = pd.DataFrame([(r, s, table[r, s]) for r in range(m) for s in range(n)], columns=["r", "s", "y"])
     squares = anova_lm(smf.ols("y ~ C(r) + C(s)", long).fit())
     between = squares["sum_sq"] / squares["df"]  # mean squares of replicates, samples, and the rest
-    found = moments(7 * table[..., None], np.full(n, 7.0))
+    result = moments(7 * table[..., None], np.full(n, 7.0))
     expected = (between["C(r)"] + between["C(s)"] - between["Residual"]) / (m * n)
-    over_replicates, over_samples, both = (part.item() for part, _ in found.parts)
+    over_replicates, over_samples, both = (part.item() for part, _ in result.parts)
     assert over_replicates + over_samples - both == fixed(expected)
-    assert found.variance(np.ones(1))[0] == fixed(expected)
+    assert result.variance(np.ones(1))[0] == fixed(expected)
 
 
 def test_replicates_that_lie_closer_than_chance_take_nothing_off():
@@ -114,10 +114,10 @@ def test_replicates_that_lie_closer_than_chance_take_nothing_off():
     m, n = 4, 200
     rest = rng.normal(0, 0.4, (m, n))
     table = 0.9 * (rng.normal(0, 0.6, n) + rest - rest.mean(1, keepdims=True))  # all replicates have one mean
-    found = moments(7 * table[..., None], np.full(n, 7.0))
-    over_replicates, over_samples, both = (part.item() for part, _ in found.parts)
+    result = moments(7 * table[..., None], np.full(n, 7.0))
+    over_replicates, over_samples, both = (part.item() for part, _ in result.parts)
     assert over_replicates < both < over_samples
-    variance, dof = found.variance(np.ones(1))
+    variance, dof = result.variance(np.ones(1))
     assert variance == fixed(over_samples)
     assert dof == fixed(variance**2 / (both**2 / (m - 1) + (over_samples - both) ** 2 / (n - 1)))
 
@@ -142,7 +142,7 @@ def test_an_interval_is_never_narrower_than_over_replicates_alone(seed, m, by_re
     values = by_replicate * rng.standard_normal((m, 1)) + by_sample * rng.standard_normal(n)
     sums = ((values + noise * rng.standard_normal((m, n))) * tokens)[..., None]
     whole, alone = moments(sums, tokens), moments(sums.sum(1) / tokens.sum())
-    both, one = (found.estimate([1.0], "x") for found in (whole, alone))
+    both, one = (result.estimate([1.0], "x") for result in (whole, alone))
     assert both.low <= one.low + 1e-12 and one.high - 1e-12 <= both.high
     assert both.value == pytest.approx(one.value) and both.dof >= one.dof - 1e-9
     variance, dof = whole.variance(np.ones(1))
@@ -167,40 +167,40 @@ def test_no_spread_no_error_and_nothing_to_see_no_interval():
     exact = moments(np.full((3, 4, 1), 50.0), np.full(4, 10.0)).estimate([1.0], "x", unit="nats")
     assert ends(exact) == fixed((5.0, 5.0)) and exact.verdict == "higher"
     for nothing in (moments([[2.0]]), moments([[[20.0]]], np.array([10.0]))):
-        found = nothing.estimate([1.0], "x")
-        assert (found.value, found.low, found.high, found.dof, found.over) == (2.0, None, None, None, ())
-        assert found.verdict == "no interval" and found.text()[1] == "none"
+        result = nothing.estimate([1.0], "x")
+        assert (result.value, result.low, result.high, result.dof, result.over) == (2.0, None, None, None, ())
+        assert result.verdict == "no interval" and result.text()[1] == "none"
 
 
 # Means and pairs
 
 
 def test_a_mean_is_of_replicates():
-    runs = Planted(replicates=5, own=0.1, text=0.2).runs
-    own = runs[runs["configuration"] == "A"].assign(horizon=lambda x: x["log_ppl"])
-    own = own.assign(horizon=own["horizon"].where(own["seed"] != 42))
-    found = mean(own, "horizon", "horizon of A")
-    values = own.dropna().groupby("replicate")["horizon"].mean()
+    runs = Planted(replicates=5, rows=0.1, text=0.2).runs
+    rows = runs[runs["configuration"] == "A"].assign(horizon=lambda x: x["log_ppl"])
+    rows = rows.assign(horizon=rows["horizon"].where(rows["seed"] != 42))
+    result = mean(rows, "horizon", "horizon of A")
+    values = rows.dropna().groupby("replicate")["horizon"].mean()
     expected = stats.ttest_1samp(values, 0).confidence_interval()
-    assert ends(found) == fixed((expected.low, expected.high)) and found.value == fixed(values.mean())
-    assert (found.n, found.replicates, found.dof, found.over) == (20, 4, 3, ("seed", "text", "signs"))
+    assert ends(result) == fixed((expected.low, expected.high)) and result.value == fixed(values.mean())
+    assert (result.n, result.replicates, result.dof, result.over) == (20, 4, 3, ("seed", "text", "signs"))
     with pytest.raises(ValueError, match="horizon"):
-        mean(own.assign(horizon=np.nan), "horizon", "")
+        mean(rows.assign(horizon=np.nan), "horizon", "")
 
 
 def test_planted_differences_come_back(judged):
-    planted = judged(own=1e-4, text=0.5, hard=0.5, liked=1e-4, noise=1e-5)  # what a pair shares is no error
-    found = paired(planted.runs, A, B)
+    planted = judged(rows=1e-4, text=0.5, hard=0.5, liked=1e-4, noise=1e-5)  # what a pair shares is no error
+    result = paired(planted.runs, A, B)
     sizes = sorted(planted.runs["train_tokens"].unique())
-    assert [e.at for e in found] == [f"{size:,} tokens" for size in sizes]
-    for e, size in zip(found, sizes, strict=True):
+    assert [e.at for e in result] == [f"{size:,} tokens" for size in sizes]
+    for e, size in zip(result, sizes, strict=True):
         truth = LAWS["A"][1] - LAWS["B"][1] + 0.06 * (math.log(size) - MIDDLE)
         assert e.low < e.value < e.high and e.value == pytest.approx(truth, abs=2e-3) and e.high - e.low < 2e-3
         assert (e.n, e.replicates, e.over) == (4, 4, ("seed", "text", "signs", "samples"))
         assert (e.contrast, e.unit) == ("A − B", "% of PPL")
-        assert e.shown[0] == fixed(100 * (math.exp(e.value) - 1))
+        assert e.in_unit[0] == fixed(100 * (math.exp(e.value) - 1))
     swapped = paired(planted.runs, B, A)
-    assert [ends(e) for e in swapped] == [fixed((-e.high, -e.low)) for e in found]
+    assert [ends(e) for e in swapped] == [fixed((-e.high, -e.low)) for e in result]
     with pytest.raises(ValueError, match=r"configuration = .C."):
         paired(planted.runs, A, {"configuration": "C"})
     with pytest.raises(ValueError, match=r"no column .tset_loss."):
@@ -208,7 +208,7 @@ def test_planted_differences_come_back(judged):
 
 
 def test_pairs_without_losses_by_sample_have_students_interval(judged):
-    planted = judged(replicates=6, own=0.05, noise=0.02)
+    planted = judged(replicates=6, rows=0.05, noise=0.02)
     for e in paired(planted.runs, A, B, column="val_loss"):
         at = planted.runs[planted.runs["train_tokens"].map("{:,} tokens".format) == e.at]
         a, b = (at[at["configuration"] == label].set_index("replicate")["val_loss"] for label in "AB")
@@ -224,8 +224,8 @@ def test_a_single_replicate_covers_samples_alone(judged):
     planted = judged(replicates=1, **ALL)
     for e in paired(planted.runs, A, B):
         assert (e.n, e.replicates, e.over) == (1, 1, ("samples",)) and e.dof == fixed(39)
-    found = paired(planted.runs, A, B, column="val_loss")
-    assert {(e.low, e.over, e.verdict) for e in found} == {(None, (), "no interval")}
+    result = paired(planted.runs, A, B, column="val_loss")
+    assert {(e.low, e.over, e.verdict) for e in result} == {(None, (), "no interval")}
 
 
 def test_seeds_of_one_text_count_once(judged):
@@ -258,10 +258,10 @@ def test_pooled_places_weigh_alike(judged):
 def test_places_may_be_any_columns(judged):
     planted = judged(**ALL)
     runs = planted.runs.assign(halves=np.where(planted.runs["log_tokens"] < MIDDLE, None, 0.5))
-    found = paired(runs, A, B, at=["halves", "train_tokens"])
-    assert len(found) == 5 and sum("0.5, " in e.at for e in found) == 3
+    result = paired(runs, A, B, at=["halves", "train_tokens"])
+    assert len(result) == 5 and sum("0.5, " in e.at for e in result) == 3
     (lone,) = paired(runs[runs["train_tokens"] == 10_000], A, B, at=[])
-    assert lone.at == "" and lone.value == fixed(found[-2].value if "10,000" in found[-2].at else found[0].value)
+    assert lone.at == "" and lone.value == fixed(result[-2].value if "10,000" in result[-2].at else result[0].value)
 
 
 def test_a_pair_needs_one_run_on_each_side():
@@ -294,8 +294,8 @@ def test_runs_judged_on_other_text_are_not_compared():
     runs = Planted().runs
     longer = (runs["configuration"] == "B") & (runs["train_tokens"] == 10_000)
     moved = runs.assign(test_tokens=runs["test_tokens"] + longer, val_loss=runs["val_loss"].where(runs["seed"] > 42))
-    found = pairs(moved, A, B)
-    assert len(comparable(found, "log_ppl")) == 16 and len(comparable(found, "val_loss")) == 15
+    result = pairs(moved, A, B)
+    assert len(comparable(result, "log_ppl")) == 16 and len(comparable(result, "val_loss")) == 15
     assert len(paired(moved, A, B, column="log_tokens")) == 5  # which no text changes
 
 
@@ -306,29 +306,29 @@ def test_runs_judged_on_other_text_are_not_compared():
 def test_coefficients_are_those_of_every_replicate_by_itself(formula):
     runs = Planted(**ALL).runs
     fits = Coefficients(formula, runs)
-    for replicate, own in runs.groupby("replicate"):
-        assert fits.by_replicate.loc[replicate].to_dict() == fixed(smf.ols(formula, own).fit().params.to_dict())
+    for replicate, rows in runs.groupby("replicate"):
+        assert fits.by_replicate.loc[replicate].to_dict() == fixed(smf.ols(formula, rows).fit().params.to_dict())
     pooled = smf.ols(formula, runs).fit().params  # of balanced runs the mean is the fit of all
     for term in fits.terms:
-        found = fits.estimate(term)
+        result = fits.estimate(term)
         expected = stats.ttest_1samp(fits.by_replicate[term], 0).confidence_interval()
-        assert found.value == fixed(pooled[term]) and ends(found) == fixed((expected.low, expected.high))
-        assert (found.n, found.replicates, found.dof) == (len(runs), 4, 3)
+        assert result.value == fixed(pooled[term]) and ends(result) == fixed((expected.low, expected.high))
+        assert (result.n, result.replicates, result.dof) == (len(runs), 4, 3)
 
 
 def test_coefficients_of_losses_cover_samples(judged):
     planted = judged(**ALL)
-    own = planted.runs[planted.runs["configuration"] == "A"]
-    fits = Coefficients("log_ppl ~ log_tokens", own)
-    found = fits.estimate("log_tokens", "α", unit="exponent")
-    assert found.value == fixed(fits.by_replicate["log_tokens"].mean()) and found.over[-1] == "samples"
-    x = own["log_tokens"].unique() - MIDDLE
-    slopes = [x @ planted.sums[own.index[own["replicate"] == r]] / (x @ x) for r in range(4)]
-    assert (found.value, *ends(found)) == fixed(
+    rows = planted.runs[planted.runs["configuration"] == "A"]
+    fits = Coefficients("log_ppl ~ log_tokens", rows)
+    result = fits.estimate("log_tokens", "α", unit="exponent")
+    assert result.value == fixed(fits.by_replicate["log_tokens"].mean()) and result.over[-1] == "samples"
+    x = rows["log_tokens"].unique() - MIDDLE
+    slopes = [x @ planted.sums[rows.index[rows["replicate"] == r]] / (x @ x) for r in range(4)]
+    assert (result.value, *ends(result)) == fixed(
         (lambda e: (e.value, *ends(e)))(moments(np.array(slopes)[..., None], planted.tokens).estimate([1.0], ""))
     )
-    centred = Coefficients("log_ppl ~ I(log_tokens - 10)", own).estimate("I(log_tokens - 10)")
-    assert ends(centred) == pytest.approx(ends(found), rel=1e-6)
+    centred = Coefficients("log_ppl ~ I(log_tokens - 10)", rows).estimate("I(log_tokens - 10)")
+    assert ends(centred) == pytest.approx(ends(result), rel=1e-6)
     both = Coefficients("log_ppl ~ log_tokens * configuration", planted.runs)
     turned = Coefficients("log_ppl ~ log_tokens * C(configuration, Sum)", planted.runs)
     term, other = "log_tokens:configuration[T.B]", "log_tokens:C(configuration, Sum)[S.A]"
@@ -342,10 +342,10 @@ def test_given_sums_stand_for_the_left_side(judged):
     a = planted.runs[planted.runs["configuration"] == "A"].reset_index()
     gaps = b.assign(gap=b["log_ppl"] - a["log_ppl"])
     sums = planted.sums[b["index"]] - planted.sums[a["index"]]
-    found = Coefficients("gap ~ log_tokens", gaps, (sums, planted.tokens)).estimate("log_tokens")
+    result = Coefficients("gap ~ log_tokens", gaps, (sums, planted.tokens)).estimate("log_tokens")
     whole = Coefficients("log_ppl ~ log_tokens * configuration", planted.runs)
     expected = whole.estimate("log_tokens:configuration[T.B]")
-    assert (found.value, *ends(found)) == pytest.approx((expected.value, *ends(expected)), rel=1e-6)
+    assert (result.value, *ends(result)) == pytest.approx((expected.value, *ends(expected)), rel=1e-6)
     shorter = gaps.assign(gap=gaps["gap"].where(gaps["seed"] != 43))  # rows without a value go with their sums
     left = Coefficients("gap ~ log_tokens", shorter, (sums, planted.tokens))
     kept = (gaps["seed"] != 43).to_numpy()
@@ -356,9 +356,9 @@ def test_given_sums_stand_for_the_left_side(judged):
 def test_a_single_replicate_has_the_error_of_its_residuals(judged):
     planted = judged(replicates=1, noise=0.1)
     runs = planted.runs[planted.runs["configuration"] == "A"]
-    found = Coefficients("log_ppl ~ log_tokens", runs).estimate("log_tokens")
+    result = Coefficients("log_ppl ~ log_tokens", runs).estimate("log_tokens")
     expected = smf.ols("log_ppl ~ log_tokens", runs).fit().conf_int().loc["log_tokens"]
-    assert ends(found) == fixed(tuple(expected)) and (found.over, found.dof) == (("residuals",), 3)
+    assert ends(result) == fixed(tuple(expected)) and (result.over, result.dof) == (("residuals",), 3)
     two = Coefficients("log_ppl ~ log_tokens", runs.iloc[:2]).estimate("log_tokens")  # no residual is left
     assert (two.low, two.dof, two.over) == (None, None, ()) and math.isfinite(two.value)
 
@@ -369,11 +369,11 @@ def test_replicates_that_cannot_be_fitted_are_left_out(judged):
     lone = runs[(runs["seed"] != 43) | (runs["configuration"] == "A")]  # one configuration: B's columns are all 0
     whole = runs[runs["seed"] != 43]
     for part in (few, lone):
-        found, expected = (Coefficients("log_ppl ~ log_tokens * configuration", x) for x in (part, whole))
-        assert found.by_replicate.equals(expected.by_replicate)
-        assert found.moments.n == 30 and list(found.by_replicate.index) == [0, 2, 3]
+        result, expected = (Coefficients("log_ppl ~ log_tokens * configuration", x) for x in (part, whole))
+        assert result.by_replicate.equals(expected.by_replicate)
+        assert result.moments.n == 30 and list(result.by_replicate.index) == [0, 2, 3]
         for term in expected.terms:
-            assert ends(found.estimate(term)) == fixed(ends(expected.estimate(term)))
+            assert ends(result.estimate(term)) == fixed(ends(expected.estimate(term)))
     with pytest.raises(ValueError, match="by itself"):
         Coefficients("log_ppl ~ log_tokens", runs[runs["train_tokens"] == 10_000])
     for nothing in (runs.iloc[:0], runs.assign(log_ppl=np.nan)):
@@ -386,10 +386,10 @@ def test_replicates_that_cannot_be_fitted_are_left_out(judged):
 def test_rows_without_a_value_are_left_out_on_either_side(judged):
     planted = judged(**ALL)
     runs = planted.runs.assign(x=planted.runs["log_tokens"].where(planted.runs["train_tokens"] != 20_000))
-    found = Coefficients("log_ppl ~ x", runs.sample(frac=1, random_state=1))
+    result = Coefficients("log_ppl ~ x", runs.sample(frac=1, random_state=1))
     expected = Coefficients("log_ppl ~ log_tokens", runs[runs["train_tokens"] != 20_000])
-    assert found.moments.n == 32
-    assert ends(found.estimate("x")) == fixed(ends(expected.estimate("log_tokens")))
+    assert result.moments.n == 32
+    assert ends(result.estimate("x")) == fixed(ends(expected.estimate("log_tokens")))
 
 
 def test_a_sum_of_coefficients_is_a_contrast():
@@ -403,13 +403,13 @@ def test_a_sum_of_coefficients_is_a_contrast():
 def test_planted_depth_width_and_interaction_come_back(judged):
     levels = {(6, 128): 6.30, (3, 128): 6.35, (6, 256): 6.33, (3, 256): 6.40}  # 0.06 for layers, −0.04 for width
     laws_of = {f"L{layers}-C{width}": (-0.3, level) for (layers, width), level in levels.items()}
-    runs = judged(laws_of, SIZES[:2], replicates=5, own=1e-3, text=0.1, hard=0.3, noise=1e-3).runs
+    runs = judged(laws_of, SIZES[:2], replicates=5, rows=1e-3, text=0.1, hard=0.3, noise=1e-3).runs
     deep, wide = (runs["configuration"].str.contains(part) - 0.5 for part in ("L6", "C256"))
     fits = Coefficients("log_ppl ~ deep * wide + C(train_tokens)", runs.assign(deep=deep, wide=wide))
     for term, truth in (("deep", -0.06), ("wide", 0.04), ("deep:wide", -0.02)):
-        found = fits.estimate(term)
-        assert found.low < truth < found.high and found.value == pytest.approx(truth, abs=3e-3)
-        assert (found.n, found.replicates) == (40, 5) and found.high - found.low < 0.01
+        result = fits.estimate(term)
+        assert result.low < truth < result.high and result.value == pytest.approx(truth, abs=3e-3)
+        assert (result.n, result.replicates) == (40, 5) and result.high - result.low < 0.01
 
 
 @pytest.mark.parametrize("kind", ["nonrobust", "HC3"])
@@ -417,9 +417,9 @@ def test_a_libraries_fit_keeps_its_own_interval(kind):
     runs = Planted(replicates=1, noise=0.2).runs
     fit = smf.ols("log_ppl ~ log_tokens * configuration", runs).fit(cov_type=kind, use_t=True)
     name = "log_tokens:configuration[T.B]"
-    found = from_fit(fit, name, unit="difference of exponents")
-    assert found.value == fixed(fit.params[name]) and ends(found) == fixed(tuple(fit.conf_int().loc[name]))
-    assert (found.dof, found.n, found.over) == (6, 10, ("residuals",))
+    result = from_fit(fit, name, unit="difference of exponents")
+    assert result.value == fixed(fit.params[name]) and ends(result) == fixed(tuple(fit.conf_int().loc[name]))
+    assert (result.dof, result.n, result.over) == (6, 10, ("residuals",))
     summed = from_fit(fit, f"log_tokens + {name}")
     test = fit.t_test(f"log_tokens + {name} = 0")
     assert (summed.value, *ends(summed)) == fixed((test.effect.item(), *test.conf_int()[0]))
@@ -428,8 +428,8 @@ def test_a_libraries_fit_keeps_its_own_interval(kind):
 def test_a_fit_by_the_normal_law_has_no_degrees_of_freedom_and_an_exact_one_no_interval():
     runs = Planted(replicates=2, noise=0.1).runs
     fit = sm.GLM(runs["log_ppl"], sm.add_constant(runs["log_tokens"])).fit()
-    found = from_fit(fit, "log_tokens")
-    assert found.dof is None and ends(found) == fixed(tuple(fit.conf_int().loc["log_tokens"]))
+    result = from_fit(fit, "log_tokens")
+    assert result.dof is None and ends(result) == fixed(tuple(fit.conf_int().loc["log_tokens"]))
     with np.errstate(all="ignore"):
         exact = from_fit(smf.ols("log_ppl ~ log_tokens", runs.iloc[:2]).fit(), "log_tokens")
     assert (exact.low, exact.high, exact.verdict) == (None, None, "no interval")
@@ -438,7 +438,7 @@ def test_a_fit_by_the_normal_law_has_no_degrees_of_freedom_and_an_exact_one_no_i
 # How estimates are shown
 
 
-def one(value=-0.05, low=-0.08, high=-0.02, **own) -> Estimate:
+def one(value=-0.05, low=-0.08, high=-0.02, **rows) -> Estimate:
     given = {
         "contrast": "A − B",
         "at": "28,000 tokens",
@@ -447,7 +447,7 @@ def one(value=-0.05, low=-0.08, high=-0.02, **own) -> Estimate:
         "dof": 3.2,
         "over": ("seed", "samples"),
     }
-    return Estimate(value=value, low=low, high=high, **given | own)
+    return Estimate(value=value, low=low, high=high, **given | rows)
 
 
 @pytest.mark.parametrize(
@@ -468,13 +468,13 @@ def test_the_verdict_is_whether_the_interval_holds_zero(low, high, unit, verdict
 
 def test_values_are_shown_as_what_they_are_logarithms_of():
     ppl = one(math.log(500), math.log(450), math.log(550), unit="PPL")
-    assert ppl.shown == fixed((500, 450, 550)) and ppl.text() == ("500.0", "450.0 to 550.0")
+    assert ppl.in_unit == fixed((500, 450, 550)) and ppl.text() == ("500.0", "450.0 to 550.0")
     tokens = one(math.log(36_000), None, None, unit="tokens")
     assert tokens.text() == ("36,000", "none")
     share = one(math.log(1.1), math.log(1.05), math.log(1.2), unit="% of PPL")
-    assert share.shown == fixed((10, 5, 20)) and share.text() == ("+10.0 %", "+5.0 to +20.0 %")
+    assert share.in_unit == fixed((10, 5, 20)) and share.text() == ("+10.0 %", "+5.0 to +20.0 %")
     assert one(-1e-5).text()[0] == "+0.0 %" and one(-0.01, unit="nats").text()[0] == "−0.010"
-    assert one(unit="exponent").shown == fixed((-0.05, -0.08, -0.02))
+    assert one(unit="exponent").in_unit == fixed((-0.05, -0.08, -0.02))
     for unit in UNITS:
         assert all(isinstance(text, str) and "-" not in text for text in one(unit=unit).text())
 
@@ -484,19 +484,19 @@ def shapes() -> list[Estimates]:
     return [Estimates(), Estimates([one()]), Estimates(mixed), Estimates([one(0.0, None, None, dof=None)] * 2)]
 
 
-@pytest.mark.parametrize("found", shapes(), ids=["none", "one", "mixed", "plain"])
-def test_a_table_fits_a_page_and_carries_its_data(found):
-    bundle = found._repr_mimebundle_()
-    table = found.table()
-    assert table.data.shape[1] <= 8 and len(table.data) == len(found)
+@pytest.mark.parametrize("result", shapes(), ids=["none", "one", "mixed", "plain"])
+def test_a_table_fits_a_page_and_carries_its_data(result):
+    bundle = result._repr_mimebundle_()
+    table = result.table()
+    assert table.data.shape[1] <= 8 and len(table.data) == len(result)
     data = json.loads(json.dumps(bundle[MIME], allow_nan=False))
-    assert len(data) == len(found)
-    for row, e in zip(data, found, strict=True):
+    assert len(data) == len(result)
+    for row, e in zip(data, result, strict=True):
         assert (row["value"], row["low"], row["high"], row["dof"]) == (e.value, e.low, e.high, e.dof)
-        assert tuple(row["over"]) == e.over and row["verdict"] == e.verdict and tuple(row["shown"]) == e.shown
+        assert tuple(row["over"]) == e.over and row["verdict"] == e.verdict and tuple(row["in_unit"]) == e.in_unit
         value, interval = e.text()
         assert value in bundle["text/html"] and (e.low is None or interval in bundle["text/html"])
-    assert list(found.frame()) == [*Estimate.__dataclass_fields__, "verdict"]
+    assert list(result.frame()) == [*Estimate.__dataclass_fields__, "verdict"]
 
 
 def test_what_is_shown_is_escaped():
@@ -506,14 +506,14 @@ def test_what_is_shown_is_escaped():
 
 
 def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):
-    found = collect(Estimates([one(), one(0.1, None, None, dof=None, over=())]), [one(contrast="α")])
-    assert [e.contrast for e in found] == ["A − B", "A − B", "α"]
-    found.save(tmp_path / "new" / "estimates.csv")
+    result = collect(Estimates([one(), one(0.1, None, None, dof=None, over=())]), [one(contrast="α")])
+    assert [e.contrast for e in result] == ["A − B", "A − B", "α"]
+    result.save(tmp_path / "new" / "estimates.csv")
     table = pd.read_csv(tmp_path / "new" / "estimates.csv")
-    shown = [e.shown[0] for e in found]  # per cent of PPL, as the unit says
+    shown = [e.in_unit[0] for e in result]  # per cent of PPL, as the unit says
     assert table["value"].tolist() == fixed(shown) and table["low"].isna().tolist() == [False, True, False]
     assert shown[1] == fixed(100 * math.expm1(0.1))
-    assert table["over"][0] == "seed, samples" and list(table) == list(found.frame())
+    assert table["over"][0] == "seed, samples" and list(table) == list(result.frame())
 
 
 def test_a_forest_is_hollow_where_the_interval_holds_zero():
@@ -524,8 +524,8 @@ def test_a_forest_is_hollow_where_the_interval_holds_zero():
     assert hollow == [False, True, True] and not plt.fignum_exists(figure.number)
     bars = [line for line in axes.lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
     assert [tuple(bar.get_xdata()) for bar in bars[:2]] == [
-        fixed(one().shown[1:]),
-        fixed(one(0.1, -0.1, 0.3).shown[1:]),
+        fixed(one().in_unit[1:]),
+        fixed(one(0.1, -0.1, 0.3).in_unit[1:]),
     ]
 
 
@@ -578,15 +578,15 @@ def draws(rng, replicates: int, spread, truth, tokens) -> np.ndarray:
     return values * tokens[:, None]
 
 
-def held(found, log_tokens: float) -> bool:
+def held(result, log_tokens: float) -> bool:
     """Whether a crossover's set holds a place."""
-    low = -math.inf if found.low is None else math.log(found.low)
-    high = math.inf if found.high is None else math.log(found.high)
+    low = -math.inf if result.low is None else math.log(result.low)
+    high = math.inf if result.high is None else math.log(result.high)
     return {
         "bounded": low <= log_tokens <= high,
         "outside": not low < log_tokens < high,
         "unbounded": True,
-    }.get(found.kind, False)
+    }.get(result.kind, False)
 
 
 @pytest.mark.slow
@@ -596,9 +596,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
     rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])
     meet, hits = MIDDLE + 0.3, []
     for _ in range(1000):
-        found = moments(draws(rng, replicates, spread, truth, tokens), tokens)
-        level, slope = (found.estimate(weights, "") for weights in ([1, 0], [0, 1]))
-        crossing = held(fieller(found, MIDDLE), meet)
+        result = moments(draws(rng, replicates, spread, truth, tokens), tokens)
+        level, slope = (result.estimate(weights, "") for weights in ([1, 0], [0, 1]))
+        crossing = held(fieller(result, MIDDLE), meet)
         hits.append((level.low < truth[0] < level.high, slope.low < truth[1] < slope.high, crossing))
     covered = np.mean(hits, axis=0)
     most = 0.97 if replicates > 4 else 0.975  # wide where few replicates scatter less than samples explain
@@ -646,18 +646,18 @@ def test_components_are_those_of_a_mixed_model():
     runs = crossed_runs(np.random.default_rng(5), {"seed": 0.05, "data_seed": 0.1, "embedding_seed": 0.2})
     parts = {name: f"0 + C({column})" for name, column in SOURCES.items()}
     fitted = smf.mixedlm("log_ppl ~ 1", runs, groups=np.ones(len(runs)), vc_formula=parts).fit()
-    for name, found in zip(SOURCES, components(runs, SOURCES, "here"), strict=True):
+    for name, result in zip(SOURCES, components(runs, SOURCES, "here"), strict=True):
         variance = fitted.vcomp[fitted.model.exog_vc.names.index(name)]
-        assert found.value == pytest.approx(math.sqrt(variance), rel=0.01)
-        assert found.low < found.value < found.high
+        assert result.value == pytest.approx(math.sqrt(variance), rel=0.01)
+        assert result.low < result.value < result.high
 
 
 def test_components_cover_what_was_planted():
     rng, planted = np.random.default_rng(6), {"seed": 0.02, "data_seed": 0.06, "embedding_seed": 0.2}
     hits = []
     for _ in range(300):
-        found = components(crossed_runs(rng, planted), SOURCES, "here")
-        hits.append([own.low <= sd <= own.high for own, sd in zip(found, planted.values(), strict=True)])
+        result = components(crossed_runs(rng, planted), SOURCES, "here")
+        hits.append([rows.low <= sd <= rows.high for rows, sd in zip(result, planted.values(), strict=True)])
     assert (np.mean(hits, axis=0) > 0.92).all()
 
 

@@ -52,8 +52,8 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False 
 
 def on_both(build):
     """What `build` gives on the CPU and on the GPU, as CPU tensors."""
-    found = build(torch.device("cpu")), build(torch.device("cuda"))
-    return tuple([torch.as_tensor(part).detach().cpu().double() for part in parts] for parts in found)
+    result = build(torch.device("cpu")), build(torch.device("cuda"))
+    return tuple([torch.as_tensor(part).detach().cpu().double() for part in parts] for parts in result)
 
 
 def agree(build, tolerance=1e-4):
@@ -85,8 +85,8 @@ def test_phase1_is_the_cpus():
     def shaped(device):
         model = tiny(V).to(device)
         contexts = chunked(model, tokens.to(device)).values
-        found = train_context_block(model, tokens.to(device), contexts, e)
-        losses = [row["value"] for row in found.history if row["metric"].endswith("_loss")]
+        result = train_context_block(model, tokens.to(device), contexts, e)
+        losses = [row["value"] for row in result.history if row["metric"].endswith("_loss")]
         return [contexts, losses, singular_values(contexts)]
 
     agree(shaped)
@@ -98,11 +98,11 @@ def test_phase2_is_the_cpus(parameters):
     e, train, val = settings(**parameters), stream(1001, V), stream(400, V, 1)
 
     def trained(device):
-        own = {name: value for name, value in parameters.items() if name in ("output_bias", "slow_decay")}
-        model = tiny(V, **own).to(device)
+        rows = {name: value for name, value in parameters.items() if name in ("output_bias", "slow_decay")}
+        model = tiny(V, **rows).to(device)
         contexts = [chunked(model, tokens.to(device)) for tokens in (train, val)]
-        found = train_token_block(model, *contexts, e)
-        return [found.val_losses, [row["value"] for row in found.history if row["metric"] == "train_loss"]]
+        result = train_token_block(model, *contexts, e)
+        return [result.val_losses, [row["value"] for row in result.history if row["metric"] == "train_loss"]]
 
     agree(trained)
 
@@ -126,10 +126,12 @@ def test_the_loss_is_the_cpus(frozen):
     h, weight, bias = torch.randn(70, 16), torch.randn(V, 16), torch.randn(V)
 
     def computed(device):
-        own = [x.clone().to(device).requires_grad_(grad) for x, grad in ((h, True), (weight, not frozen), (bias, True))]
-        mean, losses, correct = linear_cross_entropy(own[0], own[1], stream(70, V).to(device), own[2])
+        rows = [
+            x.clone().to(device).requires_grad_(grad) for x, grad in ((h, True), (weight, not frozen), (bias, True))
+        ]
+        mean, losses, correct = linear_cross_entropy(rows[0], rows[1], stream(70, V).to(device), rows[2])
         mean.backward()
-        return [mean, losses, correct.float(), *(x.grad for x in own if x.grad is not None)]
+        return [mean, losses, correct.float(), *(x.grad for x in rows if x.grad is not None)]
 
     agree(computed)
 
@@ -143,8 +145,8 @@ def test_no_update_waits_for_the_gpu(kind):
         task = Windows(model.to(device), tokens, tokens, e, torch.float32)
     else:
         e = settings(**({} if kind == "study" else RECIPE))
-        own = {} if kind == "study" else {"slow_decay": 0.9, "dropout": 0.2}
-        model = tiny(V, **own).to(device)
+        rows = {} if kind == "study" else {"slow_decay": 0.9, "dropout": 0.2}
+        model = tiny(V, **rows).to(device)
         task = Phase2(model, chunked(model, tokens), chunked(model, tokens), e, torch.float32)
     trainer = Trainer(task, e)
     trainer.run_epoch()  # once, so that everything lazy is made
@@ -240,8 +242,8 @@ def test_fake_contexts_and_losses_stay_on_the_gpu(design, fake_cuda):
     u = model.context_inputs(tokens, positions)
     layers = model.context_block(torch.empty(20, 12, device="cuda"), model.context_block.shares(u))
     assert [layer.device.type for layer in layers] == ["cuda"] * 3
-    found = Predictor(model, torch.float32).from_layers(tokens, positions, layers, torch.empty(20, 8, device="cuda"))
-    assert [x.device.type for x in found] == ["cuda"] * 3 and found[1].shape == (20,)
+    result = Predictor(model, torch.float32).from_layers(tokens, positions, layers, torch.empty(20, 8, device="cuda"))
+    assert [x.device.type for x in result] == ["cuda"] * 3 and result[1].shape == (20,)
 
 
 def test_a_fake_epoch_of_phase2_reads_no_number_back(fake_cuda):

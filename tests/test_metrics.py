@@ -43,10 +43,10 @@ def test_known_entropy():
 @given(rows=st.integers(1, 60), columns=st.integers(1, 12), seed=st.integers(0, 99))
 def test_the_gram_matrix_gives_the_svds_rank(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    found = effective_rank(singular_values(matrix))
-    assert found == pytest.approx(literal.effective_rank(matrix), rel=1e-3)
-    assert 1 - 1e-6 <= found <= columns + 1e-6
-    assert effective_rank(singular_values(7 * matrix)) == pytest.approx(found, rel=1e-6)
+    result = effective_rank(singular_values(matrix))
+    assert result == pytest.approx(literal.effective_rank(matrix), rel=1e-3)
+    assert 1 - 1e-6 <= result <= columns + 1e-6
+    assert effective_rank(singular_values(7 * matrix)) == pytest.approx(result, rel=1e-6)
 
 
 def test_a_long_matrix_is_judged_by_a_fixed_sample_of_its_rows():

@@ -30,11 +30,13 @@ def lines(axes):
 
 def test_a_and_b_have_the_same_colours_whatever_else_is_drawn():
     for labels in (["A", "B"], ["A", "A-zero", "B", "KN-4"], ["B", "LSTM"], ["A, phase2_learning_rate 0.001", "B"]):
-        found = plots.looks(labels)
-        assert len({look["color"] for look in map(lambda k: {"color": to_hex(found[k]["color"])}, found)}) == len(found)
+        result = plots.line_styles(labels)
+        assert len({look["color"] for look in map(lambda k: {"color": to_hex(result[k]["color"])}, result)}) == len(
+            result
+        )
         for name, colour in plots.FIRST.items():
-            if name in found:
-                assert to_hex(found[name]["color"]) == to_hex(to_rgb(colour))
+            if name in result:
+                assert to_hex(result[name]["color"]) == to_hex(to_rgb(colour))
 
 
 def test_perplexity_by_tokens_shows_every_run_and_the_means(runs):
@@ -58,8 +60,8 @@ def test_what_is_no_loss_is_shown_as_it_is_and_runs_without_it_are_left_out(runs
 
 
 def test_a_search_shows_every_trial_and_the_best_so_far():
-    found = {"A": [5.0, 3.0, 4.0, 2.0], "LSTM": [9.0, 9.5, 6.0, 7.0]}
-    rows = [(model, trial, ppl) for model, values in found.items() for trial, ppl in enumerate(values)]
+    result = {"A": [5.0, 3.0, 4.0, 2.0], "LSTM": [9.0, 9.5, 6.0, 7.0]}
+    rows = [(model, trial, ppl) for model, values in result.items() for trial, ppl in enumerate(values)]
     trials = pd.DataFrame(rows, columns=["model", "trial", "val_ppl"])
     (axes,) = plots.searches(trials.sample(frac=1, random_state=0)).axes
     drawn = lines(axes)
@@ -70,12 +72,12 @@ def test_a_search_shows_every_trial_and_the_best_so_far():
 
 
 def test_differences_are_where_the_estimates_are(runs):
-    found = paired(runs, {"experiment": "A"}, {"experiment": "B"})
-    (axes,) = plots.differences(found).axes
+    result = paired(runs, {"experiment": "A"}, {"experiment": "B"})
+    (axes,) = plots.differences(result).axes
     (drawn,) = axes.containers
-    np.testing.assert_allclose(drawn[0].get_ydata(), [e.shown[0] for e in found])
+    np.testing.assert_allclose(drawn[0].get_ydata(), [e.in_unit[0] for e in result])
     (bars,) = drawn[2]
-    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [e.shown[1:] for e in found])
+    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [e.in_unit[1:] for e in result])
 
 
 def test_learning_curves_have_a_panel_a_size(histories):
@@ -87,8 +89,8 @@ def test_learning_curves_have_a_panel_a_size(histories):
 def test_memory_shows_what_is_lost_by_contexts_of_the_last_tokens(histories):
     recent = plots.recent_tokens(histories)
     run = recent["id"].iloc[0]
-    own = histories[(histories["id"] == run) & (histories["phase"] == "recent_tokens")]
-    losses = own[own["metric"] == "val_loss"].set_index("step")["value"]
+    rows = histories[(histories["id"] == run) & (histories["phase"] == "recent_tokens")]
+    losses = rows[rows["metric"] == "val_loss"].set_index("step")["value"]
     expected = (losses - losses[0]).drop(0)
     pd.testing.assert_series_equal(
         recent[recent["id"] == run].set_index("k")["extra"], expected, check_names=False, check_exact=False

@@ -42,7 +42,7 @@ def estimates(pages):
         for output in (output for cell in page.cells for output in cell.get("outputs", [])):
             for estimate in output.get("data", {}).get(MIME, []):
                 key = name, estimate["contrast"], estimate["at"]
-                assert known.setdefault(key, estimate)["shown"] == estimate["shown"], f"{key} names two numbers"
+                assert known.setdefault(key, estimate)["in_unit"] == estimate["in_unit"], f"{key} names two numbers"
     return known
 
 
@@ -88,7 +88,7 @@ def agrees(printed, value):
 
 def holds(numbers, estimate):
     """Whether printed numbers are an estimate's: its value, or value, low and high, the ends in either order."""
-    shown = estimate["shown"]
+    shown = estimate["in_unit"]
     if len(numbers) == 3 and shown[1] < 0 < shown[2] and not all(text[0] in "+−" for text in numbers[1:]):
         return False  # ends on both sides of 0 carry their signs
     if len(numbers) == 1:
@@ -155,9 +155,11 @@ def test_the_markers_are_read_as_they_are_meant():
         (["6.4", "1.8", "10.7"], ("04", "A − B", "28,000 tokens")),
         (["3"], ("08", "claims", "")),
     ]
-    assert holds(["−6.4", "−10.7", "−1.8"], {"shown": (-6.397, -10.73, -1.849)})
-    assert holds(["6.4", "1.8", "10.7"], {"shown": (-6.397, -10.73, -1.849)})
-    assert not holds(["+6.4"], {"shown": (-6.397, None, None)}) and not holds(["6.5"], {"shown": (-6.397, None, None)})
+    assert holds(["−6.4", "−10.7", "−1.8"], {"in_unit": (-6.397, -10.73, -1.849)})
+    assert holds(["6.4", "1.8", "10.7"], {"in_unit": (-6.397, -10.73, -1.849)})
+    assert not holds(["+6.4"], {"in_unit": (-6.397, None, None)}) and not holds(
+        ["6.5"], {"in_unit": (-6.397, None, None)}
+    )
 
 
 @pytest.mark.slow

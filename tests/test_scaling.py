@@ -28,9 +28,9 @@ NARROW = {"text": 0.05, "own": 0.001, "tilt": 0.001, "hard": 0.05, "liked": 0.00
 def test_planted_laws_come_back(judged, seed):
     rng = np.random.default_rng(seed)
     wanted = {label: (rng.uniform(-1, -0.01), rng.uniform(3, 9)) for label in "ABC"}
-    found = laws(judged(wanted, text=0.1, hard=0.3).runs)  # of exact laws, whatever all sizes have in common
-    assert [e.contrast for e in found] == ["α of A", "α of B", "α of C"]
-    for e, (alpha, _) in zip(found, wanted.values(), strict=True):
+    result = laws(judged(wanted, text=0.1, hard=0.3).runs)  # of exact laws, whatever all sizes have in common
+    assert [e.contrast for e in result] == ["α of A", "α of B", "α of C"]
+    for e, (alpha, _) in zip(result, wanted.values(), strict=True):
         assert (e.value, e.low, e.high) == pytest.approx((alpha,) * 3, abs=1e-9)
         assert (e.n, e.replicates, e.unit) == (20, 4, "exponent")
 
@@ -38,9 +38,9 @@ def test_planted_laws_come_back(judged, seed):
 def test_a_law_is_the_pooled_fit_with_the_replicates_error(judged):
     planted = judged(**CHANCE)
     for column in ("log_ppl", "val_loss"):
-        for e, (_, own) in zip(laws(planted.runs, column), planted.runs.groupby("configuration"), strict=True):
-            assert e.value == pytest.approx(smf.ols(f"{column} ~ log_tokens", own).fit().params["log_tokens"])
-            slopes = [np.polyfit(part["log_tokens"], part[column], 1)[0] for _, part in own.groupby("replicate")]
+        for e, (_, rows) in zip(laws(planted.runs, column), planted.runs.groupby("configuration"), strict=True):
+            assert e.value == pytest.approx(smf.ols(f"{column} ~ log_tokens", rows).fit().params["log_tokens"])
+            slopes = [np.polyfit(part["log_tokens"], part[column], 1)[0] for _, part in rows.groupby("replicate")]
             alone = stats.ttest_1samp(slopes, 0).confidence_interval()
             if column == "val_loss":  # not kept by sample here
                 assert (e.low, e.high) == pytest.approx((alone.low, alone.high))
@@ -83,31 +83,31 @@ def test_the_set_is_where_the_gap_is_not_significant(b, d, sb, sd, r, share, few
     first = np.array([[sb**2, r * sb * sd], [r * sb * sd, sd**2]])
     second = share * np.array([[sd**2, 0], [0, sb**2]])
     moments = Moments(np.array([b, d]), [(first, float(few)), (second, many)], 8, few + 1, ())
-    found = fieller(moments, middle)
+    result = fieller(moments, middle)
     x = np.append(np.linspace(0, MOST_LOG, 300), middle - b / d if d else 0)
     x = np.sort(x[(x >= 0) & (x <= MOST_LOG)])
     places = [moments.estimate([1, at - middle], "") for at in x]
     within = np.array([e.low <= 0 <= e.high for e in places])
-    near = [math.log(end) for end in (found.low, found.high) if end is not None]
+    near = [math.log(end) for end in (result.low, result.high) if end is not None]
     sure = np.all([abs(x - end) > 1e-6 for end in near], axis=0) if near else np.ones(len(x), bool)
-    said, slope = inside(found, x), moments.estimate([0, 1], "")
-    assert said[within & sure].all()  # nothing of the set is left out
-    if found.kind in ("bounded", "outside"):
-        assert (found.kind == "bounded") == (slope.low > 0 or slope.high < 0)
+    message, slope = inside(result, x), moments.estimate([0, 1], "")
+    assert message[within & sure].all()  # nothing of the set is left out
+    if result.kind in ("bounded", "outside"):
+        assert (result.kind == "bounded") == (slope.low > 0 or slope.high < 0)
     # Student's intervals, each with its own degrees of freedom, can leave more than one gap: one at most is told
-    if found.kind == "unbounded":
+    if result.kind == "unbounded":
         assert within.all() or (within[0] and within[-1] and (slope.low > 0 or slope.high < 0))
     elif np.count_nonzero(within[1:] != within[:-1]) <= 2:
-        assert (within == said)[sure].all()
+        assert (within == message)[sure].all()
 
 
-def inside(found: Crossover, x: np.ndarray) -> np.ndarray:
+def inside(result: Crossover, x: np.ndarray) -> np.ndarray:
     """Whether a set holds log tokens."""
-    low = -math.inf if found.low is None else math.log(found.low)
-    high = math.inf if found.high is None else math.log(found.high)
+    low = -math.inf if result.low is None else math.log(result.low)
+    high = math.inf if result.high is None else math.log(result.high)
     between = (x >= low) & (x <= high)
     kinds = {"bounded": between, "outside": ~between, "unbounded": np.ones(len(x), bool)}
-    return kinds.get(found.kind, np.zeros(len(x), bool))
+    return kinds.get(result.kind, np.zeros(len(x), bool))
 
 
 def textbook(b, d, cov, dof, middle) -> Crossover:
@@ -144,21 +144,21 @@ PLACES = {
 def test_with_one_source_of_chance_the_set_is_the_textbooks(place, r):
     b, d, sb, sd = PLACES[place]
     cov = np.array([[sb**2, r * sb * sd], [r * sb * sd, sd**2]])
-    found = fieller(Moments(np.array([b, d]), [(cov, 7.0)], 8, 8, ()), MIDDLE)
+    result = fieller(Moments(np.array([b, d]), [(cov, 7.0)], 8, 8, ()), MIDDLE)
     expected = textbook(b, d, cov, 7, MIDDLE)
-    assert found.kind == expected.kind
-    for end, wanted in ((found.low, expected.low), (found.high, expected.high)):
+    assert result.kind == expected.kind
+    for end, wanted in ((result.low, expected.low), (result.high, expected.high)):
         assert (end is None) == (wanted is None) and (end is None or end == pytest.approx(wanted, rel=1e-6))
     if r == 0:
-        assert found.kind == place.partition(",")[0]
-        assert (found.low is None) >= ("low end" in place) and (found.high is None) >= ("high end" in place)
+        assert result.kind == place.partition(",")[0]
+        assert (result.low is None) >= ("low end" in place) and (result.high is None) >= ("high end" in place)
 
 
 def test_without_error_there_is_no_set():
     for parts in ([], [(np.zeros((2, 2)), 3.0)]):
-        found = fieller(Moments(np.array([0.03, -0.1]), parts, 4, 1, ()), MIDDLE)
-        assert (found.kind, found.low, found.high) == ("no error", None, None)
-        assert found.tokens == pytest.approx(math.exp(MIDDLE + 0.3))
+        result = fieller(Moments(np.array([0.03, -0.1]), parts, 4, 1, ()), MIDDLE)
+        assert (result.kind, result.low, result.high) == ("no error", None, None)
+        assert result.tokens == pytest.approx(math.exp(MIDDLE + 0.3))
     parallel = fieller(Moments(np.array([0.03, 0.0]), [(np.eye(2), 3.0)], 4, 4, ()), MIDDLE)
     assert (parallel.tokens, parallel.kind) == (None, "unbounded")
 
@@ -166,12 +166,12 @@ def test_without_error_there_is_no_set():
 @pytest.mark.parametrize("power", [-1, 1, 14, 16])
 def test_no_text_has_fewer_than_one_token_or_more_than_ten_to_the_fifteenth(power):
     there, cov = power * math.log(10), np.diag([1e-6, 1e-8])
-    found = fieller(Moments(np.array([0.1 * (MIDDLE - there), 0.1]), [(cov, 7.0)], 8, 8, ()), MIDDLE)
+    result = fieller(Moments(np.array([0.1 * (MIDDLE - there), 0.1]), [(cov, 7.0)], 8, 8, ()), MIDDLE)
     if power in (1, 14):
-        assert found.kind == "bounded" and found.low < 10**power < found.high
-        assert found.tokens == pytest.approx(10**power)
+        assert result.kind == "bounded" and result.low < 10**power < result.high
+        assert result.tokens == pytest.approx(10**power)
     else:
-        assert (found.kind, found.tokens) == ("nowhere", None)
+        assert (result.kind, result.tokens) == ("nowhere", None)
 
 
 def test_planted_crossovers_come_back(judged):
@@ -252,9 +252,9 @@ def test_two_sizes_of_one_replicate_leave_a_point(judged):
 
 def test_every_two_configurations_are_compared(judged):
     runs = judged({"A": (-0.3, 6.3), "B": (-0.36, 6.32), "C": (-0.4, 6.2)}, **NARROW).runs
-    found = crossovers(runs)
-    assert [*zip(found["a"], found["b"], strict=True)] == [*itertools.combinations("ABC", 2)]
-    assert [e.value for e in found["slopes"]] == pytest.approx([-0.06, -0.1, -0.04], abs=0.005)
+    result = crossovers(runs)
+    assert [*zip(result["a"], result["b"], strict=True)] == [*itertools.combinations("ABC", 2)]
+    assert [e.value for e in result["slopes"]] == pytest.approx([-0.06, -0.1, -0.04], abs=0.005)
     few = crossovers(runs[(runs["configuration"] != "C") | (runs["train_tokens"] == 10_000)])
     assert few["a"].tolist() == ["A"] and len(crossovers(runs[runs["configuration"] == "A"])) == 0
 
@@ -265,11 +265,11 @@ def test_every_two_configurations_are_compared(judged):
 @pytest.mark.parametrize("beta", [0.3, 0.6, 1.2])
 def test_planted_saturating_law_is_recovered(beta):
     sizes = np.geomspace(10_000, 1_000_000, 8)
-    found = saturating(sizes, 3.2 + 40 * (sizes / 1000) ** -beta)
-    assert (found.floor, found.beta) == pytest.approx((3.2, beta), rel=1e-3) and found.at_bound == ""
-    assert found.scale == pytest.approx(40 * 1000**beta, rel=1e-2)
-    assert found.log_ppl(50_000) == pytest.approx(3.2 + 40 * 50**-beta, rel=1e-4)
-    assert found.log_ppl(sizes) == pytest.approx(3.2 + 40 * (sizes / 1000) ** -beta, rel=1e-4)
+    result = saturating(sizes, 3.2 + 40 * (sizes / 1000) ** -beta)
+    assert (result.floor, result.beta) == pytest.approx((3.2, beta), rel=1e-3) and result.at_bound == ""
+    assert result.scale == pytest.approx(40 * 1000**beta, rel=1e-2)
+    assert result.log_ppl(50_000) == pytest.approx(3.2 + 40 * 50**-beta, rel=1e-4)
+    assert result.log_ppl(sizes) == pytest.approx(3.2 + 40 * (sizes / 1000) ** -beta, rel=1e-4)
 
 
 def test_the_criterion_prefers_the_form_that_was_planted():

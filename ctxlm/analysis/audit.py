@@ -66,7 +66,7 @@ def audit(folder: str | Path = STUDY) -> pd.DataFrame:
     """
     paths, file = sorted(resolve(folder).glob("*.csv")), Path(folder) / "audit.csv"
     tables = {path.stem: pd.read_csv(path, dtype=str, keep_default_na=False) for path in paths}
-    claims, found = tables.pop("audit", pd.DataFrame()), []
+    claims, checked = tables.pop("audit", pd.DataFrame()), []
     if missing := [name for name in COLUMNS if name not in claims]:
         raise ConfigError(f"{file} is missing or has no column {missing[0]}: it needs {', '.join(COLUMNS)}")
     functions = FUNCTIONS | {name: _look_up(name, table) for name, table in tables.items()}
@@ -74,13 +74,13 @@ def audit(folder: str | Path = STUDY) -> pd.DataFrame:
     for claim in claims.to_dict("records"):
         try:
             rows = tables[claim["each"]].to_dict("records") if claim["each"] else [{}]
-            found += [_row(claim, {name: _cell(text) for name, text in row.items()}, functions) for row in rows]
+            checked += [_row(claim, {name: _cell(text) for name, text in row.items()}, functions) for row in rows]
         except Exception as error:  # a typing error can raise nearly anything
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+            message = " ".join(f"{type(error).__name__}: {error}".split())
             expressions = ", ".join(f"`{claim[name]}`" for name in ("each", "published", "recomputed") if claim[name])
             place, remedy = f"{file}, claim {claim['claim_id']}", "correct this row, or the table that it names"
-            raise ConfigError(f"{place}: {expressions} cannot be evaluated ({said}): {remedy}") from None
-    return pd.DataFrame(found)
+            raise ConfigError(f"{place}: {expressions} cannot be evaluated ({message}): {remedy}") from None
+    return pd.DataFrame(checked)
 
 
 def verdict(published: Any, recomputed: Any, testable: str = "") -> str:
@@ -111,7 +111,7 @@ def _row(claim: dict[str, str], names: dict[str, Any], functions: dict[str, Call
         recomputed = expressions.eval(claim["recomputed"] or "None")
     if recomputed is None and not claim["testable"]:
         raise ValueError("`recomputed` is empty, and so is `testable`")
-    found, difference = verdict(published, recomputed, claim["testable"]), None
+    judgement, difference = verdict(published, recomputed, claim["testable"]), None
     if recomputed is None:
         recomputed = claim["testable"]
     elif isinstance(recomputed, np.ndarray):
@@ -120,7 +120,7 @@ def _row(claim: dict[str, str], names: dict[str, Any], functions: dict[str, Call
         recomputed = float(recomputed)
         difference = recomputed / float(published) - 1 if published else None
     row = {name: claim[name].format_map(names) for name in ("claim_id", "section", "claim")}
-    row |= {"published": str(published), "recomputed": recomputed, "difference": difference, "verdict": found}
+    row |= {"published": str(published), "recomputed": recomputed, "difference": difference, "verdict": judgement}
     return row | {"why": claim["why"].format_map(names)}
 
 

@@ -100,7 +100,7 @@ class Estimate:
         return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof))
 
     @property
-    def shown(self) -> tuple[float, float | None, float | None]:
+    def in_unit(self) -> tuple[float, float | None, float | None]:
         """Value and interval in the unit that is read."""
         ends = (self.value, self.low, self.high)
         return tuple(None if x is None else float(UNITS[self.unit].show(x)) for x in ends)
@@ -108,7 +108,7 @@ class Estimate:
     def text(self) -> tuple[str, str]:
         """Value and interval as they are printed."""
         unit = UNITS[self.unit]
-        value, *ends = (None if x is None else unit.text.format(x).replace("-", "−") for x in self.shown)
+        value, *ends = (None if x is None else unit.text.format(x).replace("-", "−") for x in self.in_unit)
         return value, "none" if None in ends else f"{ends[0].removesuffix(' %')} to {ends[1]}"
 
 
@@ -119,7 +119,7 @@ class Estimates(list[Estimate]):
         """One row an estimate, its own fields, value and interval in its unit, and the verdict."""
         ends = ("value", "low", "high")
         rows = [
-            asdict(e) | dict(zip(ends, e.shown, strict=True)) | {"over": ", ".join(e.over), "verdict": e.verdict}
+            asdict(e) | dict(zip(ends, e.in_unit, strict=True)) | {"over": ", ".join(e.over), "verdict": e.verdict}
             for e in self
         ]
         return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
@@ -147,12 +147,12 @@ class Estimates(list[Estimate]):
         unit = UNITS[self[0].unit] if self else UNITS[""]
         figure, ((axes,),) = new_figure(height=0.9 + 0.32 * max(len(self), 1))
         for row, e in enumerate(self):
-            value, low, high = e.shown
-            told = e.verdict in ("lower", "higher") or not unit.comparison
-            colour = "#0173b2" if told else "0.45"
+            value, low, high = e.in_unit
+            significant = e.verdict in ("lower", "higher") or not unit.comparison
+            colour = "#0173b2" if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
-            axes.plot(value, row, "o", color=colour, mfc=colour if told else "white", markersize=7)
+            axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
         labels = [", ".join(part for part in (e.contrast, e.at) if part) for e in self]
@@ -164,7 +164,7 @@ class Estimates(list[Estimate]):
         return figure
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        data = [asdict(e) | {"verdict": e.verdict, "shown": e.shown} for e in self]
+        data = [asdict(e) | {"verdict": e.verdict, "in_unit": e.in_unit} for e in self]
         return {"text/html": self.table().to_html(), "text/plain": self.frame().to_string(), MIME: data}
 
     def save(self, path: Any) -> None:
@@ -205,14 +205,14 @@ class Moments:
         narrow. A part whose variance is estimated as negative counts as none.
         """
         w = np.asarray(weights, float)
-        found = np.array([np.clip(np.einsum("...i,ij,...j", w, cov, w), 0, None) for cov, _ in self.parts])
-        alone = found[0]
-        if len(found) == 3:
-            by_replicate, by_sample, both = found
-            found = np.array([np.maximum(by_replicate, both), np.clip(by_sample - both, 0, None)])
-        dofs = np.array([dof for _, dof in self.parts[: len(found)]]).reshape(-1, *[1] * (w.ndim - 1))
-        total, few = found.sum(0), np.broadcast_to(dofs[0], found.shape[1:])
-        spread = (found**2 / dofs).sum(0)
+        parts = np.array([np.clip(np.einsum("...i,ij,...j", w, cov, w), 0, None) for cov, _ in self.parts])
+        alone = parts[0]
+        if len(parts) == 3:
+            by_replicate, by_sample, both = parts
+            parts = np.array([np.maximum(by_replicate, both), np.clip(by_sample - both, 0, None)])
+        dofs = np.array([dof for _, dof in self.parts[: len(parts)]]).reshape(-1, *[1] * (w.ndim - 1))
+        total, few = parts.sum(0), np.broadcast_to(dofs[0], parts.shape[1:])
+        spread = (parts**2 / dofs).sum(0)
         dof = np.divide(total**2, spread, out=few.copy(), where=spread > 0)
         wider = critical(few) ** 2 * alone >= critical(dof) ** 2 * total
         return np.where(wider, alone, total)[()], np.where(wider, few, dof)[()]
@@ -294,10 +294,10 @@ class Coefficients:
         elif judged is not None:
             judged = judged[0][used.index], judged[1]
         fits, members = {}, []
-        for replicate, own in used.reset_index(drop=True).groupby("replicate").indices.items():
-            if np.linalg.matrix_rank(model.exog[own]) == model.exog.shape[1]:
-                fits[replicate] = sm.OLS(model.endog[own], model.exog[own]).fit()
-                members.append(own)
+        for replicate, rows in used.reset_index(drop=True).groupby("replicate").indices.items():
+            if np.linalg.matrix_rank(model.exog[rows]) == model.exog.shape[1]:
+                fits[replicate] = sm.OLS(model.endog[rows], model.exog[rows]).fit()
+                members.append(rows)
         if not fits:
             of = used.groupby("replicate").size().max() if len(used) else 0
             raise ValueError(
@@ -314,7 +314,7 @@ class Coefficients:
         elif judged is None:
             self.moments = Moments(*crossed(self.by_replicate.to_numpy(), None), *whole, drawn(used))
         else:
-            sums = [(np.linalg.pinv(model.exog[own]) @ judged[0][own]).T for own in members]  # [samples, p]
+            sums = [(np.linalg.pinv(model.exog[rows]) @ judged[0][rows]).T for rows in members]  # [samples, p]
             self.moments = Moments(*crossed(np.stack(sums), judged[1]), *whole, (*drawn(used), *_samples(judged[1])))
 
     def estimate(
@@ -347,11 +347,11 @@ def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str
     Raises:
         ValueError: no run has a value of it.
     """
-    own = runs.dropna(subset=[column])
-    if own.empty:
+    rows = runs.dropna(subset=[column])
+    if rows.empty:
         raise ValueError(f"none of {len(runs)} runs has {column}: there is no mean of it")
-    values = own.groupby("replicate")[column].mean().to_numpy()
-    moments = Moments(*crossed(values[:, None], None), len(own), len(values), drawn(own))
+    values = rows.groupby("replicate")[column].mean().to_numpy()
+    moments = Moments(*crossed(values[:, None], None), len(rows), len(values), drawn(rows))
     return moments.estimate([1.0], contrast, at, unit)
 
 
@@ -418,16 +418,16 @@ def paired(
     if column not in runs:
         raise ValueError(f"the runs have no column {column!r}")
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
-    found = comparable(pairs(runs, a, b, at), column)
-    if found.empty:
+    matched = comparable(pairs(runs, a, b, at), column)
+    if matched.empty:
         return Estimates()
-    found["place"] = found.groupby(list(at), dropna=False).ngroup() if at else 0
+    matched["place"] = matched.groupby(list(at), dropna=False).ngroup() if at else 0
     if pooled:
-        places = found.groupby("replicate")["place"].transform("nunique")
-        found = found[places == found["place"].nunique()]
-        return Estimates([_paired(runs, found, column, contrast, "", unit)] if len(found) else [])
-    groups = found.groupby(list(at), dropna=False) if at else [((), found)]
-    return Estimates([_paired(runs, own, column, contrast, place(at, key), unit) for key, own in groups])
+        places = matched.groupby("replicate")["place"].transform("nunique")
+        matched = matched[places == matched["place"].nunique()]
+        return Estimates([_paired(runs, matched, column, contrast, "", unit)] if len(matched) else [])
+    groups = matched.groupby(list(at), dropna=False) if at else [((), matched)]
+    return Estimates([_paired(runs, rows, column, contrast, place(at, key), unit) for key, rows in groups])
 
 
 def place(at: Sequence[str], key: Sequence[Any]) -> str:
@@ -439,16 +439,16 @@ def place(at: Sequence[str], key: Sequence[Any]) -> str:
     return ", ".join(map(str, shown))
 
 
-def _paired(runs: pd.DataFrame, found: pd.DataFrame, column: str, contrast: str, at: str, unit: str) -> Estimate:
-    judged = differences(runs, found, column)
+def _paired(runs: pd.DataFrame, matched: pd.DataFrame, column: str, contrast: str, at: str, unit: str) -> Estimate:
+    judged = differences(runs, matched, column)
     if judged is None:
-        values, tokens = (found[f"{column}_a"] - found[f"{column}_b"]).to_numpy(float)[:, None], None
+        values, tokens = (matched[f"{column}_a"] - matched[f"{column}_b"]).to_numpy(float)[:, None], None
     else:
         values, tokens = judged
-    means = pd.DataFrame(values).groupby([found["replicate"].to_numpy(), found["place"].to_numpy()]).mean()
+    means = pd.DataFrame(values).groupby([matched["replicate"].to_numpy(), matched["place"].to_numpy()]).mean()
     means = means.groupby(level=0).mean().to_numpy()
-    over = (*drawn(found), *_samples(tokens))
-    moments = Moments(*crossed(means if tokens is None else means[..., None], tokens), len(found), len(means), over)
+    over = (*drawn(matched), *_samples(tokens))
+    moments = Moments(*crossed(means if tokens is None else means[..., None], tokens), len(matched), len(means), over)
     return moments.estimate([1.0], contrast, at, unit)
 
 
@@ -457,27 +457,27 @@ def _samples(tokens: np.ndarray | None) -> tuple[str, ...]:
     return (SAMPLES,) if tokens is not None and len(tokens) > 1 else ()
 
 
-def comparable(found: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Those of the `pairs` found of which both sides have a value and, of a loss, were judged on the same text."""
-    alike = found[f"{column}_a"].notna() & found[f"{column}_b"].notna()
+def comparable(matched: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Those of the `matched` pairs of which both sides have a value and, of a loss, were judged on the same text."""
+    alike = matched[f"{column}_a"].notna() & matched[f"{column}_b"].notna()
     if column in LOSSES:
         text = ("corpus", "judged_corpus", "shuffle_samples", "max_sample_tokens")
         for name in (f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples", *text):
-            if {f"{name}_a", f"{name}_b"} <= {*found}:
-                a, b = found[f"{name}_a"], found[f"{name}_b"]
+            if {f"{name}_a", f"{name}_b"} <= {*matched}:
+                a, b = matched[f"{name}_a"], matched[f"{name}_b"]
                 alike &= (a == b) | (a.isna() & b.isna())
-    return found[alike].copy()
+    return matched[alike].copy()
 
 
-def differences(runs: pd.DataFrame, found: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Of each of the `pairs` found among `runs` the difference of loss sums, [pairs, samples], and the samples' tokens.
+def differences(runs: pd.DataFrame, matched: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of each `matched` pair of `runs` the difference of loss sums, [pairs, samples], and the samples' tokens.
 
     None where `column` is no loss, or both sides were judged on other text.
     """
     by_id = runs.drop_duplicates("id").set_index("id", drop=False)
-    both = by_id.loc[[*found["id_a"], *found["id_b"]]]
+    both = by_id.loc[[*matched["id_a"], *matched["id_b"]]]
     judged = tidy.loss_sums(both, LOSSES[column]) if column in LOSSES else None
-    return judged and (judged[0][: len(found)] - judged[0][len(found) :], judged[1])
+    return judged and (judged[0][: len(matched)] - judged[0][len(matched) :], judged[1])
 
 
 def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[CombineResults, Estimates]:
@@ -535,17 +535,17 @@ def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str, column: 
         raise ValueError(f"{at}: components need one run of every combination of {', '.join(sources)}")
     table = anova_lm(smf.ols(f"{column} ~ " + " + ".join(f"C({name})" for name in sources.values()), runs).fit())
     rest, rest_dof = table.loc["Residual", ["mean_sq", "df"]]
-    found = []
+    estimates = []
     for source, name in sources.items():
         square, dof = table.loc[f"C({name})", ["mean_sq", "df"]]
         each = len(runs) / (dof + 1)
         q = np.array([(1 + LEVEL) / 2, (1 - LEVEL) / 2])
         low, high = (square - stats.f.ppf(q, dof, rest_dof) * rest) / each / (stats.chi2.ppf(q, dof) / dof)
         ends = np.sqrt(np.clip([(square - rest) / each, low, high], 0, None))
-        found.append(
+        estimates.append(
             Estimate(f"sd by {source}", at, *ends, len(runs), round(dof) + 1, dof, tuple(sources), "sd, % of PPL")
         )
-    return found
+    return estimates
 
 
 def collect(*groups: Iterable[Estimate]) -> Estimates:

@@ -46,9 +46,9 @@ LABELS = {"log_ppl": "test PPL (log)", "val_loss": "validation PPL (log)"}
 """Columns that are logarithms of a perplexity, and how it is called."""
 
 
-def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each label; a variant of A or B ("A-zero") has its colour, lighter or darker."""
-    found, others, kin = {}, cycle(COLOURS[2:]), dict.fromkeys(FIRST, 0)
+    styles, others, kin = {}, cycle(COLOURS[2:]), dict.fromkeys(FIRST, 0)
     for label, marker, line in zip(sorted(set(labels)), cycle(MARKERS), cycle(LINES), strict=False):
         base = label.split("-")[0].split(",")[0]
         if base in FIRST:
@@ -57,8 +57,8 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
             kin[base] += 1
         else:
             colour = next(others)
-        found[label] = {"color": colour, "marker": marker, "linestyle": line}
-    return found
+        styles[label] = {"color": colour, "marker": marker, "linestyle": line}
+    return styles
 
 
 def tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
@@ -95,13 +95,13 @@ def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log:
     figure, ((axes,),) = new_figure(height=3.7, width=NARROW)
     known = runs.dropna(subset=[column])
     show = np.exp if log else lambda x: x
-    styles = looks(known["configuration"])
-    for position, (name, own) in enumerate(known.groupby("configuration")):
+    styles = line_styles(known["configuration"])
+    for position, (name, rows) in enumerate(known.groupby("configuration")):
         dodge = aside(position, len(styles))
-        sizes = own.groupby("replicate")["train_tokens"].transform("nunique")
-        whole = own[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
+        sizes = rows.groupby("replicate")["train_tokens"].transform("nunique")
+        whole = rows[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
         mean, look = whole.groupby("train_tokens")[column].mean(), styles[name]
-        axes.plot(own["train_tokens"] * dodge, show(own[column]), **look | {"linestyle": "none"}, alpha=0.4)
+        axes.plot(rows["train_tokens"] * dodge, show(rows[column]), **look | {"linestyle": "none"}, alpha=0.4)
         axes.plot(mean.index * dodge, show(mean), label=name, **look | {"markersize": 8})
     tokens_axis(axes, known["train_tokens"], columns=2)  # it is half as wide
     if log:
@@ -118,10 +118,10 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     names = list(dict.fromkeys(e.contrast for e in estimates))
     sizes = {e: int(re.search(r"([\d,]+) tokens", e.at)[1].replace(",", "")) for e in estimates}
     for position, name in enumerate(names):
-        own = [e for e in estimates if e.contrast == name]
-        x = [sizes[e] * aside(position, len(names)) for e in own]
+        rows = [e for e in estimates if e.contrast == name]
+        x = [sizes[e] * aside(position, len(names)) for e in rows]
         value, low, high = np.array(
-            [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.shown for e in own)]
+            [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.in_unit for e in rows)]
         ).T
         colour = COLOURS[position % len(COLOURS)]
         axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
@@ -140,11 +140,11 @@ def searches(trials: pd.DataFrame, column: str = "val_ppl") -> Figure:
         trials: model, trial, and a perplexity `column`.
     """
     figure, ((axes,),) = new_figure(height=4.2)
-    styles = looks(trials["model"])
-    for name, own in trials.sort_values("trial").groupby("model"):
-        axes.plot(own["trial"], own[column], **styles[name] | {"linestyle": "none"}, alpha=0.4)
+    styles = line_styles(trials["model"])
+    for name, rows in trials.sort_values("trial").groupby("model"):
+        axes.plot(rows["trial"], rows[column], **styles[name] | {"linestyle": "none"}, alpha=0.4)
         best = {"label": f"{name}, best so far", "marker": "", "drawstyle": "steps-post"}
-        axes.plot(own["trial"], own[column].cummin(), **styles[name] | best)
+        axes.plot(rows["trial"], rows[column].cummin(), **styles[name] | best)
     steps_axis(axes, "trial")
     log_axis(axes, "PPL on held-out training text (log)")
     legend(figure)
@@ -159,7 +159,7 @@ def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
     curves = histories[(histories["phase"] == "phase2") & histories["metric"].isin(["train_ppl", "val_ppl"])]
     if curves.empty:  # of n-grams
         return None
-    sizes, styles = sorted(curves["train_tokens"].unique()), looks(curves["configuration"])
+    sizes, styles = sorted(curves["train_tokens"].unique()), line_styles(curves["configuration"])
     columns = min(columns, len(sizes))
     rows = math.ceil(len(sizes) / columns)
     figure, panels = new_figure(rows, columns, 0.9 + 2.9 * rows, sharey=True)
@@ -167,9 +167,9 @@ def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
         axes.axis("off")
     for size, axes in zip(sizes, panels.flat, strict=False):
         here = curves[curves["train_tokens"] == size]
-        for (name, metric), own in here.groupby(["configuration", "metric"]):
+        for (name, metric), part in here.groupby(["configuration", "metric"]):
             look = styles[name] | {"linestyle": ":" if metric == "train_ppl" else "-", "marker": ""}
-            table = own.pivot_table(index="step", columns="id", values="value")
+            table = part.pivot_table(index="step", columns="id", values="value")
             axes.plot(table.index, table, **look, linewidth=0.5, alpha=0.4)
             mean = np.exp(np.log(table.dropna()).mean(axis=1))
             axes.plot(mean.index, mean, **look | {"marker": styles[name]["marker"], "markersize": 4})
@@ -189,19 +189,19 @@ def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
 def memory(histories: pd.DataFrame) -> Figure:
     """How soon contexts forget a disturbance, and what a context loses that has read the last k tokens only."""
     figure, ((left, right),) = new_figure(1, 2, 4.2)
-    styles = looks(histories["configuration"])
+    styles = line_styles(histories["configuration"])
     shares = histories[(histories["metric"] == "share_left") & (histories["value"] > 0)]
-    for (name, phase), own in shares.groupby(["configuration", "phase"]):
-        mean = np.exp(np.log(own["value"]).groupby(own["step"]).mean())
+    for (name, phase), rows in shares.groupby(["configuration", "phase"]):
+        mean = np.exp(np.log(rows["value"]).groupby(rows["step"]).mean())
         left.plot(mean.index, 100 * mean, **styles[name] | FORGETTING[phase][1])
     recent = recent_tokens(histories)
-    for name, own in recent.groupby("configuration"):
-        mean = own.groupby("k")["extra"].mean()
+    for name, rows in recent.groupby("configuration"):
+        mean = rows.groupby("k")["extra"].mean()
         right.plot(mean.index, 100 * np.expm1(mean), **styles[name])
     keys = [
-        Line2D([], [], label=f"{name}, {what}", **look | own | {"markevery": None})
+        Line2D([], [], label=f"{name}, {what}", **look | rows | {"markevery": None})
         for name, look in styles.items()
-        for what, own in FORGETTING.values()
+        for what, rows in FORGETTING.values()
     ]
     keys += forgetting_axes(left)
     if len(recent):
@@ -236,9 +236,9 @@ def groups(
     shown, palette = runs.assign(ppl=np.exp(runs[column])), COLOURS[2 : 2 + len(names)]
     look = {"x": x, "y": "ppl", "hue": hue, "hue_order": names, "dodge": 0.3, "palette": palette, "legend": False}
     for value, axes in zip(values, panels, strict=True):
-        own = shown[shown[panel] == value]
-        sns.stripplot(own, alpha=0.4, ax=axes, **look)
-        sns.pointplot(own, errorbar=None, ax=axes, estimator=stats.gmean, **look)
+        rows = shown[shown[panel] == value]
+        sns.stripplot(rows, alpha=0.4, ax=axes, **look)
+        sns.pointplot(rows, errorbar=None, ax=axes, estimator=stats.gmean, **look)
         axes.set(title=f"{value:,} tokens" if panel == "train_tokens" else f"{panel} {value}", ylabel="")
     log_axis(panels[0], label)
     legend(
@@ -267,7 +267,7 @@ def plot_shares(table: pd.DataFrame) -> Figure:
     """Share of the matrix-product floor of every stage: by definition (bar) and of its own products (tick)."""
     labels = list(table.index.unique("experiment"))
     figure, ((axes,),) = new_figure(height=1 + 0.45 * len(STAGES) * len(labels) / 2)
-    thick, styles = 0.8 / len(labels), looks(labels)
+    thick, styles = 0.8 / len(labels), line_styles(labels)
     for position, label in enumerate(labels):
         rows = table.loc[label].reindex(list(STAGES))
         y = np.arange(len(STAGES)) + (position - (len(labels) - 1) / 2) * thick
@@ -287,7 +287,7 @@ def plot_shares(table: pd.DataFrame) -> Figure:
 def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """Seconds of each stage, and peak memory, against the number of tokens."""
     figure, ((left, right),) = new_figure(columns=2, height=4)
-    styles, sizes = looks(stages["experiment"]), sorted(stages["tokens"].unique())
+    styles, sizes = line_styles(stages["experiment"]), sorted(stages["tokens"].unique())
     for (stage, label), rows in stages[stages["stage"] != "evaluation"].groupby(["stage", "experiment"], sort=False):
         look = styles[label] | {"linestyle": LINES[list(STAGES).index(stage)]}
         left.plot(rows["tokens"], rows["seconds"], **look)

@@ -37,12 +37,12 @@ def laws(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
         runs: as `runs.read_runs` gives them.
         column: `log_ppl` (test) or `val_loss` (validation).
     """
-    found = Estimates()
-    for label, own in runs.dropna(subset=[column]).groupby("configuration"):
-        if own.groupby("replicate")["train_tokens"].nunique().max() > 1:
-            fits = Coefficients(f"{column} ~ log_tokens", own)
-            found.append(fits.estimate("log_tokens", f"α of {label}", unit="exponent"))
-    return found
+    result = Estimates()
+    for label, rows in runs.dropna(subset=[column]).groupby("configuration"):
+        if rows.groupby("replicate")["train_tokens"].nunique().max() > 1:
+            fits = Coefficients(f"{column} ~ log_tokens", rows)
+            result.append(fits.estimate("log_tokens", f"α of {label}", unit="exponent"))
+    return result
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def fieller(moments: Moments, middle: float = 0.0, shift: int = 0, slope: int = 
 
     tried = np.linspace(0, MOST_LOG, 2000)
     tried = tried if tokens is None else np.union1d(tried, log_tokens)
-    told = at(tried) > 0
-    if told.all() or not told.any():
-        return Crossover(tokens, "nowhere" if told.all() else "unbounded", None, None)
+    significant = at(tried) > 0
+    if significant.all() or not significant.any():
+        return Crossover(tokens, "nowhere" if significant.all() else "unbounded", None, None)
     bounded = excess(at_infinity) > 0
-    runs = np.split(np.arange(len(tried)), np.flatnonzero(told[1:] != told[:-1]) + 1)
+    runs = np.split(np.arange(len(tried)), np.flatnonzero(significant[1:] != significant[:-1]) + 1)
     # With other degrees of freedom elsewhere there may be several gaps: told is what holds all of the set.
-    span = np.flatnonzero(~told) if bounded else max((own for own in runs if told[own[0]]), key=len)
+    span = np.flatnonzero(~significant) if bounded else max((rows for rows in runs if significant[rows[0]]), key=len)
     first, last = span[0], span[-1]
     if bounded and last - first == len(tried) - 1:
         return Crossover(tokens, "unbounded", None, None)
@@ -123,15 +123,15 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
         both = both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"], x=log_tokens - middle)
         moments = Coefficients("difference ~ x", both, differences(runs, both, column)).moments
         slopes = moments.estimate([0, 1], f"α of {b} − α of {a}", unit="difference of exponents")
-        found, p = fieller(moments, middle), math.nan
+        result, p = fieller(moments, middle), math.nan
         if moments.parts:
             variance, dof = moments.variance(np.array([0, 1]))
             p = float(2 * stats.t.sf(abs(slopes.value) / math.sqrt(variance), dof)) if variance else math.nan
-        inside = found.tokens and both["train_tokens"].min() <= found.tokens <= both["train_tokens"].max()
-        known = found.kind == "bounded" and found.tokens is not None
+        inside = result.tokens and both["train_tokens"].min() <= result.tokens <= both["train_tokens"].max()
+        known = result.kind == "bounded" and result.tokens is not None
         verdict = "none established" if not known else "within the sizes" if inside else "beyond the sizes"
-        row = {"a": a, "b": b, "slopes": slopes, "p": p, "tokens": found.tokens, "kind": found.kind}
-        rows.append(row | {"low": found.low, "high": found.high, "verdict": verdict})
+        row = {"a": a, "b": b, "slopes": slopes, "p": p, "tokens": result.tokens, "kind": result.kind}
+        rows.append(row | {"low": result.low, "high": result.high, "verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
 
 
@@ -176,9 +176,9 @@ def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> Saturating:
     tried = np.linspace(*map(math.log, BETAS), 60)
     best = int(np.argmin([fitted(b)[1] for b in tried]))
     around = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
-    found = optimize.minimize_scalar(lambda b: fitted(b)[1], bounds=around, method="bounded", options={"xatol": 1e-6})
-    (floor, scale), distance = fitted(found.x)
-    beta = math.exp(found.x)
+    result = optimize.minimize_scalar(lambda b: fitted(b)[1], bounds=around, method="bounded", options={"xatol": 1e-6})
+    (floor, scale), distance = fitted(result.x)
+    beta = math.exp(result.x)
     bounds = {"no floor": floor <= 0, "no slope": scale <= 0, "smallest beta": beta < 1.05 * BETAS[0]}
     bounds["largest beta"] = beta > BETAS[1] / 1.05
     rest = np.polyfit(x, y, 1, full=True)[1]
@@ -201,12 +201,12 @@ def forecasts(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
     In every replicate by itself; a law that the other sizes cannot fix (two for the power law, four for the saturating
     one) has no rows.
     """
-    found = Estimates()
-    for label, own in runs.dropna(subset=[column]).groupby("configuration"):
-        largest = own["train_tokens"].max()
+    result = Estimates()
+    for label, rows in runs.dropna(subset=[column]).groupby("configuration"):
+        largest = rows["train_tokens"].max()
         for form, fewest in (("power law", 2), ("saturating law", 4)):
             values = []
-            for _, part in own.groupby("replicate"):
+            for _, part in rows.groupby("replicate"):
                 rest, held = part[part["train_tokens"] < largest], part[part["train_tokens"] == largest]
                 if rest["train_tokens"].nunique() < fewest or held.empty:
                     continue
@@ -216,6 +216,6 @@ def forecasts(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
                     predicted = saturating(rest["train_tokens"], rest[column]).log_ppl(largest)
                 values.append(float(predicted) - held[column].mean())
             if values:
-                moments = Moments(*crossed(np.array(values)[:, None], None), len(own), len(values), drawn(own))
-                found.append(moments.estimate([1.0], f"{form} of {label}", f"{largest:,} tokens"))
-    return found
+                moments = Moments(*crossed(np.array(values)[:, None], None), len(rows), len(values), drawn(rows))
+                result.append(moments.estimate([1.0], f"{form} of {label}", f"{largest:,} tokens"))
+    return result
