@@ -28,7 +28,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30)]
 CORPORA = ("chitchat", "sotu", "docstrings", "ultrachat")
 """Corpora that have a name."""
 CORPUS = r"^(({0})(\+({0}))*|[^\p{{Cc}}]+\.(?i:txt|jsonl|parquet))$".format("|".join(CORPORA))
-NETWORKS = ("lstm", "transformer")
+NETWORKS = ("lstm", "mingru", "transformer")
 """Values of `model` that `ctxlm.networks` trains."""
 BASELINES = ("kneser-ney", *NETWORKS)
 """Values of `model` beside the two-phase one."""
@@ -119,7 +119,7 @@ class Experiment(BaseModel):
         0, description="for tuning: so many last training tokens are left out, and stand in for validation"
     )
     # The model
-    model: Literal["context", "kneser-ney", "lstm", "transformer"] = Field(
+    model: Literal["context", "kneser-ney", "lstm", "mingru", "transformer"] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
     )
     design: Literal["constant", "arithmetic"] = Field(
@@ -173,8 +173,10 @@ class Experiment(BaseModel):
     ngram_second_half: bool = Field(
         False, description="kneser-ney counts the text that the ppmi embedding has read, too"
     )
-    hidden_dim: Width = Field(1712, description="width of the lstm's state, or of the transformer's layers")
-    window: Count = Field(32, description="tokens an lstm is trained through at a time, or a transformer sees at most")
+    hidden_dim: Width = Field(1712, description="width of the lstm's or mingru's state, or of the transformer's layers")
+    window: Count = Field(
+        32, description="tokens an lstm or mingru is trained through at a time, or a transformer sees at most"
+    )
     num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
     # Looking into it
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(

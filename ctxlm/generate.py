@@ -91,7 +91,7 @@ class _Neural(Speaker):
         return torch.cat([first, self._later(tokens)]) if len(tokens) > 1 else first
 
     def _later(self, tokens: Tensor) -> Tensor:
-        # an LSTM reads on from the start, where its run was judged from 256 tokens before on (`lstm_residual`)
+        # a state is read on from the start, where its run was judged from 256 tokens before on (`lstm_residual`)
         return networks.evaluate(self.judge, tokens, len(tokens))[0]
 
 
@@ -126,6 +126,25 @@ class LSTMSpeaker(_Neural):
 
     def log_probs(self, state: State) -> Tensor:
         return self._predict(self.model.body.out(state.hidden[0][-1]), state)
+
+
+class MinGRUSpeaker(_Neural):
+    """A minGRU: `hidden` are what it hands out, [1, d], and its state, [layers, 1, hidden_dim].
+
+    The residual goes past the state, so that what is predicted from does not follow from the state alone.
+    """
+
+    def start(self) -> State:
+        body = self.model.body
+        state = torch.full((len(body.gates), 1, body.into.out_features), body.START)
+        return State((), (torch.zeros(1, body.out.out_features), state), self.nothing)
+
+    def step(self, state: State, token: int) -> State:
+        h, hidden = self.model.body(self.model.inputs(*_placed((token,)))[None], state.hidden[1:])
+        return State((), (h[:, 0], *hidden), self._slow(state, token))
+
+    def log_probs(self, state: State) -> Tensor:
+        return self._predict(state.hidden[0], state)
 
 
 class TransformerSpeaker(_Neural):
@@ -299,8 +318,10 @@ def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
     path = folder / WEIGHTS
     if not path.exists():
         raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {AGAIN}")
-    kinds = {"context": (ContextLM, Predictor, ContextSpeaker), "lstm": (NeuralLM, Reader, LSTMSpeaker)}
-    kind, judge, speaker = kinds.get(e.model, (NeuralLM, Reader, TransformerSpeaker))
+    speakers = {"lstm": LSTMSpeaker, "mingru": MinGRUSpeaker, "transformer": TransformerSpeaker}
+    kinds = {"context": (ContextLM, Predictor, ContextSpeaker)}
+    kinds |= {name: (NeuralLM, Reader, speaker) for name, speaker in speakers.items()}
+    kind, judge, speaker = kinds[e.model]
     model = kind(e, torch.from_numpy(load_embedding(e)))
     try:
         load_own_weights(model, load_file(path))

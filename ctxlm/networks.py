@@ -1,6 +1,6 @@
-"""An LSTM and a Transformer that read the embedding, and predict through it, as the context model does.
+"""An LSTM, a minGRU and a Transformer that read the embedding, and predict through it, as the context model does.
 
-Both take the normalised embeddings of a stream's tokens and are trained by the loop that trains Phase 2. Shapes: R rows
+All take the normalised embeddings of a stream's tokens and are trained by the loop that trains Phase 2. Shapes: R rows
 read side by side, W positions of each, d embed_dim, H hidden_dim.
 """
 
@@ -27,7 +27,7 @@ from ctxlm.recurrence import SlowReader
 from ctxlm.trainer import OnEpoch, Trained, Trainer
 
 LSTM_PART, LSTM_WARMUP = 1024, 256
-"""An LSTM is judged on parts of a stream side by side, each read on from so many tokens before it."""
+"""An LSTM or a minGRU is judged on parts of a stream side by side, each read on from so many tokens before it."""
 
 
 class LSTM(nn.Module):
@@ -48,6 +48,54 @@ class LSTM(nn.Module):
         with torch.autocast(inputs.device.type, enabled=False):
             h, state = self.cells(inputs, state)
         return self.out(self.dropout(h)), state
+
+
+class MinGRU(nn.Module):
+    """Pre-norm residual layers of minGRU cells (Feng et al., 2024), between a Linear in and a Linear out.
+
+    h_t = (1 - z_t) h_{t-1} + z_t g(h~_t), where z_t = sigmoid(Linear(x_t)), h~_t = Linear(x_t), and g(x) = x + 0.5 for
+    x >= 0, else sigmoid(x). States are averages of g, all positive: of plain layers, as an LSTM's, the upper
+    ones would read averages of averages. A norm takes their mean out, a residual lets the token itself past them.
+    """
+
+    START = 0.5
+    """The state before the stream: g(0), for in log space there is no 0."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, num_layers: int, dropout: float = 0.0):
+        """`dropout`: of what a layer adds, not of its state."""
+        super().__init__()
+        self.into, self.out = nn.Linear(embed_dim, hidden_dim), nn.Linear(hidden_dim, embed_dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(num_layers))
+        self.gates = nn.ModuleList(nn.Linear(hidden_dim, 2 * hidden_dim) for _ in range(num_layers))  # z, then h~
+        self.norm, self.dropout = nn.LayerNorm(hidden_dim), nn.Dropout(dropout)
+
+    def forward(self, inputs: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
+        """h [R, W, d] from inputs [R, W, d], and the state to go on from: every layer's last h_t, [L, R, H]."""
+        x = self.into(inputs).float()  # only products are rounded
+        before = state[0] if state else x.new_full((len(self.gates), len(x), x.shape[2]), self.START)
+        last = []
+        for norm, gates, h in zip(self.norms, self.gates, before, strict=True):
+            h = min_gru(*gates(norm(x)).float().chunk(2, -1), h)
+            last.append(h[:, -1])
+            x = x + self.dropout(h)
+        return self.out(self.norm(x)), (torch.stack(last),)
+
+
+def min_gru(z: Tensor, candidate: Tensor, before: Tensor) -> Tensor:
+    """h_t [R, W, H] of all positions at once, in log space, where a product of many shares does not underflow.
+
+    With A_t = prod_{s <= t} (1 - z_s), h_t is A_t (h_0 + sum_{s <= t} z_s g(h~_s) / A_s).
+
+    Args:
+        z: before its sigmoid, [R, W, H].
+        candidate: h~, [R, W, H].
+        before: h_0, [R, H].
+    """
+    log_g = torch.where(candidate >= 0, (candidate.relu() + 0.5).log(), F.logsigmoid(candidate))
+    log_a = F.logsigmoid(-z).cumsum(1)
+    log_h0 = before.clamp(min=torch.finfo(before.dtype).tiny).log().unsqueeze(1)
+    terms = torch.cat([log_h0, F.logsigmoid(z) + log_g - log_a], 1)
+    return (log_a + terms.logcumsumexp(1)[:, 1:]).exp()
 
 
 class Transformer(nn.Module):
@@ -76,7 +124,7 @@ class Transformer(nn.Module):
 
 
 class NeuralLM(nn.Module):
-    """One of the two with the embedding, which is the head too, and frozen unless `phase2_freeze_embedding` says no."""
+    """One of them with the embedding, which is the head too, and frozen unless `phase2_freeze_embedding` says no."""
 
     def __init__(self, experiment: Experiment, embedding: Tensor):
         """`embedding` is float32 [V, d]; weights are drawn from the experiment's seed, on the CPU."""
@@ -86,8 +134,9 @@ class NeuralLM(nn.Module):
         self.embedding = nn.Parameter(kept, requires_grad=not e.phase2_freeze_embedding)
         with torch.random.fork_rng([]):  # torch's own initialisation draws from its global generator
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
-            if e.model == "lstm":
-                self.body: nn.Module = LSTM(e.embed_dim, e.hidden_dim, e.num_layers, e.dropout)
+            if e.model != "transformer":
+                kind = {"lstm": LSTM, "mingru": MinGRU}[e.model]
+                self.body: nn.Module = kind(e.embed_dim, e.hidden_dim, e.num_layers, e.dropout)
             else:
                 shape = e.embed_dim, e.hidden_dim, e.num_layers, e.num_heads, e.window
                 self.body = Transformer(*shape, e.dropout)
@@ -100,7 +149,7 @@ class NeuralLM(nn.Module):
     @property
     def recurrent(self) -> bool:
         """Whether a state is carried from window to window."""
-        return isinstance(self.body, LSTM)
+        return isinstance(self.body, LSTM | MinGRU)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The normalised embeddings [..., d] at `positions` [...] of the stream `tokens` [T]."""
@@ -112,7 +161,7 @@ class NeuralLM(nn.Module):
 
 
 class Reader:
-    """The loss on windows of a stream; an LSTM's state goes on from one batch of windows to the next."""
+    """The loss on windows of a stream; a recurrent state goes on from one batch of windows to the next."""
 
     def __init__(self, model: NeuralLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
@@ -151,8 +200,8 @@ def parts(targets: int, part: int, warmup: int) -> tuple[Tensor, Tensor]:
 def evaluate(reader: Reader, tokens: Tensor, lstm_warmup: int = LSTM_WARMUP) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction).
 
-    A Transformer sees half a window or more before every token but the stream's first ones; an LSTM is read on from
-    `lstm_warmup` tokens or more. A slow context has read the stream from its start.
+    A Transformer sees half a window or more before every token but the stream's first ones; an LSTM or a minGRU is read
+    on from `lstm_warmup` tokens or more. A slow context has read the stream from its start.
     """
     half = reader.model.window // 2
     part, warmup = (LSTM_PART, lstm_warmup) if reader.model.recurrent else (reader.model.window - half, half)
@@ -186,7 +235,7 @@ class Windows:
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].
 
-        An LSTM reads as many stretches of the stream side by side, from their first window to their last. A
+        An LSTM or a minGRU reads as many stretches of the stream side by side, from their first window to their last. A
         Transformer reads windows in random order, from a random first position, so that their joints move.
         """
         w, targets = self.model.window, self.targets

@@ -18,6 +18,7 @@ from ctxlm.corpus import VOCABULARY, decode, split, tokenizer
 from ctxlm.generate import (
     ContextSpeaker,
     LSTMSpeaker,
+    MinGRUSpeaker,
     NGramSpeaker,
     Speaker,
     State,
@@ -42,6 +43,7 @@ RUNS = {
     "arithmetic": {"design": "arithmetic", "num_input_tokens": 3},
     "tuned": read_yaml("params/tuned.yaml") | {"phase2_context_window": 4, "dropout": 0.2},
     "LSTM": NETWORK | {"model": "lstm", "slow_decay": 0.9},
+    "minGRU": NETWORK | {"model": "mingru"},
     "Transformer": NETWORK | {"model": "transformer"},
     "KN-3": {"model": "kneser-ney", "ngram_order": 3},
 }
@@ -116,13 +118,15 @@ def planted(kind, **parameters):
         model = tiny(30, **parameters).requires_grad_(False)
         return ContextSpeaker(model.eval(), Predictor(model, torch.float32))
     model = small(kind, **parameters)[1].eval().requires_grad_(False)
-    return {"lstm": LSTMSpeaker, "transformer": TransformerSpeaker}[kind](model, Reader(model, torch.float32))
+    speakers = {"lstm": LSTMSpeaker, "mingru": MinGRUSpeaker, "transformer": TransformerSpeaker}
+    return speakers[kind](model, Reader(model, torch.float32))
 
 
 KINDS = [
     ("context", {"num_input_tokens": 3, "slow_decay": 0.9, "output_bias": "unigram"}),
     ("context", {"design": "arithmetic"}),
     ("lstm", {"slow_decay": 0.9}),
+    ("mingru", {"slow_decay": 0.9}),
     ("transformer", {}),
     ("transformer", {"window": 7, "phase2_batch_size": 21, "slow_decay": 0.9}),
     ("transformer", {"window": 1}),
@@ -132,7 +136,8 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "parameters"), KINDS)
 def test_a_long_text_at_once_is_that_text_token_by_token(kind, parameters):
-    length = {"context": 600, "lstm": 1100}.get(kind, 60)  # chunks of 256, an LSTM's parts of 1,024, windows
+    # chunks of 256, a recurrent network's parts of 1,024, windows
+    length = {"context": 600, "lstm": 1100, "mingru": 1100}.get(kind, 60)
     model, tokens = planted(kind, **parameters), stream(length, 30, seed=2)
     torch.testing.assert_close(model.losses(tokens), step_by_step(model, tokens)[0].float(), atol=1e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""The LSTM and the Transformer against their equations, one position at a time, and on texts that they must learn."""
+"""LSTM, minGRU and Transformer against their equations, one position at a time, and on texts that they must learn."""
 
 import math
 
@@ -13,12 +13,13 @@ from ctxlm.config import BASELINES, Experiment, read_yaml
 from ctxlm.corpus import split
 from ctxlm.metrics import Alternative
 from ctxlm.model import load_own_weights, own_weights
-from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, parts, train_network
+from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts, train_network
 from tests.conftest import stream
 
 VOCABULARY = 30
 SMALL = {
     "lstm": {"num_layers": 2, "hidden_dim": 12, "window": 8},
+    "mingru": {"num_layers": 2, "hidden_dim": 12, "window": 8},
     "transformer": {"num_layers": 2, "hidden_dim": 16, "num_heads": 4, "window": 8},
 }
 KINDS = list(SMALL)
@@ -32,7 +33,7 @@ def small(kind, **parameters):
     return e, NeuralLM(e, embedding)
 
 
-@pytest.mark.parametrize(("name", "count"), [("lstm", 18_312_320), ("transformer", 19_768_576)])
+@pytest.mark.parametrize(("name", "count"), [("lstm", 18_312_320), ("mingru", 18_301_794), ("transformer", 19_768_576)])
 def test_trained_parameters_are_within_a_tenth_of_a(name, count):
     e = Experiment.from_mapping(read_yaml("params/base.yaml"), read_yaml(f"params/baselines/{name}.yaml"))
     trained = NeuralLM(e, torch.zeros(5, 768)).trained()  # 5 tokens have 5 biases
@@ -66,6 +67,20 @@ def by_hand_lstm(model, tokens):
     return torch.stack(rows)
 
 
+def by_hand_mingru(model, tokens):
+    """h [T, d] by the equations of the gates, one token at a time, without a logarithm."""
+    body, states, rows = model.body, [torch.full((12,), 0.5)] * 2, []
+    for token in tokens:
+        x = body.into(F.layer_norm(model.embedding[token], (8,)))
+        for k, (norm, gates) in enumerate(zip(body.norms, body.gates, strict=True)):
+            z, new = gates(norm(x)).chunk(2)
+            g = torch.stack([value + 0.5 if value >= 0 else value.sigmoid() for value in new])
+            states[k] = (1 - z.sigmoid()) * states[k] + z.sigmoid() * g
+            x = x + states[k]
+        rows.append(body.out(body.norm(x)))
+    return torch.stack(rows)
+
+
 def by_hand_transformer(model, tokens):
     """h [T, d] of at most a window, every head of every position by itself."""
     body, heads, width = model.body, 4, 16
@@ -90,7 +105,7 @@ def by_hand_transformer(model, tokens):
     return torch.stack([body.out(body.norm(row)) for row in x])
 
 
-BY_HAND = {"lstm": by_hand_lstm, "transformer": by_hand_transformer}
+BY_HAND = {"lstm": by_hand_lstm, "mingru": by_hand_mingru, "transformer": by_hand_transformer}
 
 
 def losses_by_hand(model, h, targets):
@@ -128,20 +143,71 @@ def test_what_was_trained_is_the_equations(kind, frozen, slow):
     torch.testing.assert_close(Reader(new, torch.float32)(tokens, positions, positions >= 0)[1], losses)
 
 
-def test_an_lstm_is_judged_from_a_warm_up_on():
+each_recurrent = pytest.mark.parametrize("kind", ["lstm", "mingru"])
+
+
+@each_recurrent
+def test_a_recurrent_network_is_judged_from_a_warm_up_on(kind):
     """Fresh weights forget within tens of tokens; ones that hardly do show what the warm-up is worth."""
-    _, model = small("lstm")
+    _, model = small(kind)
     tokens = stream(2600, VOCABULARY)  # three parts
     with torch.no_grad():
         for k in range(2):
-            getattr(model.body.cells, f"bias_ih_l{k}")[12:24] += 6  # forget gates
-    from_the_start = losses_by_hand(model, by_hand_lstm(model, tokens[:-1]), tokens[1:])
+            if kind == "lstm":
+                getattr(model.body.cells, f"bias_ih_l{k}")[12:24] += 6  # forget gates
+            else:
+                model.body.gates[k].bias[:12] -= 6
+    from_the_start = losses_by_hand(model, BY_HAND[kind](model, tokens[:-1]), tokens[1:])
     losses, accuracy = evaluate(Reader(model, torch.float32), tokens)
     torch.testing.assert_close(losses[:1024], from_the_start[:1024], atol=1e-4, rtol=1e-4)
-    late = by_hand_lstm(model, tokens[1024 - 256 : 2048])[256:]
+    late = BY_HAND[kind](model, tokens[1024 - 256 : 2048])[256:]
     torch.testing.assert_close(losses[1024:2048], losses_by_hand(model, late, tokens[1025:2049]), atol=1e-4, rtol=1e-4)
     assert (losses - from_the_start)[1024:].abs().max() > 1e-2
     assert 0 <= accuracy <= 1
+
+
+@settings(max_examples=30)
+@given(length=st.integers(1, 40), cut=st.integers(0, 40), spread=st.sampled_from([1.0, 40.0, 1000.0]))
+def test_a_mingru_at_once_is_token_by_token(length, cut, spread):
+    """Also where gates are shut or open but for e**-1000, and states are none that float32 has a logarithm of."""
+    draws = torch.Generator().manual_seed(length)
+    z, new = spread * torch.randn(2, 3, length, 5, generator=draws)
+    h, rows = torch.rand(3, 5, generator=draws), []
+    start = h
+    for t in range(length):
+        g = torch.where(new[:, t] >= 0, new[:, t] + 0.5, new[:, t].sigmoid())
+        h = (1 - z[:, t].sigmoid()) * h + z[:, t].sigmoid() * g
+        rows.append(h)
+    expected, whole = torch.stack(rows, 1), min_gru(z, new, start)
+    torch.testing.assert_close(whole, expected, atol=1e-5 * spread, rtol=1e-3)
+    if 0 < cut < length:  # the state is all that a later window needs
+        later = min_gru(z[:, cut:], new[:, cut:], min_gru(z[:, :cut], new[:, :cut], start)[:, -1])
+        torch.testing.assert_close(later, whole[:, cut:], atol=1e-5 * spread, rtol=1e-3)
+
+
+def test_a_mingru_reads_on_from_its_state():
+    _, model = small("mingru")
+    inputs, steps, state = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)), [], None
+    for t in range(20):
+        h, state = model.body(inputs[:, t : t + 1], state)
+        steps.append(h)
+    whole, end = model.body(inputs)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state, end, atol=1e-5, rtol=1e-5)
+
+
+@each_kind
+def test_gradients_reach_every_weight(kind):
+    """Those of the equations, and none of them zero throughout."""
+    _, model = small(kind, output_bias="unigram")
+    tokens, positions = stream(9, VOCABULARY), torch.arange(8)[None]
+    Reader(model, torch.float32)(tokens, positions, positions >= 0)[0].backward()
+    found = {name: p.grad.clone() for name, p in model.trained().items()}
+    model.zero_grad()
+    losses_by_hand(model, BY_HAND[kind](model, tokens[:8]), tokens[1:]).mean().backward()
+    for name, p in model.trained().items():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-3)
+        assert found[name].abs().max() > 0, name
 
 
 def test_a_transformer_sees_half_a_window_or_more():
@@ -172,6 +238,13 @@ def test_dropout_is_the_equations_in_training_alone(kind):
         kept = F.dropout(state, 0.4)
         torch.testing.assert_close(h(True), model.body.out(kept))
         assert (kept == 0).float().mean().item() == pytest.approx(0.4, abs=0.03)
+    elif kind == "mingru":  # of what a layer adds to the token
+        x, body = model.body.into(inputs), model.body
+        added = min_gru(*body.gates[0](body.norms[0](x)).chunk(2, -1), torch.full((40, 12), 0.5))
+        torch.manual_seed(1)
+        kept = F.dropout(added, 0.4)
+        torch.testing.assert_close(h(True), body.out(body.norm(x + kept)))
+        assert torch.equal(model.train().body(inputs)[1][0][0], added[:, -1])  # the state is whole
     else:
         layer = model.body.layers[0]
         assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {layer.self_attn.dropout} == {0.4}
@@ -203,7 +276,7 @@ def test_an_epoch_scores_every_target_once(targets, kind, epoch):
         for row, counted in zip(positions, scored, strict=True):
             assert (row[counted].diff() == 1).all()
     assert sorted(places) == list(range(targets)) and max(sizes) <= 32
-    if kind == "lstm":
+    if kind != "transformer":
         assert task.updates == len(sizes)
     else:  # the shift of the first window decides, and tells by one batch at most
         assert task.updates == math.ceil((targets + 8) / 32) >= len(sizes) >= task.updates - 1
@@ -219,8 +292,9 @@ def test_a_transformers_windows_move_from_epoch_to_epoch():
     assert [row[0] for batch in first for row in batch] != sorted(row[0] for batch in first for row in batch)
 
 
-def test_an_lstm_carries_its_state_from_window_to_window_without_gradients():
-    e, model = small("lstm")
+@each_recurrent
+def test_a_state_is_carried_from_window_to_window_without_gradients(kind):
+    e, model = small(kind)
     tokens = stream(101, VOCABULARY)
     task, losses = windows(e, model, tokens), torch.empty(100)
     for epoch in (1, 2):  # and begins every epoch without one
@@ -228,7 +302,7 @@ def test_an_lstm_carries_its_state_from_window_to_window_without_gradients():
             loss, losses[positions[scored]], _ = task.loss((positions, scored))
             loss.backward()  # the graph of the batch before, which is gone, is not needed
     for start in range(0, 100, 25):  # four stretches of 25, read in windows of 8
-        h = by_hand_lstm(model, tokens[start : start + 25])
+        h = BY_HAND[kind](model, tokens[start : start + 25])
         expected = losses_by_hand(model, h, tokens[start + 1 : start + 26])
         torch.testing.assert_close(losses[start : start + 25], expected, atol=1e-5, rtol=1e-5)
 

@@ -31,6 +31,7 @@ KINDS = {
     "windows": {"context_dim": 12, "phase2_context_window": 8, "validations_per_epoch": 2},
     "tuned": EVERYTHING | {"context_dim": 12, "num_input_tokens": 1, "phase2_context_window": 1},
     "lstm": EVERYTHING | {"model": "lstm", "hidden_dim": 12, "window": 8, "validations_per_epoch": 3},
+    "mingru": EVERYTHING | {"model": "mingru", "hidden_dim": 12, "window": 8, "validations_per_epoch": 3},
     "transformer": EVERYTHING | {"model": "transformer", "hidden_dim": 16, "num_heads": 4, "window": 8},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
