@@ -91,8 +91,8 @@ class _Neural(Speaker):
         return torch.cat([first, self._later(tokens)]) if len(tokens) > 1 else first
 
     def _later(self, tokens: Tensor) -> Tensor:
-        # a state is read on from the start, where its run was judged from 256 tokens before on (`lstm_residual`)
-        return networks.evaluate(self.judge, tokens, len(tokens))[0]
+        # a state is read on from the start, where its run was judged from 256 tokens before on (`warmup_residual`)
+        return networks.evaluate(self.judge, tokens, 0, len(tokens))[0]
 
 
 class ContextSpeaker(_Neural):
@@ -113,31 +113,12 @@ class ContextSpeaker(_Neural):
         return evaluate(self.judge, chunked(self.model, tokens))[0]
 
 
-class LSTMSpeaker(_Neural):
-    """An LSTM: `hidden` are the two halves of its state, [layers, 1, hidden_dim] each."""
-
-    def start(self) -> State:
-        cells = self.model.body.cells
-        return State((), (torch.zeros(cells.num_layers, 1, cells.hidden_size),) * 2, self.nothing)
-
-    def step(self, state: State, token: int) -> State:
-        inputs = self.model.inputs(*_placed((token,)))[None]
-        return State((), self.model.body(inputs, state.hidden)[1], self._slow(state, token))
-
-    def log_probs(self, state: State) -> Tensor:
-        return self._predict(self.model.body.out(state.hidden[0][-1]), state)
-
-
-class MinGRUSpeaker(_Neural):
-    """A minGRU: `hidden` are what it hands out, [1, d], and its state, [layers, 1, hidden_dim].
-
-    The residual goes past the state, so that what is predicted from does not follow from the state alone.
-    """
+class RecurrentSpeaker(_Neural):
+    """An LSTM or a minGRU: `hidden` are what it hands out, [1, d], and then its state."""
 
     def start(self) -> State:
         body = self.model.body
-        state = torch.full((len(body.gates), 1, body.into.out_features), body.START)
-        return State((), (torch.zeros(1, body.out.out_features), state), self.nothing)
+        return State((), (torch.zeros(1, body.out.out_features), *body.start(1)), self.nothing)
 
     def step(self, state: State, token: int) -> State:
         h, hidden = self.model.body(self.model.inputs(*_placed((token,)))[None], state.hidden[1:])
@@ -318,11 +299,12 @@ def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
     path = folder / WEIGHTS
     if not path.exists():
         raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {AGAIN}")
-    speakers = {"lstm": LSTMSpeaker, "mingru": MinGRUSpeaker, "transformer": TransformerSpeaker}
-    kinds = {"context": (ContextLM, Predictor, ContextSpeaker)}
-    kinds |= {name: (NeuralLM, Reader, speaker) for name, speaker in speakers.items()}
-    kind, judge, speaker = kinds[e.model]
-    model = kind(e, torch.from_numpy(load_embedding(e)))
+    embedding = torch.from_numpy(load_embedding(e))
+    if e.model == "context":
+        model, judge, speaker = ContextLM(e, embedding), Predictor, ContextSpeaker
+    else:
+        model, judge = NeuralLM(e, embedding), Reader
+        speaker = RecurrentSpeaker if model.recurrent else TransformerSpeaker
     try:
         load_own_weights(model, load_file(path))
     except (RuntimeError, SafetensorError):

@@ -5,6 +5,7 @@ K distinct tokens of a stream.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,30 +32,41 @@ def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -
     return (rows * (index >= 0).unsqueeze(-1)).flatten(-2)
 
 
+class Shape(NamedTuple):
+    """The widths of a layer."""
+
+    context: int
+    other: int
+    """Of its other input; 0: it has none."""
+    out: int
+    residual: int = 0
+    """Of what a Linear makes the residual from; 0: the residual is the last `out` entries, as they are."""
+
+
 class _Layers(nn.Module):
     """Layers `LayerNorm(residual + ReLU(Linear(concat(context, other))))`, initialised alike.
 
     Where the design is `arithmetic` and the width changes, the residual goes through a Linear of its own.
     """
 
-    def __init__(self, shapes: list[tuple[int, int, int, int]], init: torch.Generator, std: float, dropout: float = 0):
+    def __init__(self, shapes: list[Shape], init: torch.Generator, std: float, dropout: float = 0):
         """Draw the weights.
 
         Args:
-            shapes: for each layer the widths of context, other (0: none), output and residual (0: no Linear).
+            shapes: of each layer.
             std: of the initial weights; of the biases a tenth of it.
             dropout: share of the new activations, ReLU(…), that training sets to zero.
         """
         super().__init__()
         # Linear(concat(context, other)) is held as two: autograd then skips the gradient of the part that needs none
         # (the tokens in Phase 1, frozen contexts in Phase 2), and the tokens' part can be had from a table.
-        self.from_context = nn.ModuleList(nn.Linear(c, out, bias=not other) for c, other, out, _ in shapes)
-        self.from_other = nn.ModuleList(nn.Linear(other, out) for _, other, out, _ in shapes if other)
-        self.residuals = nn.ModuleList(nn.Linear(r, out) if r else nn.Identity() for _, _, out, r in shapes)
-        self.norms = nn.ModuleList(nn.LayerNorm(out) for _, _, out, _ in shapes)
-        self.context_dim = shapes[0][0]
+        self.from_context = nn.ModuleList(nn.Linear(s.context, s.out, bias=not s.other) for s in shapes)
+        self.from_other = nn.ModuleList(nn.Linear(s.other, s.out) for s in shapes if s.other)
+        self.residuals = nn.ModuleList(nn.Linear(s.residual, s.out) if s.residual else nn.Identity() for s in shapes)
+        self.norms = nn.ModuleList(nn.LayerNorm(s.out) for s in shapes)
+        self.context_dim = shapes[0].context
         self.dropout = dropout
-        self.widths = [out for _, _, out, _ in shapes]
+        self.widths = [s.out for s in shapes]
         for index, (context, other, out, residual) in enumerate(shapes):
             left = self.from_context[index]
             weight = torch.empty(out, context + other).normal_(std=std, generator=init)
@@ -79,10 +91,8 @@ class _Layers(nn.Module):
             share: of its other input in the Linear, `from_other[index]`; None where it has none.
             before: what the residual is taken from.
         """
-        read = self.from_context[index](context)
-        if share is not None:
-            read = read + share
-        new = F.relu(read)
+        linear = self.from_context[index](context)  # of concat(context, other), with the other's share of it
+        new = F.relu(linear if share is None else linear + share)
         if self.dropout:
             new = F.dropout(new, self.dropout, self.training)
         residual = self.residuals[index](before)[..., -self.widths[index] :]  # without a Linear the last entries
@@ -104,11 +114,11 @@ class ContextBlock(_Layers):
 
     def __init__(self, e: Experiment):
         c, u = e.context_dim, e.num_input_tokens * e.embed_dim
-        shapes = [(c, u, c, 0)] * e.num_layers
+        shapes = [Shape(c, u, c)] * e.num_layers
         if e.design == "arithmetic":
             widths = _falling(c + u, c, e.num_layers)
-            shapes = [(c, u, widths[1], c if widths[1] != c else 0)]
-            shapes += [(a, 0, b, a if a != b else 0) for a, b in itertools.pairwise(widths[1:])]
+            shapes = [Shape(c, u, widths[1], c if widths[1] != c else 0)]
+            shapes += [Shape(a, 0, b, a if a != b else 0) for a, b in itertools.pairwise(widths[1:])]
         super().__init__(shapes, generator(e.seed, "init", "context_block"), e.phase1_init_std)
 
     def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
@@ -142,7 +152,7 @@ class TokenBlock(_Layers):
         if e.design == "arithmetic":
             widths = _falling(widths[0], e.embed_dim, e.num_layers)
         shapes = [
-            (context, a, b, a if e.design == "arithmetic" and a != b else 0)
+            Shape(context, a, b, a if e.design == "arithmetic" and a != b else 0)
             for context, (a, b) in zip(context_widths, itertools.pairwise(widths), strict=True)
         ]
         super().__init__(shapes, generator(e.seed, "init", "token_block"), e.phase2_init_std, e.dropout)
@@ -349,7 +359,8 @@ def forward_flops(model: nn.Module) -> int:
 
     Attention's products of positions with each other, which are no weights', are left out.
     """
-    return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    return 2 * sum(p.numel() for name, p in matrices.items() if not name.endswith("positions"))  # which are added
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import Split
-from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device
+from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device, tokens_on
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
@@ -26,24 +25,33 @@ from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies
 from ctxlm.recurrence import SlowReader
 from ctxlm.trainer import OnEpoch, Trained, Trainer
 
-LSTM_PART, LSTM_WARMUP = 1024, 256
-"""An LSTM or a minGRU is judged on parts of a stream side by side, each read on from so many tokens before it."""
+State = tuple[Tensor, ...]
+"""What a recurrent network hands on from token to token."""
+PART, WARMUP = 1024, 256
+"""A recurrent network is judged on parts of a stream side by side, each read on from so many tokens before it."""
 
 
 class LSTM(nn.Module):
     """A layer or more of `nn.LSTM` (Hochreiter & Schmidhuber, 1997) and a Linear back to the embedding's width.
 
     The cells stay out of autocast: CPUs without AVX-512 refuse them in bfloat16, and a GPU would run them in float16.
+    Dropout is of what goes from layer to layer and out, not of the state (Zaremba, Sutskever & Vinyals 2014).
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int, num_layers: int, dropout: float = 0.0):
-        """`dropout`: of what goes from layer to layer and out, not of the state (Zaremba, Sutskever & Vinyals 2014)."""
-        super().__init__()
-        between = dropout if num_layers > 1 else 0.0  # torch warns of one that is not there
-        self.cells = nn.LSTM(embed_dim, hidden_dim, num_layers, batch_first=True, dropout=between)
-        self.out, self.dropout = nn.Linear(hidden_dim, embed_dim), nn.Dropout(dropout)
+    recurrent = True
 
-    def forward(self, inputs: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Any]:
+    def __init__(self, e: Experiment):
+        super().__init__()
+        between = e.dropout if e.num_layers > 1 else 0.0  # torch warns of one that is not there
+        self.cells = nn.LSTM(e.embed_dim, e.hidden_dim, e.num_layers, batch_first=True, dropout=between)
+        self.out, self.dropout = nn.Linear(e.hidden_dim, e.embed_dim), nn.Dropout(e.dropout)
+
+    def start(self, rows: int) -> State:
+        """The state before the stream: h and c of every layer, [L, R, H] each."""
+        zeros = self.out.weight.new_zeros(self.cells.num_layers, rows, self.cells.hidden_size)
+        return zeros, zeros
+
+    def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """h [R, W, d] from inputs [R, W, d], and the state to go on from."""
         with torch.autocast(inputs.device.type, enabled=False):
             h, state = self.cells(inputs, state)
@@ -56,25 +64,28 @@ class MinGRU(nn.Module):
     h_t = (1 - z_t) h_{t-1} + z_t g(h~_t), where z_t = sigmoid(Linear(x_t)), h~_t = Linear(x_t), and g(x) = x + 0.5 for
     x >= 0, else sigmoid(x). States are averages of g, all positive: of plain layers, as an LSTM's, the upper
     ones would read averages of averages. A norm takes their mean out, a residual lets the token itself past them.
+
+    Dropout is of what a layer adds, not of its state.
     """
 
-    START = 0.5
-    """The state before the stream: g(0), for in log space there is no 0."""
+    recurrent = True
 
-    def __init__(self, embed_dim: int, hidden_dim: int, num_layers: int, dropout: float = 0.0):
-        """`dropout`: of what a layer adds, not of its state."""
+    def __init__(self, e: Experiment):
         super().__init__()
-        self.into, self.out = nn.Linear(embed_dim, hidden_dim), nn.Linear(hidden_dim, embed_dim)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(num_layers))
-        self.gates = nn.ModuleList(nn.Linear(hidden_dim, 2 * hidden_dim) for _ in range(num_layers))  # z, then h~
-        self.norm, self.dropout = nn.LayerNorm(hidden_dim), nn.Dropout(dropout)
+        width, layers = e.hidden_dim, range(e.num_layers)
+        self.into, self.out = nn.Linear(e.embed_dim, width), nn.Linear(width, e.embed_dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in layers)
+        self.gates = nn.ModuleList(nn.Linear(width, 2 * width) for _ in layers)  # z, then h~
+        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(e.dropout)
 
-    def forward(self, inputs: Tensor, state: tuple[Tensor] | None = None) -> tuple[Tensor, tuple[Tensor]]:
-        """h [R, W, d] from inputs [R, W, d], and the state to go on from: every layer's last h_t, [L, R, H]."""
-        x = self.into(inputs).float()  # only products are rounded
-        before = state[0] if state else x.new_full((len(self.gates), len(x), x.shape[2]), self.START)
-        last = []
-        for norm, gates, h in zip(self.norms, self.gates, before, strict=True):
+    def start(self, rows: int) -> State:
+        """The state before the stream, every layer's h_0 [L, R, H]: g(0), for in log space there is no 0."""
+        return (self.out.weight.new_full((len(self.gates), rows, self.out.in_features), 0.5),)
+
+    def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """h [R, W, d] from inputs [R, W, d], and the state to go on from."""
+        x, last = self.into(inputs).float(), []  # only products are rounded
+        for norm, gates, h in zip(self.norms, self.gates, state[0], strict=True):
             h = min_gru(*gates(norm(x)).float().chunk(2, -1), h)
             last.append(h[:, -1])
             x = x + self.dropout(h)
@@ -101,26 +112,35 @@ def min_gru(z: Tensor, candidate: Tensor, before: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """Pre-norm decoder layers with causal self-attention and learned positions (Radford et al., 2019)."""
 
-    def __init__(
-        self, embed_dim: int, hidden_dim: int, num_layers: int, num_heads: int, window: int, dropout: float = 0.0
-    ):
-        super().__init__()
-        self.into, self.out = nn.Linear(embed_dim, hidden_dim), nn.Linear(hidden_dim, embed_dim)
-        self.positions = nn.Parameter(torch.empty(window, hidden_dim))
-        nn.init.normal_(self.positions, std=0.02)
-        layer = partial(nn.TransformerEncoderLayer, hidden_dim, num_heads, 4 * hidden_dim, dropout=dropout)
-        options = {"activation": F.gelu, "batch_first": True, "norm_first": True}
-        self.layers = nn.ModuleList(layer(**options) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_dim)
+    recurrent = False
 
-    def forward(self, inputs: Tensor, state: None = None) -> tuple[Tensor, None]:
+    def __init__(self, e: Experiment):
+        super().__init__()
+        width = e.hidden_dim
+        self.into, self.out = nn.Linear(e.embed_dim, width), nn.Linear(width, e.embed_dim)
+        self.positions = nn.Parameter(torch.empty(e.window, width))
+        nn.init.normal_(self.positions, std=0.02)
+        layer = partial(nn.TransformerEncoderLayer, width, e.num_heads, 4 * width, dropout=e.dropout)
+        options = {"activation": F.gelu, "batch_first": True, "norm_first": True}
+        self.layers = nn.ModuleList(layer(**options) for _ in range(e.num_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def start(self, rows: int) -> State:
+        """It has no state."""
+        return ()
+
+    def forward(self, inputs: Tensor, state: State = ()) -> tuple[Tensor, State]:
         """h [R, W, d] from inputs [R, W, d], each position from those up to it."""
         width = inputs.shape[1]
         hidden = torch.full((width, width), -math.inf, device=inputs.device).triu(1)
         x = self.into(inputs) + self.positions[:width]
         for layer in self.layers:
             x = layer(x, src_mask=hidden, is_causal=True)
-        return self.out(self.norm(x)), None
+        return self.out(self.norm(x)), ()
+
+
+BODIES = {"lstm": LSTM, "mingru": MinGRU, "transformer": Transformer}
+"""What `model` names."""
 
 
 class NeuralLM(nn.Module):
@@ -134,12 +154,7 @@ class NeuralLM(nn.Module):
         self.embedding = nn.Parameter(kept, requires_grad=not e.phase2_freeze_embedding)
         with torch.random.fork_rng([]):  # torch's own initialisation draws from its global generator
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
-            if e.model != "transformer":
-                kind = {"lstm": LSTM, "mingru": MinGRU}[e.model]
-                self.body: nn.Module = kind(e.embed_dim, e.hidden_dim, e.num_layers, e.dropout)
-            else:
-                shape = e.embed_dim, e.hidden_dim, e.num_layers, e.num_heads, e.window
-                self.body = Transformer(*shape, e.dropout)
+            self.body: LSTM | MinGRU | Transformer = BODIES[e.model](e)
         self.output_bias = nn.Parameter(torch.zeros(len(embedding))) if e.output_bias == "unigram" else None
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
         # what the slow context is made from: as it was before training
@@ -149,7 +164,7 @@ class NeuralLM(nn.Module):
     @property
     def recurrent(self) -> bool:
         """Whether a state is carried from window to window."""
-        return isinstance(self.body, LSTM | MinGRU)
+        return self.body.recurrent
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The normalised embeddings [..., d] at `positions` [...] of the stream `tokens` [T]."""
@@ -167,7 +182,8 @@ class Reader:
         self.model, self.dtype = model, dtype
         self.score = Score(model.embedding, model.output_bias, model.logit_scale, dtype)
         self.with_slow = SlowReader(model.slow, model.read_embedding)
-        self.state: Any = None
+        self.state: State | None = None
+        """Where the next windows go on from; None: at their beginning."""
 
     def __call__(self, tokens: Tensor, positions: Tensor, scored: Tensor) -> Losses:
         """Losses of predicting the tokens after `positions` [R, W], where `scored` [R, W].
@@ -177,9 +193,10 @@ class Reader:
         which = scored.flatten().nonzero()[:, 0]
         after = to_device(positions.flatten()[which] + 1, tokens.device)
         with autocast(tokens.device, self.dtype):
-            h, state = self.model.body(self.model.inputs(tokens, to_device(positions, tokens.device)), self.state)
+            state = self.model.body.start(len(positions)) if self.state is None else self.state
+            h, state = self.model.body(self.model.inputs(tokens, to_device(positions, tokens.device)), state)
             h = h.flatten(0, 1)[to_device(which, tokens.device)]
-        self.state = state and tuple(x.detach() for x in state)  # gradients end at the window (Williams & Peng, 1990)
+        self.state = tuple(x.detach() for x in state)  # gradients end at the window (Williams & Peng, 1990)
         return self.score(self.with_slow(h, tokens, after - 1), tokens[after])
 
 
@@ -197,14 +214,15 @@ def parts(targets: int, part: int, warmup: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(reader: Reader, tokens: Tensor, lstm_warmup: int = LSTM_WARMUP) -> tuple[Tensor, float]:
+def evaluate(reader: Reader, tokens: Tensor, warmup: int = WARMUP, part: int = PART) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction).
 
-    A Transformer sees half a window or more before every token but the stream's first ones; an LSTM or a minGRU is read
-    on from `lstm_warmup` tokens or more. A slow context has read the stream from its start.
+    A Transformer sees half a window or more before every token but the stream's first ones; a recurrent network is read
+    on from `warmup` tokens or more, in parts of so many. A slow context has read the stream from its start.
     """
-    half = reader.model.window // 2
-    part, warmup = (LSTM_PART, lstm_warmup) if reader.model.recurrent else (reader.model.window - half, half)
+    if not reader.model.recurrent:
+        warmup = reader.model.window // 2
+        part = reader.model.window - warmup
     positions, scored = parts(len(tokens) - 1, part, warmup)
     losses = torch.empty(len(tokens) - 1, device=tokens.device)
     correct = torch.empty(len(tokens) - 1, dtype=torch.bool, device=tokens.device)
@@ -235,7 +253,7 @@ class Windows:
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].
 
-        An LSTM or a minGRU reads as many stretches of the stream side by side, from their first window to their last. A
+        A recurrent network reads as many stretches of the stream side by side, from their first window to their last. A
         Transformer reads windows in random order, from a random first position, so that their joints move.
         """
         w, targets = self.model.window, self.targets
@@ -300,19 +318,14 @@ def build(
     """
     device = resolve_device(experiment)
     dtype = resolve_dtype(experiment, device)
-
-    def on_device(tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(tokens).long().to(device)
-
-    val = on_device(streams.val.tokens)
+    train, val, *_ = tokens_on(device, streams)
     vectors = load_embedding(experiment)
     model = NeuralLM(experiment, torch.from_numpy(vectors)).to(device)
-    train = on_device(streams.train.tokens)
     trained = train_network(model, train, val, experiment, dtype, on_epoch, checkpoint, key)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:
-        losses, accuracy = evaluate(reader, on_device(tokens))
+        losses, accuracy = evaluate(reader, torch.from_numpy(tokens).long().to(device))
         return losses.cpu().numpy(), accuracy
 
     forward, head = forward_flops(model), 2 * model.embedding.numel()
@@ -324,7 +337,7 @@ def build(
         "training_flops": round(len(streams.train) * trained.epochs_run * (3 * (forward - head) + head_step)),
     }
     if model.recurrent:
-        longer, _ = evaluate(reader, val, 2 * LSTM_WARMUP)
-        columns["lstm_residual"] = (longer - trained.val_losses).double().mean().item()
+        longer, _ = evaluate(reader, val, 2 * WARMUP)
+        columns["warmup_residual"] = (longer - trained.val_losses).double().mean().item()
     known = trained.val_losses.cpu().numpy(), trained.val_accuracy
     return Alternative(judge, known, columns, trained.history, own_weights(model))

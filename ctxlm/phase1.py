@@ -153,7 +153,7 @@ def train_context_block(
         with products:
             tables = distinct.tables(block)
         gradients = [torch.zeros_like(table, dtype=torch.float32) for table in tables]
-        carried = contexts[-1:].clone()  # position 0 reads the last context
+        carried = contexts[-1:].clone()  # position 0 reads the last context, as in the study
         for index, (start, stop) in enumerate(track(bounds, f"iteration {iteration}")):
             previous = contexts[start:stop].clone()
             read = torch.cat([carried, previous[:-1]])

@@ -123,16 +123,16 @@ def chunked(
     # Enough chunks to fill the products' rows, few enough that the joints' runs stay a small share.
     shortest, rows = (256, 1024) if device.type == "cpu" else (128, 8192)
     length = chunk_length or max(shortest, -(-total // rows))
-    residual = math.inf
+    difference = math.inf
     while length < total:
-        before = residual
-        contexts, residual = _chunks(model, tokens, tolerance, length, progress, keep)
+        before = difference
+        contexts, difference = _chunks(model, tokens, tolerance, length, progress, keep)
         if contexts is not None:
             return contexts
-        if residual > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
+        if difference > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
             warnings.warn(
-                f"the ContextBlock does not forget for certain within {length} tokens (residual {residual:.1e}): its "
-                "contexts are computed token by token",
+                f"the ContextBlock does not forget for certain within {length} tokens (two runs still differ by "
+                f"{difference:.1e}, or have not agreed for long): its contexts are computed token by token",
                 stacklevel=2,
             )
             break
@@ -143,7 +143,7 @@ def chunked(
 def _chunks(
     model: ContextLM, tokens: Tensor, tolerance: float, length: int, progress: bool, keep: torch.dtype | None
 ) -> tuple[Contexts | None, float]:
-    """`chunked` with chunks of this length: the contexts, or None, and the residual."""
+    """`chunked` with chunks of this length: the contexts, or None, and the last difference of the two runs."""
     total, block, device = len(tokens), model.context_block, tokens.device
     count = -(-total // length)
     distinct = model.distinct_tokens(tokens)
@@ -177,7 +177,7 @@ def _chunks(
         if warmup and offset + 1 >= 2 * warmup:
             kept = inner and [layer.flatten(0, 1)[:total] for layer in inner]
             last = values.flatten(0, 1)[:total]
-            return Contexts(tokens, last, distinct, residual, warmup, None if kept else tables, kept), residual
+            return Contexts(tokens, last, distinct, residual, warmup, None if kept else tables, kept), difference
     return None, difference
 
 

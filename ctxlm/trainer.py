@@ -17,7 +17,7 @@ from ctxlm.config import ConfigError, Experiment
 from ctxlm.device import generator
 from ctxlm.files import atomic
 from ctxlm.loss import Losses
-from ctxlm.metrics import NonFiniteLoss, loss_summary, perplexity
+from ctxlm.metrics import NonFiniteLoss, loss_summary, overfit_rate, perplexity
 from ctxlm.progress import say, track
 
 OnEpoch = Callable[[list[dict]], Any]
@@ -66,7 +66,7 @@ class Trained:
         epochs = {"best_epoch": self.best_epoch, "epochs_run": self.epochs_run}
         if self.resumed:  # then the run's seconds are the last process's
             epochs["resumed_after_epoch"] = self.resumed
-        return epochs | val | {"last_val_ppl": last, "overfit_rate": last / val["val_ppl"] - 1}
+        return epochs | val | {"last_val_ppl": last, "overfit_rate": overfit_rate(last, val["val_ppl"])}
 
 
 class Trainer:
@@ -228,6 +228,6 @@ class Trainer:
     def _check(self, loss: float) -> None:
         if not math.isfinite(perplexity(loss)):  # also where it is a number, but no longer a language model's loss
             raise NonFiniteLoss(
-                f"Phase 2's loss is {loss} by update {self.update}: lower phase2_learning_rate = "
+                f"the loss is {loss} by update {self.update}: lower phase2_learning_rate = "
                 f"{self.e.phase2_learning_rate} or logit_scale = {self.e.logit_scale}"
             )

@@ -17,9 +17,8 @@ from ctxlm.config import Experiment, read_yaml
 from ctxlm.corpus import VOCABULARY, decode, split, tokenizer
 from ctxlm.generate import (
     ContextSpeaker,
-    LSTMSpeaker,
-    MinGRUSpeaker,
     NGramSpeaker,
+    RecurrentSpeaker,
     Speaker,
     State,
     TransformerSpeaker,
@@ -118,8 +117,8 @@ def planted(kind, **parameters):
         model = tiny(30, **parameters).requires_grad_(False)
         return ContextSpeaker(model.eval(), Predictor(model, torch.float32))
     model = small(kind, **parameters)[1].eval().requires_grad_(False)
-    speakers = {"lstm": LSTMSpeaker, "mingru": MinGRUSpeaker, "transformer": TransformerSpeaker}
-    return speakers[kind](model, Reader(model, torch.float32))
+    speaker = TransformerSpeaker if kind == "transformer" else RecurrentSpeaker
+    return speaker(model, Reader(model, torch.float32))
 
 
 KINDS = [

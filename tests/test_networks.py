@@ -12,7 +12,7 @@ from ctxlm import networks, ngrams
 from ctxlm.config import BASELINES, Experiment, read_yaml
 from ctxlm.corpus import split
 from ctxlm.metrics import Alternative
-from ctxlm.model import load_own_weights, own_weights
+from ctxlm.model import forward_flops, load_own_weights, own_weights
 from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts, train_network
 from tests.conftest import stream
 
@@ -187,11 +187,12 @@ def test_a_mingru_at_once_is_token_by_token(length, cut, spread):
 
 def test_a_mingru_reads_on_from_its_state():
     _, model = small("mingru")
-    inputs, steps, state = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)), [], None
+    inputs, steps = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)), []
+    state = start = model.body.start(3)
     for t in range(20):
         h, state = model.body(inputs[:, t : t + 1], state)
         steps.append(h)
-    whole, end = model.body(inputs)
+    whole, end = model.body(inputs, start)
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(state, end, atol=1e-5, rtol=1e-5)
 
@@ -208,6 +209,13 @@ def test_gradients_reach_every_weight(kind):
     for name, p in model.trained().items():
         torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-3)
         assert found[name].abs().max() > 0, name
+
+
+def test_a_transformers_positions_are_no_product():
+    _, model = small("transformer")
+    layers = [layer.self_attn.in_proj_weight.numel() for layer in model.body.layers]
+    layers += [module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert forward_flops(model) == 2 * (sum(layers) + model.embedding.numel())
 
 
 def test_a_transformer_sees_half_a_window_or_more():
@@ -228,10 +236,11 @@ def test_dropout_is_the_equations_in_training_alone(kind):
 
     def h(training, seed=1):
         torch.manual_seed(seed)
-        return model.train(training).body(inputs)[0]
+        return model.train(training).body(inputs, model.body.start(len(inputs)))[0]
 
     assert torch.equal(h(True), h(True)) and not torch.equal(h(True), h(True, seed=2))
-    torch.testing.assert_close(h(False), small(kind, num_layers=1)[1].eval().body(inputs)[0])
+    plain = small(kind, num_layers=1)[1].eval().body
+    torch.testing.assert_close(h(False), plain(inputs, plain.start(len(inputs)))[0])
     if kind == "lstm":  # of what it hands out, not of its state
         state = model.body.cells(inputs)[0]
         torch.manual_seed(1)
@@ -244,7 +253,7 @@ def test_dropout_is_the_equations_in_training_alone(kind):
         torch.manual_seed(1)
         kept = F.dropout(added, 0.4)
         torch.testing.assert_close(h(True), body.out(body.norm(x + kept)))
-        assert torch.equal(model.train().body(inputs)[1][0][0], added[:, -1])  # the state is whole
+        assert torch.equal(body.train()(inputs, body.start(len(inputs)))[1][0][0], added[:, -1])  # the state is whole
     else:
         layer = model.body.layers[0]
         assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {layer.self_attn.dropout} == {0.4}
