@@ -39,6 +39,7 @@ RUNS = {
     "window-B": B | SOUND | {"phase2_context_window": 4, "phase1_max_iterations": 1, "phase1_min_iterations": 1},
     "slow-A": A | SOUND | {"slow_decay": 0.98},
     "LSTM": NETWORK | {"model": "lstm", "num_layers": 1, "window": 32, "slow_decay": 0.98},
+    "minGRU": NETWORK | {"model": "mingru", "num_layers": 2, "window": 32},
     "Transformer": NETWORK | {"model": "transformer", "num_layers": 2, "num_heads": 4, "window": 64},
     "KN-4": {"model": "kneser-ney", "ngram_order": 4},
     "KN-3-second-half": {"model": "kneser-ney", "ngram_order": 3, "ngram_second_half": True},
