@@ -28,6 +28,7 @@ from tests.conftest import short_paragraphs, stream, tiny
 V = 300
 NETWORKS = {
     "lstm": {"model": "lstm", "num_layers": 2, "hidden_dim": 24, "window": 16},
+    "mingru": {"model": "mingru", "num_layers": 2, "hidden_dim": 24, "window": 16},
     "transformer": {"model": "transformer", "num_layers": 2, "hidden_dim": 32, "num_heads": 4, "window": 16},
 }
 TRAINING = {"phase2_batch_size": 64, "phase2_epochs": 2, "dtype": "float32"}
