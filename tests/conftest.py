@@ -154,11 +154,10 @@ def browser():
 
 
 def pytest_xdist_auto_num_workers():
-    """One more than `make report` has cores (psutil would count the whole machine's), for browsers and kernels are also
-    waited for; more than eight find no work."""
+    """As many as `make report` has cores (psutil would count the whole machine's); more than eight find no work."""
     from snakemake.utils import available_cpu_count  # not needed on a machine that has only a GPU's tests to run
 
-    return min(8, available_cpu_count() + 1)
+    return min(8, available_cpu_count())
 
 
 def pytest_configure(config):

@@ -595,7 +595,7 @@ def held(result, log_tokens: float) -> bool:
 def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
     rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])
     meet, hits = MIDDLE + 0.3, []
-    for _ in range(1000):
+    for _ in range(2000):
         result = moments(draws(rng, replicates, spread, truth, tokens), tokens)
         level, slope = (result.estimate(weights, "") for weights in ([1, 0], [0, 1]))
         crossing = held(fieller(result, MIDDLE), meet)
