@@ -18,6 +18,10 @@ MAX_ROWS = 10_000
 """The effective rank of a longer context matrix is that of so many of its rows, always the same ones."""
 
 
+OCCURRENCES = (0, 1, 6, 51, 501)
+"""Where classes of tokens begin, by how often they occur in the training text."""
+
+
 class NonFiniteLoss(ArithmeticError):
     """A loss became infinite or not a number; the message names the step and the remedy."""
 
@@ -78,6 +82,27 @@ def losses_by_sample(losses: np.ndarray, stream: Stream) -> pd.DataFrame:
     }
     by_sample = pd.DataFrame(columns).groupby("sample")
     return by_sample.agg(loss_sum=("loss", "sum"), tokens=("loss", "count"), bytes=("bytes", "sum")).reset_index()
+
+
+def losses_by_frequency(losses: np.ndarray, stream: Stream, train: Stream) -> list[dict]:
+    """The mean loss of targets that are rare or frequent in the training text, in classes that begin at `OCCURRENCES`.
+
+    Args:
+        losses: as `losses_by_sample`.
+        stream: of T tokens.
+        train: the training text.
+
+    Returns:
+        Rows of history.csv: phase `target_frequency`, step (occurrences, at least), metrics `targets` and `nats`.
+    """
+    occurrences = np.bincount(train.tokens, minlength=len(token_bytes()))[stream.tokens[1:]]
+    kinds = np.searchsorted(OCCURRENCES, occurrences, side="right") - 1
+    rows = []
+    for kind, least in enumerate(OCCURRENCES):
+        nats = losses[kinds == kind].astype(np.float64)
+        values = {"targets": len(nats)} | ({"nats": nats.mean()} if len(nats) else {})
+        rows += [{"phase": "target_frequency", "step": least, "metric": m, "value": v} for m, v in values.items()]
+    return rows
 
 
 def bits_per_byte(table: pd.DataFrame) -> float:

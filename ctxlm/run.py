@@ -44,6 +44,7 @@ from ctxlm.metrics import (
     bits_per_byte,
     effective_rank_pct,
     loss_summary,
+    losses_by_frequency,
     losses_by_sample,
     singular_values,
 )
@@ -165,6 +166,7 @@ class Run:
         metrics |= self.watch.seconds
         if bad := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise ValueError(f"{bad[0]} = {metrics[bad[0]]} is not finite: the run is not written")
+        history = history + losses_by_frequency(losses["development"], streams.development, streams.train)
         rows = pd.DataFrame(history, columns=["phase", "step", "metric", "value"])
         samples, val = pd.concat(tables, names=["part"]).reset_index(level=0), streams.val.samples[1:]
         writers = {

@@ -2,16 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctxlm.corpus import Stream
 from ctxlm.metrics import (
     MAX_ROWS,
     effective_rank,
     effective_rank_pct,
     loss_summary,
+    losses_by_frequency,
     overfit_rate,
     perplexity,
     singular_values,
@@ -70,3 +73,15 @@ def test_loss_summary_is_the_mean_over_tokens():
 
 def test_the_studys_overfitting_rate():
     assert overfit_rate(1247.38, 554.58) == pytest.approx(1.25, abs=0.005)  # A at 500 samples: +125 %
+
+
+def test_losses_are_counted_by_how_often_their_target_occurs_in_training():
+    train = np.repeat([7, 8, 9], [1, 6, 60]).astype(np.int32)  # 5 never
+    judged = np.array([9, 5, 7, 8, 9, 9], np.int32)
+    of = (Stream(tokens, np.zeros_like(tokens)) for tokens in (judged, train))
+    rows = losses_by_frequency(np.array([4.0, 3.0, 2.0, 1.0, 0.5], np.float32), *of)
+    values = {(row["step"], row["metric"]): row["value"] for row in rows}
+    assert values == {
+        **{(0, "targets"): 1, (0, "nats"): 4.0, (1, "targets"): 1, (1, "nats"): 3.0, (6, "targets"): 1},
+        **{(6, "nats"): 2.0, (51, "targets"): 2, (51, "nats"): 0.75, (501, "targets"): 0},
+    }
