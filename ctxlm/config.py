@@ -44,7 +44,7 @@ CONTEXT_ALONE = {
     *("design", "context_dim", "num_input_tokens", "phase1_init_std", "dist_reg_weight", "phase1_learning_rate"),
     *("phase1_batch_size", "phase1_min_iterations", "phase1_max_iterations", "phase1_convergence_threshold"),
     *("phase1_min_converged_ratio", "phase1_context_noise", "phase1_gradient_clip", "phase2_context_window"),
-    *("phase2_init_std", "context_ablation", "context_rank"),
+    *("phase2_init_std", "context_ablation", "context_rank", "spectral_radius", "leak", "input_scale"),
 }
 """Parameters that no other model reads."""
 DATA_PARAMETERS = {
@@ -122,13 +122,18 @@ class Experiment(BaseModel):
     model: Literal["context", "kneser-ney", "lstm", "mingru", "transformer"] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
     )
-    design: Literal["constant", "arithmetic"] = Field(
-        "constant", description="width of the layers: constant, or falling in an arithmetic progression"
+    design: Literal["constant", "arithmetic", "echo"] = Field(
+        "constant",
+        description="width of the layers: constant, or falling in an arithmetic progression; echo: contexts are those "
+        "of an echo state network, which nothing trains",
     )
     num_layers: int = Field(6, ge=1, le=1024, description="layers of each block, L")
     context_dim: Width = Field(768, description="width of the context, C")
     embed_dim: Width = Field(768, description="width of a token embedding, d")
     num_input_tokens: int = Field(2, ge=1, le=64, description="tokens read at a time, n")
+    spectral_radius: Positive = Field(0.9, description="of an echo state network's recurrent weights")
+    leak: float = Field(1.0, gt=0, le=1, description="share of an echo state network's context that a token replaces")
+    input_scale: Positive = Field(1.0, description="sd of what an echo state network reads of a token, before its tanh")
     # Phase 1
     phase1_init_std: Positive = Field(0.1, description="sd of the ContextBlock's initial weights (of biases a tenth)")
     dist_reg_weight: Fraction = Field(0.5, description="weight of diversity in Phase 1's loss")
@@ -221,6 +226,8 @@ class Experiment(BaseModel):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
         if self.context_rank and self.phase2_context_window:
             refuse("context_rank phase2_context_window", "the first keeps part of contexts that stay: set one to 0")
+        if self.design == "echo" and (self.phase1_max_iterations > 1 or self.phase2_context_window):
+            refuse("design phase1_max_iterations phase2_context_window", "the first trains no contexts: set 1 and 0")
         if self.context_rank > self.context_dim:
             refuse("context_rank context_dim", "a context has no more dimensions")
         return self

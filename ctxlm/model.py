@@ -1,4 +1,4 @@
-"""The two-phase context language model, in its designs `constant` and `arithmetic`.
+"""The two-phase context language model, in its designs `constant` and `arithmetic`, and with an echo state network.
 
 Shapes: V vocabulary, d embed_dim, C context_dim, L num_layers, n num_input_tokens, B rows (any tokens, in any order),
 K distinct tokens of a stream.
@@ -138,6 +138,34 @@ class ContextBlock(_Layers):
     def shares(self, inputs: Tensor) -> list[Tensor]:
         """The share of u_t, [B, n·d], in the Linear of every layer that reads it: tensors [B, width]."""
         return [linear(inputs) for linear in self.from_other]
+
+
+class EchoBlock(nn.Module):
+    """In the ContextBlock's place an echo state network (Jaeger, 2001): a random recurrence that nothing trains.
+
+    c_t = (1 − leak)·c_{t-1} + leak·tanh(W c_{t-1} + V u_t). W is normal, scaled to its `spectral_radius`; V is normal,
+    so that V u_t has a standard deviation of `input_scale`. All layers of the TokenBlock read the same context.
+    """
+
+    def __init__(self, e: Experiment):
+        super().__init__()
+        c, u, draws = e.context_dim, e.num_input_tokens * e.embed_dim, generator(e.seed, "init", "context_block")
+        self.from_context, self.from_other = nn.Linear(c, c, bias=False), nn.ModuleList([nn.Linear(u, c)])
+        self.requires_grad_(False)
+        weight = torch.empty(c, c).normal_(generator=draws)
+        self.from_context.weight.copy_(weight * (e.spectral_radius / torch.linalg.eigvals(weight.double()).abs().max()))
+        nn.init.normal_(self.from_other[0].weight, std=e.input_scale / u**0.5, generator=draws)
+        nn.init.zeros_(self.from_other[0].bias)
+        self.leak, self.context_dim, self.widths = e.leak, c, [c] * e.num_layers
+
+    def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
+        """As the ContextBlock's."""
+        new = torch.tanh(self.from_context(context) + shares[0])
+        return [(1 - self.leak) * context + self.leak * new] * len(self.widths)
+
+    def shares(self, inputs: Tensor) -> list[Tensor]:
+        """As the ContextBlock's."""
+        return [self.from_other[0](inputs)]
 
 
 class TokenBlock(_Layers):
@@ -287,7 +315,7 @@ class ContextLM(nn.Module):
         # Once Phase 2 trains a copy of the embedding: Phase 1's own, which contexts keep reading.
         self.register_buffer("context_embedding", None)
         self.design = e.design
-        self.context_block = ContextBlock(e)
+        self.context_block = EchoBlock(e) if e.design == "echo" else ContextBlock(e)
         self.token_block = TokenBlock(e, self.context_block.widths)
         # Phase 2 starts it at the training tokens' log frequencies.
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if e.output_bias == "unigram" else None

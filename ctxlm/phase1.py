@@ -17,6 +17,7 @@ from ctxlm.progress import say, track
 from ctxlm.recurrence import chunked
 
 CONTEXT_PARAMETERS = ["design", "num_layers", "context_dim", "embed_dim", "num_input_tokens", "dist_reg_weight", "seed"]
+CONTEXT_PARAMETERS += ["spectral_radius", "leak", "input_scale"]
 """What Phase 1 depends on beside the parameters named after it."""
 
 

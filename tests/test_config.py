@@ -73,6 +73,7 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"hidden_dim": 30, "num_heads": 8, "model": "transformer"},
         {"phase2_batch_size": 512, "window": 30, "model": "lstm"},
         {"design": "arithmetic", "model": "lstm"},
+        {"design": "echo"},
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values):

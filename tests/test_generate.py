@@ -40,6 +40,7 @@ NETWORK = {"output_bias": "unigram", "hidden_dim": 16, "window": 16, "num_heads"
 RUNS = {
     "study": {"phase2_epochs": 2},
     "arithmetic": {"design": "arithmetic", "num_input_tokens": 3},
+    "echo": read_yaml("params/echo.yaml") | {"leak": 0.5},
     "tuned": read_yaml("params/tuned.yaml") | {"phase2_context_window": 4, "dropout": 0.2},
     "LSTM": NETWORK | {"model": "lstm", "slow_decay": 0.9},
     "minGRU": NETWORK | {"model": "mingru"},
@@ -124,6 +125,7 @@ def planted(kind, **parameters):
 KINDS = [
     ("context", {"num_input_tokens": 3, "slow_decay": 0.9, "output_bias": "unigram"}),
     ("context", {"design": "arithmetic"}),
+    ("context", read_yaml("params/echo.yaml")),
     ("lstm", {"slow_decay": 0.9}),
     ("mingru", {"slow_decay": 0.9}),
     ("transformer", {}),

@@ -31,6 +31,7 @@ RUNS = {
     "sound-A": A | SOUND,
     "arithmetic-A": A | STUDY | {"design": "arithmetic", "phase1_max_iterations": 3, "phase2_epochs": 1},
     "arithmetic-zeros-A": A | SOUND | {"design": "arithmetic", "context_ablation": "zero"} | WITHOUT_PHASE1,
+    "echo-A": A | SOUND | {"design": "echo", "leak": 0.5} | WITHOUT_PHASE1,
     "zeros-B": B | SOUND | {"context_ablation": "zero"},
     "random_tokens-A": A | SOUND | {"context_ablation": "random_tokens"},
     "rank-A": A | SOUND | {"context_rank": 8},

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import Experiment
+from ctxlm.config import Experiment, read_yaml
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
 from ctxlm.model import ContextLM, SlowContext
 from ctxlm.recurrence import SlowReader, chunked, sequential
+from tests import literal
 from tests.conftest import stream, tiny
 
 
@@ -50,6 +51,24 @@ def test_contexts_of_real_tokens_agree_to_1e_5(layers, width):
     expected, chunks = sequential(model, tokens), chunked(model, tokens)
     assert 0 < chunks.warmup < 256 and chunks.residual <= 1e-5
     assert (chunks.values - expected.values).abs().max().item() <= 1e-5
+
+
+@pytest.mark.parametrize("leak", [1.0, 0.3])
+def test_an_echo_state_network_is_its_equations_and_nothing_trains_it(leak):
+    echo = read_yaml("params/echo.yaml") | {"spectral_radius": 0.5, "leak": leak, "input_scale": 0.5}
+    model, tokens, context = tiny(context_dim=40, **echo), stream(300), torch.zeros(40)
+    block, expected = model.context_block, []
+    for t in range(300):
+        read = block.from_other[0].weight @ literal.token_input(model.embedding, tokens, t, 2)
+        context = (1 - leak) * context + leak * torch.tanh(block.from_context.weight @ context + read)
+        expected.append(context)
+    chunks = chunked(model, tokens, chunk_length=150)
+    torch.testing.assert_close(chunks.values, torch.stack(expected), atol=1e-5, rtol=0)
+    assert chunks.warmup > 0 and all(torch.equal(x, chunks.values[:9]) for x in chunks.layers(block, slice(0, 9)))
+    assert np.abs(np.linalg.eigvals(block.from_context.weight.numpy())).max() == pytest.approx(0.5, rel=1e-5)
+    wide = tiny(context_dim=400, **echo).context_block.from_other[0]
+    assert wide(torch.randn(1, 16)).std().item() == pytest.approx(0.5, rel=0.5)
+    assert not any(p.requires_grad for p in block.parameters())
 
 
 def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
