@@ -171,8 +171,8 @@ def status(grid: str) -> list[str]:
         elif (folder / FAILURE).exists():
             state, rest = "failed", failures(home, [name])[name]
         elif done.exists():
-            alike = run.is_that_of(json.loads(done.read_text(encoding="utf-8")))
-            state, rest = ("finished", _result(done)) if alike else ("to come", "what is there is of other parameters")
+            alike = is_finished(done, run.for_notebook())
+            state, rest = ("finished", _result(done)) if alike else ("to come", "of other parameters, code or text")
         else:
             state, rest = ("stopped", _last_step(folder)) if folder.is_dir() else ("to come", "")
         states[state] += 1

@@ -54,6 +54,8 @@ DATA_PARAMETERS = {
 """Parameters of what is read and judged, size and replicate apart."""
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
+RESERVED = ("site", "search", "benchmark", "gpu", "interactive", "single")
+"""Folders of `outputs` that are no grid's."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
 MAX_NAME, MAX_RUNS = 200, 1_000
@@ -218,10 +220,13 @@ class Experiment(BaseModel):
         width = {"context": "phase2_context_window"}.get(self.model, "window")
         if self.model != "kneser-ney" and getattr(self, width) and self.phase2_batch_size % getattr(self, width):
             refuse(f"phase2_batch_size {width}", "the first must be a multiple of the second")
-        if self.model in NETWORKS:
-            for name in "phase2_context_window phase2_init_std design context_ablation context_rank".split():
-                if getattr(self, name) != (default := type(self).model_fields[name].default):
-                    refuse(f"{name} model", f"that model does not read the first, so leave it at {default!r}")
+        if self.train_tokens and self.model != "kneser-ney":
+            updates = max(1, -(-(self.train_tokens - self.held_out_tokens - 1) // self.phase2_batch_size))
+            if self.validations_per_epoch > updates:
+                refuse(
+                    "validations_per_epoch train_tokens",
+                    f"an epoch has {updates} updates: lower it, or phase2_batch_size",
+                )
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
         if self.context_rank and self.phase2_context_window:
@@ -265,11 +270,19 @@ class Experiment(BaseModel):
                 raise ConfigError(f"{name} = {value!r} is no file at {find(value)}: check the name")
         if notebook and NOTEBOOKS[e.model] != notebook:
             raise ConfigError(f"model = {e.model!r} is run by {NOTEBOOKS[e.model]}, not by this notebook")
-        if notebook and (unread := sorted(names - e.for_notebook().keys())):
-            raise ConfigError(
-                f"{unread[0]} = {namespace[unread[0]]!r}: model = {e.model!r} does not read it: leave it out"
-            )
+        if notebook:
+            e.check_read(names)
         return e
+
+    def check_read(self, names: Iterable[str]) -> None:
+        """Refuse parameters that were given by name and that the model does not read.
+
+        Raises:
+            ConfigError: the first of them.
+        """
+        if unread := sorted({*names} - self.for_notebook().keys()):
+            value = getattr(self, unread[0], None)
+            raise ConfigError(f"{unread[0]} = {value!r}: model = {self.model!r} does not read it: leave it out")
 
     def for_notebook(self) -> dict[str, Any]:
         """The parameters that its model reads, which are those of the notebook that runs it: name → value."""
@@ -420,6 +433,7 @@ def load_grid(name: str) -> Grid:
                 if both := {*step} & {name for layer in written for name in layer}:
                     raise ConfigError(f"'sweep' would override {', '.join(both)} of the experiment: leave one out")
                 runs[run] = Experiment.from_mapping(*common, *layers, {"experiment": label}, step)
+                runs[run].check_read([*step, *(name for layer in written for name in layer)])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return Grid(name=path.stem, title=file.title, description=file.description, runs=runs)
@@ -452,6 +466,8 @@ def _grid_file(name: str) -> Path:
     namesake = ours / f"{path.stem}.yaml"
     if namesake.exists() and resolve(path).resolve() != namesake:
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
+    if path.stem in RESERVED:
+        raise ConfigError(f"{path}: outputs/{path.stem} is another command's: rename your file")
     if not re.fullmatch(NAME, path.stem):
         raise ConfigError(f"{path}: {path.stem!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'")
     return path

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError
-from ctxlm.corpus import Stream, token_bytes
+from ctxlm.corpus import VOCABULARY, Stream, token_bytes
 from ctxlm.device import generator
 
 MAX_ROWS = 10_000
@@ -95,7 +95,7 @@ def losses_by_frequency(losses: np.ndarray, stream: Stream, train: Stream) -> li
     Returns:
         Rows of history.csv: phase `target_frequency`, step (occurrences, at least), metrics `targets` and `nats`.
     """
-    occurrences = np.bincount(train.tokens, minlength=len(token_bytes()))[stream.tokens[1:]]
+    occurrences = np.bincount(train.tokens, minlength=VOCABULARY)[stream.tokens[1:]]
     kinds = np.searchsorted(OCCURRENCES, occurrences, side="right") - 1
     rows = []
     for kind, least in enumerate(OCCURRENCES):

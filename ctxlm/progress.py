@@ -11,9 +11,13 @@ T = TypeVar("T")
 
 
 def in_jupyter() -> bool:
-    """Whether this is a Jupyter kernel that no batch has started (`batch.py` sets CTXLM_PROGRESS to `lines`)."""
+    """Whether someone sits before this kernel, unlike under papermill, which would keep all states of a bar."""
     ipython = sys.modules.get("IPython")
-    return hasattr(ipython and ipython.get_ipython(), "kernel") and os.environ.get("CTXLM_PROGRESS") != "lines"
+    shell = ipython and ipython.get_ipython()
+    if not hasattr(shell, "kernel") or os.environ.get("CTXLM_PROGRESS") == "lines":  # the latter is of a batch
+        return False
+    editor = "__vsc_ipynb_file__" in shell.user_ns  # VS Code's
+    return editor or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -130,11 +130,12 @@ def chunked(
         if contexts is not None:
             return contexts
         if difference > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
-            warnings.warn(
-                f"the ContextBlock does not forget for certain within {length} tokens (two runs still differ by "
-                f"{difference:.1e}, or have not agreed for long): its contexts are computed token by token",
-                stacklevel=2,
-            )
+            if difference > tolerance:
+                warnings.warn(
+                    f"the ContextBlock does not forget for certain within {length} tokens (two runs still differ by "
+                    f"{difference:.1e}): its contexts are computed token by token",
+                    stacklevel=2,
+                )
             break
         length *= 4
     return sequential(model, tokens, progress)

@@ -320,6 +320,8 @@ def folder_by_hand(settings: Experiment) -> tuple[Experiment, Path]:
     """
     usual = Experiment.from_mapping(read_yaml(f"params/notebooks/{Path(NOTEBOOKS[settings.model]).stem}.yaml"))
     values = {name: value for name, value in settings.model_dump().items() if value != getattr(usual, name)}
+    if "experiment" not in settings.model_fields_set:  # its default is the context model's
+        values.pop("experiment", None)
     name = _name(values, 120) or usual.experiment
     if "experiment" not in values:
         label = _name({key: value for key, value in values.items() if key not in REPLICATED}, 60)

@@ -31,7 +31,7 @@ class Task(Protocol):
     weights: dict[str, nn.Parameter]
     """What is trained, by name, on one device."""
     updates: int
-    """Batches of an epoch."""
+    """Batches of an epoch, at least."""
 
     def batches(self, epoch: int) -> Iterable[Any]:
         """The batches of an epoch, from 1."""
@@ -78,7 +78,7 @@ class Trainer:
         Raises:
             ConfigError: an epoch has fewer updates than validations.
         """
-        if experiment.validations_per_epoch > max(1, task.updates - 1):  # a Transformer may have one batch fewer
+        if experiment.validations_per_epoch > task.updates:
             raise ConfigError(
                 f"validations_per_epoch = {experiment.validations_per_epoch}: an epoch has {task.updates} updates, "
                 "so lower it, or phase2_batch_size"

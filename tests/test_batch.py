@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ctxlm import batch
 from ctxlm.batch import FAILURE, execute, failures, is_finished, main, status
-from ctxlm.config import Experiment, code_hash
+from ctxlm.config import Experiment, code_hash, load_grid
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
 from tests.conftest import SMALL, held
@@ -33,7 +33,7 @@ def write_result(folder, values, **metrics):
     """What a finished run of today's code has in its metrics.json, as far as it counts."""
     run = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
     hashes = {"code_hash": code_hash(run.model), "data_hash": data_hash(run)}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(run.model_dump() | hashes | {"test_loss": 2.0} | metrics))
 
 
@@ -150,24 +150,24 @@ def test_nobody_who_reads_is_no_reason_to_stop(terminal):
 
 
 def test_how_far_a_grid_is(tmp_path, outputs, capsys):
-    grid = {"experiments": {label: {"seed": seed} for seed, label in enumerate("ABCDE")}, "title": "five"}
-    (tmp_path / "five.yaml").write_text(yaml.safe_dump(grid | {"common": {"train_tokens": 100}}))
-    home = outputs / "five"
-    for name in "ABCDE":
+    grid = {"experiments": {label: {"seed": seed} for seed, label in enumerate("ABCDEF")}, "title": "six"}
+    (tmp_path / "six.yaml").write_text(yaml.safe_dump(grid | {"common": {"train_tokens": 100}}))
+    runs = load_grid(str(tmp_path / "six.yaml")).runs
+    home = outputs / "six"
+    for name in "CD":
         (home / name).mkdir(parents=True)
-    for name, seed in (("A", 0), ("B", 1), ("E", 7)):  # E's is of an earlier file of the grid
-        metrics = {"seed": seed, "test_loss": 2.0, "train_tokens": 100}
-        (home / name / "metrics.json").write_text(json.dumps(metrics))
+    for name, other in (("A", {}), ("B", {}), ("E", {"seed": 7}), ("F", {"code_hash": "other"})):
+        write_result(home / name, runs[name].for_notebook(), test_loss=2.0, **other)
     (home / "B" / FAILURE).write_text("NonFiniteLoss: nan\n")
     for name in "CD":
         (home / name / "experiment.log").write_text("Executing\nepoch 3: validation PPL 7.0\nExecuting\n")
     with held(home / "C" / ".batch.lock"):
-        head, *lines = status(str(tmp_path / "five.yaml"))
+        head, *lines = status(str(tmp_path / "six.yaml"))
     states = {line.split()[0]: line for line in lines}
-    for name, words in zip("ABCDE", ("finished  test PPL 7.4", "failed", "running", "stopped", "to come"), strict=True):
-        assert words in states[name]
-    assert "epoch 3: validation PPL 7.0" in states["C"] and "nan" in states["B"] and "5 runs" in head
-    assert main(["--status", str(tmp_path / "five.yaml")]) == 0 and "5 runs" in capsys.readouterr().out
+    words = ("finished  test PPL 7.4", "failed", "running", "stopped", "to come", "to come")
+    assert all(word in states[name] for name, word in zip("ABCDEF", words, strict=True))
+    assert "epoch 3: validation PPL 7.0" in states["C"] and "nan" in states["B"] and "6 runs" in head
+    assert main(["--status", str(tmp_path / "six.yaml")]) == 0 and "6 runs" in capsys.readouterr().out
     assert main(["--status", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
 
 

@@ -72,8 +72,8 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"ngram_second_half": True, "model": "context"},
         {"hidden_dim": 30, "num_heads": 8, "model": "transformer"},
         {"phase2_batch_size": 512, "window": 30, "model": "lstm"},
-        {"design": "arithmetic", "model": "lstm"},
         {"design": "echo"},
+        {"validations_per_epoch": 4, "train_tokens": 1_000, "phase2_batch_size": 512},
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values):
@@ -247,6 +247,8 @@ def test_a_longer_sweep_adds_runs_and_changes_none(grid):
         ({"sweep": {"corpus": ["texts/mine.txt"]}}, "run A_corpus-texts/mine.txt: "),
         ({"sweep": {"corpus": ["a" * 200 + ".txt"]}}, "run A_corpus-aaa"),
         ({"title": None}, "title = None"),
+        ({"experiments": {"L": {"model": "lstm", "design": "arithmetic"}}}, "run L: design = 'arithmetic'"),
+        ({"sweep": {"window": [16, 32]}}, "run A_window-16: window = 16"),
     ],
 )
 def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content, words):
@@ -255,7 +257,7 @@ def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content,
     assert message.startswith(file) and words in message
 
 
-@pytest.mark.parametrize("name", ["study", "a b", ".hidden", "-x", "a;b"])
+@pytest.mark.parametrize("name", ["study", "site", "a b", ".hidden", "-x", "a;b"])
 def test_a_grids_file_has_a_name_that_can_be_its_folders_and_is_not_ours(grid, name):
     file = grid(name)
     assert refusal(load_grid, file).startswith(file)

@@ -179,10 +179,10 @@ def test_a_mingru_at_once_is_token_by_token(length, cut, spread):
         h = (1 - z[:, t].sigmoid()) * h + z[:, t].sigmoid() * g
         rows.append(h)
     expected, whole = torch.stack(rows, 1), min_gru(z, new, start)
-    torch.testing.assert_close(whole, expected, atol=1e-5 * spread, rtol=1e-3)
+    torch.testing.assert_close(whole, expected, atol=2e-6 * spread, rtol=1e-4)
     if 0 < cut < length:  # the state is all that a later window needs
         later = min_gru(z[:, cut:], new[:, cut:], min_gru(z[:, :cut], new[:, :cut], start)[:, -1])
-        torch.testing.assert_close(later, whole[:, cut:], atol=1e-5 * spread, rtol=1e-3)
+        torch.testing.assert_close(later, whole[:, cut:], atol=2e-6 * spread, rtol=1e-4)
 
 
 def test_a_mingru_reads_on_from_its_state():
@@ -288,7 +288,7 @@ def test_an_epoch_scores_every_target_once(targets, kind, epoch):
     if kind != "transformer":
         assert task.updates == len(sizes)
     else:  # the shift of the first window decides, and tells by one batch at most
-        assert task.updates == math.ceil((targets + 8) / 32) >= len(sizes) >= task.updates - 1
+        assert task.updates == math.ceil(targets / 32) <= len(sizes) <= task.updates + 1
 
 
 def test_a_transformers_windows_move_from_epoch_to_epoch():

@@ -272,7 +272,7 @@ def test_views_are_shown_of_first_values_and_anew_when_a_control_is_moved(monkey
     shown: list = []
     monkeypatch.setattr(play, "display", shown.append)
     for frontend in (False, True):
-        monkeypatch.setattr(play, "has_widgets", lambda frontend=frontend: frontend)
+        monkeypatch.setattr(play, "in_jupyter", lambda frontend=frontend: frontend)
         play.explore([double], x=(0, 9, 3), word=["a", "b"], text="unused", fixed=1)
     static, box, first, _ = shown
     number, choice, text = box.children

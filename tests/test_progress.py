@@ -48,7 +48,8 @@ def shown(outputs):
 
 
 @pytest.mark.slow
-def test_a_cell_keeps_its_lines_and_one_figure_in_its_last_state():
+def test_a_cell_keeps_its_lines_and_one_figure_in_its_last_state(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "someone's")
     work, drawn = executed(WORK, CURVE)
     assert shown(work) == ["epoch 1: done", "epoch 2: done", ""] and {output.name for output in work} == {"stdout"}
     assert "epoch 1:" in "".join(output.text for output in work).split("epoch 1: done")[0]  # a bar, before
@@ -57,8 +58,11 @@ def test_a_cell_keeps_its_lines_and_one_figure_in_its_last_state():
 
 
 @pytest.mark.slow
-def test_a_batch_has_every_line_in_its_log_and_no_bar(monkeypatch):
-    monkeypatch.setenv("CTXLM_PROGRESS", "lines")
+@pytest.mark.parametrize(("variable", "value"), [("CTXLM_PROGRESS", "lines"), ("JPY_SESSION_NAME", "")])
+def test_a_batch_and_papermill_by_hand_have_every_line_and_no_bar(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    if not value:  # nobody sits before it
+        monkeypatch.delenv(variable)
     (outputs,) = executed(WORK)
     assert {output.name for output in outputs} == {"stdout"}
     assert "".join(output.text for output in outputs) == "epoch 1: done\nepoch 2: done\n"

@@ -8,11 +8,9 @@ may hold anything: they are escaped, in `pre` and `code` elements, where nobody 
 import functools
 import inspect
 import json
-import os
 import re
 import shlex
 import signal
-import sys
 import textwrap
 import threading
 import time
@@ -27,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -44,6 +41,7 @@ from ctxlm.generate import ContextSpeaker, Speaker, changed, generate, load_run,
 from ctxlm.metrics import NonFiniteLoss
 from ctxlm.model import ContextLM
 from ctxlm.phase2 import Predictor
+from ctxlm.progress import in_jupyter
 from ctxlm.recurrence import Ablation, Contexts, chunked
 
 GRID = "playground"
@@ -68,7 +66,7 @@ def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls
     """
     place = {list: 0, tuple: 2}  # where the first value stands
     values = {name: c[place[type(c)]] if type(c) in place else c for name, c in controls.items()}
-    widgets = {name: _widget(name, control) for name, control in controls.items()} if has_widgets() else {}
+    widgets = {name: _widget(name, control) for name, control in controls.items()} if in_jupyter() else {}
     if widgets:
         import ipywidgets  # opens channels to a frontend: not where there is none
 
@@ -80,13 +78,6 @@ def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls
             display(ipywidgets.interactive_output(functools.partial(_show, view), {n: widgets[n] for n in names}))
         else:
             _show(view, **{name: values[name] for name in names})
-
-
-def has_widgets() -> bool:
-    """Whether someone sits before this kernel: not under papermill or nbconvert, which would keep widgets' state."""
-    shell = get_ipython()
-    editor = shell is not None and "__vsc_ipynb_file__" in shell.user_ns  # VS Code's
-    return shell is not None and (editor or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules)
 
 
 def _widget(name: str, control: Any) -> Any:
@@ -297,7 +288,9 @@ def changed_experiment(preset: str, change: str) -> tuple[Experiment, str]:
     if not isinstance(given, dict):
         raise ConfigError(f"change = {change!r} is no list of parameters: write one a line, as num_layers: 3")
     name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *(f"{key}-{value}" for key, value in given.items())]))
-    return Experiment.from_mapping(known[preset].model_dump(), given), name
+    e = Experiment.from_mapping(known[preset].model_dump(), given)
+    e.check_read(given)
+    return e, name
 
 
 def train(preset: str, change: str = "") -> str:

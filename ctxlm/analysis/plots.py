@@ -74,6 +74,8 @@ def tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12)
+    if len(ticks) == 1:  # else points drawn aside of it would lie at both ends
+        axes.set_xlim(ticks[0] / 1.3, ticks[0] * 1.3)
     axes.set_xlabel("training tokens (log)")
 
 
