@@ -591,7 +591,11 @@ def held(result, log_tokens: float) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicates", [4, pytest.param(8, marks=pytest.mark.night)])
-@pytest.mark.parametrize("spread", [LIKE_RUNS, SAMPLES_WEIGH, APART], ids=["as runs", "samples weigh", "apart"])
+@pytest.mark.parametrize(
+    "spread",
+    [LIKE_RUNS, *(pytest.param(spread, marks=pytest.mark.night) for spread in (SAMPLES_WEIGH, APART))],
+    ids=["as runs", "samples weigh", "apart"],
+)
 def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates):
     rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])
     meet, hits = MIDDLE + 0.3, []

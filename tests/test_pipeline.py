@@ -199,6 +199,7 @@ def test_a_result_of_other_parameters_is_not_reported(grid, monkeypatch):
         site.build(str(grid.file))
 
 
+@pytest.mark.night
 def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):
     """Killed are first all processes, then the command alone, whose jobs go on; at last two commands end it."""
     grid.plan("A", "K", "L")
