@@ -204,6 +204,7 @@ def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):
     """Killed are first all processes, then the command alone, whose jobs go on; at last two commands end it."""
     grid.plan("A", "K", "L")
     killed, command = Grid(grid.folder, grid.folder / "killed"), grid.without_report()
+    assert grid.run(*command)[0] == 0
     process = killed.start(*command)
     wait_for(lambda: [*killed.home.glob("A/checkpoint.pt")], process)
     kill(tree(psutil.Process(process.pid)))
