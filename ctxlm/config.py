@@ -7,6 +7,7 @@ import ast
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import ROOT, digest, find, resolve, source_hash
+from ctxlm.files import BY_HAND, ROOT, digest, find, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
@@ -54,7 +55,7 @@ DATA_PARAMETERS = {
 """Parameters of what is read and judged, size and replicate apart."""
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
-RESERVED = ("site", "search", "benchmark", "gpu", "interactive", "single")
+RESERVED = ("site", "search", "benchmark", "gpu", "single", BY_HAND)
 """Folders of `outputs` that are no grid's."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
@@ -220,17 +221,15 @@ class Experiment(BaseModel):
         width = {"context": "phase2_context_window"}.get(self.model, "window")
         if self.model != "kneser-ney" and getattr(self, width) and self.phase2_batch_size % getattr(self, width):
             refuse(f"phase2_batch_size {width}", "the first must be a multiple of the second")
-        if self.train_tokens and self.model != "kneser-ney":
-            updates = max(1, -(-(self.train_tokens - self.held_out_tokens - 1) // self.phase2_batch_size))
-            if self.validations_per_epoch > updates:
-                refuse(
-                    "validations_per_epoch train_tokens",
-                    f"an epoch has {updates} updates: lower it, or phase2_batch_size",
-                )
+        if self.train_tokens:  # how many tokens samples have is seen later, by the trainer
+            self.check_validations(self.train_tokens - self.held_out_tokens - 1)
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
         if self.context_rank and self.phase2_context_window:
             refuse("context_rank phase2_context_window", "the first keeps part of contexts that stay: set one to 0")
+        for name in ("spectral_radius", "leak", "input_scale"):
+            if self.design != "echo" and getattr(self, name) != type(self).model_fields[name].default:
+                refuse(f"{name} design", "only echo reads the first")
         if self.design == "echo" and (self.phase1_max_iterations > 1 or self.phase2_context_window):
             refuse("design phase1_max_iterations phase2_context_window", "the first trains no contexts: set 1 and 0")
         if self.context_rank > self.context_dim:
@@ -273,6 +272,19 @@ class Experiment(BaseModel):
         if notebook:
             e.check_read(names)
         return e
+
+    def check_validations(self, targets: int) -> None:
+        """Refuse more validations than an epoch of so many targets has updates, at least.
+
+        Raises:
+            ConfigError: as said.
+        """
+        updates = max(1, math.ceil(targets / self.phase2_batch_size))
+        if self.validations_per_epoch > updates:
+            raise ConfigError(
+                f"validations_per_epoch = {self.validations_per_epoch}: an epoch of {targets:,} targets has {updates} "
+                f"updates: lower it, or phase2_batch_size = {self.phase2_batch_size}"
+            )
 
     def check_read(self, names: Iterable[str]) -> None:
         """Refuse parameters that were given by name and that the model does not read.

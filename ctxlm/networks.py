@@ -251,10 +251,6 @@ class Windows:
         set_frequencies(train, len(model.embedding), model.output_bias, model.slow)
         self.reader, self.targets = Reader(model, dtype), len(train) - 1
         self.rows = experiment.phase2_batch_size // model.window
-        if model.recurrent:
-            self.updates = math.ceil(math.ceil(self.targets / self.rows) / model.window)
-        else:  # where the first window begins decides on one more
-            self.updates = math.ceil(self.targets / experiment.phase2_batch_size)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].

@@ -68,7 +68,6 @@ class Phase2:
         self.weights = _trained(model, train.tokens, experiment)
         self.predict = Predictor(model, dtype)
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
-        self.updates = -(-self.targets // experiment.phase2_batch_size)
 
     def batches(self, epoch: int) -> Iterator[slice | tuple[Tensor, int]]:
         """Positions: a slice, or windows int64 [R, W] and how many of their positions there are."""

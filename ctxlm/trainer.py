@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.device import generator
 from ctxlm.files import atomic
 from ctxlm.loss import Losses
@@ -30,8 +30,8 @@ class Task(Protocol):
     model: nn.Module
     weights: dict[str, nn.Parameter]
     """What is trained, by name, on one device."""
-    updates: int
-    """Batches of an epoch, at least."""
+    targets: int
+    """Tokens that an epoch predicts, in batches of `phase2_batch_size` or less."""
 
     def batches(self, epoch: int) -> Iterable[Any]:
         """The batches of an epoch, from 1."""
@@ -78,11 +78,7 @@ class Trainer:
         Raises:
             ConfigError: an epoch has fewer updates than validations.
         """
-        if experiment.validations_per_epoch > task.updates:
-            raise ConfigError(
-                f"validations_per_epoch = {experiment.validations_per_epoch}: an epoch has {task.updates} updates, "
-                "so lower it, or phase2_batch_size"
-            )
+        experiment.check_validations(task.targets)
         self.task, self.e = task, experiment
         weights = [*task.weights.values()]
         matrices, others = [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim < 2]

@@ -73,7 +73,8 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"hidden_dim": 30, "num_heads": 8, "model": "transformer"},
         {"phase2_batch_size": 512, "window": 30, "model": "lstm"},
         {"design": "echo"},
-        {"validations_per_epoch": 4, "train_tokens": 1_000, "phase2_batch_size": 512},
+        {"leak": 0.5, "design": "constant"},
+        {"validations_per_epoch": 4, "phase2_batch_size": 512, "train_tokens": 1_000},
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values):

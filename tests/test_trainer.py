@@ -173,13 +173,13 @@ class Scripted:
     def __init__(self, judged, batches, losses):
         self.model = nn.Module()
         self.model.m, self.model.v = nn.Parameter(torch.tensor([[0.5, -0.2, 0.1]])), nn.Parameter(torch.tensor([0.3]))
-        self.weights, self.updates = dict(self.model.named_parameters()), batches
+        self.weights, self.count, self.targets = dict(self.model.named_parameters()), batches, 512 * batches
         self.judged, self.losses = judged, losses
         self.epochs, self.trained, self.seen = [], 0, []
 
     def batches(self, epoch):
         self.epochs.append(epoch)
-        return range(self.updates)
+        return range(self.count)
 
     def loss(self, batch):
         assert self.model.training
