@@ -246,6 +246,19 @@ class Experiment(BaseModel):
         return validated(cls, {str(name): value for layer in layers for name, value in layer.items()})
 
     @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> "Experiment":
+        """The experiment of a finished run, its metrics.json or a row, for this machine's CPU in float32.
+
+        Raises:
+            ConfigError: as `from_mapping`.
+        """
+        given = {name: run[name] for name in cls.model_fields if name in run}
+        given = {name: None if value != value else value for name, value in given.items()}  # a row has nan for null
+        if given.get("train_samples") is not None:  # a run also says how many tokens these were
+            given["train_tokens"] = None
+        return cls.from_mapping(given, {"device": "cpu", "dtype": "float32"})
+
+    @classmethod
     def from_namespace(
         cls, namespace: Mapping[str, Any], notebook: str | None = None, also: Iterable[str] = ("output_dir",)
     ) -> "Experiment":

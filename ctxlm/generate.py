@@ -172,13 +172,10 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
     """
     folder, name = _folder(grid, run)
     metrics = json.loads((folder / "metrics.json").read_bytes())
-    given = {key: metrics[key] for key in Experiment.model_fields if key in metrics}
-    if given.get("train_samples") is not None:  # a run also says how many tokens these were
-        given["train_tokens"] = None
-    e = Experiment.from_mapping(given, {"device": "cpu", "dtype": "float32"})
+    e = Experiment.of_run(metrics)
     for key, default in (("context_ablation", "none"), ("context_rank", 0)):
-        if given.get(key, default) != default:
-            raise ConfigError(f"{name} has {key} = {given[key]!r}, not its text's own contexts: ask one without that")
+        if (value := getattr(e, key)) != default:
+            raise ConfigError(f"{name} has {key} = {value!r}, not its text's own contexts: ask one without that")
     if e.model == "kneser-ney":
         speaker = NGramSpeaker(kneser_ney(e, split(e)))
         same = sum(map(len, speaker.ngrams.keys)) == metrics.get("ngrams")

@@ -73,6 +73,10 @@ class KneserNey:
             p[k:] = self.levels[k].interpolate(p[k:], contexts[:-1], grams)
         return p
 
+    def losses(self, tokens: np.ndarray) -> np.ndarray:
+        """Of all of `tokens` [T] but the first, given those before them, nats, float64 [T - 1]."""
+        return -np.log(self.probabilities(tokens)[1:])
+
     def distribution(self, history: np.ndarray) -> np.ndarray:
         """p(w | history) of every token w, float64 [V]."""
         p = np.full(self.vocabulary, 1 / self.vocabulary)
@@ -97,7 +101,7 @@ class KneserNey:
 
     def judge(self, tokens: np.ndarray) -> tuple[np.ndarray, float]:
         """Every target's loss, nats, float32 [T - 1], and the share of targets that were the most probable token."""
-        losses = -np.log(self.probabilities(tokens)[1:]).astype(np.float32)
+        losses = self.losses(tokens).astype(np.float32)
         hits, best, reach = 0, {}, self.order - 1
         for t in track(range(1, len(tokens)), f"{self.order}-gram"):
             history = tuple(tokens[max(t - reach, 0) : t].tolist()) if reach else ()

@@ -115,6 +115,12 @@ def in_jupyter(*cells, **values):
     return IPYTHON | {"train_tokens": 10_000, "num_layers": 6} | values | {"In": ["", PARAMETERS, *cells]}
 
 
+def test_a_finished_run_has_its_experiment_again():
+    e = Experiment(train_tokens=None, train_samples=50, device="cuda", dtype="bfloat16", judged_corpus="sotu")
+    row = e.model_dump() | {"train_tokens": 7_000, "embedding_turned": math.nan, "test_ppl": 2.0}  # as a table has it
+    assert Experiment.of_run(row) == e.model_copy(update={"device": "cpu", "dtype": "float32"})
+
+
 @pytest.mark.parametrize("value", [1, 0.5, True, "text", None, [3], {"num_layers": 3}])
 def test_an_unknown_value_in_a_notebooks_namespace_is_refused(value):
     parameters = {"_": "", "json": json, "num_layers": 3, "train_samples": None, "output_dir": "outputs/x"}

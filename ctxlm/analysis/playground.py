@@ -238,11 +238,7 @@ def table(run: str, kind: str) -> pd.DataFrame:
 
 def experiment(run: str) -> Experiment:
     """A run's parameters, for the CPU."""
-    known = metrics(run)
-    given = {name: known[name] for name in Experiment.model_fields} | {"device": "cpu", "dtype": "float32"}
-    if given["train_samples"]:  # a run also says how many tokens these were
-        given["train_tokens"] = None
-    return Experiment.from_mapping(given)
+    return Experiment.of_run(metrics(run))
 
 
 @functools.lru_cache(8)

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ctxlm.config import Experiment
@@ -18,7 +17,7 @@ def compare_test_ppl(settings: Experiment, test_ppl: float, streams: Split) -> p
     rows = {f"{settings.experiment} (this run)": test_ppl}
     for name, order in (("Kneser-Ney 4-gram", 4), ("unigram", 1)):
         counted = KneserNey(streams.train.tokens, order, VOCABULARY)
-        rows[name] = perplexity(-np.log(counted.probabilities(streams.test.tokens)[1:]).mean())
+        rows[name] = perplexity(counted.losses(streams.test.tokens).mean())
     return pd.DataFrame({"test PPL": rows | {"uniform": float(VOCABULARY)}}).round(1)
 
 
