@@ -120,10 +120,10 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     names = list(dict.fromkeys(e.contrast for e in estimates))
     sizes = {e: int(re.search(r"([\d,]+) tokens", e.at)[1].replace(",", "")) for e in estimates}
     for position, name in enumerate(names):
-        rows = [e for e in estimates if e.contrast == name]
-        x = [sizes[e] * aside(position, len(names)) for e in rows]
+        chosen = [e for e in estimates if e.contrast == name]
+        x = [sizes[e] * aside(position, len(names)) for e in chosen]
         value, low, high = np.array(
-            [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.in_unit for e in rows)]
+            [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.in_unit for e in chosen)]
         ).T
         colour = COLOURS[position % len(COLOURS)]
         axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
@@ -201,9 +201,9 @@ def memory(histories: pd.DataFrame) -> Figure:
         mean = rows.groupby("k")["extra"].mean()
         right.plot(mean.index, 100 * np.expm1(mean), **styles[name])
     keys = [
-        Line2D([], [], label=f"{name}, {what}", **look | rows | {"markevery": None})
+        Line2D([], [], label=f"{name}, {what}", **look | style | {"markevery": None})
         for name, look in styles.items()
-        for what, rows in FORGETTING.values()
+        for what, style in FORGETTING.values()
     ]
     keys += forgetting_axes(left)
     if len(recent):

@@ -225,9 +225,9 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
 def plot_memory(history: pd.DataFrame) -> Figure:
     """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
     figure, ((left, right),) = new_figure(1, 2, 4)
-    for k, (phase, (what, rows)) in enumerate(FORGETTING.items()):
+    for k, (phase, (what, style)) in enumerate(FORGETTING.items()):
         shares = metric_of(history, phase, "share_left")
-        left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **rows)
+        left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **style)
     keys = left.get_lines() + forgetting_axes(left)
     recent = metric_of(history, "recent_tokens", "val_ppl")
     if recent.empty:
