@@ -305,7 +305,9 @@ def live(monkeypatch):
     monkeypatch.setattr(play, "presets", lambda: known)
     monkeypatch.setattr(play, "GRID", "small")
     monkeypatch.setattr(play.plots, "Live", Live)
-    return live
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    yield live
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt():
