@@ -64,7 +64,9 @@ def test_an_echo_state_network_is_its_equations_and_nothing_trains_it(leak):
         expected.append(context)
     chunks = chunked(model, tokens, chunk_length=150)
     torch.testing.assert_close(chunks.values, torch.stack(expected), atol=1e-5, rtol=0)
-    assert chunks.warmup > 0 and all(torch.equal(x, chunks.values[:9]) for x in chunks.layers(block, slice(0, 9)))
+    assert chunks.warmup > 0
+    for layer in chunks.layers(block, slice(0, 9)):
+        torch.testing.assert_close(layer, chunks.values[:9], atol=1e-6, rtol=0)  # fewer rows, another order of sums
     assert np.abs(np.linalg.eigvals(block.from_context.weight.numpy())).max() == pytest.approx(0.5, rel=1e-5)
     wide = tiny(context_dim=400, **echo).context_block.from_other[0]
     assert wide(torch.randn(1, 16)).std().item() == pytest.approx(0.5, rel=0.5)
