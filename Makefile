@@ -4,6 +4,7 @@ PYTHON ?= python3
 GRID ?= quick
 SEARCH ?= lstm
 JOBS ?= all
+K ?= 12
 VENV := .venv
 BIN := $(VENV)/bin
 STRIP := --keep-id --extra-keys metadata.language_info
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 .DEFAULT_GOAL := help
-.PHONY: help env report status results search site benchmark gpu test lab lint docs clean
+.PHONY: help env report status results search reproduce site benchmark gpu test lab lint docs clean
 
 help:  ## print the targets
 	@echo "make TARGET [GRID=quick] [SEARCH=lstm] [PYTHON=python3] [JOBS=all]"
@@ -57,6 +58,10 @@ results: $(VENV)/.ready  ## publish a grid's finished runs as tables in data/res
 
 search: $(VENV)/.ready  ## search hyper-parameters: params/search/$SEARCH.yaml, into data/search (TOP=3: its best at full size)
 	@$(BIN)/python -m ctxlm.search params/search/$(SEARCH).yaml $(addprefix --top ,$(TOP)) \
+	  $(addprefix --jobs ,$(filter-out all,$(JOBS)))
+
+reproduce: $(VENV)/.ready  ## run K=12 published runs again, drawn at random, and compare (FROM=sites: of that grid alone)
+	@$(BIN)/python -m ctxlm.analysis.reproduce $(K) $(addprefix --grid ,$(FROM)) $(addprefix --seed ,$(SEED)) \
 	  $(addprefix --jobs ,$(filter-out all,$(JOBS)))
 
 site: $(VENV)/.ready  ## write outputs/site/index.html: the findings and all committed runs, without training

@@ -55,7 +55,7 @@ DATA_PARAMETERS = {
 """Parameters of what is read and judged, size and replicate apart."""
 RESOLVED = ("device", "dtype")
 """Parameters of which a run holds what `auto` became."""
-RESERVED = ("site", "search", "benchmark", "gpu", "single", BY_HAND)
+RESERVED = ("site", "search", "reproduce", "benchmark", "gpu", "single", BY_HAND)
 """Folders of `outputs` that are no grid's."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""

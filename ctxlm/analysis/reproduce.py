@@ -1,0 +1,94 @@
+"""Published runs, drawn at random, run again and compared: `make reproduce K=12`.
+
+Run again with its own type of products, seed and text, a run need not agree in its last digit: another processor adds
+up in another order. It agrees where its perplexities are within `TOLERANCE`. What is done again lies in
+`outputs/reproduce`; a command that was stopped goes on with it.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+
+from ctxlm.analysis.runs import load_runs
+from ctxlm.config import ConfigError, Experiment, code_hash
+from ctxlm.corpus import PROTOCOL
+from ctxlm.files import atomic, outputs_dir, results_dir
+from ctxlm.search import run_apart
+
+TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
+"""How far apart two perplexities of one run may be, as a share; n-grams are of the second kind."""
+
+
+def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
+    """Published runs of today's protocol, drawn at random; a longer draw begins as a shorter one.
+
+    Args:
+        count: how many.
+        seed: of the draw.
+        grids: what is drawn from; by default all that is published.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    names = grids or sorted(path.parent.name for path in results_dir().glob("*/runs.csv"))
+    tables = [load_runs(grid, committed=True).assign(grid=grid) for grid in names]
+    runs = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=["protocol"])])
+    runs = runs[runs["protocol"] == PROTOCOL]
+    if not 0 < count <= len(runs):
+        raise ConfigError(f"K = {count}: {len(runs)} runs are published by protocol {PROTOCOL}: choose from 1 to that")
+    order = random.Random(seed).sample(range(len(runs)), len(runs))
+    return runs.iloc[order[:count]]
+
+
+def again(published: pd.Series) -> dict[str, object]:
+    """A published run, run again: its perplexities of validation and test, then and now, and whether they agree."""
+    e, folder = Experiment.of_run(published), outputs_dir() / "reproduce" / published["grid"] / published["run"]
+    e = e.model_copy(update={"dtype": published["dtype"] if published["dtype"] in TOLERANCE else "auto"})
+    done = folder / "metrics.json"
+    metrics = json.loads(done.read_bytes()) if done.exists() else {}
+    if metrics.get("code_hash") != code_hash(e.model) or not e.is_that_of(metrics):
+        metrics = run_apart(e, folder)
+    tolerance = TOLERANCE.get(published["dtype"], TOLERANCE["float32"])
+    row: dict[str, object] = {"grid": published["grid"], "run": published["run"], "dtype": published["dtype"]}
+    for name in ("val_ppl", "test_ppl"):
+        row |= {name: published[name], f"{name}, again": metrics.get(name, float("nan"))}
+    changes = [row[f"{name}, again"] / row[name] - 1 for name in ("val_ppl", "test_ppl")]
+    return row | {"change, %": 100 * max(changes, key=abs), "agrees": all(abs(c) <= tolerance for c in changes)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("count", type=int)
+    parser.add_argument("--grid", action="append", default=[], help="draw from this grid alone; may be given again")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    given = parser.parse_args(arguments)
+    rows = []
+    try:
+        runs = draw(given.count, given.seed, given.grid)
+        with ThreadPoolExecutor(given.jobs) as pool:
+            for row in pool.map(again, [run for _, run in runs.iterrows()]):
+                rows.append(row)
+                print(
+                    f"{row['grid']}/{row['run']}: test PPL {row['test_ppl']:.2f}, again {row['test_ppl, again']:.2f}, "
+                    f"{'agrees' if row['agrees'] else 'DIFFERS'}; {given.count - len(rows)} left",
+                    flush=True,
+                )
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    with atomic(outputs_dir() / "reproduce" / "reproduce.csv") as path:
+        pd.DataFrame(rows).to_csv(path, index=False)
+    agreed = sum(row["agrees"] for row in rows)
+    print(f"{agreed} of {len(rows)} agree; {outputs_dir() / 'reproduce' / 'reproduce.csv'} has the numbers")
+    return 0 if agreed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Published runs, drawn and run again."""
+
+import pandas as pd
+import pytest
+
+from ctxlm.analysis import reproduce
+from ctxlm.analysis.reproduce import TOLERANCE, draw, main
+from ctxlm.config import Experiment
+from ctxlm.corpus import PROTOCOL
+from ctxlm.run import run
+from tests.conftest import SMALL, refusal
+
+
+@pytest.fixture
+def published(outputs, text):
+    """Writes a grid's table of runs: a trained model and a 3-gram, with columns as given."""
+
+    def write(grid, **columns):
+        settings = {"A": SMALL | {"dtype": "float32", "device": "cpu"}, "K": SMALL | {"model": "kneser-ney"}}
+        rows = []
+        for name, given in settings.items():
+            e = Experiment.from_mapping(given, {"corpus": str(text), "ngram_order": 3, "experiment": name})
+            rows.append(run(e, outputs.parent / grid / name).drop("versions").to_dict() | {"run": name} | columns)
+        folder = outputs.parent / "committed" / grid
+        folder.mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+        return rows
+
+    return write
+
+
+@pytest.mark.slow
+def test_published_runs_agree_with_themselves_and_a_number_that_was_changed_does_not(published, outputs, capsys):
+    published("mine")
+    assert main(["2", "--jobs", "1"]) == 0
+    table = pd.read_csv(outputs / "reproduce" / "reproduce.csv").set_index("run")
+    assert sorted(table.index) == ["A", "K"] and table["agrees"].all()
+    assert (table["change, %"].abs() <= 100 * TOLERANCE["float32"]).all()
+    assert "2 of 2 agree" in capsys.readouterr().out
+
+    path = outputs.parent / "committed" / "mine" / "runs.csv"
+    rows = pd.read_csv(path)
+    rows.loc[rows["run"] == "A", "test_ppl"] *= 1.001
+    rows.to_csv(path, index=False)
+    assert main(["2", "--jobs", "1", "--grid", "mine"]) == 1  # what was run again is not run once more
+    assert "1 of 2 agree" in capsys.readouterr().out
+    assert pd.read_csv(outputs / "reproduce" / "reproduce.csv").set_index("run")["agrees"].to_dict() == {
+        "A": False,
+        "K": True,
+    }
+
+
+def test_what_is_drawn_is_todays_and_begins_alike(outputs, monkeypatch):
+    tables = {
+        "new": pd.DataFrame({"run": [f"n{i}" for i in range(20)], "protocol": PROTOCOL}),
+        "old": pd.DataFrame({"run": [f"o{i}" for i in range(20)], "protocol": PROTOCOL - 1}),
+    }
+    monkeypatch.setattr(reproduce, "load_runs", lambda grid, committed: tables[grid])
+    some, more = (draw(count, 0, ["new", "old"])["run"].tolist() for count in (5, 12))
+    assert more[:5] == some and {run[0] for run in more} == {"n"} and len({*more}) == 12
+    assert draw(12, 1, ["new"])["run"].tolist() != more
+    assert "K = 21" in refusal(draw, 21, 0, ["new"]) and "K = 0" in refusal(draw, 0, 0, ["new"])
+    assert "K = 1" in refusal(draw, 1, 0)  # nothing is published
+
+
+@pytest.mark.night
+def test_three_published_runs_at_the_quick_scale_come_out_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    assert main(["3", "--grid", "sites-judged"]) == 0
