@@ -17,6 +17,7 @@ MIDDLE = float(np.log(SIZES).mean())
 LAWS = {"A": (-0.30, 6.3), "B": (-0.36, 6.32)}
 """Label → α, and the loss at `MIDDLE`: B is better from MEETS tokens up."""
 MEETS = math.exp(MIDDLE + 0.02 / 0.06)
+SPREAD = {"text", "own", "tilt", "hard", "liked", "noise"}
 
 
 class Planted:
@@ -45,6 +46,7 @@ class Planted:
                 level and slope of one configuration; `hard`, of what a sample does to all runs; `liked`, to those of
                 one configuration; `noise`, of one run on one sample. Those of samples are of a mean over them.
         """
+        assert spread.keys() <= SPREAD  # a misspelt one would be none
         rng, k = np.random.default_rng(seed), math.sqrt(len(tokens))
         self.tokens = np.asarray(tokens, float)
 
@@ -76,6 +78,15 @@ class Planted:
         if part != "test":
             return None
         return self.sums[pd.Index(self.runs["id"]).get_indexer(runs["id"])], self.tokens
+
+
+def inside(crossover: Any, log_tokens: Any) -> np.ndarray:
+    """Whether a crossover's set, as `scaling.fieller` gives it, holds log tokens: a number, or an array of them."""
+    low = -math.inf if crossover.low is None else math.log(crossover.low)
+    high = math.inf if crossover.high is None else math.log(crossover.high)
+    between = np.logical_and(log_tokens >= low, log_tokens <= high)
+    kinds = {"bounded": between, "outside": ~between, "unbounded": np.ones_like(between)}
+    return kinds.get(crossover.kind, np.zeros_like(between))
 
 
 def write(

@@ -13,6 +13,7 @@ careful: it takes a part as large as the rest as known from replicates alone, wi
 """
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,13 +23,15 @@ from ctxlm.analysis.estimates import Estimate, paired
 from ctxlm.analysis.runs import read_runs
 from tests import by_hand
 
+pytestmark = pytest.mark.slow
 HALF_WIDTH = 0.03
 SMALL, LARGE, QUICK = 86_925, 183_620, 20_000
+read = cache(read_runs)  # the same committed runs each time
 
 
 def one(grids: str, train_tokens: int, a: dict, b: dict) -> Estimate:
     """Of grids, separated by spaces, at one size."""
-    runs = read_runs(*grids.split())
+    runs = read(*grids.split())
     (estimate,) = paired(runs[runs["train_tokens"] == train_tokens], a, b)
     return estimate
 
@@ -43,7 +46,7 @@ def arms(experiment: str) -> Estimate:
 
 
 def pooled(column: str, a: int, b: int, over: str, grid: str = "depth", num_input_tokens: int = 2) -> Estimate:
-    runs = read_runs(grid)
+    runs = read(grid)
     runs = runs[runs["num_input_tokens"] == num_input_tokens]
     (estimate,) = paired(runs, {column: a}, {column: b}, at=(over,), pooled=True)
     return estimate
@@ -89,12 +92,10 @@ def committed_runs_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_RESULTS", str(by_hand.RESULTS))
 
 
-@pytest.mark.slow
 def test_nothing_is_left_out(contrasts):
     assert contrasts.keys() == PROJECT.keys()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECT)
 def test_points_and_intervals_are_those_computed_by_hand(contrasts, name):
     sums, tokens = by_hand.by_sample(*contrasts[name])
@@ -115,7 +116,6 @@ def test_points_and_intervals_are_those_computed_by_hand(contrasts, name):
     assert projects.high - projects.value == pytest.approx(half, rel=HALF_WIDTH)
 
 
-@pytest.mark.slow
 def test_the_halves_of_the_test_text_make_the_whole():
     sides = [by_hand.shape("sound", name, SMALL) for name in "AB"]
     whole, tokens = by_hand.by_sample(tuple(sides))
@@ -124,20 +124,17 @@ def test_the_halves_of_the_test_text_make_the_whole():
     np.testing.assert_array_equal(np.hstack([of for _, of in parts]), tokens)
 
 
-@pytest.mark.slow
 def test_attacks_on_the_main_claim_are_the_projects_own_numbers():
     attacks = by_hand.attacks()
     for grid, (arm, prefix) in itertools.product(("dtype", "random", "rotation"), (("sound", "sound-"), ("study", ""))):
-        (projects,) = paired(read_runs(grid), {"experiment": f"{prefix}A"}, {"experiment": f"{prefix}B"})
+        (projects,) = paired(read(grid), {"experiment": f"{prefix}A"}, {"experiment": f"{prefix}B"})
         by = attacks[f"A − B, {arm}, quick scale, {grid}"]
         assert projects.replicates == by.replicates
         assert 100 * np.expm1(projects.value) == pytest.approx(by.value, rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("grid", ["study", "sound"])
-def test_the_spread_over_replicates_is_that_of_the_runs_read(grid):
-    runs = read_runs(grid).query(f"experiment == 'A' and train_tokens == {SMALL}")
-    spread = by_hand.spread(by_hand.shape(grid, "A", SMALL))
+def test_the_spread_over_replicates_is_that_of_the_runs_read():
+    runs = read("sound").query(f"experiment == 'A' and train_tokens == {SMALL}")
+    spread = by_hand.spread(by_hand.shape("sound", "A", SMALL))
     assert spread.replicates == len(runs)
     assert np.log1p(spread.value / 100) == pytest.approx(runs["log_ppl"].std(), rel=1e-6)

@@ -116,33 +116,37 @@ def write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    """A repository of two notebooks, tiny documents, a grid's runs and three committed ones; to execute is to copy."""
-    monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setattr(site, "ROOT", tmp_path)
-    monkeypatch.setattr(site, "PAGES", {name: (name, {}) for name in ("04_scaling", "08_audit")})
+def repository(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Two notebooks, tiny documents, a grid's runs and three committed ones; to execute is to copy."""
+    patch.setenv("CTXLM_RESULTS", str(folder / "results"))
+    patch.setenv("CTXLM_OUTPUTS", str(folder / "outputs"))
+    patch.setattr(site, "ROOT", folder)
+    patch.setattr(site, "PAGES", {name: (name, {}) for name in ("04_scaling", "08_audit")})
 
     def copy(name, parameters, target, outputs):
-        return nbformat.read(shutil.copy(tmp_path / "notebooks" / f"{name}.ipynb", target), as_version=4)
+        return nbformat.read(shutil.copy(folder / "notebooks" / f"{name}.ipynb", target), as_version=4)
 
-    monkeypatch.setattr(site, "_execute", copy)
+    patch.setattr(site, "_execute", copy)
     audit = notebook(text("# Does it hold?\n\n## In short\n\nSee [scaling](04_scaling.ipynb)."))
-    write(tmp_path, DOCS | {"notebooks/04_scaling.ipynb": analysis(), "notebooks/08_audit.ipynb": audit})
+    write(folder, DOCS | {"notebooks/04_scaling.ipynb": analysis(), "notebooks/08_audit.ipynb": audit})
     settings = {"title": TITLE, "description": "A <small> grid.", "experiments": {"A": {"train_tokens": 28000}}}
-    write(tmp_path, {"mini.yaml": json.dumps(settings | {"sweep": {"seed": [1, 2, 3, 4]}})})
-    home = tmp_path / "outputs" / "mini"
+    write(folder, {"mini.yaml": json.dumps(settings | {"sweep": {"seed": [1, 2, 3, 4]}})})
+    home = folder / "outputs" / "mini"
     write(home, {"A_seed-3/failure.txt": f"NonFiniteLoss {HOSTILE}", "corpus/corpus.ipynb": CORPUS})
     for seed, changed in ((1, {}), (2, {"test_ppl": None}), (9, {})):  # the grid does not ask for the last
         metrics = json.dumps(METRICS | {"seed": seed} | changed)
         write(home / f"A_seed-{seed}", {"metrics.json": metrics, "history.csv": HISTORY.to_csv(index=False)})
     ngram = METRICS | {"run": "KN-4", "experiment": "KN-4", "model": "kneser-ney", "best_epoch": None}
-    write_tables(tmp_path / "results" / "baselines", pd.DataFrame([ngram]), {"history": HISTORY.assign(run="")[:0]})
+    write_tables(folder / "results" / "baselines", pd.DataFrame([ngram]), {"history": HISTORY.assign(run="")[:0]})
     deep = [METRICS | {"run": f"A_seed-{seed}", "seed": seed} for seed in (10, 9)]
     history = pd.concat([HISTORY.assign(run=run["run"]) for run in deep])
-    write_tables(tmp_path / "results" / "mini", pd.DataFrame(deep), {"history": history})
-    return tmp_path
+    write_tables(folder / "results" / "mini", pd.DataFrame(deep), {"history": history})
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    return repository(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -150,10 +154,17 @@ def grid(root) -> str:
     return str(root / "mini.yaml")
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """The index of a grid's report, and that of the site."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = repository(tmp_path_factory.mktemp("repository"), patch)
+        return {"grid": build(str(folder / "mini.yaml")), "all": build_all()}
+
+
 @pytest.fixture(params=["grid", "all"])
-def made(request, grid) -> Path:
-    """The index of a grid's report, or that of the site."""
-    return build(grid) if request.param == "grid" else build_all()
+def made(request, built) -> Path:
+    return built[request.param]
 
 
 def soup_of(path: Path) -> BeautifulSoup:
@@ -198,8 +209,8 @@ def test_a_notebook_is_shown_with_its_code_folded_its_figures_described_and_with
     assert all(table.find_parent(tabindex="0") for table in soup("table"))
 
 
-def test_the_index_of_a_grid_has_its_answer_its_figure_its_runs_and_why_others_are_missing(grid):
-    soup, corpus = (soup_of(build(grid).with_name(name)) for name in ("index.html", "corpus.html"))
+def test_the_index_of_a_grid_has_its_answer_its_figure_its_runs_and_why_others_are_missing(built):
+    soup, corpus = (soup_of(built["grid"].with_name(name)) for name in ("index.html", "corpus.html"))
     assert soup.h1.get_text() == soup.title.get_text() == TITLE and "A <small> grid." in soup.get_text()
     answer, runs = soup("table")
     assert "A is better" in answer.get_text() and f"data:image/png;base64,{PICTURE}" in soup.img["src"]
@@ -237,6 +248,9 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(g
 
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     for earlier in (False, True):
+        if earlier:
+            build(grid)
+            capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(site, "_execute", fail)
             assert main(["--grid", grid]) == 0
@@ -247,8 +261,6 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(g
         assert f"The analysis failed: {why}." in soup.get_text() and not soup.main("img", src="x")
         assert ("A is better" in soup.get_text()) == (Path(page).parent / "04_scaling.html").exists() == earlier
         assert len(rows_of(soup("table")[-1])) == 2
-        build(grid)
-        capsys.readouterr()
 
 
 def test_a_grid_that_is_unknown_or_has_no_finished_run_is_refused_in_a_line(root, capsys):
@@ -259,37 +271,37 @@ def test_a_grid_that_is_unknown_or_has_no_finished_run_is_refused_in_a_line(root
         assert line.out == "" and line.err.startswith("error: ") and words in line.err and line.err.count("\n") == 1
 
 
-def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_here(root):
-    soup = soup_of(build_all())
+def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_here(built):
+    index = built["all"]
+    soup = soup_of(index)
     assert soup.h1.get_text() == "Deep or wide?" and soup.img["alt"] == "PPL of A and B by tokens"
     assert PICTURE in soup.img["src"] and "28,000 tokens" not in soup.get_text()
-    assert (root / "outputs" / "site" / "answer.png").read_bytes() == base64.b64decode(PICTURE)
+    assert index.with_name("answer.png").read_bytes() == base64.b64decode(PICTURE)
     links = {link.get_text(): link["href"] for link in soup.main("a")}
     assert links["more"] == "04_scaling.html#which-is-better" and links["method"] == "method.html#judging"
     assert "files" not in links and links["runs"] == "runs.html"  # the former is no page of the site
     section = soup.find("section", lang="ja", id="summary-in-japanese")
     assert section.h2.get_text() == "深さか幅か" and section.a["href"] == "08_audit.html"
-    table = soup_of(root / "outputs" / "site" / "runs.html").table
+    table = soup_of(index.with_name("runs.html")).table
     committed = [("baselines", "KN-4"), ("mini", "A_seed-9"), ("mini", "A_seed-10")]
     assert [(row["grid"], row["run"]) for row in rows_of(table)] == committed
     assert rows_of(table)[0]["best epoch"] == "–" and [len(row("svg")) for row in table.tbody("tr")] == [0, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
+def test_a_link_that_leads_nowhere_is_named_and_the_earlier_site_stays(root, capsys):
+    before = build_all().read_bytes()
+    for name, content, words in (
         ("docs/index.md", INDEX.replace("ipynb#Which", "ipynb#ich"), "04_scaling.html#ich-is-better, which"),
         ("docs/index.md", INDEX.replace("#main-figure", "#other"), "index.html names images/answer.png, "),
         ("notebooks/08_audit.ipynb", notebook(text("# A\n\n[x](10_x.html)")), "08_audit.html names 10_x.html, "),
-    ],
-)
-def test_a_link_that_leads_nowhere_is_named_and_the_earlier_site_stays(root, capsys, name, content, words):
-    before = build_all().read_bytes()
-    write(root, {name: content})
-    assert main(["--all"]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and words in line
-    assert (root / "outputs" / "site" / "index.html").read_bytes() == before
+    ):
+        right = (root / name).read_text(encoding="utf-8")
+        write(root, {name: content})
+        assert main(["--all"]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and words in line
+        assert (root / "outputs" / "site" / "index.html").read_bytes() == before
+        write(root, {name: right})
 
 
 @pytest.mark.slow
@@ -344,8 +356,8 @@ def test_pages_are_read_on_a_phone_in_the_dark_and_in_print(made, browser):
 
 
 @pytest.mark.slow
-def test_a_click_on_a_header_sorts_its_table_and_words_in_the_field_filter_it(root, browser):
-    folder = build_all().parent
+def test_a_click_on_a_header_sorts_its_table_and_words_in_the_field_filter_it(built, browser):
+    folder = built["all"].parent
 
     def column(k):
         """What is seen of a column of the page's first table."""
