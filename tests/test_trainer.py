@@ -19,19 +19,13 @@ from tests.conftest import refusal, stream
 
 VOCABULARY = 40
 COMMON = {"embed_dim": 8, "num_layers": 2, "phase2_batch_size": 32, "phase2_epochs": 4, "phase2_patience": 4}
-EVERYTHING = {
-    "output_bias": "unigram",
-    "slow_decay": 0.9,
-    "phase2_freeze_embedding": False,
-    "dropout": 0.2,
-    "weight_decay": 0.3,
-}
+EVERYTHING = {"output_bias": "unigram", "slow_decay": 0.9, "phase2_freeze_embedding": False}
+EVERYTHING |= {"dropout": 0.2, "weight_decay": 0.3}
 KINDS = {
     "study": {"context_dim": 12},
     "windows": {"context_dim": 12, "phase2_context_window": 8, "validations_per_epoch": 2},
     "tuned": EVERYTHING | {"context_dim": 12, "num_input_tokens": 1, "phase2_context_window": 1},
     "lstm": EVERYTHING | {"model": "lstm", "hidden_dim": 12, "window": 8, "validations_per_epoch": 3},
-    "mingru": EVERYTHING | {"model": "mingru", "hidden_dim": 12, "window": 8, "validations_per_epoch": 3},
     "transformer": EVERYTHING | {"model": "transformer", "hidden_dim": 16, "num_heads": 4, "window": 8},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -73,8 +67,11 @@ class Killed(Exception):
 
 @each_kind
 def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, one_thread, tmp_path):
+    """Nothing but the seed and what is in the file decides."""
     whole, parts = trainer(kind), KINDS[kind].get("validations_per_epoch", 1)
+    before = torch.random.get_rng_state()
     expected, checkpoint = whole.run(), tmp_path / "checkpoint.pt"
+    assert "dropout" in KINDS[kind] or torch.equal(before, torch.random.get_rng_state())
 
     def killed_in_epoch(epoch):
         def on_epoch(history):
@@ -94,9 +91,9 @@ def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, one_thre
     assert_same(fresh, trained, whole, expected)
     assert trained.resumed == trained.summary()["resumed_after_epoch"] == 3
     assert expected.resumed == 0 and "resumed_after_epoch" not in expected.summary()
-    other = trainer(kind)
-    assert other.run(None, checkpoint, "another key").resumed == 0  # begins anew, and leaves its own state
-    assert trainer(kind).run(None, checkpoint, "another key").resumed == 4
+    other = trainer(kind, seed=43).run(None, checkpoint, "another key")
+    assert other.resumed == 0 and not torch.equal(other.val_losses, trained.val_losses)  # it begins anew,
+    assert trainer(kind).run(None, checkpoint, "another key").resumed == 4  # and leaves its own state
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(one_thread, tmp_path, capsys):
@@ -105,18 +102,6 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(one_thread, tmp_path,
     trained = other.run(None, tmp_path / "file" / "checkpoint.pt", "key")
     assert_same(other, trained, plain, plain.run())
     assert str(tmp_path / "file") in capsys.readouterr().out
-
-
-@each_kind
-def test_nothing_but_seed_and_state_decides(kind, one_thread):
-    one, other, changed = trainer(kind), trainer(kind), trainer(kind, seed=43)
-    torch.manual_seed(1)
-    first = one.run()
-    torch.manual_seed(2)
-    before = torch.random.get_rng_state()
-    assert_same(one, first, other, other.run())
-    assert "dropout" in KINDS[kind] or torch.equal(before, torch.random.get_rng_state())
-    assert not torch.equal(first.val_losses, changed.run().val_losses)
 
 
 # What is kept
@@ -201,19 +186,26 @@ def scripted(judged=(1.0,) * 99, batches=3, losses=None, **parameters):
 
 
 @given(data=st.data(), parts=st.integers(1, 4), epochs=st.integers(1, 6), patience=st.integers(1, 4))
-def test_training_ends_once_patience_is_out_and_keeps_the_first_best(data, parts, epochs, patience):
+def test_training_ends_once_patience_is_out_or_who_sees_it_wants_it_and_keeps_the_first_best(
+    data, parts, epochs, patience
+):
     judged = data.draw(st.lists(st.integers(0, 6), min_size=parts * epochs, max_size=parts * epochs))
-    batches = data.draw(st.integers(2 * parts, 12))
+    batches, enough = data.draw(st.integers(2 * parts, 12)), data.draw(st.integers(1, 2 * parts * epochs))
     changed = {"phase2_patience": patience, "phase2_epochs": epochs, "validations_per_epoch": parts}
     task, whole = scripted([0.125 * loss for loss in judged], batches, **changed)
     best = run = 0
     for run, loss in enumerate(judged, start=1):
         if best == 0 or loss < judged[best - 1]:
             best = run
-        if run - best >= patience * parts:  # of epochs
+        if run - best >= patience * parts or run == enough:  # patience is of epochs
             break
     shown = []
-    trained = whole.run(lambda history: shown.append(history[-1]["step"]))
+
+    def on_epoch(history):
+        shown.append([row["value"] for row in history if row["metric"] == "val_loss"])
+        return len(shown) == enough
+
+    trained = whole.run(on_epoch)
     assert (trained.best_epoch, trained.epochs_run, len(task.seen)) == (best / parts, run / parts, run)
     assert task.epochs == [*range(1, math.ceil(run / parts) + 1)]
     ends = [epoch * batches + math.ceil(k * batches / parts) for epoch in range(epochs) for k in range(1, parts + 1)]
@@ -221,27 +213,11 @@ def test_training_ends_once_patience_is_out_and_keeps_the_first_best(data, parts
     assert trained.val_losses.tolist() == [0.125 * judged[best - 1]] and trained.val_accuracy == 0.25
     assert trained.last_val_loss == 0.125 * judged[run - 1]
     assert all(torch.equal(*pair) for pair in zip(task.weights.values(), task.seen[best - 1], strict=True))
-    assert whole.done and not task.model.training and shown == [*range(1, run + 1)]
+    assert (whole.done or run == enough) and not task.model.training
+    assert shown == [[0.125 * loss for loss in judged[:step]] for step in range(1, run + 1)]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_whoever_is_shown_the_history_can_end_training(parts):
-    shown = []
-
-    def on_epoch(history):
-        shown.append([row["value"] for row in history if row["metric"] == "val_loss"])
-        return len(shown) == 3
-
-    judged = [0.5, 0.25, 0.75, 1.0, 1.0, 1.0]
-    task, one = scripted(judged, phase2_epochs=6 // parts, validations_per_epoch=parts)
-    trained = one.run(on_epoch)
-    assert shown == [judged[:1], judged[:2], judged[:3]]
-    assert (trained.best_epoch, trained.epochs_run) == (2 / parts, 3 / parts)
-    assert all(torch.equal(*pair) for pair in zip(task.weights.values(), task.seen[1], strict=True))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-@pytest.mark.parametrize("clip", [0.5, 100.0])
+@pytest.mark.parametrize(("decay", "clip"), [(0.0, 100.0), (0.5, 0.5)])
 def test_steps_are_adams_and_matrices_alone_decay(decay, clip):
     changed = {"phase2_learning_rate": 0.1, "phase2_gradient_clip": clip, "weight_decay": decay}
     task, one = scripted(batches=1, phase2_epochs=21, **changed)
@@ -282,13 +258,12 @@ def test_an_epochs_rows_are_known():
 # Faults
 
 
-@pytest.mark.parametrize(("batches", "parts"), [(1, 2), (3, 4), (7, 8)])
-def test_more_validations_than_updates_are_refused(batches, parts):
-    assert f"validations_per_epoch = {parts}" in refusal(scripted, batches=batches, validations_per_epoch=parts)
+def test_more_validations_than_updates_are_refused():
+    assert "validations_per_epoch = 4" in refusal(scripted, batches=3, validations_per_epoch=4)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3000.0])  # e to the last is no number either
-@pytest.mark.parametrize("update", [1, 3, 5])
+@pytest.mark.parametrize("update", [1, 5])
 def test_a_loss_that_is_not_finite_stops_training_at_once(loss, update):
     task, one = scripted(losses=[1.0] * (update - 1) + [loss], phase2_learning_rate=0.5)
     with pytest.raises(NonFiniteLoss, match=rf"update {update}: .*learning_rate = 0\.5"):
@@ -298,9 +273,3 @@ def test_a_loss_that_is_not_finite_stops_training_at_once(loss, update):
     with pytest.raises(NonFiniteLoss, match=r"update 6.*learning_rate = 0\.002"):
         one.run()
     assert len(task.seen) == 2
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_models_loss_that_is_not_finite_stops_training_at_once():
-    with pytest.raises(NonFiniteLoss, match=r"by update [2-9]: .*phase2_learning_rate = 1e\+30"):
-        trainer("study", phase2_learning_rate=1.0e30).run()
