@@ -40,15 +40,7 @@ class KneserNey:
     """N-gram probabilities of a stream of tokens, computed for whole streams at once."""
 
     def __init__(self, tokens: np.ndarray, order: int, vocabulary: int):
-        """Count `tokens`, int [T], all below `vocabulary`; `order` is n (1: unigrams).
-
-        Raises:
-            ValueError: no tokens, or an order below 1.
-        """
-        if order < 1 or len(tokens) == 0:
-            raise ValueError(
-                f"order = {order}, {len(tokens)} tokens: Kneser-Ney needs an order of 1 and a token, or more"
-            )
+        """Count `tokens`, int [T], one or more, all below `vocabulary`; `order` is n (1: unigrams)."""
         self.order, self.vocabulary = order, vocabulary
         self.keys: list[np.ndarray] = []
         """For each length k, the sorted keys of the k-grams seen: id of the first k - 1 tokens · V + last token."""

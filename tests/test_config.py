@@ -7,13 +7,7 @@ import re
 import pytest
 import yaml
 
-from ctxlm.config import (
-    NOTEBOOKS,
-    Experiment,
-    load_grid,
-    parameters_table,
-    read_yaml,
-)
+from ctxlm.config import NOTEBOOKS, Experiment, load_grid, parameters_table, read_yaml
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
@@ -65,7 +59,6 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"phase2_batch_size": 512, "phase2_context_window": 7},
         {"context_ablation": "zero", "phase2_context_window": 8},
         {"context_ablation": "zero", "slow_decay": 0.9},
-        {"context_ablation": "zero", "context_rank": 8},
         {"context_rank": 8, "phase2_context_window": 1},
         {"context_rank": 769, "context_dim": 768},
         {"embedding_turned": 768, "embed_dim": 768},
@@ -82,11 +75,6 @@ def test_values_that_contradict_each_other_are_refused(values):
     assert all(f"{name} = {value!r}" in message for name, value in [*values.items()][:2])
 
 
-def test_later_mappings_override_earlier_ones_and_numbers_may_be_written_as_text():
-    experiment = Experiment.from_mapping({"num_layers": 6, "seed": 1}, {"num_layers": "3", "weight_decay": "1e-4"})
-    assert experiment == Experiment(num_layers=3, seed=1, weight_decay=0.0001)
-
-
 # What identifies a run
 
 
@@ -101,6 +89,8 @@ def test_experiments_survive_json_and_yaml_in_any_order_and_every_parameter_coun
     others = [Experiment().model_copy(update={name: "other"}) for name in FIELDS]
     assert len({experiment.params_hash for experiment in others}) == len(FIELDS)
     assert Experiment(phase1_gradient_clip=1).params_hash == Experiment(phase1_gradient_clip=1.0).params_hash
+    later = Experiment.from_mapping({"num_layers": 6, "seed": 1}, {"num_layers": "3", "weight_decay": "1e-4"})
+    assert later == Experiment(num_layers=3, seed=1, weight_decay=0.0001)  # numbers may be written as text
 
 
 # A notebook's namespace
@@ -121,7 +111,7 @@ def test_a_finished_run_has_its_experiment_again():
     assert Experiment.of_run(row) == e.model_copy(update={"device": "cpu", "dtype": "float32"})
 
 
-@pytest.mark.parametrize("value", [1, 0.5, True, "text", None, [3], {"num_layers": 3}])
+@pytest.mark.parametrize("value", [1, "text", None, {"num_layers": 3}])
 def test_an_unknown_value_in_a_notebooks_namespace_is_refused(value):
     parameters = {"_": "", "json": json, "num_layers": 3, "train_samples": None, "output_dir": "outputs/x"}
     assert Experiment.from_namespace(parameters, CONTEXT) == Experiment(num_layers=3)
@@ -132,21 +122,16 @@ def test_an_unknown_value_in_a_notebooks_namespace_is_refused(value):
     assert refusal(Experiment.from_namespace, injected, CONTEXT) == message
 
 
-def test_cells_can_be_run_again_and_others_may_stand_between():
+def test_cells_can_be_run_again_others_may_stand_between_and_a_misspelt_name_can_be_corrected():
     scratch = "for i in range(3):\n    sizes = [i]\nname: str = 'x'"
     namespace = in_jupyter(scratch, "this is no Python", i=2, sizes=[2], name="x", left=0.5)
     assert Experiment.from_namespace(namespace, CONTEXT) == Experiment(train_tokens=10_000)
     again = namespace | {"In": [*namespace["In"], "num_layers = 4", PARAMETERS, "more = 1"], "more": 1}
     assert Experiment.from_namespace(again | {"num_layers": 4}, CONTEXT).num_layers == 4
-    assert "num_layers = 'x'" in refusal(Experiment.from_namespace, namespace | {"num_layers": "x"}, CONTEXT)
-
-
-def test_a_misspelt_name_in_the_parameters_cell_is_refused_until_it_is_corrected():
     misspelt = in_jupyter(f"{PARAMETERS}\nphase2_epoch = 3", phase2_epoch=3)
     assert "phase2_epoch = 3" in refusal(Experiment.from_namespace, misspelt, CONTEXT)
-    corrected = f"{PARAMETERS}\nphase2_epochs = 3"
-    after = misspelt | {"In": [*misspelt["In"], corrected], "phase2_epochs": 3}
-    assert Experiment.from_namespace(after, CONTEXT).phase2_epochs == 3
+    corrected = misspelt | {"In": [*misspelt["In"], f"{PARAMETERS}\nphase2_epochs = 3"], "phase2_epochs": 3}
+    assert Experiment.from_namespace(corrected, CONTEXT).phase2_epochs == 3
 
 
 @pytest.mark.parametrize(
@@ -219,41 +204,27 @@ def test_a_grid_crosses_experiments_with_swept_values(grid, tmp_path):
     assert run == Experiment.from_mapping(expected, {"phase2_learning_rate": 0.001})
 
 
-def test_a_longer_sweep_adds_runs_and_changes_none(grid):
-    before, after = (
-        load_grid(grid(sweep={"train_tokens": sizes, "seed": [1, 2]})).runs for sizes in ([700], [9, 700, 80])
-    )
-    assert len(before) == 2 and len(after) == 6 and before.items() < after.items()
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ({"swep": {}}, "swep = {}"),
         ({"experiments": {}}, "experiments = {}"),
-        ({"experiments": None}, "experiments = None"),
         ({"experiments": {"A": [1]}}, "experiments.A = "),
         ({"experiments": {"a b": {}}}, "run a b: "),
-        ({"experiments": {"../../A": {}}}, "run ../../A: "),
         ({"experiments": {"A": {}, "B": {"num_layers": 0}}}, "run B: num_layers = 0"),
         ({"experiments": {"A": {}, "B": "params/C.yaml"}}, "experiment B: params/C.yaml "),
-        *(({"experiments": {name: {}}}, f"run {name}: ") for name in ("report", "analysis", "corpus", "corpus-2")),
-        ({"common": 5}, "common"),
+        *(({"experiments": {name: {}}}, f"run {name}: ") for name in ("report", "corpus-2")),
         ({"common": "params/C.yaml"}, "params/C.yaml"),
         ({"common": {"num_layer": 3}}, "run A: num_layer = 3"),
-        ({"sweep": {"seed": 3}}, "sweep.seed = 3"),
         ({"sweep": {"seed": []}}, "sweep.seed = []"),
-        ({"sweep": {"sed": [1]}}, "run A_sed-1: sed = 1"),
         ({"sweep": {"seed": [42, 43, 42]}}, "run A_seed-42: "),
         ({"sweep": {"seed, data_seed": [1, 2]}}, "'seed, data_seed'"),
         ({"sweep": {"seed, data_seed": [[1, 0], [2]]}}, "'seed, data_seed'"),
         ({"sweep": {"seed": [*range(40)], "data_seed": [*range(30)]}}, "1,000 runs"),
         ({"experiments": {"A": {"seed": 7}}, "sweep": {"seed": [1, 2]}}, "run A_seed-1: 'sweep' would override seed"),
         ({"experiments": {"A": ["params/B.yaml", {"seed": 7}]}, "sweep": {"seed": [1, 2]}}, "seed"),
-        ({"sweep": {"train_samples": [50]}}, "train_samples = 50"),
         ({"sweep": {"corpus": ["texts/mine.txt"]}}, "run A_corpus-texts/mine.txt: "),
         ({"sweep": {"corpus": ["a" * 200 + ".txt"]}}, "run A_corpus-aaa"),
-        ({"title": None}, "title = None"),
         ({"experiments": {"L": {"model": "lstm", "design": "arithmetic"}}}, "run L: design = 'arithmetic'"),
         ({"sweep": {"window": [16, 32]}}, "run A_window-16: window = 16"),
     ],
@@ -264,7 +235,7 @@ def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content,
     assert message.startswith(file) and words in message
 
 
-@pytest.mark.parametrize("name", ["study", "site", "a b", ".hidden", "-x", "a;b"])
+@pytest.mark.parametrize("name", ["study", "site", "a b", ".hidden"])
 def test_a_grids_file_has_a_name_that_can_be_its_folders_and_is_not_ours(grid, name):
     file = grid(name)
     assert refusal(load_grid, file).startswith(file)
@@ -272,7 +243,7 @@ def test_a_grids_file_has_a_name_that_can_be_its_folders_and_is_not_ours(grid, n
 
 
 def test_a_missing_grid_is_answered_with_the_known_ones():
-    assert all(name in refusal(load_grid, "quikc") for name in ("'quikc'", *GRIDS))
+    assert all(known in refusal(load_grid, "quikc") for known in ("'quikc'", *GRIDS))
     assert "missing.yaml" in refusal(load_grid, "params/grids/missing.yaml")
 
 
@@ -280,36 +251,21 @@ def test_a_missing_grid_is_answered_with_the_known_ones():
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_every_grid_of_the_repository_loads(name):
+def test_no_grid_of_the_repository_has_a_run_twice(name):
     plan = load_grid(name)
     assert plan.name == name and plan.title and plan.description
     assert len({run.params_hash for run in plan.runs.values()}) == len(plan.runs) > 0
 
 
 def test_the_study_grid_is_the_study_in_five_replicates():
-    shapes = {"A": (6, 768), "B": (3, 1536)}
-    given = {(label, size) for label in "AB" for size in (86_925, 183_620)}
-    drawn = {"seed", "data_seed", "embedding_seed"}
+    shapes, drawn = {"A": (6, 768), "B": (3, 1536)}, {"seed", "data_seed", "embedding_seed"}
     free = {"experiment", "num_layers", "context_dim", "train_tokens"} | drawn
     runs = list(load_grid("study").runs.values())
-    assert len(runs) == 20 and {(run.experiment, run.train_tokens) for run in runs} == given
-    assert len({tuple(run.model_dump(include=drawn).values()) for run in runs}) == 5
+    assert len(runs) == 20 and len({tuple(run.model_dump(include=drawn).values()) for run in runs}) == 5
+    assert {(run.experiment, run.train_tokens) for run in runs} == {(x, n) for x in "AB" for n in (86_925, 183_620)}
     for run in runs:
         assert (run.num_layers, run.context_dim) == shapes[run.experiment]
         assert run.model_dump(exclude=free) == Experiment().model_dump(exclude=free)
-
-
-def test_the_quick_grid_is_the_sound_study_on_smaller_widths_and_texts():
-    runs = load_grid("quick").runs.values()
-    sizes = {"train_tokens", "val_samples", "development_samples", "test_samples", "max_sample_tokens"}
-    free = {"experiment", "num_layers", "context_dim", "embed_dim", "seed", "data_seed", "embedding_seed"} | sizes
-    free |= read_yaml("params/sound.yaml").keys()
-    shapes = {(run.experiment, run.num_layers, run.context_dim / run.embed_dim, run.embed_dim) for run in runs}
-    assert shapes == {("A", 6, 1, 128), ("B", 3, 2, 128)}
-    by_label = [{(run.train_tokens, run.seed) for run in runs if run.experiment == label} for label in "AB"]
-    assert by_label[0] == by_label[1] and {size for size, _ in by_label[0]} == {6_000, 12_000}
-    assert all(run.model_dump(exclude=free) == Experiment().model_dump(exclude=free) for run in runs)
-    assert {tuple(run.model_dump(include=sizes - {"train_tokens"}).values()) for run in runs} == {(100, 100, 200, 128)}
 
 
 def test_logits_of_every_sound_run_spread_alike():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
 from ctxlm.analysis import corpus_plots
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.corpus import (
     ULTRACHAT_SIZES,
     VOCABULARY,
@@ -29,6 +29,7 @@ from ctxlm.corpus import (
     tokenizer,
 )
 from ctxlm.files import ROOT
+from tests.conftest import refusal
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +63,14 @@ def test_any_text_has_gpt2s_tokens_and_bytes_and_comes_back(text):
     assert token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_the_vocabulary_is_gpt2s():
+def test_the_vocabulary_is_gpt2s_and_a_tokeniser_that_is_not_or_is_missing_is_refused(tmp_path, monkeypatch):
     assert tokenizer().get_vocab_size() == VOCABULARY == len(token_bytes())
     assert decode([15496, 995, 0]) == "Hello world!"  # as the GPT-2 release gives it
-
-
-def test_a_tokeniser_that_is_not_openais_or_is_missing_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no-such-thing"):
-        corpus_module._package("no_such_thing", "no-such-thing")
+    assert "no-such-thing" in refusal(corpus_module._package, "no_such_thing", "no-such-thing")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "encoder.json").write_text("{}")
     monkeypatch.setattr(corpus_module, "_package", lambda *_: tmp_path)
-    with pytest.raises(ConfigError, match=r"encoder\.json"):
-        tokenizer.__wrapped__()
+    assert "encoder.json" in refusal(tokenizer.__wrapped__)
 
 
 # The corpora that come with ctxlm, mixed and shuffled
@@ -101,8 +97,7 @@ def test_an_embedded_corpus_has_the_known_size_and_is_refused_once_changed(name,
     with lzma.open(ROOT / "data" / "corpora" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
         assert decode(corpus.stream(0, 1).tokens) == json.loads(file.readline())["text"]
     monkeypatch.setitem(corpus_module.EMBEDDED, name, "0" * 64)
-    with pytest.raises(ConfigError, match=f"corpus = '{name}'"):
-        load_corpus(name)
+    assert f"corpus = '{name}'" in refusal(load_corpus, name)
 
 
 def test_a_mixture_takes_a_sample_of_each_in_turn(monkeypatch):
@@ -129,8 +124,8 @@ def test_a_shuffled_corpus_is_a_permutation_of_its_samples(tmp_path):
     assert sorted(after) == sorted(before) != after
     moved = [abs(before.index(text) - place) for place, text in enumerate(after)]
     assert 80 < np.mean(moved) < 120  # a third of 300, as of a permutation drawn from all
-    e = Experiment(corpus=str(path), shuffle_samples=True, train_tokens=50, val_samples=9)
-    e = e.model_copy(update={"development_samples": 9, "test_samples": 9})
+    judged = dict.fromkeys(("val_samples", "development_samples", "test_samples"), 9)
+    e = Experiment(corpus=str(path), shuffle_samples=True, train_tokens=50, **judged)
     assert np.array_equal(split(e).test.tokens, split(e, shuffled).test.tokens)
 
 
@@ -180,9 +175,6 @@ def test_a_parquet_file_gives_its_text_or_ultrachats_opening_messages(tmp_path):
     full = [[{"content": m["content"], "role": "user"} for m in row] for row in MESSAGES * 3]
     by_messages = parquet("chat.parquet", prompt=[*"abcdef"], prompt_id=[*"ghijkl"], messages=full)
     assert texts(load_corpus(by_messages)) == ["first", "second"] * 3
-    for name, columns, row in (("a", {"words": ["one"]}, 1), ("b", {"text": ["one", None]}, 2)):
-        with pytest.raises(ConfigError, match=f"row {row} "):
-            load_corpus(parquet(f"{name}.parquet", **columns))
 
 
 # UltraChat
@@ -217,6 +209,8 @@ def hub(monkeypatch):
 
 
 def test_ultrachat_is_the_studys_has_room_for_ten_times_as_much_and_is_fetched_once(hub):
+    hub({500: 86_925, 1000: 183_619})
+    assert "183,619" in refusal(load_corpus, "ultrachat")  # and is not kept
     calls = hub(ULTRACHAT_SIZES, samples=20_000)
     corpus = load_corpus("ultrachat")
     assert [int(corpus.starts[n]) for n in (500, 1000)] == [86_925, 183_620]
@@ -228,16 +222,7 @@ def test_ultrachat_is_the_studys_has_room_for_ten_times_as_much_and_is_fetched_o
     ends = [(int(part.samples[0]), int(part.samples[-1])) for part in vars(streams).values()]
     assert ends == [(0, 999), (9600, 9799), (9800, 9999), (10_000, 10_199)]
     assert len(split(experiment.model_copy(update={"train_samples": 9600})).train) == 183_620 + 8600
-    with pytest.raises(ConfigError, match="train_samples = 9601 "):
-        split(experiment.model_copy(update={"train_samples": 9601}))
-
-
-def test_another_ultrachat_is_refused_and_not_kept(hub):
-    hub({500: 86_925, 1000: 183_619})
-    with pytest.raises(ConfigError, match="183,619"):
-        load_corpus("ultrachat")
-    hub(ULTRACHAT_SIZES)
-    assert load_corpus("ultrachat").starts[1000] == 183_620
+    assert "train_samples = 9601 " in refusal(split, experiment.model_copy(update={"train_samples": 9601}))
 
 
 def test_a_hub_that_cannot_be_asked_is_one_sentence(hub, monkeypatch):
@@ -252,13 +237,10 @@ def test_a_hub_that_cannot_be_asked_is_one_sentence(hub, monkeypatch):
     monkeypatch.setattr(HfApi, "repo_info", repo_info)
     for offline in (True, False):  # its own downloaders would ask for 23 seconds
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(ConfigError, match=r"corpus = 'ultrachat' .*ConnectionError") as caught:
-            load_corpus("ultrachat")
-        assert "\n" not in str(caught.value)
+        assert "corpus = 'ultrachat' " in refusal(load_corpus, "ultrachat")
     assert len(calls) == 1 and asked == [("HuggingFaceH4/ultrachat_200k", "dataset", 10)]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'ctxlm\[hub\]'"):
-        load_corpus("ultrachat")
+    assert "pip install 'ctxlm[hub]'" in refusal(load_corpus, "ultrachat")
 
 
 # The cache
@@ -278,10 +260,9 @@ def test_the_cache_goes_by_content_and_kind_not_by_name(tmp_path, empty_cache, m
     path.write_text(path.read_text() + "!")
     assert len(load_corpus(str(path)).tokens) == len(cold.tokens) + 1
     assert len(list(empty_cache.glob("*.npz"))) == 2
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' * 6)
-    (tmp_path / "a.txt").write_text('{"text": "x"}\n\n' * 6)
-    assert texts(load_corpus(str(tmp_path / "a.jsonl"))) == ["x"] * 6
-    assert texts(load_corpus(str(tmp_path / "a.txt"))) == ['{"text": "x"}'] * 6
+    for suffix, read in (("jsonl", "x"), ("txt", '{"text": "x"}')):  # equal bytes
+        (tmp_path / f"a.{suffix}").write_text('{"text": "x"}\n\n' * 6)
+        assert texts(load_corpus(str(tmp_path / f"a.{suffix}"))) == [read] * 6
 
 
 # What the corpus notebook shows
@@ -301,14 +282,11 @@ def tiny_split(**parameters):
 def test_the_table_of_sizes_is_known():
     table = corpus_plots.sizes(tiny_corpus(), tiny_split())
     assert table.index.tolist() == ["corpus", "training capacity", "training", "validation", "development", "test"]
-    assert table["samples"].tolist() == [10, 3, 3, 1, 1, 1]
+    assert table["samples"].tolist() == [10, 3, 3, 1, 1, 1] == table["different tokens"].tolist()
     assert table["tokens"].tolist() == [55, 6, 5, 4, 5, 6]
     assert table["tokens a sample"].tolist() == [5.5, 2.0, 1.7, 4.0, 5.0, 6.0]
-    assert table["different tokens"].tolist() == [10, 3, 3, 1, 1, 1]
-    cut = corpus_plots.sizes(tiny_corpus(), tiny_split(max_sample_tokens=3))
-    assert cut["tokens"].tolist() == [55, 6, 5, 3, 3, 3]
-    held_out = corpus_plots.sizes(tiny_corpus(), tiny_split(train_tokens=6, held_out_tokens=2))
-    assert held_out["tokens"].tolist() == [55, 6, 4, 2, 5, 6] and held_out["samples"].tolist() == [10, 3, 3, 1, 1, 1]
+    other = corpus_plots.sizes(tiny_corpus(), tiny_split(max_sample_tokens=4, train_tokens=6, held_out_tokens=2))
+    assert other["tokens"].tolist() == [55, 6, 4, 2, 4, 4] and other["samples"].tolist() == [10, 3, 3, 1, 1, 1]
 
 
 def test_shares_of_unseen_tokens_and_examples_are_known(chitchat):
@@ -333,11 +311,11 @@ def test_neighbours_are_sought_by_direction_among_common_tokens():
     assert table.iloc[1].tolist()[:2] == [names[4], names[1]]
 
 
-@pytest.mark.parametrize("parameters", [{}, {"data_seed": 10, "train_tokens": 6}, {"train_tokens": 2}])
-def test_the_smallest_corpus_can_be_drawn(parameters):
-    corpus, streams = tiny_corpus(), tiny_split(**parameters)
+def test_the_smallest_corpus_can_be_drawn():
+    corpus, streams = tiny_corpus(), tiny_split()
+    round_the_end = tiny_split(data_seed=10, train_tokens=6)
     figures = [
-        corpus_plots.plot_split(corpus, streams, second_half=True),
+        *(corpus_plots.plot_split(corpus, drawn, second_half=True) for drawn in (streams, round_the_end)),
         corpus_plots.plot_lengths(corpus, streams),
         corpus_plots.plot_frequencies(corpus, streams),
         corpus_plots.plot_embedding(np.eye(10, 3, dtype=np.float32)),

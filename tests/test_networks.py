@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm import networks, ngrams
-from ctxlm.config import BASELINES, Experiment, read_yaml
-from ctxlm.corpus import split
-from ctxlm.metrics import Alternative
+from ctxlm.config import Experiment, read_yaml
 from ctxlm.model import forward_flops, load_own_weights, own_weights
 from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts, train_network
 from tests.conftest import stream
@@ -74,7 +71,7 @@ def by_hand_mingru(model, tokens):
         x = body.into(F.layer_norm(model.embedding[token], (8,)))
         for k, (norm, gates) in enumerate(zip(body.norms, body.gates, strict=True)):
             z, new = gates(norm(x)).chunk(2)
-            g = torch.stack([value + 0.5 if value >= 0 else value.sigmoid() for value in new])
+            g = torch.where(new >= 0, new + 0.5, new.sigmoid())
             states[k] = (1 - z.sigmoid()) * states[k] + z.sigmoid() * g
             x = x + states[k]
         rows.append(body.out(body.norm(x)))
@@ -114,18 +111,19 @@ def losses_by_hand(model, h, targets):
 
 
 @each_kind
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("slow", [0.0, 0.9])
-def test_what_was_trained_is_the_equations(kind, frozen, slow):
+@pytest.mark.parametrize(("frozen", "slow"), [(True, 0.0), (False, 0.9)])
+def test_what_was_trained_is_the_equations_and_so_are_its_gradients(kind, frozen, slow):
     more = {"output_bias": "unigram", "logit_scale": 0.7, "slow_decay": slow, "phase2_freeze_embedding": frozen}
     (e, model), (_, new) = small(kind, **more), small(kind, **more)
     read, tokens, positions = model.embedding.detach().clone(), stream(150, VOCABULARY), torch.arange(8)[None]
     train_network(model, tokens, stream(60, VOCABULARY, seed=1), e)
     assert torch.equal(read, model.embedding) == frozen == ("embedding" not in own_weights(model))
-    loss, losses, _ = Reader(model, torch.float32)(tokens, positions, positions >= 0)
+
     model.zero_grad()
+    loss, losses, _ = Reader(model, torch.float32)(tokens, positions, positions >= 0)
     loss.backward()
-    gradient, model.embedding.grad = model.embedding.grad, None
+    gradients = {name: weight.grad.clone() for name, weight in model.trained().items()}
+    model.zero_grad()
     h = BY_HAND[kind](model, tokens[:8])
     if slow:  # made from the embedding as it was before training
         shares = (torch.bincount(tokens, minlength=VOCABULARY) + 1) / (150 + VOCABULARY)
@@ -138,7 +136,10 @@ def test_what_was_trained_is_the_equations(kind, frozen, slow):
     expected = losses_by_hand(model, h, tokens[1:9])
     expected.mean().backward()
     torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradient, model.embedding.grad, atol=1e-5, rtol=1e-4)
+    for name, weight in model.trained().items():
+        torch.testing.assert_close(gradients[name], weight.grad, atol=1e-6, rtol=1e-3)
+        assert gradients[name].abs().max() > 0, name
+
     load_own_weights(new, own_weights(model))
     torch.testing.assert_close(Reader(new, torch.float32)(tokens, positions, positions >= 0)[1], losses)
 
@@ -150,7 +151,7 @@ each_recurrent = pytest.mark.parametrize("kind", ["lstm", "mingru"])
 def test_a_recurrent_network_is_judged_from_a_warm_up_on(kind):
     """Fresh weights forget within tens of tokens; ones that hardly do show what the warm-up is worth."""
     _, model = small(kind)
-    tokens = stream(2600, VOCABULARY)  # three parts
+    tokens = stream(1400, VOCABULARY)  # two parts
     with torch.no_grad():
         for k in range(2):
             if kind == "lstm":
@@ -160,8 +161,8 @@ def test_a_recurrent_network_is_judged_from_a_warm_up_on(kind):
     from_the_start = losses_by_hand(model, BY_HAND[kind](model, tokens[:-1]), tokens[1:])
     losses, accuracy = evaluate(Reader(model, torch.float32), tokens)
     torch.testing.assert_close(losses[:1024], from_the_start[:1024], atol=1e-4, rtol=1e-4)
-    late = BY_HAND[kind](model, tokens[1024 - 256 : 2048])[256:]
-    torch.testing.assert_close(losses[1024:2048], losses_by_hand(model, late, tokens[1025:2049]), atol=1e-4, rtol=1e-4)
+    late = BY_HAND[kind](model, tokens[1024 - 256 : -1])[256:]
+    torch.testing.assert_close(losses[1024:], losses_by_hand(model, late, tokens[1025:]), atol=1e-4, rtol=1e-4)
     assert (losses - from_the_start)[1024:].abs().max() > 1e-2
     assert 0 <= accuracy <= 1
 
@@ -185,32 +186,6 @@ def test_a_mingru_at_once_is_token_by_token(length, cut, spread):
         torch.testing.assert_close(later, whole[:, cut:], atol=2e-6 * spread, rtol=1e-4)
 
 
-def test_a_mingru_reads_on_from_its_state():
-    _, model = small("mingru")
-    inputs, steps = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)), []
-    state = start = model.body.start(3)
-    for t in range(20):
-        h, state = model.body(inputs[:, t : t + 1], state)
-        steps.append(h)
-    whole, end = model.body(inputs, start)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(state, end, atol=1e-5, rtol=1e-5)
-
-
-@each_kind
-def test_gradients_reach_every_weight(kind):
-    """Those of the equations, and none of them zero throughout."""
-    _, model = small(kind, output_bias="unigram")
-    tokens, positions = stream(9, VOCABULARY), torch.arange(8)[None]
-    Reader(model, torch.float32)(tokens, positions, positions >= 0)[0].backward()
-    found = {name: p.grad.clone() for name, p in model.trained().items()}
-    model.zero_grad()
-    losses_by_hand(model, BY_HAND[kind](model, tokens[:8]), tokens[1:]).mean().backward()
-    for name, p in model.trained().items():
-        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-3)
-        assert found[name].abs().max() > 0, name
-
-
 def test_a_transformers_positions_are_no_product():
     _, model = small("transformer")
     layers = [layer.self_attn.in_proj_weight.numel() for layer in model.body.layers]
@@ -232,32 +207,30 @@ def test_a_transformer_sees_half_a_window_or_more():
 @each_kind
 def test_dropout_is_the_equations_in_training_alone(kind):
     _, model = small(kind, dropout=0.4, num_layers=1)
-    inputs = torch.randn(40, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs, body = torch.randn(40, 8, 8, generator=torch.Generator().manual_seed(0)), model.body
 
     def h(training, seed=1):
         torch.manual_seed(seed)
-        return model.train(training).body(inputs, model.body.start(len(inputs)))[0]
+        return model.train(training).body(inputs, body.start(len(inputs)))[0]
+
+    def kept(values, seed=1):
+        torch.manual_seed(seed)
+        return F.dropout(values, 0.4)
 
     assert torch.equal(h(True), h(True)) and not torch.equal(h(True), h(True, seed=2))
     plain = small(kind, num_layers=1)[1].eval().body
     torch.testing.assert_close(h(False), plain(inputs, plain.start(len(inputs)))[0])
-    if kind == "lstm":  # of what it hands out, not of its state
-        state = model.body.cells(inputs)[0]
-        torch.manual_seed(1)
-        kept = F.dropout(state, 0.4)
-        torch.testing.assert_close(h(True), model.body.out(kept))
-        assert (kept == 0).float().mean().item() == pytest.approx(0.4, abs=0.03)
-    elif kind == "mingru":  # of what a layer adds to the token
-        x, body = model.body.into(inputs), model.body
+    if kind == "lstm":  # of what it hands out, not of its state, and from layer to layer
+        torch.testing.assert_close(h(True), body.out(kept(body.cells(inputs)[0])))
+        assert small("lstm", dropout=0.4)[1].body.cells.dropout == 0.4
+    elif kind == "mingru":  # of what a layer adds to the token, not of its state
+        x = body.into(inputs)
         added = min_gru(*body.gates[0](body.norms[0](x)).chunk(2, -1), torch.full((40, 12), 0.5))
-        torch.manual_seed(1)
-        kept = F.dropout(added, 0.4)
-        torch.testing.assert_close(h(True), body.out(body.norm(x + kept)))
-        assert torch.equal(body.train()(inputs, body.start(len(inputs)))[1][0][0], added[:, -1])  # the state is whole
+        torch.testing.assert_close(h(True), body.out(body.norm(x + kept(added))))
+        assert torch.equal(body.train()(inputs, body.start(len(inputs)))[1][0][0], added[:, -1])
     else:
-        layer = model.body.layers[0]
-        assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {layer.self_attn.dropout} == {0.4}
-    assert small("lstm", dropout=0.4)[1].body.cells.dropout == 0.4  # and from layer to layer
+        rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {body.layers[0].self_attn.dropout} == {0.4}
 
 
 # Windows
@@ -321,8 +294,8 @@ def test_a_state_is_carried_from_window_to_window_without_gradients(kind):
 def test_a_periodic_text_is_learnt_by_heart(kind):
     """Of a period of 7 tokens in which no pair repeats but the tokens do, nothing is left to guess."""
     tokens = torch.tensor([1, 2, 3, 1, 4, 2, 1] * 60)  # what follows 1 and 2 depends on what came before
-    e, model = small(kind, phase2_epochs=60, phase2_patience=60, phase2_learning_rate=0.02, output_bias="unigram")
-    trained = train_network(model, tokens, tokens[:211], e)
+    e, model = small(kind, phase2_epochs=15, phase2_patience=15, phase2_learning_rate=0.02, output_bias="unigram")
+    trained = train_network(model, tokens, tokens[:106], e)
     assert trained.val_losses[8:].exp().mean() < 1.05 and trained.val_accuracy > 0.95
 
 
@@ -333,19 +306,3 @@ def test_bfloat16_gives_nearly_the_same(kind):
         e, model = small(kind, phase2_epochs=2, phase2_learning_rate=0.01, slow_decay=0.9)
         ends.append(train_network(model, stream(300, VOCABULARY), stream(60, VOCABULARY, seed=1), e, dtype).val_losses)
     assert ends[0].mean().item() == pytest.approx(ends[1].mean().item(), rel=0.02)
-
-
-@pytest.mark.parametrize("model", BASELINES)
-def test_what_is_built_is_judged_as_it_was_on_validation(model):
-    parameters = {"train_tokens": 600, "val_samples": 1, "development_samples": 1, "test_samples": 1}
-    parameters |= {"embedding": "random", "embed_dim": 8, "num_layers": 1, "hidden_dim": 8, "num_heads": 2}
-    parameters |= {"phase2_epochs": 3, "phase2_learning_rate": 0.1, "device": "cpu", "dtype": "float32"}
-    e = Experiment.from_mapping(parameters, {"model": model})
-    streams = split(e)
-    built = (ngrams if model == "kneser-ney" else networks).build(e, streams)
-    assert isinstance(built, Alternative) and len(built.val[0]) == len(streams.val) - 1
-    assert bool(built.weights) == bool(built.history) == (built.columns["trained_params"] > 0) == (model in KINDS)
-    if model in KINDS:  # the weights at the end are not those that are kept
-        assert built.columns["best_epoch"] < built.columns["epochs_run"]
-    losses, accuracy = built.judge(streams.val.tokens)
-    assert losses == pytest.approx(built.val[0], abs=1e-5) and accuracy == pytest.approx(built.val[1], abs=1e-3)

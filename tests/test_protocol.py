@@ -1,5 +1,6 @@
 """Protocol 3: what is trained on and what is judged never meet, in any run of any grid and on any corpus."""
 
+from functools import cache
 from itertools import chain, pairwise
 from unittest import mock
 
@@ -33,10 +34,10 @@ def runs():
 
 @pytest.fixture(scope="module")
 def splits(runs, chitchat):
-    """An experiment and its streams, of all runs on chitchat alone, by their data parameters."""
+    """An experiment and its streams, of all runs on chitchat alone that differ in their data parameters."""
     alone = [run for run in runs.values() if (run.corpus, run.judged_corpus) == ("chitchat", None)]
     kinds = {tuple(getattr(run, name) for name in DATA): run for run in alone if not run.shuffle_samples}
-    return {kind: (run, split(run, chitchat)) for kind, run in kinds.items()}
+    return [(run, split(run, chitchat)) for run in kinds.values()]
 
 
 def counting(lengths, name="counting.txt", first=0):
@@ -61,22 +62,16 @@ def given_as(*corpora):
 # All grids
 
 
-def test_no_run_of_any_grid_is_judged_on_what_any_run_is_trained_on(splits, chitchat):
+def test_no_run_of_any_grid_is_judged_on_what_any_run_is_trained_on(splits):
     train, judged = set(), {part: set() for part in PARTS}
-    for run, streams in splits.values():
-        train |= set(streams.train.samples.tolist())
+    for run, streams in splits:
+        train |= {*streams.train.samples}
         assert len(streams.train) == run.train_tokens - run.held_out_tokens
         if run.held_out_tokens:  # training text stands in for validation
             assert len(streams.val) == run.held_out_tokens and streams.val.samples.max() < 1354
         for part in PARTS[bool(run.held_out_tokens) :]:
-            stream = getattr(streams, part)
-            judged[part] |= set(stream.samples.tolist())
-            samples, firsts, counts = np.unique(stream.samples, return_index=True, return_counts=True)
-            for sample, first, count in zip(samples, firsts, counts, strict=True):  # the beginning of each
-                whole = chitchat.tokens[chitchat.starts[sample] : chitchat.starts[sample + 1]]
-                assert count == min(len(whole), run.max_sample_tokens)
-                assert np.array_equal(stream.tokens[first : first + count], whole[:count])
-    assert train and max(train) < 1354 and any(run.held_out_tokens for run, _ in splits.values())
+            judged[part] |= {*getattr(streams, part).samples}
+    assert train and max(train) < 1354 and any(run.held_out_tokens for run, _ in splits)
     assert [*judged.values()] == [set(range(first, first + 200)) for first in (1354, 1554, 1754)]
 
 
@@ -84,8 +79,15 @@ NOT_TOGETHER = {"chance", "signs"}
 """Grids that cross seeds, texts and signs, or turn signs that are given: what they ask is what each of these does."""
 
 
+@pytest.fixture(scope="module")
+def read_once():
+    """Grids share corpora, which take seconds to read."""
+    with mock.patch.object(corpus_module, "load_corpus", cache(load_corpus)):
+        yield
+
+
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid not in NOT_TOGETHER])
-def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, chitchat):
+def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_once):
     of_grid = [run for (of, _), run in runs.items() if of == grid]
     triples = {(run.seed, run.data_seed, run.embedding_seed) for run in of_grid}
     if len(triples) > 1:
@@ -119,27 +121,13 @@ def test_chitchats_parts_have_the_known_sizes(chitchat):
     assert len(chitchat.second_half) == len(chitchat.tokens) - chitchat.starts[1954] == 1_386_029
     streams = split(Experiment(val_samples=100, development_samples=200, max_sample_tokens=128), chitchat)
     assert [len(stream) for stream in (streams.val, streams.development)] == [12_171, 24_445]
-    assert (streams.val.samples[-1], streams.development.samples[-1]) == (1453, 1753)
-
-
-def test_what_a_run_is_judged_on_depends_on_nothing_but_its_own_parameters(chitchat):
-    one = split(Experiment(), chitchat)
-    others = [
-        {"train_tokens": 1234},
-        {"train_tokens": None, "train_samples": 7},
-        {"train_sample_tokens": 100},
-        {"data_seed": 33},
-        {"embedding": "random", "embedding_seed": 9},
-        {"seed": 7, "num_layers": 3, "context_dim": 5, "embed_dim": 9, "dtype": "float32", "model": "kneser-ney"},
-    ]
-    for i, parameters in enumerate(others):
-        other = split(Experiment(**parameters), chitchat)
-        for part in (*PARTS, *(["train"] if i > 3 else [])):
-            assert np.array_equal(getattr(one, part).tokens, getattr(other, part).tokens)
-            assert np.array_equal(getattr(one, part).samples, getattr(other, part).samples)
 
 
 # Any corpus
+
+
+OF_NO_DATA = [{}, {"seed": 7, "embedding": "random", "embedding_seed": 9}, {"model": "kneser-ney", "dtype": "float32"}]
+"""What no stream depends on."""
 
 
 @st.composite
@@ -153,8 +141,8 @@ def cases(draw, least=1):
     corpus = counting(draw(several))
     judged = counting(draw(several), "judged.txt", first=10**6) if draw(st.booleans()) else None
     longest = draw(st.none() | st.integers(least, 12) | st.integers(13, 320))
-    parameters = {
-        **{f"{part}_samples": draw(st.integers(1, (judged or corpus).region)) for part in PARTS},
+    parameters = {f"{part}_samples": draw(st.integers(1, (judged or corpus).region)) for part in PARTS}
+    parameters |= draw(st.sampled_from(OF_NO_DATA)) | {
         "judged_corpus": judged and judged.name,
         "max_sample_tokens": draw(st.none() | st.integers(least, 12) | st.integers(13, 320)),
         "train_sample_tokens": longest,
@@ -193,7 +181,7 @@ def test_a_corpus_is_a_capacity_three_equal_regions_and_what_the_embedding_reads
         assert corpus.capacity > 0 and len(corpus.second_half) == samples - samples // 2 - corpus.region > 0
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(cases())
 def test_a_split_is_exact_and_overlaps_nowhere(case):
     corpus, judged, e = case
@@ -242,15 +230,6 @@ def test_held_out_tokens_are_the_windows_last_and_replace_validation(case, data)
     assert len(held.val) == held_out
 
 
-def test_data_seeds_rotate_the_training_window_over_the_whole_capacity():
-    corpus = counting([10] * 40)  # a capacity of 16 samples
-    trains = [split(of_samples(data_seed=seed, train_tokens=155), corpus).train.tokens for seed in range(60)]
-    assert {int(tokens[0]) for tokens in trains} == set(range(0, 160, 10))
-    assert [int(trains[seed][0]) for seed in (0, 1, 2, 15, 30, 45)] == [0, 0, 10, 40, 80, 120]
-    wrapped = next(tokens for tokens in trains if tokens[0] == 150)
-    assert np.array_equal(wrapped, [*range(150, 160), *range(145)])
-
-
 # What is refused
 
 
@@ -259,17 +238,11 @@ def test_data_seeds_rotate_the_training_window_over_the_whole_capacity():
     [
         (40, {"train_tokens": 161}, "train_tokens"),
         (40, {"train_tokens": None, "train_samples": 17}, "train_samples"),
-        (40, {"train_tokens": 81, "train_sample_tokens": 5}, "train_tokens"),
-        (40, {"train_tokens": 5, "val_samples": 3}, "val_samples"),
         (40, {"train_tokens": 5, "test_samples": 3}, "test_samples"),
-        (40, {"train_tokens": 1}, "train_tokens"),
         (40, {"train_tokens": None, "train_samples": 1, "train_sample_tokens": 1}, "train_samples"),
         (40, {"train_tokens": 5, "max_sample_tokens": 1}, "val_samples"),
-        (40, {"train_tokens": 5, "max_sample_tokens": 1, "val_samples": 2}, "development_samples"),
         (40, {"train_tokens": 5, "held_out_tokens": 4}, "held_out_tokens"),
-        (40, {"train_tokens": 5, "held_out_tokens": 1}, "held_out_tokens"),
         *((samples, {"train_tokens": 2}, "train_tokens") for samples in range(1, 6)),
-        *((samples, {"train_tokens": None, "train_samples": 2}, "train_samples") for samples in range(1, 6)),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameters, names):
@@ -280,7 +253,7 @@ def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameter
         assert refusal(check_data, [e]) == message  # and before a grid's first run
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(cases(least=2), st.integers(0, WINDOWS - 1), st.integers(0, WINDOWS - 1))
 def test_windows_that_share_a_token_are_refused(case, one, other):
     corpus, judged, e = case

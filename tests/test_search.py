@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ctxlm import search
-from ctxlm.config import ConfigError, Experiment, read_yaml
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import ROOT, atomic
 from ctxlm.model import ContextLM
 from ctxlm.networks import NeuralLM
@@ -52,11 +52,10 @@ def file(tmp_path, text, outputs, monkeypatch):
 
 @pytest.fixture
 def planted(monkeypatch):
-    """Puts a `Planted` in the place of runs."""
+    """Puts a `Planted` in the place of runs, and returns it."""
 
     def place(**options):
-        one = Planted(**options)
-        monkeypatch.setattr(search, "run_apart", one)
+        monkeypatch.setattr(search, "run_apart", one := Planted(**options))
         return one
 
     return place
@@ -120,15 +119,14 @@ def test_the_planted_best_is_found_and_the_table_holds_every_trial(file, planted
             assert getattr(row, name) == getattr(e, name)  # to the last digit
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_search_that_was_stopped_goes_on_where_it_was(file, planted, table, capsys, jobs):
+def test_a_search_that_was_stopped_goes_on_where_it_was(file, planted, table, capsys):
     stopped = planted(stops=6)
-    assert main([file(trials=12), "--jobs", str(jobs)]) == 1
+    assert main([file(trials=12), "--jobs", "2"]) == 1
     assert stopped.names[5] in capsys.readouterr().err
     over = len(stopped.ran) - 1
     Search(file(trials=12)).study().ask()  # as if a process had been killed within a trial
     again = planted()
-    assert main([file(trials=12), "--jobs", str(jobs)]) == 0
+    assert main([file(trials=12), "--jobs", "2"]) == 0
     assert len(again.ran) == 12 - over and not {*again.names} & {*stopped.names}
     trials = table()
     experiments = dict(stopped.ran) | dict(again.ran)
@@ -185,7 +183,6 @@ def test_the_best_are_run_at_full_size(file, planted, table, capsys):
 MISSHAPEN = [
     {"slow_decay": []},
     {"slow_decay": {"low": 0.9}},
-    {"slow_decay, window": [[0.0, 32], 0.9]},
     {"slow_decay, window": [[0.0]]},
     {"logit_spread": ["big"]},
 ]
@@ -194,16 +191,14 @@ MISSHAPEN = [
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        *(({"trials": count}, "trials = ") for count in (0, 10**30)),
+        ({"trials": 0}, "trials = 0"),
         ({"trails": 9}, "trails = 9"),
         ({"space": {}}, "space = {}"),
         *(({"space": space}, "tiny.yaml: ") for space in MISSHAPEN),
         ({"space": {"slow_decay": [0.0, 0.9, 1.5]}}, "slow_decay = 1.5"),
-        ({"space": {"slow_decay": {"low": -0.5, "high": 0.9}}}, "slow_decay = -0.5"),
         ({"space": {"slow_decay": {"low": 0.1, "high": 1.5}}}, "slow_decay = 1.5"),
         ({"space": {"slow_decay, window": [[0.0, 32], [0.9, 48]]}}, "window = 48"),
         ({"space": {"slow_decai": [0.9]}}, "slow_decai = 0.9"),
-        ({"space": {"logit_spread": [0.0]}}, "logit_scale = 0.0"),
         ({"space": {"held_out_tokens": [100, 0]}}, "held_out_tokens = 0"),
         ({"full": {"held_out_tokens": 600}}, "held_out_tokens = 600"),
         ({"full": {"slow_decay": 2}}, "slow_decay = 2"),
@@ -219,12 +214,13 @@ def test_what_is_wrong_is_named_before_any_work(outputs, file, planted, capsys, 
     assert named in capsys.readouterr().err and not one.ran and not outputs.exists()
 
 
-def test_trials_of_another_search_are_not_gone_on_with(file, planted, capsys, monkeypatch):
+def test_trials_of_another_search_are_not_gone_on_with(file, planted, text, capsys, monkeypatch):
     planted()
     assert main([file(trials=3)]) == 0
     assert main([file(trials=4, full={"embed_dim": 64}, title="Another")]) == 0  # is the same search
     one = planted()
-    for keys in ({"seed": 2}, {"space": SPACE | {"dropout": [0.3]}}, {"common": COMMON | {"corpus": "sotu"}}):
+    longer = COMMON | {"corpus": str(text), "train_tokens": 610}
+    for keys in ({"seed": 2}, {"space": SPACE | {"dropout": [0.3]}}, {"common": longer}):
         assert main([file(trials=9, **keys)]) == 1
         assert "outputs/search/tiny" in capsys.readouterr().err
     monkeypatch.setattr(search, "code_hash", lambda model: "another")
@@ -235,20 +231,16 @@ def test_trials_of_another_search_are_not_gone_on_with(file, planted, capsys, mo
 
 
 @pytest.mark.parametrize(
-    ("stderr", "learns"),
-    [
-        ("a warning\nNonFiniteLoss: Phase 2's loss is nan\n\n", False),
-        ("ValueError: test_ppl = inf is not finite: the run is not written\n", False),
-        ("ConfigError: no\n", None),
-        ("", None),
-    ],
+    "stderr", ["a warning\nNonFiniteLoss: Phase 2's loss is nan\n\n", "ValueError: inf is not finite\n"]
 )
-def test_only_what_was_tried_makes_a_trial_fail(tmp_path, monkeypatch, stderr, learns):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr))
-    if learns is None:
-        assert str(tmp_path) in refusal(run_apart, Experiment(), tmp_path)
-    else:
-        assert run_apart(Experiment(), tmp_path) == {}
+def test_a_loss_that_is_not_finite_makes_a_trial_fail_and_nothing_else(tmp_path, monkeypatch, stderr):
+    def ended(stderr):
+        monkeypatch.setattr(subprocess, "run", lambda given, **_: subprocess.CompletedProcess(given, 1, "", stderr))
+        return run_apart(Experiment(), tmp_path)
+
+    assert ended(stderr) == {}
+    for other in ("ConfigError: no\n", ""):
+        assert str(tmp_path) in refusal(ended, other)
 
 
 def test_a_run_apart_has_the_parameters_it_was_given(tmp_path, text):
@@ -258,53 +250,29 @@ def test_a_run_apart_has_the_parameters_it_was_given(tmp_path, text):
     assert e.is_that_of(metrics)
 
 
-# Ours
-
-
-@pytest.fixture(scope="module")
-def ours():
-    """Our searches by name; whether their text is here is another matter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "check_data", lambda experiments: None)
-        return {name: Search(f"params/search/{name}.yaml") for name in OURS}
-
-
-def test_our_searches_are_the_same_for_all_models(ours):
+def test_our_searches_are_the_same_for_all_models(monkeypatch):
+    monkeypatch.setattr(search, "check_data", lambda experiments: None)  # whether their text is here is another matter
     assert {*OURS} == {path.stem for path in (ROOT / "params" / "search").glob("*.yaml")}
+    ours = {name: Search(f"params/search/{name}.yaml") for name in OURS}
     files = [one.file for one in ours.values()]
     assert len({(file.trials, file.seed) for file in files}) == 1
     lines = [[*file.space.items()] for file in files]
     assert lines[0][:8] == lines[1][:8] == lines[2][:8] and {*map(len, lines)} == {9, 10}
 
+    for scale in ("quick", "full"):  # and the networks have as many trained parameters as A
+        first = {name: {line: one._ends(line)[0] for line in one.file.space} for name, one in ours.items()}
+        e = {name: one.experiment(first[name], scale) for name, one in ours.items()}
+        study = e["context"].model_copy(update={"num_input_tokens": 2})
+        blocks = ContextLM(study, torch.zeros(2, study.embed_dim)).parameter_counts()
+        wanted = blocks["context_block_params"] + blocks["token_block_params_trained"]
+        assert trained(e["lstm"]) == pytest.approx(wanted, rel=3e-4)
+        widths = [e["transformer"].hidden_dim + step for step in (-8, 0, 8)]  # what divides among its heads
+        off = [abs(trained(e["transformer"], hidden_dim=width) - wanted) for width in widths]
+        assert min(off) == off[1] < 0.05 * wanted
 
-def test_what_is_known_of_each_model_is_in_its_space(ours):
-    """The recipe as it is, and the networks' own settings, could be drawn."""
-    for name, file in {"context": "tuned", "lstm": "baselines/lstm", "transformer": "baselines/transformer"}.items():
-        known = read_yaml("params/base.yaml") | read_yaml(f"params/{file}.yaml")
-        for line, given in ours[name].file.space.items():
-            values = [known.get(part.strip()) for part in line.split(",")]
-            if isinstance(given, dict):
-                assert given["low"] < values[0] < given["high"]
-            elif line != "logit_spread":
-                assert (values if len(values) > 1 else values[0]) in given
 
-
-@pytest.mark.parametrize("scale", ["quick", "full"])
-def test_the_networks_have_as_many_trained_parameters_as_a(ours, scale):
-    def first(one):
-        return {line: one.file.space[line][0] for line in one.file.space if isinstance(one.file.space[line], list)}
-
-    e = {name: one.experiment(first(one), scale) for name, one in ours.items()}
-    study = e["context"].model_copy(update={"num_input_tokens": 2})
-    blocks = ContextLM(study, torch.zeros(2, study.embed_dim)).parameter_counts()
-    wanted = blocks["context_block_params"] + blocks["token_block_params_trained"]
-
-    def trained(e, **changed):
-        changed |= {"phase2_freeze_embedding": True, "output_bias": "none", "slow_decay": 0.0}
-        model = NeuralLM(e.model_copy(update=changed), torch.zeros(2, e.embed_dim))
-        return sum(p.numel() for p in model.trained().values())
-
-    assert trained(e["lstm"]) == pytest.approx(wanted, rel=3e-4)
-    widths = [e["transformer"].hidden_dim + step for step in (-8, 0, 8)]
-    off = [abs(trained(e["transformer"], hidden_dim=width) - wanted) for width in widths]
-    assert min(off) == off[1] < 0.05 * wanted
+def trained(e, **changed):
+    """Trained parameters of a network, embedding and output bias apart."""
+    changed |= {"phase2_freeze_embedding": True, "output_bias": "none", "slow_decay": 0.0}
+    model = NeuralLM(e.model_copy(update=changed), torch.zeros(2, e.embed_dim))
+    return sum(p.numel() for p in model.trained().values())
