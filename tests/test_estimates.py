@@ -452,7 +452,7 @@ HOSTILE = one(0.0, None, None, contrast="<script>alert(1)</script> &", at="<b>",
 def test_a_table_fits_a_page_carries_its_data_and_is_escaped(result):
     result = Estimates(result)
     bundle, table = result._repr_mimebundle_(), result.table()
-    assert table.data.shape[1] <= 8 and len(table.data) == len(result)
+    assert table.data.shape[1] <= 9 and len(table.data) == len(result)
     data, html = json.loads(json.dumps(bundle[MIME], allow_nan=False)), bundle["text/html"]
     assert len(data) == len(result)
     for row, e in zip(data, result, strict=True):
@@ -463,6 +463,19 @@ def test_a_table_fits_a_page_carries_its_data_and_is_escaped(result):
     assert list(result.frame()) == [*Estimate.__dataclass_fields__, "verdict"]
     assert "<script>" not in html and "<b>" not in html
     assert ("&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html) == (HOSTILE in result)
+
+
+def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
+    """Of five p, sorted, the k-th times 5 / k, and none above a later one's: worked out by hand."""
+    plain = [0.001, 0.02, 0.03, 0.031, 0.5]
+    dofs = [3.0, 200.0, None, 7.0, 1.42]
+    t = [stats.norm.isf(p / 2) if dof is None else stats.t.isf(p / 2, dof) for p, dof in zip(plain, dofs, strict=True)]
+    reach = [stats.norm.isf(0.025) if dof is None else stats.t.isf(0.025, dof) for dof in dofs]
+    tested = [one(-x, -x - r, -x + r, dof=dof) for x, r, dof in zip(t, reach, dofs, strict=True)]
+    others = [one(0.1, None, None, dof=None), one(1.0, 0.5, 1.5, unit="PPL")]  # no interval, no difference
+    table = Estimates([*tested, *others]).table().data
+    assert table["p (BH)"].tolist() == ["0.005", "0.039", "0.039", "0.039", "0.500", "", ""]
+    assert "p (BH)" not in Estimates([tested[0], *others]).table().data  # alone it is its own
 
 
 def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):

@@ -97,7 +97,7 @@ class Estimate:
     @property
     def error(self) -> float | None:
         """The standard error, of which the interval is Student's; None without an interval."""
-        return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof))
+        return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof or math.inf))
 
     @property
     def in_unit(self) -> tuple[float, float | None, float | None]:
@@ -125,13 +125,18 @@ class Estimates(list[Estimate]):
         return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
 
     def table(self) -> Styler:
-        """What a reader sees, in at most eight columns; what all rows have in common stands above them."""
-        rows = []
+        """What a reader sees; what all rows have in common stands above them.
+
+        Where several differences stand together, some intervals leave out 0 by chance: `p (BH)` is below 0.05 for those
+        of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
+        """
+        rows, adjusted = [], self.adjusted()
         for e in self:
             value, interval = e.text()
             row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
             row |= {"covers": ", ".join(e.over) or "nothing", "replicates": str(e.replicates or "")}
-            rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": e.verdict})
+            row |= {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "p (BH)": adjusted.get(e, "")}
+            rows.append(row | {"verdict": e.verdict})
         table, common = pd.DataFrame(rows), []
         if not any(e.low is not None for e in self):  # plain numbers: nothing to say of intervals
             table = table.drop(columns=["95 % interval", "covers"], errors="ignore")
@@ -141,6 +146,17 @@ class Estimates(list[Estimate]):
         if len(table):  # columns in which nothing stands are left out
             table = table.loc[:, [name for name in table if name in ("", "estimate") or (table[name] != "").any()]]
         return table.style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
+
+    def adjusted(self) -> dict[Estimate, str]:
+        """Benjamini & Hochberg's p of every difference that has an interval, where there are two or more."""
+        tested = [e for e in self if UNITS[e.unit].comparison and e.error]
+        if len(tested) < 2:
+            return {}
+        p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]
+        return {
+            e: f"{x:.3f}" if x >= 0.001 else "<0.001"
+            for e, x in zip(tested, stats.false_discovery_control(p), strict=True)
+        }
 
     def forest(self, title: str = "") -> Figure:
         """Every estimate with its interval, from top to bottom; hollow where the interval holds 0."""
