@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -108,7 +108,7 @@ class Run:
         """Every resolved parameter, and the code, versions and machine that the run is made with."""
         machine = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         resolved = self.settings.model_copy(update=machine)
-        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         packages = ("numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
         return resolved.model_dump() | {
             "protocol": PROTOCOL,
@@ -273,6 +273,14 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Seconds of every step so far, and total_seconds since the watch was made."""
         return self.steps | {"total_seconds": time.perf_counter() - self.began}
+
+
+def processor() -> str:
+    """The processor's name, or its architecture where the system does not say: others round and add up otherwise."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -1,8 +1,8 @@
 """Published runs, drawn at random, run again and compared: `make reproduce K=12`.
 
-Run again with its own type of products, seed and text, a run need not agree in its last digit: another processor adds
-up in another order. It agrees where its perplexities are within `TOLERANCE`. What is done again lies in
-`outputs/reproduce`; a command that was stopped goes on with it.
+A run is made again with its own type of products, seed and text. On the same kind of processor its perplexities agree
+to `TOLERANCE`; another one rounds and adds up otherwise, which training carries on, and they agree to `ELSEWHERE`. What
+is done again lies in `outputs/reproduce`; a command that was stopped goes on with it.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from ctxlm.search import run_apart
 
 TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
 """How far apart two perplexities of one run may be, as a share; n-grams are of the second kind."""
+ELSEWHERE = 0.05
+"""The same on another processor: in bfloat16 three runs moved by 0.8, 0.8 and 2.7 % (LOG.md)."""
 
 
 def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
@@ -54,8 +56,10 @@ def again(published: pd.Series) -> dict[str, object]:
     metrics = json.loads(done.read_bytes()) if done.exists() else {}
     if metrics.get("code_hash") != code_hash(e.model) or not e.is_that_of(metrics):
         metrics = run_apart(e, folder)
-    tolerance = TOLERANCE.get(published["dtype"], TOLERANCE["float32"])
+    same = published["dtype"] not in TOLERANCE or metrics.get("device_name") == published["device_name"]
+    tolerance = TOLERANCE.get(published["dtype"], TOLERANCE["float32"]) if same else ELSEWHERE
     row: dict[str, object] = {"grid": published["grid"], "run": published["run"], "dtype": published["dtype"]}
+    row["processor"] = "the same" if same else "another"
     for name in ("val_ppl", "test_ppl"):
         row |= {name: published[name], f"{name}, again": metrics.get(name, float("nan"))}
     changes = [row[f"{name}, again"] / row[name] - 1 for name in ("val_ppl", "test_ppl")]
@@ -77,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 print(
                     f"{row['grid']}/{row['run']}: test PPL {row['test_ppl']:.2f}, again {row['test_ppl, again']:.2f}, "
-                    f"{'agrees' if row['agrees'] else 'DIFFERS'}; {given.count - len(rows)} left",
+                    f"{row['processor']} processor: {'agrees' if row['agrees'] else 'DIFFERS'}; "
+                    f"{given.count - len(rows)} left",
                     flush=True,
                 )
     except (ConfigError, OSError) as error:
