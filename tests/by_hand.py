@@ -148,47 +148,47 @@ def depth(layers: int, width: int, grid: str = "depth", num_input_tokens: int = 
 def contrasts() -> dict[str, list[tuple[Side, Side]]]:
     """What is compared in the headline numbers, by name: pairs of sides, over which the mean is taken."""
     small, large = 86_925, 183_620
-    study, sound = ({name: shape(grid, name, small) for name in "AB"} for grid in ("study", "sound"))
-    later, sound_later = ({name: shape(grid, name, large) for name in "AB"} for grid in ("study", "sound"))
-    blind = {name: shape("sound-ablations-full", f"{name}-zero", small) for name in "AB"}
+    study, stabilised = ({name: shape(grid, name, small) for name in "AB"} for grid in ("study", "stabilised"))
+    later, stabilised_later = ({name: shape(grid, name, large) for name in "AB"} for grid in ("study", "stabilised"))
+    blind = {name: shape("stabilised-ablations-full", f"{name}-zero", small) for name in "AB"}
     study_blind = {name: shape("ablations-full", f"{name}-zero", small) for name in "AB"}
-    quick = {name: shape("sound-variance", name, 20_000) for name in "AB"}
-    zeros = {name: shape("sound-ablations", f"{name}-zero", 20_000) for name in "AB"}
+    quick = {name: shape("stabilised-variance", name, 20_000) for name in "AB"}
+    zeros = {name: shape("stabilised-ablations", f"{name}-zero", 20_000) for name in "AB"}
     layers, widths = (1, 2, 3, 6), (128, 256)
     cells = {cell: depth(*cell) for cell in product(layers, widths)}
     single = {cell: depth(*cell, num_input_tokens=1) for cell in product(layers, widths)}
     learnt = {cell: depth(*cell, "searched-depth", 1) for cell in product(layers, widths)}
     searched = {name: shape("searched-ablations", name, 20_000) for name in ("whole", "without-contexts")}
     return {
-        "A − B, sound, 86,925": [(sound["A"], sound["B"])],
+        "A − B, stabilised, 86,925": [(stabilised["A"], stabilised["B"])],
         "A − B, study, 86,925": [(study["A"], study["B"])],
         "A − B, study, 183,620": [(later["A"], later["B"])],
-        "A − B, sound, 183,620": [(sound_later["A"], sound_later["B"])],
-        "A − B, sound, quick scale": [(quick["A"], quick["B"])],
-        "sound − study, A, 86,925": [(sound["A"], study["A"])],
-        "sound − study, B, 86,925": [(sound["B"], study["B"])],
-        "zeros − contexts, A, sound, 86,925": [(blind["A"], sound["A"])],
-        "zeros − contexts, B, sound, 86,925": [(blind["B"], sound["B"])],
+        "A − B, stabilised, 183,620": [(stabilised_later["A"], stabilised_later["B"])],
+        "A − B, stabilised, quick scale": [(quick["A"], quick["B"])],
+        "stabilised − study, A, 86,925": [(stabilised["A"], study["A"])],
+        "stabilised − study, B, 86,925": [(stabilised["B"], study["B"])],
+        "zeros − contexts, A, stabilised, 86,925": [(blind["A"], stabilised["A"])],
+        "zeros − contexts, B, stabilised, 86,925": [(blind["B"], stabilised["B"])],
         "zeros − contexts, A, study, 86,925": [(study_blind["A"], study["A"])],
         "zeros − contexts, B, study, 86,925": [(study_blind["B"], study["B"])],
-        "KN-4 − A, sound, 183,620": [(shape("baselines", "KN-4", large), sound_later["A"])],
-        "zeros − contexts, A, sound, quick scale": [(zeros["A"], quick["A"])],
-        "zeros − contexts, B, sound, quick scale": [(zeros["B"], quick["B"])],
-        "A − B with zeros, sound, quick scale": [(zeros["A"], zeros["B"])],
-        "context 256 − 128, sound, quick scale": [(cells[n, 256], cells[n, 128]) for n in layers],
-        "1 layer − 6 layers, sound, quick scale": [(cells[1, width], cells[6, width]) for width in widths],
+        "KN-4 − A, stabilised, 183,620": [(shape("baselines", "KN-4", large), stabilised_later["A"])],
+        "zeros − contexts, A, stabilised, quick scale": [(zeros["A"], quick["A"])],
+        "zeros − contexts, B, stabilised, quick scale": [(zeros["B"], quick["B"])],
+        "A − B with zeros, stabilised, quick scale": [(zeros["A"], zeros["B"])],
+        "context 256 − 128, stabilised, quick scale": [(cells[n, 256], cells[n, 128]) for n in layers],
+        "1 layer − 6 layers, stabilised, quick scale": [(cells[1, width], cells[6, width]) for width in widths],
         "context 256 − 128, searched, quick scale": [(learnt[n, 256], learnt[n, 128]) for n in layers],
         "2 layers − 6 layers, searched, quick scale": [(learnt[2, width], learnt[6, width]) for width in widths],
         "A − B, searched, quick scale": [(learnt[6, 128], learnt[3, 256])],
         "zeros − contexts, searched, quick scale": [(searched["without-contexts"], searched["whole"])],
         "2 layers − 6 layers, one token, quick scale": [(single[2, width], single[6, width]) for width in widths],
-        "A, sound − searched, 86,925": [(sound["A"], shape("searched", "A-searched", small))],
+        "A, stabilised − searched, 86,925": [(stabilised["A"], shape("searched", "A-searched", small))],
     }
 
 
 def headline() -> dict[str, Result]:
     """The headline numbers by name."""
-    sides = {grid: shape(grid, "A", 86_925) for grid in ("study", "sound")}
+    sides = {grid: shape(grid, "A", 86_925) for grid in ("study", "stabilised")}
     spreads = {f"sd over replicates, A, {grid}, 86,925": spread(side) for grid, side in sides.items()}
     return {name: difference(*pairs) for name, pairs in contrasts().items()} | spreads
 
@@ -203,16 +203,16 @@ def halves(side: Side) -> tuple[Side, Side]:
 def attacks() -> dict[str, Result]:
     """The main claim, that A does better than B, where it might not hold."""
     results = {}
-    for grid, size in product(("sound", "study"), (86_925, 183_620)):
+    for grid, size in product(("stabilised", "study"), (86_925, 183_620)):
         a, b = (shape(grid, name, size) for name in "AB")
         for half, pair in zip(("first", "second"), zip(halves(a), halves(b), strict=True), strict=True):
             results[f"A − B, {grid}, {size:,}, {half} half of the test text"] = difference(pair)
         a, b = (shape(grid, name, size, text="val") for name in "AB")
         results[f"A − B, {grid}, {size:,}, other conversations (validation)"] = difference((a, b))
-    for grid, arm in product(("dtype", "random", "rotation"), ("sound-", "")):
+    for grid, (recipe, prefix) in product(("dtype", "random", "rotation"), (("stabilised", "sound-"), ("study", ""))):
         size = 10_000 if grid == "rotation" else 20_000
-        pair = shape(grid, f"{arm}A", size), shape(grid, f"{arm}B", size)
-        results[f"A − B, {arm[:-1] or 'study'}, quick scale, {grid}"] = difference(pair)
+        pair = shape(grid, f"{prefix}A", size), shape(grid, f"{prefix}B", size)
+        results[f"A − B, {recipe}, quick scale, {grid}"] = difference(pair)
     return results
 
 

@@ -40,9 +40,9 @@ def labels(grids: str, train_tokens: int, a: str, b: str) -> Estimate:
     return one(grids, train_tokens, {"experiment": a}, {"experiment": b})
 
 
-def arms(experiment: str) -> Estimate:
-    sound, study = ({"experiment": experiment, "grid": grid} for grid in ("sound", "study"))
-    return one("sound study", SMALL, sound, study)
+def recipes(experiment: str) -> Estimate:
+    stabilised, study = ({"experiment": experiment, "grid": grid} for grid in ("stabilised", "study"))
+    return one("stabilised study", SMALL, stabilised, study)
 
 
 def pooled(column: str, a: int, b: int, over: str, grid: str = "depth", num_input_tokens: int = 2) -> Estimate:
@@ -52,31 +52,35 @@ def pooled(column: str, a: int, b: int, over: str, grid: str = "depth", num_inpu
     return estimate
 
 
-SOUND, STUDY, SOUND_QUICK = "sound sound-ablations-full", "study ablations-full", "sound-variance sound-ablations"
+STABILISED, STUDY, STABILISED_QUICK = (
+    "stabilised stabilised-ablations-full",
+    "study ablations-full",
+    "stabilised-variance stabilised-ablations",
+)
 PROJECT = {
-    "A − B, sound, 86,925": (labels, "sound", SMALL, "A", "B"),
+    "A − B, stabilised, 86,925": (labels, "stabilised", SMALL, "A", "B"),
     "A − B, study, 86,925": (labels, "study", SMALL, "A", "B"),
     "A − B, study, 183,620": (labels, "study", LARGE, "A", "B"),
-    "A − B, sound, 183,620": (labels, "sound", LARGE, "A", "B"),
-    "A − B, sound, quick scale": (labels, "sound-variance", QUICK, "A", "B"),
-    "sound − study, A, 86,925": (arms, "A"),
-    "sound − study, B, 86,925": (arms, "B"),
-    "zeros − contexts, A, sound, 86,925": (labels, SOUND, SMALL, "A-zero", "A"),
-    "zeros − contexts, B, sound, 86,925": (labels, SOUND, SMALL, "B-zero", "B"),
+    "A − B, stabilised, 183,620": (labels, "stabilised", LARGE, "A", "B"),
+    "A − B, stabilised, quick scale": (labels, "stabilised-variance", QUICK, "A", "B"),
+    "stabilised − study, A, 86,925": (recipes, "A"),
+    "stabilised − study, B, 86,925": (recipes, "B"),
+    "zeros − contexts, A, stabilised, 86,925": (labels, STABILISED, SMALL, "A-zero", "A"),
+    "zeros − contexts, B, stabilised, 86,925": (labels, STABILISED, SMALL, "B-zero", "B"),
     "zeros − contexts, A, study, 86,925": (labels, STUDY, SMALL, "A-zero", "A"),
     "zeros − contexts, B, study, 86,925": (labels, STUDY, SMALL, "B-zero", "B"),
-    "KN-4 − A, sound, 183,620": (labels, "sound baselines", LARGE, "KN-4", "A"),
-    "zeros − contexts, A, sound, quick scale": (labels, SOUND_QUICK, QUICK, "A-zero", "A"),
-    "zeros − contexts, B, sound, quick scale": (labels, SOUND_QUICK, QUICK, "B-zero", "B"),
-    "A − B with zeros, sound, quick scale": (labels, "sound-ablations", QUICK, "A-zero", "B-zero"),
-    "context 256 − 128, sound, quick scale": (pooled, "context_dim", 256, 128, "num_layers"),
-    "1 layer − 6 layers, sound, quick scale": (pooled, "num_layers", 1, 6, "context_dim"),
+    "KN-4 − A, stabilised, 183,620": (labels, "stabilised baselines", LARGE, "KN-4", "A"),
+    "zeros − contexts, A, stabilised, quick scale": (labels, STABILISED_QUICK, QUICK, "A-zero", "A"),
+    "zeros − contexts, B, stabilised, quick scale": (labels, STABILISED_QUICK, QUICK, "B-zero", "B"),
+    "A − B with zeros, stabilised, quick scale": (labels, "stabilised-ablations", QUICK, "A-zero", "B-zero"),
+    "context 256 − 128, stabilised, quick scale": (pooled, "context_dim", 256, 128, "num_layers"),
+    "1 layer − 6 layers, stabilised, quick scale": (pooled, "num_layers", 1, 6, "context_dim"),
     "context 256 − 128, searched, quick scale": (pooled, "context_dim", 256, 128, "num_layers", "searched-depth", 1),
     "2 layers − 6 layers, searched, quick scale": (pooled, "num_layers", 2, 6, "context_dim", "searched-depth", 1),
     "A − B, searched, quick scale": (labels, "searched-depth", QUICK, "L6-C128", "L3-C256"),
     "zeros − contexts, searched, quick scale": (labels, "searched-ablations", QUICK, "without-contexts", "whole"),
     "2 layers − 6 layers, one token, quick scale": (pooled, "num_layers", 2, 6, "context_dim", "depth", 1),
-    "A, sound − searched, 86,925": (labels, "sound searched", SMALL, "A", "A-searched"),
+    "A, stabilised − searched, 86,925": (labels, "stabilised searched", SMALL, "A", "A-searched"),
 }
 """The project's own estimates, by the names that they have by hand: a function and its arguments."""
 
@@ -117,7 +121,7 @@ def test_points_and_intervals_are_those_computed_by_hand(contrasts, name):
 
 
 def test_the_halves_of_the_test_text_make_the_whole():
-    sides = [by_hand.shape("sound", name, SMALL) for name in "AB"]
+    sides = [by_hand.shape("stabilised", name, SMALL) for name in "AB"]
     whole, tokens = by_hand.by_sample(tuple(sides))
     parts = [by_hand.by_sample(pair) for pair in zip(*map(by_hand.halves, sides), strict=True)]
     np.testing.assert_array_equal(np.hstack([sums for sums, _ in parts]), whole)
@@ -126,15 +130,17 @@ def test_the_halves_of_the_test_text_make_the_whole():
 
 def test_attacks_on_the_main_claim_are_the_projects_own_numbers():
     attacks = by_hand.attacks()
-    for grid, (arm, prefix) in itertools.product(("dtype", "random", "rotation"), (("sound", "sound-"), ("study", ""))):
+    for grid, (recipe, prefix) in itertools.product(
+        ("dtype", "random", "rotation"), (("stabilised", "sound-"), ("study", ""))
+    ):
         (projects,) = paired(read(grid), {"experiment": f"{prefix}A"}, {"experiment": f"{prefix}B"})
-        by = attacks[f"A − B, {arm}, quick scale, {grid}"]
+        by = attacks[f"A − B, {recipe}, quick scale, {grid}"]
         assert projects.replicates == by.replicates
         assert 100 * np.expm1(projects.value) == pytest.approx(by.value, rel=1e-6)
 
 
 def test_the_spread_over_replicates_is_that_of_the_runs_read():
-    runs = read("sound").query(f"experiment == 'A' and train_tokens == {SMALL}")
-    spread = by_hand.spread(by_hand.shape("sound", "A", SMALL))
+    runs = read("stabilised").query(f"experiment == 'A' and train_tokens == {SMALL}")
+    spread = by_hand.spread(by_hand.shape("stabilised", "A", SMALL))
     assert spread.replicates == len(runs)
     assert np.log1p(spread.value / 100) == pytest.approx(runs["log_ppl"].std(), rel=1e-6)

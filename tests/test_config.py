@@ -269,9 +269,11 @@ def test_the_study_grid_is_the_study_in_five_replicates():
 
 
 def test_logits_of_every_sound_run_spread_alike():
-    sound = [name for name in GRIDS if "sound" in name or name in ("depth", "depth-full", "designs", "sizes", "quick")]
+    stabilised = [
+        name for name in GRIDS if "stabilised" in name or name in ("depth", "depth-full", "designs", "sizes", "quick")
+    ]
     mixed = [run for name in ("chance", "signs", "rank", "random", "dtype") for run in load_grid(name).runs.values()]
-    runs = [run for name in sound for run in load_grid(name).runs.values()]
+    runs = [run for name in stabilised for run in load_grid(name).runs.values()]
     runs += [run for run in mixed if run.experiment.startswith("sound-")]
     assert len(runs) > 200
     for run in runs:
