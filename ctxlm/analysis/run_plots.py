@@ -76,6 +76,7 @@ def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
     widths = [43 + 4.7 * max(map(len, label.split("\n"))) for label in labels]  # points, with the line and the gap
     fitting = (n for n in range(len(widths), 0, -1) if sum(map(max, np.array_split(widths, n))) < 72 * width)
     columns = next(fitting, 1)
+    columns = math.ceil(len(labels) / math.ceil(len(labels) / columns))  # as even as its rows allow
     figure.legend(handles, labels, ncols=columns, loc="outside lower center", frameon=False)
     lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 1))
