@@ -88,6 +88,15 @@ def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
         assert "corpus_digest" in words and "Write what was read" in words
 
 
+@pytest.mark.parametrize("read", [{"train_sample_tokens": 20}, {"shuffle_samples": True, "data_seed": 50}])
+def test_a_corpus_is_shown_that_another_is_judged_beside(tmp_path, text, read):
+    judged = short_paragraphs(tmp_path / "judged.txt", count=200)
+    small = dict.fromkeys(("val_samples", "development_samples", "test_samples"), 12)
+    small |= {"train_tokens": 200, "embed_dim": 16, "embedding": "random", "corpus": str(text)} | read
+    execute("01_corpus", tmp_path, judged_corpus=str(judged), output_dir=str(tmp_path), **small)
+    assert json.loads((tmp_path / "corpus.json").read_bytes())["settings"]["judged_corpus"] == str(judged)
+
+
 @pytest.mark.slow
 def test_the_benchmark_writes_its_figures(tmp_path, text, monkeypatch):
     # in this process, whose products are not timed; tests/test_benchmark.py looks at what goes between processes

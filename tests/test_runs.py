@@ -312,6 +312,14 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
         assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
 
 
+def test_a_published_label_is_a_text_whatever_it_says(roots):
+    for seed, label in enumerate(("NA", "2"), start=1):
+        plant(roots[0], seed=seed, experiment=label)
+    publish("quick")
+    shutil.rmtree(roots[0])
+    assert {*load_runs("quick")["experiment"]} == {"NA", "2"}
+
+
 def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots):
     plant(roots[1])
     assert "GRID=quick" in refusal(publish, "quick")  # there are no runs of one's own

@@ -14,10 +14,6 @@ from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
 COMMON = 5000
 """Neighbours are sought among so many of the corpus's most frequent tokens: rare ones are embedded by chance."""
 
-DATA_PARAMETERS = ("corpus", "embedding", "embed_dim", "train_tokens", "train_samples", "data_seed")
-DATA_PARAMETERS += ("val_samples", "development_samples", "test_samples", "max_sample_tokens")
-"""What a split and an embedding depend on, and nothing else of an experiment."""
-
 
 def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
     """Samples, tokens, tokens a sample and different tokens, for the corpus and each part of it."""
@@ -78,20 +74,30 @@ def _by_frequency(corpus: Corpus) -> np.ndarray:
     return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
 
 
-def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
-    """Where training and the three judged regions lie: above in all the corpus, below up to their end."""
-    first = int(corpus.starts[streams.train.samples[0]])
+def plot_split(corpus: Corpus, streams: Split, second_half: bool, judged: bool = True) -> Figure:
+    """Where training and the three judged regions lie: above in all the corpus, below up to their end.
+
+    Args:
+        second_half: whether the embedding is made from it.
+        judged: whether it is this corpus that is judged on.
+    """
+    samples = streams.train.samples  # of which each may be cut
+    first = int(corpus.starts[samples[0]])
+    last = int(corpus.starts[samples[-1]]) + np.count_nonzero(samples == samples[-1])
     bounds = [corpus.capacity + i * corpus.region for i in range(4)]
     end, development, test, after = (int(corpus.starts[bound]) for bound in bounds)
-    last = first + len(streams.train)
+    around = last <= first  # a window that runs over the end goes on at the start
     parts = [
         ("training capacity", 0, end, "0.85"),
-        ("training", first, min(last, end), COLOURS[0]),
-        ("training", 0, last - end, COLOURS[0]),  # a window that runs over the end goes on at the start
-        ("validation", end, development, COLOURS[1]),
-        ("development", development, test, COLOURS[3]),
-        ("test", test, after, COLOURS[2]),
+        ("training", first, end if around else last, COLOURS[0]),
+        ("training", 0, last if around else 0, COLOURS[0]),
     ]
+    if judged:
+        parts += [
+            ("validation", end, development, COLOURS[1]),
+            ("development", development, test, COLOURS[3]),
+            ("test", test, after, COLOURS[2]),
+        ]
     if second_half:
         parts.append(("makes the embedding", after, len(corpus.tokens), COLOURS[4]))
     figure, ((whole,), (near,)) = new_figure(2, height=2.9)
@@ -113,15 +119,16 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool) -> Figure:
     return figure
 
 
-def plot_lengths(corpus: Corpus, streams: Split) -> Figure:
-    """How long the corpus's samples are; ticks mark those of validation, which should lie like the rest."""
+def plot_lengths(corpus: Corpus, streams: Split, judged: bool = True) -> Figure:
+    """How long the corpus's samples are; ticks mark those of validation, if it is of this corpus (`judged`)."""
     lengths = np.diff(corpus.starts)
     figure, ((axes,),) = new_figure(height=3.4)
     bins = np.geomspace(lengths.min(), lengths.max() + 1, 41)
     weights = np.full(len(lengths), 100 / len(lengths))
     axes.hist(lengths, bins, weights=weights, color=COLOURS[0], alpha=0.6, label=_median("corpus", lengths))
-    val = lengths[np.unique(streams.val.samples)]
-    axes.plot(val, np.zeros(len(val)), "|", color=COLOURS[1], markersize=22, mew=1.6, label=_median("validation", val))
+    if judged:
+        val, look = lengths[np.unique(streams.val.samples)], {"color": COLOURS[1], "markersize": 22, "mew": 1.6}
+        axes.plot(val, np.zeros(len(val)), "|", **look, label=_median("validation", val))
     _log(axes, x=True)
     axes.set_xlabel("length of a sample (tokens, log)")
     axes.set_ylabel("share of samples (%)")

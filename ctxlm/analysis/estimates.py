@@ -50,6 +50,7 @@ class Unit:
 
 UNITS = {
     "% of PPL": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %", comparison=True),
+    "% of PPL, foretold": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %"),
     "PPL": Unit(np.exp, "{:.1f}"),
     "%": Unit(lambda x: 100 * np.expm1(x), "{:+z.0f} %"),
     "sd, % of PPL": Unit(lambda x: 100 * np.expm1(x), "{:.1f} %"),
@@ -521,13 +522,12 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[Co
         return mean, *(mean + sign * float(critical(dof)) * error for sign in (-1, 1))
 
     spread = math.sqrt(max(result.tau2, 0))
+    new, foretold = interval(math.hypot(spread, error), dof - 1), "% of PPL, foretold"
     return result, Estimates(
         [
             Estimate(contrast, at, *interval(error, dof), n, least, dof, over),
             Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, least, None, (), "sd, % of PPL"),
-            Estimate(
-                f"{contrast}, a new site", at, *interval(math.hypot(spread, error), dof - 1), n, least, dof - 1, over
-            ),
+            Estimate(f"{contrast}, a new site", at, *new, n, least, dof - 1, over, foretold),
         ]
     )
 

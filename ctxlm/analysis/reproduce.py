@@ -16,15 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 
 from ctxlm.analysis.runs import load_runs
-from ctxlm.config import ConfigError, Experiment, code_hash
+from ctxlm.batch import is_finished
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import PROTOCOL
 from ctxlm.files import atomic, outputs_dir, results_dir
 from ctxlm.search import run_apart
 
 TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
-"""How far apart two perplexities of one run may be, as a share; n-grams are of the second kind."""
-ELSEWHERE = 0.05
-"""The same on another processor: in bfloat16 three runs moved by 0.8, 0.8 and 2.7 % (LOG.md)."""
+"""How far apart two perplexities of one run may be, as a share; those of n-grams as in float32."""
+ELSEWHERE = 0.03
+"""The same on another processor, or one that was not written down: three runs moved by 0.8, 0.8 and 2.7 % (LOG.md)."""
 
 
 def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
@@ -51,13 +52,11 @@ def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
 def again(published: pd.Series) -> dict[str, object]:
     """A published run, run again: its perplexities of validation and test, then and now, and whether they agree."""
     e, folder = Experiment.of_run(published), outputs_dir() / "reproduce" / published["grid"] / published["run"]
-    e = e.model_copy(update={"dtype": published["dtype"] if published["dtype"] in TOLERANCE else "auto"})
-    done = folder / "metrics.json"
-    metrics = json.loads(done.read_bytes()) if done.exists() else {}
-    if metrics.get("code_hash") != code_hash(e.model) or not e.is_that_of(metrics):
-        metrics = run_apart(e, folder)
-    same = published["dtype"] not in TOLERANCE or metrics.get("device_name") == published["device_name"]
-    tolerance = TOLERANCE.get(published["dtype"], TOLERANCE["float32"]) if same else ELSEWHERE
+    e = e.model_copy(update={"dtype": published["dtype"]})
+    done, ngrams = folder / "metrics.json", e.model == "kneser-ney"  # which are counted, whatever the processor
+    metrics = json.loads(done.read_bytes()) if is_finished(done, e.for_notebook()) else run_apart(e, folder)
+    same = ngrams or metrics.get("device_name") == published["device_name"]
+    tolerance = TOLERANCE["float32" if ngrams else published["dtype"]] if same else ELSEWHERE
     row: dict[str, object] = {"grid": published["grid"], "run": published["run"], "dtype": published["dtype"]}
     row["processor"] = "the same" if same else "another"
     for name in ("val_ppl", "test_ppl"):
@@ -88,8 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    with atomic(outputs_dir() / "reproduce" / "reproduce.csv") as path:
-        pd.DataFrame(rows).to_csv(path, index=False)
+    finally:
+        if rows:
+            with atomic(outputs_dir() / "reproduce" / "reproduce.csv") as path:
+                pd.DataFrame(rows).to_csv(path, index=False)
     agreed = sum(row["agrees"] for row in rows)
     print(f"{agreed} of {len(rows)} agree; {outputs_dir() / 'reproduce' / 'reproduce.csv'} has the numbers")
     return 0 if agreed == len(rows) else 1

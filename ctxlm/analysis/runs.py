@@ -30,10 +30,11 @@ DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
 PAIR = [*DRAWN]
 """What two runs that are a pair have in common, beside what they are compared at."""
 TYPES = ("float32", "bfloat16")
-"""Types of product that an experiment may have; an n-gram, which has no products, names another."""
+"""Types of product; that of an n-gram, which has no products, says nothing."""
 ALIKE = {"experiment", "train_tokens", "train_samples", "device", "validations_per_epoch", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
-TEXTS = ("git_commit", "params_hash", "code_hash", "data_hash", "embedding_digest", "versions", "device_name")
+TEXTS = ("run", "experiment", "git_commit", "params_hash", "code_hash", "data_hash", "embedding_digest")
+TEXTS += ("versions", "device_name")
 """Columns of runs.csv that pandas could take for numbers."""
 
 
@@ -49,7 +50,7 @@ def load_runs(grid: str, committed: bool = False) -> pd.DataFrame:
         read = {name: json.loads((folder / "metrics.json").read_bytes()) for name, (folder, _) in folders.items()}
         runs = pd.DataFrame([{"run": name, "source": folders[name][1]} | metrics for name, metrics in read.items()])
     elif (published := results_dir() / grid / "runs.csv").exists():
-        runs = pd.read_csv(published, dtype=dict.fromkeys(TEXTS, str)).copy().assign(source="committed")
+        runs = _read_published(published).assign(source="committed")
     else:
         return pd.DataFrame()
     younger = {name: field.default for name, field in Experiment.model_fields.items() if name not in runs}
@@ -77,6 +78,11 @@ def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:
     return _parquet(path, path.stat().st_mtime_ns) if path.exists() else pd.DataFrame(columns=["run", *TABLES[name]])
 
 
+def _read_published(path: Path) -> pd.DataFrame:
+    # only what is empty is missing: a label may be NA
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""]).copy()
+
+
 @functools.lru_cache(64)
 def _parquet(path: Path, _changed: int) -> pd.DataFrame:
     return pd.read_parquet(path).astype({"run": str})
@@ -101,7 +107,7 @@ def publish(grid: str) -> Path:
     tables = {table: load_table(name, table) for table in TABLES}
     folder = results_dir() / name
     if (folder / "runs.csv").exists():
-        earlier, new = pd.read_csv(folder / "runs.csv", dtype=dict.fromkeys(TEXTS, str)), set(runs["run"])
+        earlier, new = _read_published(folder / "runs.csv"), set(runs["run"])
         if set(earlier["protocol"]) != set(runs["protocol"]):
             raise ConfigError(
                 f"{folder} holds runs of another protocol, which are not read beside these: delete it first"
