@@ -105,7 +105,7 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
             if key not in estimates:
                 wrong.append(f"{where}: no estimate {key}")
             elif not holds(numbers, estimates[key]):
-                wrong.append(f"{where}: {numbers} is not {estimates[key]['shown']} of {key}")
+                wrong.append(f"{where}: {numbers} is not {estimates[key]['in_unit']} of {key}")
     assert not wrong, "\n".join(wrong)
 
 

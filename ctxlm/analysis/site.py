@@ -53,6 +53,7 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     ANALYSIS: (ANALYSIS, {}),
     "04_as_studied": (ANALYSIS, {"grid": "study"}),
     "04_quick_scale": (ANALYSIS, {"grid": "stabilised-variance"}),
+    "04_sites": ("04_sites", {}),
     **{name: (name, {}) for name in ("04_chance", "05_overfitting", "06_contexts", "07_alternatives", "08_audit")},
 }
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
