@@ -27,8 +27,7 @@ $(VENV)/.ready: pyproject.toml
 $(VENV)/.made: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	@# Not compiled all at once, which takes half a minute: Python does it for what is imported.
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@# The kernel by its own name, for a Jupyter that lives elsewhere: `jupyter kernelspec list` shows it.
 	@$(BIN)/python -m ipykernel install --prefix $(VENV) --name ctxlm --display-name ctxlm >/dev/null
 	@# JupyterLab shows Markdown as a page, and asks no other host for news.
