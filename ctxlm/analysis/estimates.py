@@ -126,19 +126,19 @@ class Estimates(list[Estimate]):
         return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
 
     def table(self) -> Styler:
-        """What a reader sees; what all rows have in common stands above them.
+        """What a reader sees, in at most eight columns; what all rows have in common stands above them.
 
-        Where several differences stand together, some intervals leave out 0 by chance: `p (BH)` is below 0.05 for those
-        of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
+        Where several differences stand together, some intervals leave out 0 by chance: beside its verdict stands a p
+        below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
         """
         rows, adjusted = [], self.adjusted()
         for e in self:
             value, interval = e.text()
             row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
             row |= {"covers": ", ".join(e.over) or "nothing", "replicates": str(e.replicates or "")}
-            row |= {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "p (BH)": adjusted.get(e, "")}
-            rows.append(row | {"verdict": e.verdict})
-        table, common = pd.DataFrame(rows), []
+            verdict = f"{e.verdict}, p {adjusted[e]}" if e in adjusted else e.verdict
+            rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
+        table, common = pd.DataFrame(rows), ["p: Benjamini & Hochberg's"] * bool(adjusted)
         if not any(e.low is not None for e in self):  # plain numbers: nothing to say of intervals
             table = table.drop(columns=["95 % interval", "covers"], errors="ignore")
         for name in (name for name in ("covers", "replicates") if name in table):
@@ -155,7 +155,7 @@ class Estimates(list[Estimate]):
             return {}
         p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]
         return {
-            e: f"{x:.3f}" if x >= 0.001 else "<0.001"
+            e: f"{x:.3f}" if x >= 0.001 else "< 0.001"
             for e, x in zip(tested, stats.false_discovery_control(p), strict=True)
         }
 

@@ -183,11 +183,11 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
 
 
 def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Path) -> NotebookNode:
-    """Run a notebook, which reads runs in `outputs`."""
+    """Run a notebook, which reads runs in `outputs`. It keeps its paths, which thus are those of no machine."""
     command = [sys.executable, "-m", "papermill", "--cwd", ROOT, "-k", "python3", "--no-progress-bar"]
-    command += [ROOT / "notebooks" / f"{name}.ipynb", target, "-y", json.dumps(parameters)]
+    command += [f"notebooks/{name}.ipynb", os.path.relpath(target, ROOT), "-y", json.dumps(parameters)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_OUTPUTS": str(outputs)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if process.returncode == 0:
         return nbformat.read(target, as_version=4)
     why = (process.stderr.strip().splitlines() or ["no word of why"])[-1]
