@@ -20,14 +20,24 @@ help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Of several that want it, one makes it and the others wait: a lock in a subprocess, which any death lets go of.
+ALONE := @$(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); \
+  fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))' $(MAKE) --no-print-directory
+
 $(VENV)/.ready: pyproject.toml
-	@$(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))' \
-	  $(MAKE) --no-print-directory $(VENV)/.made && touch $@
+	$(ALONE) $(VENV)/.made && touch $@
+
+# What only tests and style need, so that the first report need not wait for it.
+$(VENV)/.tested: $(VENV)/.ready
+	$(ALONE) $(VENV)/.made-for-tests && touch $@
+
+$(VENV)/.made-for-tests: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
 
 $(VENV)/.made: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ctxlm needs Python 3.11 or newer, but PYTHON is " + sys.version.split()[0] + ": name a newer one, as in make PYTHON=python3.12 report") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable .
 	@# The kernel by its own name, for a Jupyter that lives elsewhere: `jupyter kernelspec list` shows it.
 	@$(BIN)/python -m ipykernel install --prefix $(VENV) --name ctxlm --display-name ctxlm >/dev/null
 	@# JupyterLab shows Markdown as a page, and asks no other host for news.
@@ -41,7 +51,7 @@ $(VENV)/.made: pyproject.toml
 	  git config filter.nbstripout.smudge cat; fi
 	@touch $@
 
-env: $(VENV)/.ready  ## set up the virtual environment .venv
+env: $(VENV)/.tested  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
 	@$(BIN)/python -m ctxlm.batch --check '$(GRID)'
@@ -73,11 +83,11 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 	  notebooks/10_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
 	$(BIN)/python -m ctxlm.analysis.site --notebook outputs/benchmark/benchmark.ipynb
 
-gpu: $(VENV)/.ready  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
+gpu: $(VENV)/.tested  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
 	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 	$(BIN)/python -m ctxlm.analysis.benchmark study outputs/gpu
 
-test: $(VENV)/.ready  ## check the code's style and run the tests, side by side on all cores
+test: $(VENV)/.tested  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadfile
@@ -86,7 +96,7 @@ lab: $(VENV)/.ready  ## open JupyterLab on its first page, notebooks/README.md
 	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/README.md \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
-lint: $(VENV)/.ready  ## tidy the code and strip the notebooks before a commit
+lint: $(VENV)/.tested  ## tidy the code and strip the notebooks before a commit
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb

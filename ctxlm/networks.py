@@ -23,7 +23,7 @@ from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Alternative
 from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
 from ctxlm.recurrence import SlowReader
-from ctxlm.trainer import OnEpoch, Trained, Trainer
+from ctxlm.trainer import OnEpoch, Trainer
 
 State = tuple[Tensor, ...]
 """What a recurrent network hands on from token to token."""
@@ -286,26 +286,6 @@ class Windows:
         return evaluate(self.reader, self.val)
 
 
-def train_network(
-    model: NeuralLM,
-    train: Tensor,
-    val: Tensor,
-    experiment: Experiment,
-    dtype: torch.dtype = torch.float32,
-    on_epoch: OnEpoch | None = None,
-    checkpoint: Path | None = None,
-    key: str = "",
-) -> Trained:
-    """Train `model` in place on the stream `train` [T] until `val` gets no better; the best epoch's weights are kept.
-
-    The last three are as in `Trainer.run`.
-
-    Raises:
-        NonFiniteLoss: as `Trainer.run`.
-    """
-    return Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)
-
-
 def build(
     experiment: Experiment,
     streams: Split,
@@ -323,7 +303,7 @@ def build(
     train, val, *_ = tokens_on(device, streams)
     vectors = load_embedding(experiment)
     model = NeuralLM(experiment, torch.from_numpy(vectors)).to(device)
-    trained = train_network(model, train, val, experiment, dtype, on_epoch, checkpoint, key)
+    trained = Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:

@@ -20,11 +20,11 @@ def in_jupyter() -> bool:
     return editor or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
 
 
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items, while a bar shows how far they are; it vanishes at the end. `total`: if they have no length."""
+def track(items: Iterable[T], what: str) -> Iterator[T]:
+    """The items, while a bar shows how far they are; it vanishes at the end."""
     hidden = not (in_jupyter() or sys.stderr.isatty())
     file = sys.stdout if in_jupyter() else sys.stderr  # Jupyter shows the latter as an error
-    yield from tqdm(items, what, total, leave=False, disable=hidden, file=file, mininterval=0.5)
+    yield from tqdm(items, what, leave=False, disable=hidden, file=file, mininterval=0.5)
 
 
 def say(line: str) -> None:

@@ -16,7 +16,7 @@ from ctxlm.analysis import benchmark
 from ctxlm.config import Experiment
 from ctxlm.device import generator
 from ctxlm.metrics import singular_values
-from ctxlm.networks import NeuralLM, Windows, train_network
+from ctxlm.networks import NeuralLM, Windows
 from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import Phase2, Predictor, train_token_block
 from ctxlm.recurrence import Contexts, chunked
@@ -94,7 +94,7 @@ def test_networks_are_the_cpus(kind):
 
     def trained(device):
         e, model = network(kind, output_bias="unigram", weight_decay=0.1)
-        draws = train_network(model.to(device), train.to(device), val.to(device), e)
+        draws = Trainer(Windows(model.to(device), train.to(device), val.to(device), e, torch.float32), e).run()
         return [draws.val_losses]
 
     agree(trained)

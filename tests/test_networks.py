@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ctxlm.config import Experiment, read_yaml
 from ctxlm.model import forward_flops, load_own_weights, own_weights
-from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts, train_network
+from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts
+from ctxlm.trainer import Trainer
 from tests.conftest import stream
 
 VOCABULARY = 30
@@ -28,6 +29,10 @@ def small(kind, **parameters):
     e = Experiment.from_mapping(values, SMALL[kind], parameters)
     embedding = 0.3 * torch.randn(VOCABULARY, e.embed_dim, generator=torch.Generator().manual_seed(3))
     return e, NeuralLM(e, embedding)
+
+
+def train(model, tokens, val, e, dtype=torch.float32):
+    return Trainer(Windows(model, tokens, val, e, dtype), e).run()
 
 
 @pytest.mark.parametrize(("name", "count"), [("lstm", 18_312_320), ("mingru", 18_301_794), ("transformer", 19_768_576)])
@@ -116,7 +121,7 @@ def test_what_was_trained_is_the_equations_and_so_are_its_gradients(kind, frozen
     more = {"output_bias": "unigram", "logit_scale": 0.7, "slow_decay": slow, "phase2_freeze_embedding": frozen}
     (e, model), (_, new) = small(kind, **more), small(kind, **more)
     read, tokens, positions = model.embedding.detach().clone(), stream(150, VOCABULARY), torch.arange(8)[None]
-    train_network(model, tokens, stream(60, VOCABULARY, seed=1), e)
+    train(model, tokens, stream(60, VOCABULARY, seed=1), e)
     assert torch.equal(read, model.embedding) == frozen == ("embedding" not in own_weights(model))
 
     model.zero_grad()
@@ -295,7 +300,7 @@ def test_a_periodic_text_is_learnt_by_heart(kind):
     """Of a period of 7 tokens in which no pair repeats but the tokens do, nothing is left to guess."""
     tokens = torch.tensor([1, 2, 3, 1, 4, 2, 1] * 60)  # what follows 1 and 2 depends on what came before
     e, model = small(kind, phase2_epochs=15, phase2_patience=15, phase2_learning_rate=0.02, output_bias="unigram")
-    trained = train_network(model, tokens, tokens[:106], e)
+    trained = train(model, tokens, tokens[:106], e)
     assert trained.val_losses[8:].exp().mean() < 1.05 and trained.val_accuracy > 0.95
 
 
@@ -304,5 +309,5 @@ def test_bfloat16_gives_nearly_the_same(kind):
     ends = []
     for dtype in (torch.float32, torch.bfloat16):
         e, model = small(kind, phase2_epochs=2, phase2_learning_rate=0.01, slow_decay=0.9)
-        ends.append(train_network(model, stream(300, VOCABULARY), stream(60, VOCABULARY, seed=1), e, dtype).val_losses)
+        ends.append(train(model, stream(300, VOCABULARY), stream(60, VOCABULARY, seed=1), e, dtype).val_losses)
     assert ends[0].mean().item() == pytest.approx(ends[1].mean().item(), rel=0.02)

@@ -75,6 +75,6 @@ class Screen(io.StringIO):
 def test_a_terminal_has_a_bar_and_a_file_none(stream, bar, monkeypatch, capsys):
     stderr = stream()
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert list(progress.track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert list(progress.track("abc", "letters")) == ["a", "b", "c"]
     progress.say("all three")
     assert ("letters" in stderr.getvalue()) == bar and capsys.readouterr().out == "all three\n"
