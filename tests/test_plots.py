@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 from ctxlm.analysis import plots
-from ctxlm.analysis.estimates import paired
+from ctxlm.analysis.estimates import Estimate, Estimates, paired
 from ctxlm.analysis.run_plots import NARROW
 from ctxlm.analysis.runs import read_histories, read_runs
 
@@ -96,3 +96,14 @@ def test_memory_shows_what_is_lost_by_contexts_of_the_last_tokens(histories):
     means = recent[recent["configuration"] == "A"].groupby("k")["extra"].mean()
     np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.expm1(means))
     assert left.get_yscale() == "log"
+
+
+def test_a_waterfall_comes_down_by_its_steps_to_what_is_left():
+    def part(contrast, value):
+        return Estimate(contrast, "A", value, value - 0.1, value + 0.1, 3, 3, 2.0, ("seed",), "%")
+
+    (axes,) = plots.waterfall(Estimates([part("all", 0.7), part("one", -0.4), part("rest", 0.3)]), "share").axes
+    bars = [sorted((bar.get_x(), bar.get_x() + bar.get_width())) for bar in axes.patches]
+    np.testing.assert_allclose(bars, [[0, 0.7], [0.3, 0.7], [0, 0.3]], atol=1e-12)
+    np.testing.assert_allclose([line.get_xdata() for line in axes.lines], [[0.6, 0.8], [0.2, 0.4], [0.2, 0.4]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "one", "rest"]

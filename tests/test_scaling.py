@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ctxlm.analysis.estimates import Coefficients, Moments
-from ctxlm.analysis.scaling import MOST_LOG, Crossover, crossovers, fieller, forecasts, laws, saturating
+from ctxlm.analysis.scaling import (
+    MOST_LOG,
+    Crossover,
+    crossing_by_chance,
+    crossings_by_chance,
+    crossovers,
+    fieller,
+    forecasts,
+    laws,
+    saturating,
+)
 from ctxlm.files import ROOT
 from tests.planted import MEETS, MIDDLE, SIZES, Planted, inside
 
@@ -315,3 +325,30 @@ def test_the_published_exponents_and_crossover_come_back():
     assert (a.value, b.value) == pytest.approx((-0.287, -0.385), abs=1e-3) and a.low is None and b.low is None
     (row,) = crossovers(runs).to_dict("records")
     assert row["slopes"].value == pytest.approx(b.value - a.value) and row["kind"] == "no error"
+
+
+def test_curves_side_by_side_cross_by_chance_as_often_as_two_coins_fall():
+    alike = crossing_by_chance([0, 1], np.eye(2), dof=1e9)
+    both = stats.norm.cdf(1) * stats.norm.sf(1)  # the leader ahead at the smaller size, behind at the larger
+    assert alike == pytest.approx([1 / 4, both], abs=0.004)
+    assert crossing_by_chance([1], np.eye(2), 1e9, replicates=4)[0] == pytest.approx(
+        stats.norm.cdf(2) * stats.norm.sf(2), abs=0.002
+    )
+    assert crossing_by_chance([1], np.eye(2), dof=2)[0] > both  # a covariance of three replicates
+    never = np.full((2, 2), 1.0)  # what is off at one size is off at the other
+    assert crossing_by_chance([0, 1], never, 4).tolist() == [0, 0]
+
+
+def test_the_lead_and_its_scatter_are_those_of_the_pairs(judged):
+    runs = judged(**CHANCE).runs
+    ends = runs[runs["train_tokens"].isin([SIZES[0], SIZES[-1]])]
+    a, b = (
+        rows.pivot(index="replicate", columns="train_tokens", values="log_ppl")
+        for _, rows in ends.groupby("experiment")
+    )
+    (row,) = crossings_by_chance(runs).itertuples()
+    assert row.lead == pytest.approx((a - b).to_numpy().mean()) and row.dof == 3
+    assert row.covariance == pytest.approx((a - b).cov().to_numpy())
+    shares = [e.value for e in row.estimates]
+    assert [e.replicates for e in row.estimates] == [1, 3, 5] and shares[0] > shares[1] > shares[2] > 0
+    assert crossings_by_chance(runs[runs["replicate"] < 2]).empty and crossings_by_chance(runs[:0]).empty

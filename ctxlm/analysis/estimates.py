@@ -61,6 +61,7 @@ UNITS = {
     "nats": Unit(lambda x: x, "{:+z.3f}", comparison=True),
     "nats a token": Unit(lambda x: x, "{:+z.2f}"),
     "share": Unit(np.exp, "{:.2f}"),
+    "% of studies": Unit(lambda x: 100 * x, "{:.1f} %"),
     "": Unit(lambda x: x, "{:,.4g}"),
 }
 """What a value is: logarithms of PPL and of tokens, in nats, are shown as what they are logarithms of."""

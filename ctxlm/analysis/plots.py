@@ -37,6 +37,7 @@ from ctxlm.analysis.run_plots import (
     recent_axis,
     steps_axis,
 )
+from ctxlm.analysis.scaling import STUDIES, crossing_by_chance
 
 FIRST = {"A": COLOURS[0], "B": COLOURS[1]}
 """The colours of the two that the study compares."""
@@ -132,6 +133,53 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=None))
     axes.set_ylabel(label or "difference of PPL, 95 % interval")
     legend(figure)
+    return _once(figure)
+
+
+def crossings_by_chance(table: pd.DataFrame) -> Figure | None:
+    """How often studies would see curves cross that run side by side, by how far apart these are; 0 is a tie.
+
+    `table` is as `scaling.crossings_by_chance` gives it, and its first pair is drawn; None if it has none.
+    """
+    if table.empty:
+        return None
+    pair = table.iloc[0]
+    leads = np.linspace(0, max(0.1, 1.2 * abs(pair["lead"])), 60)
+    figure, ((axes,),) = new_figure(height=3.2, width=NARROW)
+    for n, line, colour in zip(STUDIES, cycle(LINES), COLOURS[2:], strict=False):
+        shares = crossing_by_chance(leads, pair["covariance"], pair["dof"], n)
+        axes.plot(100 * np.expm1(leads), shares, linestyle=line, color=colour, label=f"{n} replicate{'s' * (n > 1)}")
+    axes.axvline(100 * math.expm1(abs(pair["lead"])), **REFERENCE)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.set(ylim=0, xlim=0, xlabel="lead at both sizes (dashed: as measured)", ylabel="studies that see a crossover")
+    legend(figure)
+    return _once(figure)
+
+
+def waterfall(parts: Estimates, label: str) -> Figure:
+    """How the logarithm of 1 + a share comes down step by step, with 95 % intervals; a panel for each `at`.
+
+    Args:
+        parts: of each `at` in order: the level at first, steps that change it, and what is left.
+        label: of the axis.
+    """
+    places = list(dict.fromkeys(e.at for e in parts))
+    figure, (panels,) = new_figure(1, len(places), 3.2, sharey=True, sharex=True)
+    for place, axes in zip(places, panels, strict=True):
+        first, *steps, last = (e for e in parts if e.at == place)
+        level = 0.0
+        for row, e in enumerate((first, *steps, last)):
+            start = level if e in steps else 0.0
+            level = start + e.value
+            axes.barh(row, e.value, left=start, height=0.6, color=COLOURS[9] if e in steps else COLOURS[7], alpha=0.8)
+            axes.plot([start + e.low, start + e.high], [row, row], color="0.2", linewidth=2)
+        axes.set_title(place)
+        axes.set_yticks(range(len(steps) + 2), [e.contrast for e in (first, *steps, last)])
+        axes.set(ylim=(len(steps) + 1.6, -0.6), xlim=0, xlabel=label)
+        ticks = [0, 0.25, 0.5, 1, 1.5, 2]
+        axes.set_xticks(np.log1p(ticks), [f"{100 * tick:.0f} %" for tick in ticks])
+        axes.grid(axis="y", visible=False)
     return _once(figure)
 
 

@@ -12,6 +12,7 @@ from statsmodels.tools.eval_measures import aicc
 
 from ctxlm.analysis.estimates import (
     Coefficients,
+    Estimate,
     Estimates,
     Moments,
     comparable,
@@ -133,6 +134,56 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
         row = {"a": a, "b": b, "slopes": slopes, "p": p, "tokens": result.tokens, "kind": result.kind}
         rows.append(row | {"low": result.low, "high": result.high, "verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
+
+
+def crossing_by_chance(
+    leads: Sequence[float], covariance: np.ndarray, dof: float, replicates: int = 1, draws: int = 100_000
+) -> np.ndarray:
+    """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
+
+    Simulated: deviations follow Student's law, since their covariance is an estimate.
+
+    Args:
+        leads: differences of two losses, nats, of either sign.
+        covariance: [2, 2], of that difference at the smaller and the larger size, from replicate to replicate.
+        dof: degrees of freedom that it has.
+        replicates: of a study, which takes their mean.
+        draws: studies.
+    """
+    chance = np.random.default_rng(0)
+    off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
+    off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
+    return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
+
+
+STUDIES = (1, 3, 5)
+"""Replicates of the studies that are simulated."""
+
+
+def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
+    """Of every two configurations: how often would a study see their curves cross, if they ran side by side?
+
+    Their difference is taken to be the same at the smallest and the largest size, the mean over both, and to scatter
+    from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
+
+    Columns: lead (nats, a − b), covariance and dof (as in `crossing_by_chance`), and estimates, the share of studies of
+    1, 3 and 5 replicates that see a crossover.
+    """
+    rows = []
+    for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
+        both = comparable(pairs(runs, {"configuration": a}, {"configuration": b}), column)
+        gaps = (both[f"{column}_a"] - both[f"{column}_b"]).groupby([both["replicate"], both["train_tokens"]]).mean()
+        gaps = gaps.unstack().iloc[:, [0, -1]].dropna() if len(gaps) else pd.DataFrame()
+        if len(gaps) < 3 or gaps.columns[0] == gaps.columns[1]:
+            continue
+        known = {"lead": gaps.to_numpy().mean(), "covariance": gaps.cov().to_numpy(), "dof": len(gaps) - 1}
+        shares = []
+        for n in STUDIES:
+            (share,) = crossing_by_chance([known["lead"]], known["covariance"], known["dof"], n)
+            contrast = f"{a} and {b} cross by chance, {n} replicate{'s' * (n > 1)}"
+            shares.append(Estimate(contrast, "", share, None, None, 2 * n, n, None, (), "% of studies"))
+        rows.append(known | {"estimates": shares})
+    return pd.DataFrame(rows, columns=["lead", "covariance", "dof", "estimates"])
 
 
 @dataclass(frozen=True)
