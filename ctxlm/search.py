@@ -2,7 +2,7 @@
 
 A trial is one run at the quick scale in `outputs/search/<name>/trial-NNN/`, judged on held-out training text; Optuna's
 journal beside them is what a search that was stopped goes on from. `--top 3` runs the best three at full size, in
-`full-NNN/`. `data/search/<name>.csv` holds all of them.
+`full-NNN/`, judged on development. `data/search/<name>.csv` holds all of them.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import yaml
@@ -31,7 +32,8 @@ from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
 
 TABLES = ROOT / "data" / "search"
-MEASURED = ("val_loss", "val_ppl", "total_seconds")
+JUDGED = {"quick": "val", "full": "development"}
+"""By which text settings are chosen: at the quick scale validation is held-out training text."""
 AT_RANDOM = 8
 """Trials that the sampler must know before it chooses by them."""
 
@@ -70,8 +72,8 @@ class Search:
                 for value in self._ends(line):
                     for scale in self.layers:
                         e = self.experiment(first | {line: value}, scale)
-                        if not e.held_out_tokens:
-                            raise ConfigError(f"held_out_tokens = 0 at the {scale} scale: hold out text to choose by")
+                        if scale == "quick" and not e.held_out_tokens:
+                            raise ConfigError("held_out_tokens = 0: hold out text to choose by")
             self.model = self.experiment(first, "quick").model
             check_data([self.experiment(first, "quick")])
             check_data([self.experiment(first, "full")])
@@ -95,16 +97,21 @@ class Search:
         """What is drawn, at a scale.
 
         `logit_spread` s is logit_scale = s·√(128 / d): embeddings whose rows have one root mean square at all widths d
-        then give first logits of one spread.
+        then give first logits of one spread. `trained_params` sets a network's hidden_dim, as `width_of` finds it.
 
         Raises:
             ConfigError: it is no experiment.
         """
-        point = self.point(drawn)
-        if "logit_spread" in point:
-            spread, width = point.pop("logit_spread"), Experiment.from_mapping(*self.layers[scale], point).embed_dim
-            point["logit_scale"] = spread * math.sqrt(128 / width)
-        return Experiment.from_mapping(*self.layers[scale], point)
+        point: dict[str, Any] = {}
+        for layer in (*self.layers[scale], self.point(drawn)):
+            point |= layer
+        spread, parameters = point.pop("logit_spread", None), point.pop("trained_params", None)
+        e = Experiment.from_mapping(point)
+        if spread is not None:
+            point["logit_scale"] = spread * math.sqrt(128 / e.embed_dim)
+        if parameters is not None:
+            point["hidden_dim"] = width_of(e, parameters)
+        return Experiment.from_mapping(point)
 
     def study(self) -> optuna.Study:
         """Optuna's, from the journal; trials that were stopped are given up."""
@@ -148,7 +155,7 @@ class Search:
         metrics = run_apart(self.experiment(drawn, "quick"), self.home / f"trial-{trial.number:03d}")
         if not metrics:
             raise optuna.TrialPruned
-        for name in MEASURED:
+        for name in ("val_loss", "val_ppl", "total_seconds"):
             trial.set_user_attr(name, metrics[name])
         return metrics["val_loss"]
 
@@ -188,10 +195,10 @@ class Search:
         metrics = json.loads((folder / "metrics.json").read_bytes()) if (folder / "metrics.json").exists() else {}
         if not e.is_that_of(metrics):
             metrics = run_apart(e, folder)
-        return f"{self.name}, full {trial.number}: {metrics.get('val_loss')}"
+        return f"{self.name}, full {trial.number}: {metrics.get('development_loss')}"
 
     def write_table(self, study: optuna.Study) -> Path:
-        """Write `data/search/<name>.csv` anew: value and val_ppl are of the held-out text, in nats and as PPL."""
+        """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
         for trial in self.over(study):
             drawn, folder = trial.user_attrs["drawn"], self.home / f"full-{trial.number:03d}"
@@ -199,14 +206,37 @@ class Search:
             if (folder / "metrics.json").exists():
                 known["full"] = json.loads((folder / "metrics.json").read_bytes())
             for scale, metrics in known.items():
-                value, ppl, seconds = (metrics.get(name) for name in MEASURED)
-                row = {"scale": scale, "trial": trial.number, "value": value, "val_ppl": ppl, **self.point(drawn)}
+                names = f"{JUDGED[scale]}_loss", f"{JUDGED[scale]}_ppl", "total_seconds"
+                value, ppl, seconds = (metrics.get(name) for name in names)
+                row = {"scale": scale, "trial": trial.number, "value": value, "ppl": ppl, **self.point(drawn)}
                 rows.append(row | {"seconds": seconds, "state": "failed" if value is None else "finished"})
         path = TABLES / f"{self.name}.csv"
         table = pd.DataFrame(rows).sort_values(["scale", "trial"], ascending=[False, True])
         with atomic(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         return path
+
+
+def width_of(e: Experiment, parameters: int) -> int:
+    """The hidden_dim that gives a network most nearly so many trained parameters, embedding and output bias apart.
+
+    They are a quadratic of the width, which three narrow networks fix; a Transformer's divides among its heads.
+    """
+    import torch  # takes seconds, which no other search needs
+
+    from ctxlm.networks import NeuralLM
+
+    step = e.num_heads if e.model == "transformer" else 1
+    plain = {"phase2_freeze_embedding": True, "output_bias": "none", "slow_decay": 0.0}
+
+    def count(width: int) -> int:
+        model = NeuralLM(e.model_copy(update=plain | {"hidden_dim": width}), torch.zeros(1, e.embed_dim))
+        return sum(p.numel() for p in model.trained().values())
+
+    widths = [step * k for k in (4, 8, 12)]
+    a, b, c = np.polyfit(widths, [count(width) for width in widths], 2)
+    width = (-b + math.sqrt(b * b - 4 * a * (c - parameters))) / (2 * a)
+    return max(1, round(width / step)) * step
 
 
 def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:

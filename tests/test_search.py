@@ -18,7 +18,7 @@ from ctxlm.networks import NeuralLM
 from ctxlm.search import AT_RANDOM, Search, main, run_apart
 from tests.conftest import refusal
 
-OURS = ("context", "lstm", "transformer")
+OURS = ("A", "B", "echo", "lstm", "mingru", "transformer")
 SPACE = {
     "phase2_learning_rate": {"low": 0.0002, "high": 0.004, "log": True},
     "logit_spread": [0.5, 1.0],
@@ -41,8 +41,8 @@ def file(tmp_path, text, outputs, monkeypatch):
     monkeypatch.setattr(search, "TABLES", tmp_path)
 
     def written(**keys):
-        content = {"title": "Tiny", "trials": 24, "seed": 1, "space": SPACE, "full": {"embed_dim": 512}}
-        content |= {"common": [COMMON, {"corpus": str(text)}]} | keys
+        content = {"title": "Tiny", "trials": 24, "seed": 1, "space": SPACE}
+        content |= {"common": [COMMON, {"corpus": str(text)}], "full": {"embed_dim": 512, "held_out_tokens": 0}} | keys
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return str(path)
@@ -83,7 +83,8 @@ class Planted:
             raise ConfigError(f"{folder}: it was killed")
         if self.fails(e):
             return {}
-        metrics = {"val_loss": self.loss(e), "val_ppl": math.exp(self.loss(e)), "total_seconds": 1.25}
+        judged = "val" if e.held_out_tokens else "development"
+        metrics = {f"{judged}_loss": self.loss(e), f"{judged}_ppl": math.exp(self.loss(e)), "total_seconds": 1.25}
         with atomic(folder / "metrics.json") as path:
             path.write_text(json.dumps(e.model_dump() | metrics), encoding="utf-8")
         return metrics
@@ -108,12 +109,12 @@ def test_the_planted_best_is_found_and_the_table_holds_every_trial(file, planted
     assert best["value"] < trials["value"][:AT_RANDOM].min()
     assert trials["value"][12:].mean() < trials["value"][:12].mean()
     names = ["phase2_learning_rate", "logit_spread", "dropout", "weight_decay", "phase2_epochs"]
-    assert [*trials] == ["scale", "trial", "value", "val_ppl", *names, "seconds", "state"]
+    assert [*trials] == ["scale", "trial", "value", "ppl", *names, "seconds", "state"]
     assert trials["trial"].tolist() == [*range(24)] and one.names == [f"trial-{k:03d}" for k in range(24)]
     assert {*trials["scale"]} == {"quick"} and {*trials["state"]} == {"finished"} and {*trials["seconds"]} == {1.25}
     for row, (_, e) in zip(trials.itertuples(), one.ran, strict=True):
         assert row.value == pytest.approx(one.loss(e), rel=1e-5)
-        assert row.val_ppl == pytest.approx(math.exp(row.value), rel=1e-4)
+        assert row.ppl == pytest.approx(math.exp(row.value), rel=1e-4)
         assert e.logit_scale == pytest.approx(row.logit_spread * 2)
         for name in {*names} - {"logit_spread"}:
             assert getattr(row, name) == getattr(e, name)  # to the last digit
@@ -175,7 +176,7 @@ def test_the_best_are_run_at_full_size(file, planted, table, capsys):
         e, before = experiments[f"full-{row.trial:03d}"], dict(quick.ran)[f"trial-{row.trial:03d}"]
         assert (e.embed_dim, before.embed_dim) == (512, 32)
         assert e.logit_scale == pytest.approx(before.logit_scale / 4) == pytest.approx(row.logit_spread / 2)
-        same = {"embed_dim", "logit_scale"}
+        same = {"embed_dim", "logit_scale", "held_out_tokens"}
         assert e.model_dump(exclude=same) == before.model_dump(exclude=same)
         assert row.value == pytest.approx(Planted.loss(e), rel=1e-5)
 
@@ -257,18 +258,21 @@ def test_our_searches_are_the_same_for_all_models(monkeypatch):
     files = [one.file for one in ours.values()]
     assert len({(file.trials, file.seed) for file in files}) == 1
     lines = [[*file.space.items()] for file in files]
-    assert lines[0][:8] == lines[1][:8] == lines[2][:8] and {*map(len, lines)} == {9, 10}
+    assert all(one[:6] == lines[0][:6] for one in lines)
+    assert {len(one) for name, one in zip(ours, lines, strict=True) if name != "echo"} == {8}
 
-    for scale in ("quick", "full"):  # and the networks have as many trained parameters as A
+    for scale in ("quick", "full"):  # and the networks have as many trained parameters as A, at every depth
         first = {name: {line: one._ends(line)[0] for line in one.file.space} for name, one in ours.items()}
-        e = {name: one.experiment(first[name], scale) for name, one in ours.items()}
-        study = e["context"].model_copy(update={"num_input_tokens": 2})
+        study = ours["A"].experiment(first["A"], scale).model_copy(update={"num_input_tokens": 2})
         blocks = ContextLM(study, torch.zeros(2, study.embed_dim)).parameter_counts()
         wanted = blocks["context_block_params"] + blocks["token_block_params_trained"]
-        assert trained(e["lstm"]) == pytest.approx(wanted, rel=3e-4)
-        widths = [e["transformer"].hidden_dim + step for step in (-8, 0, 8)]  # what divides among its heads
-        off = [abs(trained(e["transformer"], hidden_dim=width) - wanted) for width in widths]
-        assert min(off) == off[1] < 0.05 * wanted
+        for name, off in {"lstm": 0.004, "mingru": 0.004, "transformer": 0.08}.items():
+            for layers in ours[name].file.space["num_layers"]:
+                e = ours[name].experiment(first[name] | {"num_layers": layers}, scale)
+                assert trained(e) == pytest.approx(wanted, rel=off), (name, scale, layers)
+                step = e.num_heads if name == "transformer" else 1
+                others = [trained(e, hidden_dim=e.hidden_dim + by) for by in (-step, step)]
+                assert others[0] < wanted < others[1]
 
 
 def trained(e, **changed):
