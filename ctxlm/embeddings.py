@@ -224,7 +224,7 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     Randomised subspace iteration with M·Mᵀ, LU between its steps and QR at the end (Halko, Martinsson & Tropp 2011,
     algorithms 4.4 and 5.1; LU as in their remark 4.3 costs less and keeps the columns as independent). A PPMI matrix's
     spectrum is flat, so this is an approximation: six iterations hold 98.4 % of the energy of the best rank-128
-    approximation on chitchat (docs/log-2026-11.md).
+    approximation on chitchat (LOG.md).
 
     The embedding must not depend on how many threads made it: sums of two threads are others in their last bits, and
     24 of 38 million entries of chitchat's differed after rounding (`GRAIN`). So it is made by one, in double precision,

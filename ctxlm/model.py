@@ -244,7 +244,7 @@ class SlowContext(nn.Module):
     RARE = 1e-3
     """The frequency at which a token counts for half."""
     GAIN = 0.07
-    """The gain before it is trained, in units of 1 / logit_scale; training moved it little (LOG.md)."""
+    """The gain before it is trained, in units of 1 / logit_scale; training moves it little."""
     BLOCK = 256
     """Tokens that one product computes."""
 
