@@ -1,6 +1,7 @@
 """ctxlm: depth-versus-width studies of constant-memory language models.
 
-What is where, from what is asked for to what is written:
+To know the model, read `model`, `recurrence`, `phase1`, `phase2`, `trainer` and `loss`, in this order: an hour. What is
+where, from what is asked for to what is written:
 
 - `config`: every parameter of a run (`Experiment`), and grids of runs (`load_grid`);
 - `corpus`, `embeddings`: text → tokens, split into training, validation, development and test → vectors;

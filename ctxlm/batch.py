@@ -245,7 +245,8 @@ def _carry_out(given: argparse.Namespace) -> int:
         say(f"{given.name}: failed: {reason}")
         return 1
     planned = int(os.environ.get("CTXLM_PLANNED") or 0)  # by Snakefile
-    left = planned - len([*done.parent.parent.glob("*/metrics.json")])
+    written = [json.loads(path.read_bytes()) for path in done.parent.parent.glob("*/metrics.json")]
+    left = planned - sum(metrics.get("code_hash") == code_hash(metrics["model"]) for metrics in written)
     rest = f", {max(left, 0)} of {planned} runs left" if planned else ""
     say(f"{given.name}: {_result(done)}, {time.monotonic() - began:.0f} s{rest}")
     return 0

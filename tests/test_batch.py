@@ -183,3 +183,15 @@ def test_how_a_kernel_may_end(tmp_path, values, source, why):
     reason = carry_out(tmp_path / "run", values, tmp_path / "x.ipynb")
     assert reason.startswith(why) if "ConfigError" in why else why in reason  # the sentence stands alone
     assert failures(tmp_path, ["run"]) == {"run": reason}
+
+
+def test_a_line_counts_the_runs_that_are_left_and_not_those_of_other_code(
+    tmp_path, values, papermill, monkeypatch, capsys
+):
+    monkeypatch.setenv("CTXLM_PLANNED", "5")
+    write_result(tmp_path / "another", values)
+    write_result(tmp_path / "older", values, code_hash="other")
+    papermill(("done", 0))
+    files = [str(tmp_path / "run" / name) for name in ("experiment.ipynb", "metrics.json")]
+    assert main(["x.ipynb", files[0], "--done", files[1], "--values", yaml.safe_dump(values), "--name", "A"]) == 0
+    assert "3 of 5 runs left" in capsys.readouterr().out
