@@ -11,6 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
 from ctxlm.analysis.run_plots import NARROW, WIDTH
+from ctxlm.analysis.site import BROWSERS
 
 SIZES = {390: 844, 1280: 844}
 
@@ -18,7 +19,7 @@ SIZES = {390: 844, 1280: 844}
 @contextmanager
 def chromium() -> Iterator["Browser"]:
     """Skips the test where no Chromium is installed."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not program:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from functools import partial
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from statsmodels.stats.anova import anova_lm
 
+from ctxlm.analysis import estimates as estimates_module
 from ctxlm.analysis.estimates import (
     MIME,
     UNITS,
@@ -238,6 +240,18 @@ def test_seeds_of_one_text_count_once_and_a_single_replicate_covers_samples_alon
         assert (e.n, e.replicates, e.over) == (1, 1, ("samples",)) and e.dof == fixed(39)
     result = paired(lone, A, B, column="val_loss")
     assert {(e.low, e.over, e.verdict) for e in result} == {(None, (), "no interval")}
+
+
+def test_a_frame_of_ones_own_needs_what_the_docstring_says():
+    values = {"deep": [4.1, 4.0, 4.2], "wide": [4.2, 4.2, 4.25]}
+    rows = [
+        {"model": name, "seed": seed, "loss": loss} for name, three in values.items() for seed, loss in enumerate(three)
+    ]
+    names = {"runs": pd.DataFrame(rows), "paired": paired}
+    code = estimates_module.__doc__.rpartition("nothing else drawn:")[2]
+    exec(textwrap.dedent(code).replace(".table()", "").replace("paired(runs", "(result,) = paired(runs"), names)
+    alone = stats.ttest_rel(*values.values()).confidence_interval()
+    assert (names["result"].low, names["result"].high) == pytest.approx((alone.low, alone.high))
 
 
 def test_pooled_places_weigh_alike(judged):

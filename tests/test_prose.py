@@ -172,6 +172,7 @@ def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, mon
 
 @pytest.mark.slow
 def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
+    assert 1 <= len(re.findall(rb"/Type /Page\b", (site / "article.pdf").read_bytes())) <= 4
     committed = sum(len(pd.read_csv(path)) for path in (ROOT / "data" / "results").glob("*/runs.csv"))
     committed += len([*(ROOT / "data" / "results").glob("*/*/metrics.json")])
     for page in sorted(site.glob("*.html")):

@@ -47,6 +47,8 @@ NOTEBOOK_ONLY = "notebook-only"
 """Tag of cells that help whoever opens the notebook, and are left out of its page."""
 FINDING = "finding"
 """Tag of cells that say what committed runs showed: they have no place on a page of other runs."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+"""What the article is printed by, the first that there is."""
 ANALYSIS = "04_scaling"
 """The notebook that is run on every grid."""
 PAGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -151,7 +153,17 @@ def build_all(outputs: Path | None = None) -> Path:
         _check_links(folder)
         # The index's figure is the README's, too: `make docs` copies it.
         (folder / "answer.png").write_bytes(base64.b64decode(bodies["index"].img["src"].partition(",")[2]))
+        _print(folder / "index.html", folder / "article.pdf")
     return target / "index.html"
+
+
+def _print(page: Path, pdf: Path) -> None:
+    """A page as it is printed, where a browser that can do so is at hand; without one there is no file."""
+    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
+        options = ["--headless", "--no-pdf-header-footer", f"--print-to-pdf={pdf}"]
+        options += ["--no-sandbox"] * (os.geteuid() == 0)  # which it refuses to root
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([browser, *options, page.as_uri()], capture_output=True, timeout=60)
 
 
 def build_page(path: Path) -> Path:
