@@ -5,6 +5,7 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -511,6 +512,16 @@ def test_a_forest_is_hollow_where_the_interval_holds_zero():
     assert hollow == [False, True, True] and not plt.fignum_exists(figure.number)
     bars = [tuple(line.get_xdata()) for line in lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
     assert bars[:2] == [fixed(e.in_unit[1:]) for e in result[:2]]
+    assert figure.axes[0].get_title() == "title"
+
+
+def test_a_forest_of_one_contrast_is_told_apart_by_places_alone():
+    places = [replace(one(), at=at) for at in ("here", "there")]
+    labels = [
+        [label.get_text() for label in Estimates(some).forest().axes[0].get_yticklabels()]
+        for some in (places, [*places, replace(one(), contrast="C", at="there")])
+    ]
+    assert labels == [["here", "there"], [f"{one().contrast}, here", f"{one().contrast}, there", "C, there"]]
 
 
 # Coverage

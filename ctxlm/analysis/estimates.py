@@ -178,9 +178,11 @@ class Estimates(list[Estimate]):
             axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
-        labels = [", ".join(part for part in (e.contrast, e.at) if part) for e in self]
+        same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
+        labels = [e.at if same else ", ".join(part for part in (e.contrast, e.at) if part) for e in self]
         label = {"% of PPL": "difference of PPL, %", "%": "%"}.get(self[0].unit, self[0].unit) if self else ""
-        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}, with 95 % intervals", title=title)
+        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}, with 95 % intervals")
+        axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)
         plt.close(figure)  # what a cell returns is shown once
