@@ -374,6 +374,8 @@ def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     if not detail["loc"]:  # raised by a validator of the whole, a sentence already
         return str(detail["ctx"]["error"])
     name, value = ".".join(map(str, detail["loc"][:2])), repr(detail["input"])
+    if detail["type"] == "missing":
+        return f"{name} is missing"
     value = value if len(value) <= 200 else f"{value[:120]} … {value[-40:]}"
     if detail["type"] != "extra_forbidden":
         field = kind.model_fields.get(name)  # a pattern is no remedy, what it stands for is

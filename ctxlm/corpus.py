@@ -217,17 +217,23 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
     capacity, starts = _capacity(corpus, e)
-    start, length = _window(corpus, starts, e)
     of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
+    names = ("val_samples", "development_samples", "test_samples")
+    refused = [
+        f"{name} = {getattr(e, name)} is more than {of.region}, which {of.name} keeps for it: lower it"
+        for name in names
+        if getattr(e, name) > of.region
+    ]
+    try:
+        start, length = _window(corpus, starts, e)
+    except ConfigError as error:
+        refused.append(str(error))
+    if refused:
+        raise ConfigError("; ".join(refused))
     judged = {}
-    for i, name in enumerate(("val_samples", "development_samples", "test_samples")):
-        if (samples := getattr(e, name)) > of.region:
-            raise ConfigError(
-                f"{name} = {samples} is more than the {of.region} samples of {of.name} that are kept for it: lower it, "
-                "or use a longer corpus"
-            )
+    for i, name in enumerate(names):
         first = of.capacity + i * of.region
-        judged[name] = of.stream(first, first + samples, e.max_sample_tokens)
+        judged[name] = of.stream(first, first + getattr(e, name), e.max_sample_tokens)
     window = np.arange(start, start + length) % len(capacity)
     if e.held_out_tokens:
         window, held_out = np.split(window, [-e.held_out_tokens])

@@ -362,8 +362,9 @@ class ContextLM(nn.Module):
     def cost(self, tokens: int, iterations: int, epochs: float) -> dict[str, int]:
         """Trained parameters, and FLOPs by shape, two for each weight of a product: of one token, of all training.
 
-        A step costs three forward passes, and two where weights are frozen and only handed through. Judging, and what
-        tables and chunks save or add, are left out.
+        A step costs three forward passes, and two where weights are frozen and only handed through. Phase 1 reads the
+        stream once before its steps, Phase 2 once with the final ContextBlock. Judging, and what tables and chunks save
+        or add, are left out.
 
         Args:
             tokens: of the training stream.

@@ -1,6 +1,7 @@
 """Phase 1: shape the ContextBlock so that contexts reach a fixed point and stay diverse."""
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -178,7 +179,7 @@ def train_context_block(
         torch.autograd.backward(tables, [g.to(t.dtype) for g, t in zip(gradients, tables, strict=True)])
         del tables, gradients, read_tables
         fixed_point, diversity, mse = sums.tolist()
-        if not abs(fixed_point + diversity) < float("inf"):
+        if not math.isfinite(fixed_point + diversity):
             raise NonFiniteLoss(
                 f"Phase 1's loss is {fixed_point + diversity} at iteration {iteration}: "
                 f"lower phase1_learning_rate = {e.phase1_learning_rate}"

@@ -24,7 +24,7 @@ class Predictor:
 
     def __call__(self, stream: Contexts, at: slice | Tensor) -> Losses:
         """Losses of predicting the tokens after the positions `at`, a slice without a step or int64 [B]."""
-        layers = stream.layers(self.model.context_block, at)  # in float32, as those that the recurrence keeps
+        layers = stream.layers(self.model.context_block, at)
         positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at
         return self.from_layers(stream.tokens, positions, layers)
 

@@ -170,6 +170,7 @@ class Search:
         """Run the trials that are left, so many at a time."""
         study = self.study()
         left = self.file.trials - len(self.over(study))
+        print(f"{self.name}: {left} of {self.file.trials} trials left, some minutes each", flush=True)
         if left > 0:
             study.optimize(self.trial, n_trials=left, n_jobs=jobs, callbacks=[self.report])
         self.write_table(study)
@@ -275,6 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

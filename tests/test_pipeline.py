@@ -183,7 +183,8 @@ def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, mon
     monkeypatch.setenv("CTXLM_OUTPUTS", str(grid.outputs))
     names = ("estimates.csv", "04_scaling.ipynb")
     before = [(grid.home / name).read_bytes() for name in names]
-    site.build(str(grid.file))
+    with pytest.raises(ConfigError, match="broken"):
+        site.build(str(grid.file))
     assert [(grid.home / name).read_bytes() for name in names] == before
     assert "NonFiniteLoss" not in grid.page  # it is no longer asked for
     assert "broken" in grid.page and (grid.home / "report" / "04_scaling.html").exists()

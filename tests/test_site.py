@@ -253,10 +253,12 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(g
             capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(site, "_execute", fail)
-            assert main(["--grid", grid]) == 0
-        why, *missing, page = capsys.readouterr().out.splitlines()
+            assert main(["--grid", grid]) == 1
+        printed = capsys.readouterr()
+        why, where = printed.err.removeprefix("error: ").splitlines()
         assert why.startswith(f"no sizes {HOSTILE}; it differs from the commit: `git checkout notebooks/04_scaling")
-        assert missing == MISSING
+        assert printed.out.splitlines() == MISSING
+        page = where.rpartition(": ")[2]
         soup = soup_of(Path(page))
         assert f"The analysis failed: {why}." in soup.get_text() and not soup.main("img", src="x")
         assert ("A is better" in soup.get_text()) == (Path(page).parent / "04_scaling.html").exists() == earlier

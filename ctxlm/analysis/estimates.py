@@ -38,6 +38,7 @@ LEVEL = 0.95
 MIME = "application/vnd.ctxlm.estimates+json"
 """Under this type a displayed table carries its estimates as data: the site and the tests read them there."""
 SAMPLES = "samples"
+NOTHING = "no significant difference"
 RESIDUALS = "residuals"
 """What an interval covers where there is a single replicate, and the regression's own residuals are its error."""
 LOSSES = {"log_ppl": "test", "val_loss": "val"}
@@ -94,12 +95,14 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """Of a comparison: whether the interval leaves out 0."""
+        """Of a comparison: whether the interval leaves out 0; none by a single replicate, which knows no chance."""
         if not UNITS[self.unit].comparison:
             return ""
         if self.low is None:
             return "no interval"
-        return "lower" if self.high < 0 else "higher" if self.low > 0 else "no significant difference"
+        if self.over == (SAMPLES,):
+            return "one replicate: chance is not known"
+        return "lower" if self.high < 0 else "higher" if self.low > 0 else NOTHING
 
     @property
     def error(self) -> float | None:
@@ -134,7 +137,7 @@ class Estimates(list[Estimate]):
     def table(self) -> Styler:
         """What a reader sees, in at most eight columns; what all rows have in common stands above them.
 
-        Where several differences stand together, some intervals leave out 0 by chance: beside its verdict stands a p
+        Where several differences stand together, some intervals leave out 0 by chance: verdicts then go by a p that is
         below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
         """
         rows, adjusted = [], self.adjusted()
@@ -142,9 +145,11 @@ class Estimates(list[Estimate]):
             value, interval = e.text()
             row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
             row |= {"covers": ", ".join(e.over) or "nothing", "replicates": str(e.replicates or "")}
-            verdict = f"{e.verdict}, p {adjusted[e]}" if e in adjusted else e.verdict
+            verdict = e.verdict
+            if e in adjusted:
+                verdict = f"{verdict if adjusted[e] < 1 - LEVEL else NOTHING}, p {in_digits(adjusted[e])}"
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
-        table, common = pd.DataFrame(rows), ["p: Benjamini & Hochberg's"] * bool(adjusted)
+        table, common = pd.DataFrame(rows), ["verdicts by Benjamini & Hochberg's p"] * bool(adjusted)
         if not any(e.low is not None for e in self):  # plain numbers: nothing to say of intervals
             table = table.drop(columns=["95 % interval", "covers"], errors="ignore")
         for name in (name for name in ("covers", "replicates") if name in table):
@@ -154,16 +159,13 @@ class Estimates(list[Estimate]):
             table = table.loc[:, [name for name in table if name in ("", "estimate") or (table[name] != "").any()]]
         return table.style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
 
-    def adjusted(self) -> dict[Estimate, str]:
-        """Benjamini & Hochberg's p of every difference that has an interval, where there are two or more."""
-        tested = [e for e in self if UNITS[e.unit].comparison and e.error]
+    def adjusted(self) -> dict[Estimate, float]:
+        """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several."""
+        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.over != (SAMPLES,)]
         if len(tested) < 2:
             return {}
         p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]
-        return {
-            e: f"{x:.3f}" if x >= 0.001 else "< 0.001"
-            for e, x in zip(tested, stats.false_discovery_control(p), strict=True)
-        }
+        return dict(zip(tested, stats.false_discovery_control(p).tolist(), strict=True))
 
     def forest(self, title: str = "") -> Figure:
         """Every estimate with its interval, from top to bottom; hollow where the interval holds 0."""
@@ -190,12 +192,18 @@ class Estimates(list[Estimate]):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         data = [asdict(e) | {"verdict": e.verdict, "in_unit": e.in_unit} for e in self]
-        return {"text/html": self.table().to_html(), "text/plain": self.frame().to_string(), MIME: data}
+        html = self.table().to_html() if self else "<p>There are no such runs.</p>"
+        return {"text/html": html, "text/plain": self.frame().to_string(), MIME: data}
 
     def save(self, path: Any) -> None:
         """Write `frame()` as a CSV file, atomically."""
         with atomic(resolve(path)) as temporary:
             self.frame().to_csv(temporary, index=False)
+
+
+def in_digits(p: float) -> str:
+    """A p as it is printed."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def drawn(runs: pd.DataFrame) -> tuple[str, ...]:

@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         if rows:
             with atomic(outputs_dir() / "reproduce" / "reproduce.csv") as path:

@@ -69,13 +69,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 def build(grid: str) -> Path:
     """Run the analysis of a grid's finished runs and write its `report/`, which replaces the earlier one when whole.
 
-    Where the analysis fails, its earlier result stays, and the report says why.
+    Where the analysis fails, its earlier result stays, and the report says so.
 
     Args:
         grid: a grid's name or file.
 
     Raises:
-        ConfigError: no run is finished.
+        ConfigError: no run is finished; or the analysis failed, once the report is written.
     """
     settings, outputs = load_grid(grid), outputs_dir()
     home, runs = outputs / settings.name, load_planned(settings)
@@ -101,9 +101,12 @@ def build(grid: str) -> Path:
         common |= {"title": settings.title, "description": settings.description, "failure": failure}
         listed = _listed(runs, load_table(settings.name, "history"))
         _write(folder / "index.html", "runs.html", answer=answer, runs=listed, missing=missing, **common)
-    for line in filter(None, (failure, *reasons)):
+    for line in reasons:
         say(line)
-    return home / "report" / "index.html"
+    index = home / "report" / "index.html"
+    if failure:
+        raise ConfigError(f"{failure}\nThe report has the runs, and what an earlier analysis said of them: {index}")
+    return index
 
 
 def _analyse(grid: str, home: Path) -> str:
@@ -158,12 +161,19 @@ def build_all(outputs: Path | None = None) -> Path:
 
 
 def _print(page: Path, pdf: Path) -> None:
-    """A page as it is printed, where a browser that can do so is at hand; without one there is no file."""
+    """A page as it is printed, where a browser that can do so is at hand; without one there is no file.
+
+    Links to other pages are left out: in a file that is carried elsewhere they would name this machine's folders.
+    """
     if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
+        alone = pdf.with_suffix(".html")
+        text = page.read_text(encoding="utf-8")
+        alone.write_text(re.sub(r' href="(?!https?:|#)[^"]*"', "", text), encoding="utf-8")
         options = ["--headless", "--no-pdf-header-footer", f"--print-to-pdf={pdf}"]
         options += ["--no-sandbox"] * (os.geteuid() == 0)  # which it refuses to root
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([browser, *options, page.as_uri()], capture_output=True, timeout=60)
+            subprocess.run([browser, *options, alone.as_uri()], capture_output=True, timeout=60)
+        alone.unlink()
 
 
 def build_page(path: Path) -> Path:
