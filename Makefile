@@ -101,9 +101,9 @@ lint: $(VENV)/.tested  ## tidy the code and strip the notebooks before a commit
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
 
-docs: $(VENV)/.ready  ## write docs/parameters.md from ctxlm/config.py, and the figure of the README from the built site
+docs: $(VENV)/.ready  ## write docs/parameters.md from ctxlm/config.py, and the index's figures from the built site
 	$(BIN)/python -m ctxlm.config
-	@if [ -f outputs/site/answer.png ]; then cp outputs/site/answer.png docs/images/answer.png; fi
+	@if [ -f outputs/site/answer.png ]; then cp outputs/site/*.png docs/images/; fi
 
 clean:  ## remove the environment and the caches; results in outputs stay
 	@# .snakemake stays: it knows what the results were made with.

@@ -31,7 +31,7 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.meta_analysis import CombineResults, combine_effects
 
 from ctxlm.analysis import runs as tidy
-from ctxlm.analysis.run_plots import REFERENCE, new_figure
+from ctxlm.analysis.run_plots import REFERENCE, WIDTH, new_figure
 from ctxlm.files import atomic, resolve
 
 LEVEL = 0.95
@@ -167,10 +167,10 @@ class Estimates(list[Estimate]):
         p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]
         return dict(zip(tested, stats.false_discovery_control(p).tolist(), strict=True))
 
-    def forest(self, title: str = "") -> Figure:
+    def forest(self, title: str = "", width: float = WIDTH) -> Figure:
         """Every estimate with its interval, from top to bottom; hollow where the interval holds 0."""
         unit = UNITS[self[0].unit] if self else UNITS[""]
-        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * max(len(self), 1))
+        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * max(len(self), 1), width=width)
         for row, e in enumerate(self):
             value, low, high = e.in_unit
             significant = e.verdict in ("lower", "higher") or not unit.comparison

@@ -144,6 +144,8 @@ def build_all(outputs: Path | None = None) -> Path:
         for image in bodies["index"]("img", title=True):  # it names the page and the tag of a figure's cell
             page, _, tag = image["title"].partition("#")
             if page in executed and (figure := bodies[page].select_one(f".{tag} img")):
+                # The documents show the committed one: `make docs` copies it.
+                (folder / Path(image["src"]).name).write_bytes(base64.b64decode(figure["src"].partition(",")[2]))
                 image.attrs = figure.attrs | {"alt": image["alt"]}
         common = {"site": bodies["index"].h1.get_text(), "navigation": navigation}
         for name, body in bodies.items():
@@ -154,8 +156,6 @@ def build_all(outputs: Path | None = None) -> Path:
             runs += _listed(table, load_table(grid, "history", committed=True))
         _write(folder / "runs.html", "runs.html", title="Runs", runs=runs, committed=True, **common)
         _check_links(folder)
-        # The index's figure is the README's, too: `make docs` copies it.
-        (folder / "answer.png").write_bytes(base64.b64decode(bodies["index"].img["src"].partition(",")[2]))
         _print(folder / "index.html", folder / "article.pdf")
     return target / "index.html"
 
