@@ -340,7 +340,8 @@ def test_every_committed_grid_is_whole(tmp_path, monkeypatch, grid):
     assert len(runs) and runs["run"].is_unique and set(runs["source"]) == {"committed"}
     assert runs["protocol"].nunique() == 1 and set(runs["protocol"]) <= {*READABLE}
     assert set(samples["run"]) == set(runs["run"])
-    assert set(history["run"]) == set(runs.loc[runs["model"] != "kneser-ney", "run"])  # an n-gram has no history
+    trained = set(runs.loc[runs["model"] != "kneser-ney", "run"])  # n-grams have losses by frequency, or no history
+    assert trained <= set(history["run"]) <= set(runs["run"])
     assert history.notna().all(axis=None) and not samples.duplicated(["run", "part", "sample"]).any()
     sums = samples.groupby(["run", "part"])[["loss_sum", "tokens"]].sum().unstack("part")
     runs = runs.set_index("run").sort_index()
