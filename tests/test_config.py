@@ -209,6 +209,7 @@ def test_a_grid_crosses_experiments_with_swept_values(grid, tmp_path):
     [
         ({"swep": {}}, "swep = {}"),
         ({"experiments": {}}, "experiments = {}"),
+        ({"experiments": None}, "experiments = None"),
         ({"experiments": {"A": [1]}}, "experiments.A = "),
         ({"experiments": {"a b": {}}}, "run a b: "),
         ({"experiments": {"A": {}, "B": {"num_layers": 0}}}, "run B: num_layers = 0"),
@@ -233,6 +234,12 @@ def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content,
     file = grid(**content)
     message = refusal(load_grid, file)
     assert message.startswith(file) and words in message
+
+
+def test_a_grid_file_without_experiments_is_not_printed_whole(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: Mine\nexperiment: {A: {}}\n")
+    message = refusal(load_grid, str(tmp_path / "mine.yaml"))
+    assert "did you mean experiments?" in message and "experiments is missing" in message and "Mine" not in message
 
 
 @pytest.mark.parametrize("name", ["study", "site", "a b", ".hidden"])

@@ -441,6 +441,8 @@ def test_the_verdict_is_whether_the_interval_holds_zero():
         (None, None, "PPL", ""),
     ):
         assert one(0.03, low, high, unit=unit).verdict == verdict
+    alone = one(over=("samples",), replicates=1)  # of the chance of training it knows nothing
+    assert alone.verdict.startswith("one replicate") and not Estimates([alone, alone]).adjusted()
 
 
 def test_values_are_shown_as_what_they_are_logarithms_of():
@@ -492,6 +494,11 @@ def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
     p = [verdict.partition(", p ")[2] for verdict in table["verdict"]]
     assert p == ["0.005", "0.039", "0.039", "0.039", "0.500", "", ""]
     assert not Estimates([tested[0], *others]).adjusted()  # alone it is its own
+    assert [verdict.partition(",")[0] for verdict in table["verdict"][:5]] == ["lower"] * 4 + [one(0, -1, 1).verdict]
+    lucky = (
+        Estimates([tested[3], *[tested[4]] * 9]).table().data["verdict"]
+    )  # one of ten: its interval alone says lower
+    assert tested[3].verdict == "lower" and lucky[0].startswith("no significant difference, p 0.3")
 
 
 def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):

@@ -253,6 +253,12 @@ def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameter
         assert refusal(check_data, [e]) == message  # and before a grid's first run
 
 
+def test_all_that_does_not_fit_is_named_at_once():
+    asked = {"val_samples": 9, "development_samples": 9, "test_samples": 9, "train_tokens": 161}
+    message = refusal(split, of_samples(**asked), counting([10] * 40))
+    assert [part.partition(" = ")[0] for part in message.split("; ")[:4]] == [*asked]
+
+
 @settings(max_examples=100)
 @given(cases(least=2), st.integers(0, WINDOWS - 1), st.integers(0, WINDOWS - 1))
 def test_windows_that_share_a_token_are_refused(case, one, other):

@@ -266,13 +266,14 @@ def test_our_searches_are_the_same_for_all_models(monkeypatch):
         study = ours["A"].experiment(first["A"], scale).model_copy(update={"num_input_tokens": 2})
         blocks = ContextLM(study, torch.zeros(2, study.embed_dim)).parameter_counts()
         wanted = blocks["context_block_params"] + blocks["token_block_params_trained"]
-        for name, off in {"lstm": 0.004, "mingru": 0.004, "transformer": 0.08}.items():
+        for name in ("lstm", "mingru", "transformer"):
             for layers in ours[name].file.space["num_layers"]:
                 e = ours[name].experiment(first[name] | {"num_layers": layers}, scale)
-                assert trained(e) == pytest.approx(wanted, rel=off), (name, scale, layers)
                 step = e.num_heads if name == "transformer" else 1
-                others = [trained(e, hidden_dim=e.hidden_dim + by) for by in (-step, step)]
-                assert others[0] < wanted < others[1]
+                off = [abs(trained(e, hidden_dim=e.hidden_dim + by) - wanted) for by in (-step, 0, step)]
+                assert min(off) == off[1], (name, scale, layers)
+                bound = {("lstm", 1): 3e-4, ("transformer", 6): 0.05}.get((name, layers), 0.08)
+                assert off[1] < bound * wanted, (name, scale, layers)
 
 
 def trained(e, **changed):

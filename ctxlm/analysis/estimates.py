@@ -37,8 +37,9 @@ from ctxlm.files import atomic, resolve
 LEVEL = 0.95
 MIME = "application/vnd.ctxlm.estimates+json"
 """Under this type a displayed table carries its estimates as data: the site and the tests read them there."""
+NOTHING, UNKNOWN = "no significant difference", "one replicate: chance is not known"
+"""Verdicts on a difference, beside lower and higher."""
 SAMPLES = "samples"
-NOTHING = "no significant difference"
 RESIDUALS = "residuals"
 """What an interval covers where there is a single replicate, and the regression's own residuals are its error."""
 LOSSES = {"log_ppl": "test", "val_loss": "val"}
@@ -101,7 +102,7 @@ class Estimate:
         if self.low is None:
             return "no interval"
         if self.over == (SAMPLES,):
-            return "one replicate: chance is not known"
+            return UNKNOWN
         return "lower" if self.high < 0 else "higher" if self.low > 0 else NOTHING
 
     @property
@@ -161,7 +162,7 @@ class Estimates(list[Estimate]):
 
     def adjusted(self) -> dict[Estimate, float]:
         """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several."""
-        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.over != (SAMPLES,)]
+        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN]
         if len(tested) < 2:
             return {}
         p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]

@@ -170,10 +170,12 @@ def waterfall(parts: Estimates, label: str) -> Figure:
         first, *steps, last = (e for e in parts if e.at == place)
         level = 0.0
         for row, e in enumerate((first, *steps, last)):
-            start = level if e in steps else 0.0
+            step = 0 < row <= len(steps)
+            start = level if step else 0.0
             level = start + e.value
-            axes.barh(row, e.value, left=start, height=0.6, color=COLOURS[9] if e in steps else COLOURS[7], alpha=0.8)
-            axes.plot([start + e.low, start + e.high], [row, row], color="0.2", linewidth=2)
+            axes.barh(row, e.value, left=start, height=0.6, color=COLOURS[9 if step else 7], alpha=0.8)
+            if e.low is not None:
+                axes.plot([start + e.low, start + e.high], [row, row], color="0.2", linewidth=2)
         axes.set_title(place)
         axes.set_yticks(range(len(steps) + 2), [e.contrast for e in (first, *steps, last)])
         axes.set(ylim=(len(steps) + 1.6, -0.6), xlim=0, xlabel=label)

@@ -27,6 +27,8 @@ MOST_LOG = math.log(1e15)
 """Laws that meet beyond so many tokens, or below one, have slopes that hardly differ: that is no crossover."""
 BETAS = (0.01, 3.0)
 """The exponents of the saturating law that are tried."""
+STUDIES = (1, 3, 5)
+"""Replicates of the studies that are simulated."""
 
 
 def laws(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
@@ -154,10 +156,6 @@ def crossing_by_chance(
     off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
     off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
     return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
-
-
-STUDIES = (1, 3, 5)
-"""Replicates of the studies that are simulated."""
 
 
 def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
