@@ -265,4 +265,5 @@ def recent_tokens(histories: pd.DataFrame) -> pd.DataFrame:
     rows = histories[(histories["phase"] == "recent_tokens") & (histories["metric"] == "val_loss")]
     whole = rows[rows["step"] == 0].set_index("id")["value"]
     rows = rows[rows["step"] > 0]
-    return rows.assign(k=rows["step"], extra=rows["value"] - rows["id"].map(whole))
+    whole = rows["id"].map(whole).astype(float)  # of no rows, too
+    return rows.assign(k=rows["step"], extra=rows["value"] - whole)
