@@ -25,7 +25,9 @@ DOCUMENTS = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md", "
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the site of what is committed."""
-    return build_all(tmp_path_factory.mktemp("outputs")).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CTXLM_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        return build_all().parent
 
 
 @pytest.fixture(scope="module")

@@ -121,16 +121,13 @@ def _analyse(grid: str, home: Path) -> str:
     return ""
 
 
-def build_all(outputs: Path | None = None) -> Path:
+def build_all() -> Path:
     """Write `site/`: the article, its notebooks executed anew, and a table of all committed runs.
-
-    Args:
-        outputs: where it is written; by default as `files.outputs_dir`.
 
     Raises:
         ConfigError: a notebook failed, or a link leads nowhere: which and why. The earlier site stays.
     """
-    target = (outputs or outputs_dir()) / "site"
+    target = outputs_dir() / "site"
     with _replaced(target) as folder:
         executed = _execute_all(folder / "notebooks")
         navigation = {"index.html": "Index"} | {f"{name}.html": _label(name) for name in executed}
@@ -221,7 +218,7 @@ def cells_html(notebook: NotebookNode, *without: str) -> str:
     return exporter.from_notebook_node(notebook, {"cells_only": True})[0]
 
 
-def tidy(html: str, pages: Collection[str] = ()) -> BeautifulSoup:
+def tidy(html: str, pages: Collection[str]) -> BeautifulSoup:
     """HTML of cells as a page shows it: nothing loads or runs anything, links lead to `pages`, what is wide scrolls."""
     html = re.sub("<!--.*?-->", "", html, flags=re.DOTALL)
     html = re.sub("(?<=[0-9>]) %", "\u00a0%", html)  # no line ends between the two
