@@ -58,16 +58,6 @@ def prose():
                 yield path.name, cell.source
 
 
-COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
-
-
-def replicates_stated(text):
-    """(how many replicates a sentence says, key of the number before that) wherever it says so."""
-    for count in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
-        if before := [*MARKER.finditer(text, 0, count.start())]:
-            yield COUNTS[count[1]], before[-1].groups()
-
-
 def stated(text):
     """(where its numbers are, marker) of every marker of a text."""
     start = 0
@@ -109,13 +99,6 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
             elif not holds(numbers, estimates[key]):
                 wrong.append(f"{where}: {numbers} is not {estimates[key]['in_unit']} of {key}")
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.slow
-def test_a_sentence_that_says_how_many_replicates_there_are_is_right(estimates):
-    stated_counts = [(where, *count) for where, text in prose() for count in replicates_stated(text)]
-    assert stated_counts
-    assert not [(where, n, key) for where, n, key in stated_counts if estimates[key]["replicates"] != n]
 
 
 def test_no_percentage_of_a_result_goes_unmarked():

@@ -80,9 +80,7 @@ def differences(estimates: Estimates) -> Figure:
     for position, name in enumerate(names):
         chosen = [e for e in estimates if e.contrast == name]
         x = [sizes[e] * aside(position, len(names)) for e in chosen]
-        value, low, high = np.array(
-            [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.in_unit for e in chosen)]
-        ).T
+        value, low, high = np.array([e.in_unit for e in chosen], float).T  # without an interval no bar is drawn
         colour = COLOURS[position % len(COLOURS)]
         axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
     axes.axhline(0, **REFERENCE)
