@@ -81,7 +81,7 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 	@mkdir -p outputs/benchmark
 	$(BIN)/papermill --log-output --no-progress-bar --cwd . -k python3 \
 	  notebooks/10_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
-	$(BIN)/python -m ctxlm.analysis.site --notebook outputs/benchmark/benchmark.ipynb
+	$(BIN)/jupyter nbconvert --to html outputs/benchmark/benchmark.ipynb
 
 gpu: $(VENV)/.tested  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
 	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py

@@ -1,8 +1,9 @@
-"""The notebooks run as they are, by hand and by papermill, and refuse bad input before any work."""
+"""The notebooks run as they are, by hand and by papermill, refuse bad input before any work, and show text as text."""
 
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from bs4 import BeautifulSoup
+from nbconvert import HTMLExporter
 from safetensors.torch import load_file
 
+from ctxlm.analysis import benchmark, site
+from ctxlm.analysis.playground import visible
+from ctxlm.analysis.plots import plot_growth, plot_shares
 from ctxlm.analysis.run_plots import WIDTH
 from ctxlm.config import ConfigError, Experiment, read_yaml
 from ctxlm.corpus import split
@@ -23,7 +29,7 @@ from ctxlm.metrics import effective_rank_pct, singular_values
 from ctxlm.model import ContextLM, load_own_weights
 from ctxlm.phase2 import Predictor, evaluate
 from ctxlm.recurrence import sequential
-from tests.conftest import SMALL, run_cells
+from tests.conftest import SMALL, run_cells, short_paragraphs
 
 CACHE = os.environ.get("CTXLM_CACHE") or "data/cache"
 
@@ -132,6 +138,68 @@ def test_cells_can_be_run_again_after_a_change(notebook, tmp_path, text, monkeyp
                 namespace |= {name: value for name, value in values.items() if name in namespace}
 
 
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    '<meta http-equiv="refresh" content="0;url=http://x">',
+    "</pre><style>",
+    "<script>alert(2)</script>",
+    "$5 or $6 **b**\x1b[m\x9b\u202e",
+)
+CONTROL = set("\x1b\x9b\u202e")
+CORPUS = {"train_tokens": 600, "embed_dim": 16, "embedding": "random"}
+CORPUS |= dict.fromkeys(("val_samples", "development_samples", "test_samples"), 2)
+
+
+@pytest.mark.slow
+def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
+    paragraphs = text.read_text(encoding="utf-8").split("\n\n")
+    path = tmp_path / f"{HOSTILE[0]}.txt"
+    path.write_text("\n\n".join(f"{' '.join(HOSTILE)} marked {words}" for words in paragraphs), encoding="utf-8")
+    process, executed = papermill(tmp_path, "01_corpus", ROOT / "notebooks", corpus=str(path), **CORPUS)
+    assert process.returncode == 0, process.stderr
+    cells = site.cells_html(nbformat.read(executed, as_version=4))
+    for page in (HTMLExporter().from_filename(executed)[0], str(site.tidy(cells, pages=()))):
+        soup = BeautifulSoup(page, "html.parser")
+        assert not CONTROL & set(page)
+        assert "marked" not in re.sub(r"<(code|script|style)\b.*?</\1>", "", page, flags=re.DOTALL)  # nor are formulas
+        for tag in soup(True):
+            assert "onerror" not in tag.attrs and tag.get("src") != "x"
+            assert tag.name != "meta" or tag.get("http-equiv", "").lower() != "refresh"
+        for tag in soup(["script", "style"]):
+            hidden = tag.extract().get_text()
+            assert "marked" not in hidden and "alert(" not in hidden
+        words = soup.get_text()
+        assert f"{visible(' '.join(HOSTILE))} marked" in words and f"{HOSTILE[0]}.txt" in words  # for the reader
+        assert "corpus_digest" in words and "Write what was read" in words
+
+
+@pytest.mark.parametrize(
+    "read", [{"train_sample_tokens": 20}, {"shuffle_samples": True, "data_seed": 50}], ids=["cut", "shuffled"]
+)
+def test_a_corpus_is_shown_that_another_is_judged_beside(tmp_path, text, read):
+    judged = short_paragraphs(tmp_path / "judged.txt", count=200)
+    read = {"corpus": str(text), "judged_corpus": str(judged), "train_tokens": 200} | read
+    run_here("01_corpus", **CORPUS | read, output_dir=str(tmp_path))
+    assert json.loads((tmp_path / "corpus.json").read_bytes())["settings"]["judged_corpus"] == str(judged)
+
+
+@pytest.mark.slow
+def test_the_benchmark_is_measured_and_drawn(tmp_path, text, monkeypatch):
+    # in this process, whose products are not timed; tests/test_benchmark.py looks at what goes between processes
+    monkeypatch.setattr(benchmark, "measure_apart", lambda values: json.loads(json.dumps(benchmark.measure(values))))
+    monkeypatch.setattr(benchmark, "peak_gflops", lambda *_: 50.0)
+    values = {"sizes": [200, 400], "literal_tokens": 8, "embed_dim": 16}
+    names = run_here("10_benchmark", corpus=str(text), output_dir=str(tmp_path), **values)
+    measured = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    positive = """peak_gflops_float32 peak_gflops_bfloat16 phase2_epoch_share_of_floor
+        phase2_epoch_speedup_over_literal recurrence_speedup_over_literal phase1_step_share_of_floor""".split()
+    assert all(measured[name] > 0 for name in positive) and set(measured["peak_rss_gib"]) == {"200", "400"}
+    assert isinstance(measured["time_growth_exponent"], float)  # of whatever sign: these sizes are too small to time
+    assert measured["recurrence_residual"] <= 1e-5 and len(measured["stages"]) == 2 * 2 * 4
+    for figure in (plot_shares(names["table"]), plot_growth(names["stages"], names["runs"])):
+        figure.canvas.draw()
+
+
 @pytest.mark.slow
 def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
     """Two runs of one size; then the analysis of all that lie beside one another, also once others have come."""
@@ -151,12 +219,7 @@ def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
 @pytest.mark.parametrize("notebook", ["01_corpus", "02_experiment", "03_baseline"])
 def test_a_notebook_runs_with_its_defaults_where_jupyterlab_opens_it(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_CACHE", CACHE)  # chitchat is read once for all tests
-    values = {"output_dir": str(tmp_path / "out")}
-    if notebook == "01_corpus":  # one of them in a kernel
-        process, _ = papermill(tmp_path, notebook, cwd=ROOT / "notebooks", **values)
-        assert process.returncode == 0, process.stderr
-    else:
-        monkeypatch.chdir(ROOT / "notebooks")
-        small = {"val_samples": 1, "development_samples": 1, "test_samples": 1, "phase2_epochs": 1}
-        run_here(notebook, **values, **({"train_tokens": 2000} | small if notebook == "02_experiment" else {}))
+    monkeypatch.chdir(ROOT / "notebooks")
+    few = {"val_samples": 1, "development_samples": 1, "test_samples": 1, "phase2_epochs": 1, "train_tokens": 2000}
+    run_here(notebook, output_dir=str(tmp_path / "out"), **(few if notebook == "02_experiment" else {}))
     assert (tmp_path / "out" / ("corpus.json" if notebook == "01_corpus" else "metrics.json")).exists()

@@ -6,9 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from ctxlm.analysis import plots
+from ctxlm.analysis import plots, run_plots
 from ctxlm.analysis.estimates import Estimate, Estimates, paired
-from ctxlm.analysis.run_plots import NARROW
 from ctxlm.analysis.runs import read_histories, read_runs
 
 
@@ -30,30 +29,22 @@ def lines(axes):
 
 def test_a_and_b_have_the_same_colours_whatever_else_is_drawn():
     for labels in (["A", "A-zero", "B", "KN-4"], ["A, phase2_learning_rate 0.001", "B", "LSTM"]):
-        colours = {name: to_hex(look["color"]) for name, look in plots.line_styles(labels).items()}
+        colours = {name: to_hex(look["color"]) for name, look in run_plots.line_styles(labels).items()}
         assert len(set(colours.values())) == len(labels)
-        first = {name: to_hex(to_rgb(colour)) for name, colour in plots.FIRST.items() if name in labels}
+        first = {name: to_hex(to_rgb(colour)) for name, colour in run_plots.FIRST.items() if name in labels}
         assert first.items() <= colours.items()
 
 
 def test_perplexity_by_tokens_shows_every_run_and_the_means(runs):
     figure = plots.by_tokens(runs)
     (axes,) = figure.axes
-    assert figure.get_figwidth() == NARROW and figure.number not in plt.get_fignums()
+    assert figure.get_figwidth() == run_plots.NARROW and figure.number not in plt.get_fignums()
     drawn = lines(axes)
     assert set(drawn) == {"A", "B"}
     means = runs[runs["experiment"] == "A"].groupby("train_tokens")["log_ppl"].mean()
     np.testing.assert_allclose(drawn["A"].get_ydata(), np.exp(means))
     points = [line for line in axes.lines if line.get_linestyle() == "None"]
     assert sum(len(line.get_ydata()) for line in points) == len(runs)
-
-
-def test_what_is_no_loss_is_shown_as_it_is_and_runs_without_it_are_left_out(runs):
-    some = runs.assign(log_over_fitting=runs["log_over_fitting"].where(runs["seed"] != 42))
-    (axes,) = plots.by_tokens(some, "log_over_fitting").axes
-    points = np.concatenate([line.get_ydata() for line in axes.lines if line.get_linestyle() == "None"])
-    np.testing.assert_allclose(np.sort(points), np.sort(some["log_over_fitting"].dropna()))
-    assert axes.get_ylabel() == "log_over_fitting"
 
 
 def test_a_search_shows_every_trial_and_the_best_so_far():
@@ -77,25 +68,22 @@ def test_differences_are_where_the_estimates_are(runs):
     np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [e.in_unit[1:] for e in result])
 
 
-def test_curves_and_factors_are_drawn_a_panel_a_size(runs, histories):
-    titles = [f"{size:,} tokens" for size in sorted(runs["train_tokens"].unique())]
-    for figure in (plots.learning_curves(histories), plots.groups(runs, "num_layers", "context_dim")):
-        assert [axes.get_title() for axes in figure.axes if axes.get_title()] == titles
+def test_curves_and_factors_are_drawn_a_panel_a_value(runs, histories):
+    sizes = sorted(runs["train_tokens"].unique())
+    by_factor = plots.groups(runs, "num_layers", "context_dim", "train_tokens")
+    for figure, form in ((plots.learning_curves(histories), "{:,} tokens"), (by_factor, "train_tokens {}")):
+        assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [form.format(size) for size in sizes]
 
 
 def test_memory_shows_what_is_lost_by_contexts_of_the_last_tokens(histories):
-    recent = plots.recent_tokens(histories)
-    run = recent["id"].iloc[0]
-    rows = histories[(histories["id"] == run) & (histories["phase"] == "recent_tokens")]
-    losses = rows[rows["metric"] == "val_loss"].set_index("step")["value"]
-    expected = (losses - losses[0]).drop(0)
-    pd.testing.assert_series_equal(
-        recent[recent["id"] == run].set_index("k")["extra"], expected, check_names=False, check_exact=False
-    )
-    left, right = plots.memory(histories).axes
-    means = recent[recent["configuration"] == "A"].groupby("k")["extra"].mean()
-    np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.expm1(means))
+    one = histories[histories["id"] == histories["id"].iloc[0]]
+    losses = run_plots.metric_of(one, "recent_tokens", "val_loss")
+    left, right = run_plots.plot_memory(one[["phase", "step", "metric", "value"]]).axes
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.expm1((losses - losses[0]).drop(0)))
     assert left.get_yscale() == "log"
+    of_runs = run_plots.recent_tokens(histories[histories["configuration"] == "A"])
+    right = run_plots.plot_memory(histories).axes[1]
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.expm1(of_runs.groupby("k")["extra"].mean()))
 
 
 def test_a_waterfall_comes_down_by_its_steps_to_what_is_left():

@@ -34,8 +34,15 @@ print(curve.rows // 4, "of 3 drawn")
 """
 
 
-def executed(*sources):
-    """The outputs of cells with these sources, run in a kernel."""
+NOBODY = "import os; os.environ.pop('JPY_SESSION_NAME', None)"  # sits before it
+BATCH = "os.environ |= {'CTXLM_PROGRESS': 'lines', 'JPY_SESSION_NAME': 'someone'}"
+SOMEONE = "del os.environ['CTXLM_PROGRESS']"
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """What a kernel prints and draws: nobody before it, in a batch, and for someone."""
+    sources = [NOBODY + WORK, BATCH + WORK, SOMEONE + WORK, CURVE]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nbclient.NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     return [cell.outputs for cell in notebook.cells]
@@ -48,9 +55,8 @@ def shown(outputs):
 
 
 @pytest.mark.slow
-def test_a_cell_keeps_its_lines_and_one_figure_in_its_last_state(monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "someone's")
-    work, drawn = executed(WORK, CURVE)
+def test_a_cell_keeps_its_lines_and_one_figure_in_its_last_state(outputs):
+    _, _, work, drawn = outputs
     assert shown(work) == ["epoch 1: done", "epoch 2: done", ""] and {output.name for output in work} == {"stdout"}
     assert "epoch 1:" in "".join(output.text for output in work).split("epoch 1: done")[0]  # a bar, before
     (figure,) = [output for output in drawn if "image/png" in output.get("data", {})]
@@ -58,12 +64,10 @@ def test_a_cell_keeps_its_lines_and_one_figure_in_its_last_state(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_batch_and_papermill_by_hand_have_every_line_and_no_bar(monkeypatch):
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)  # nobody sits before it
-    batch = f"import os; os.environ |= {{'CTXLM_PROGRESS': 'lines', 'JPY_SESSION_NAME': 'someone'}}\n{WORK}"
-    for outputs in executed(WORK, batch):
-        assert {output.name for output in outputs} == {"stdout"}
-        assert "".join(output.text for output in outputs) == "epoch 1: done\nepoch 2: done\n"
+def test_a_batch_and_papermill_by_hand_have_every_line_and_no_bar(outputs):
+    for printed in outputs[:2]:
+        assert {output.name for output in printed} == {"stdout"}
+        assert "".join(output.text for output in printed) == "epoch 1: done\nepoch 2: done\n"
 
 
 class Screen(io.StringIO):

@@ -242,35 +242,28 @@ def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where
     assert not [*index.parents[1].glob(".report*")]
 
 
-def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(grid, root, monkeypatch, capsys):
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "again"])
+def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
+    root, grid, earlier, monkeypatch, capsys
+):
     def fail(*_):
         raise ConfigError(f"no sizes {HOSTILE}")
 
+    if earlier:
+        build(grid)
+        capsys.readouterr()
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
-    for earlier in (False, True):
-        if earlier:
-            build(grid)
-            capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(site, "_execute", fail)
-            assert main(["--grid", grid]) == 1
-        printed = capsys.readouterr()
-        why, where = printed.err.removeprefix("error: ").splitlines()
-        assert why.startswith(f"no sizes {HOSTILE}; it differs from the commit: `git checkout notebooks/04_scaling")
-        assert printed.out.splitlines() == MISSING
-        page = where.rpartition(": ")[2]
-        soup = soup_of(Path(page))
-        assert f"The analysis failed: {why}." in soup.get_text() and not soup.main("img", src="x")
-        assert ("A is better" in soup.get_text()) == (Path(page).parent / "04_scaling.html").exists() == earlier
-        assert len(rows_of(soup("table")[-1])) == 2
-
-
-def test_a_grid_that_is_unknown_or_has_no_finished_run_is_refused_in_a_line(root, capsys):
-    write(root, {"none.yaml": json.dumps({"title": "None", "experiments": {"A": {}}})})
-    for name, words in (("quik", "grid 'quik' does not exist"), (str(root / "none.yaml"), "A: was not begun")):
-        assert main(["--grid", name]) == 1
-        line = capsys.readouterr()
-        assert line.out == "" and line.err.startswith("error: ") and words in line.err and line.err.count("\n") == 1
+    monkeypatch.setattr(site, "_execute", fail)
+    assert main(["--grid", grid]) == 1
+    printed = capsys.readouterr()
+    why, where = printed.err.removeprefix("error: ").splitlines()
+    assert why.startswith(f"no sizes {HOSTILE}; it differs from the commit: `git checkout notebooks/04_scaling")
+    assert printed.out.splitlines() == MISSING
+    index = Path(where.rpartition(": ")[2])
+    soup = soup_of(index)
+    assert f"The analysis failed: {why}." in soup.get_text() and not soup.main("img", src="x")
+    assert ("A is better" in soup.get_text()) == index.with_name("04_scaling.html").exists() == earlier
+    assert len(rows_of(soup("table")[-1])) == 2
 
 
 def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_here(built):
@@ -310,12 +303,12 @@ def test_a_link_that_leads_nowhere_is_named_and_the_earlier_site_stays(root, cap
 def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tmp_path, monkeypatch):
     source = 'import os, pathlib\nassert not [*pathlib.Path(os.environ["CTXLM_OUTPUTS"]).glob("*/")]\nprint(sizes)'
     parameters = nb.new_code_cell("sizes = 1", metadata={"tags": ["parameters"]})
-    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no\\nsizes")'))
+    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no sizes")'))
     write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad, "06_torn.ipynb": good[:99]})
     monkeypatch.setattr(site, "ROOT", tmp_path)
     pages = {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {}), "06_torn": ("06_torn", {})}
     monkeypatch.setattr(site, "PAGES", pages)
-    words = r"^notebooks/05_bad.ipynb ended in ValueError \(no sizes\): open it .*; notebooks/06_torn.ipynb ended in "
+    words = r"^notebooks/05_bad.ipynb ended in ValueError: no sizes: open it .*; notebooks/06_torn.ipynb ended in "
     with pytest.raises(ConfigError, match=words):
         site._execute_all(tmp_path / "executed")
     executed = nbformat.read(tmp_path / "executed" / "04_good.ipynb", as_version=4)
@@ -345,14 +338,15 @@ def test_nbconvert_makes_a_page_that_is_read_by_everyone(tmp_path, browser):
 
 
 @pytest.mark.slow
-def test_pages_are_read_on_a_phone_in_the_dark_and_in_print(made, browser):
-    for page in made.parent.glob("*.html"):
+def test_a_report_is_read_on_a_phone_in_the_dark_and_in_print(built, browser):
+    """As is the site, of what is committed, in tests/test_prose.py."""
+    for page in built["grid"].parent.glob("*.html"):
         read_by_everyone(browser, page)
-        assert browser.printed() <= (4 if page == made else 6)
-    browser.open(made.parent / "04_scaling.html", 390)
+        assert browser.printed() <= 4
+    browser.open(built["grid"].with_name("04_scaling.html"), 390)
     scrolled = """[...document.querySelectorAll(".output")].some(box => box.scrollWidth > box.clientWidth)"""
     assert browser.run(scrolled)  # the wide table, in its own box
-    browser.open(made if made.parent.name == "report" else made.parent / "runs.html", 390)
+    browser.open(built["grid"], 390)
     field, curve = (browser.page.locator(name).first.bounding_box() for name in ("input", ".spark"))
     assert field["width"] == 390 - 2 * 16 and (curve["width"], curve["height"]) == (80, 24)
 

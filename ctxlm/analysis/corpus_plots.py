@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
 
-from ctxlm.analysis.run_plots import COLOURS, REFERENCE, new_figure
+from ctxlm.analysis.run_plots import COLOURS, REFERENCE, legend, new_figure
 from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
 
 COMMON = 5000
@@ -25,11 +23,11 @@ def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
         "development": streams.development,
         "test": streams.test,
     }
-    rows = {
-        name: (len(np.unique(part.samples)), len(part), len(np.unique(part.tokens))) for name, part in parts.items()
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["samples", "tokens", "different tokens"])
-    table.insert(2, "tokens a sample", (table["tokens"] / table["samples"]).round(1))
+    table = pd.DataFrame(index=list(parts))
+    table["samples"] = [len(np.unique(part.samples)) for part in parts.values()]
+    table["tokens"] = [len(part) for part in parts.values()]
+    table["tokens a sample"] = (table["tokens"] / table["samples"]).round(1)
+    table["different tokens"] = [len(np.unique(part.tokens)) for part in parts.values()]
     return table
 
 
@@ -86,36 +84,27 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool, judged: bool =
     last = int(corpus.starts[samples[-1]]) + np.count_nonzero(samples == samples[-1])
     bounds = [corpus.capacity + i * corpus.region for i in range(4)]
     end, development, test, after = (int(corpus.starts[bound]) for bound in bounds)
-    around = last <= first  # a window that runs over the end goes on at the start
-    parts = [
-        ("training capacity", 0, end, "0.85"),
-        ("training", first, end if around else last, COLOURS[0]),
-        ("training", 0, last if around else 0, COLOURS[0]),
-    ]
+    # a window that runs over the end goes on at the start
+    training = [(first, last)] if first < last else [(first, end), (0, last)]
+    parts = {"training capacity": ([(0, end)], "0.85"), "training": (training, COLOURS[0])}
     if judged:
-        parts += [
-            ("validation", end, development, COLOURS[1]),
-            ("development", development, test, COLOURS[3]),
-            ("test", test, after, COLOURS[2]),
-        ]
+        parts["validation"] = [(end, development)], COLOURS[1]
+        parts["development"] = [(development, test)], COLOURS[3]
+        parts["test"] = [(test, after)], COLOURS[2]
     if second_half:
-        parts.append(("makes the embedding", after, len(corpus.tokens), COLOURS[4]))
+        parts["makes the embedding"] = [(after, len(corpus.tokens))], COLOURS[4]
     figure, ((whole,), (near,)) = new_figure(2, height=2.9)
     for axes, limit in ((whole, len(corpus.tokens)), (near, after)):
-        drawn = set()
-        for name, left, right, colour in parts:
-            if left < min(right, limit):
-                axes.barh(0, min(right, limit) - left, left=left, color=colour, height=0.8, label=name)
-                drawn.add(name)
-        axes.set_xlim(0, limit)
-        axes.set_yticks([])
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        for name, (spans, colour) in parts.items():
+            widths = [(left, right - left) for left, right in spans]
+            axes.broken_barh(widths, (0, 1), color=colour, edgecolor="w", label=name)
+        axes.set(xlim=(0, limit), ylim=(-0.1, 1.1), yticks=[])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(visible=False)
     whole.set_title("The whole corpus", loc="left")
     near.set_title("Up to the end of the test", loc="left")
     near.set_xlabel("position in the corpus (tokens)")
-    keys = dict(zip(*reversed(whole.get_legend_handles_labels()), strict=True))
-    figure.legend(keys.values(), keys.keys(), loc="outside lower center", frameon=False, ncols=3)
+    legend(figure)
     return figure
 
 
@@ -125,14 +114,13 @@ def plot_lengths(corpus: Corpus, streams: Split, judged: bool = True) -> Figure:
     figure, ((axes,),) = new_figure(height=3.4)
     bins = np.geomspace(lengths.min(), lengths.max() + 1, 41)
     weights = np.full(len(lengths), 100 / len(lengths))
-    axes.hist(lengths, bins, weights=weights, color=COLOURS[0], alpha=0.6, label=_median("corpus", lengths))
+    axes.hist(lengths, bins, weights=weights, alpha=0.6, label=_median("corpus", lengths))
     if judged:
-        val, look = lengths[np.unique(streams.val.samples)], {"color": COLOURS[1], "markersize": 22, "mew": 1.6}
-        axes.plot(val, np.zeros(len(val)), "|", **look, label=_median("validation", val))
-    _log(axes, x=True)
-    axes.set_xlabel("length of a sample (tokens, log)")
-    axes.set_ylabel("share of samples (%)")
-    axes.legend(frameon=False, markerscale=0.5)
+        val = lengths[np.unique(streams.val.samples)]
+        axes.plot(val, np.zeros(len(val)), "|", markersize=22, mew=1.6, label=_median("validation", val))
+    axes.set(xscale="log", xlabel="length of a sample (tokens, log)", ylabel="share of samples (%)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(markerscale=0.5)
     return figure
 
 
@@ -150,21 +138,19 @@ def plot_frequencies(corpus: Corpus, streams: Split) -> Figure:
         left.plot(np.arange(1, len(shares) + 1), shares, line, label=name)
     ends = np.array([10, VOCABULARY])
     left.plot(ends, 10 / ends, color="0.5", linewidth=1, label="Zipf: slope −1")
-    _log(left, x=True, y=True)
-    left.set_xlabel("rank of a token (log)")
-    left.set_ylabel("share of all tokens (%, log)")
-    left.legend(frameon=False)
+    left.set(xscale="log", xlabel="rank of a token (log)", yscale="log", ylabel="share of all tokens (%, log)")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.legend()
     train = corpus.stream(0, corpus.capacity) if streams.train.samples[0] == 0 else streams.train
     steps = np.unique(np.geomspace(min(1000, len(train)), len(train), 25).astype(int))
     right.plot(steps, [100 * unseen_share(train, streams.val, step) for step in steps], color="0.5")
     here = 100 * unseen_share(streams.train, streams.val, len(streams.train))
     label = f"this run: {here:.1f} % at {len(streams.train):,} tokens"
     right.plot(len(streams.train), here, "o", color=COLOURS[1], label=label)
-    _log(right, x=True)
-    right.set_ylim(0)
-    right.set_xlabel("training tokens (log)")
-    right.set_ylabel("validation tokens never seen (%)")
-    right.legend(frameon=False)
+    right.set(xscale="log", xlabel="training tokens (log)", ylim=(0, None), ylabel="validation tokens never seen (%)")
+    right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
@@ -172,14 +158,11 @@ def plot_embedding(embedding: np.ndarray) -> Figure:
     """Singular values of the embedding [V, d]; equal ones would use all its dimensions alike."""
     figure, ((axes,),) = new_figure(height=3)
     values = np.sqrt(np.linalg.eigvalsh(embedding.T @ embedding).clip(0))[::-1]
-    axes.plot(np.arange(1, len(values) + 1), values, color=COLOURS[0], label="the embedding")
+    axes.plot(np.arange(1, len(values) + 1), values, label="the embedding")
     alike = float(np.sqrt(np.square(values).mean()))
     axes.axhline(alike, label="of the same size, all dimensions alike", **REFERENCE)
-    axes.set_ylim(0)
-    axes.set_xlabel("number of the singular value")
-    axes.set_ylabel("singular value")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="number of the singular value", ylim=(0, None), ylabel="singular value")
+    axes.legend()
     return figure
 
 
@@ -189,14 +172,3 @@ def spread(embedding: np.ndarray, corpus: Corpus, streams: Split) -> pd.DataFram
     kinds = {name: np.unique(tokens) for name, tokens in parts.items()} | {"vocabulary": np.arange(len(embedding))}
     rows = {name: (len(ids), float(np.sqrt(np.square(embedding[ids]).mean()))) for name, ids in kinds.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["different tokens", "root mean square"]).round(4)
-
-
-def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
-    """Logarithmic axes with plain numbers."""
-    if x:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.spines[["top", "right"]].set_visible(False)

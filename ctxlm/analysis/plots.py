@@ -4,19 +4,16 @@ A configuration keeps its colour in every figure: A blue, B orange, their varian
 means lines.
 """
 
-import colorsys
 import math
 import re
 from collections.abc import Sequence
 from itertools import cycle
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
@@ -25,51 +22,23 @@ from scipy import stats
 from ctxlm.analysis.estimates import Estimates
 from ctxlm.analysis.run_plots import (
     COLOURS,
-    FORGETTING,
     LINES,
-    MARKERS,
     NARROW,
     REFERENCE,
-    forgetting_axes,
     legend,
+    line_styles,
     log_axis,
     new_figure,
-    recent_axis,
     steps_axis,
 )
 from ctxlm.analysis.scaling import STUDIES, crossing_by_chance
 
-FIRST = {"A": COLOURS[0], "B": COLOURS[1]}
-"""The colours of the two that the study compares."""
 
-
-LABELS = {"log_ppl": "test PPL (log)", "val_loss": "validation PPL (log)"}
-"""Columns that are logarithms of a perplexity, and how it is called."""
-
-
-def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each label; a variant of A or B ("A-zero") has its colour, lighter or darker."""
-    styles, others, kin = {}, cycle(COLOURS[2:]), dict.fromkeys(FIRST, 0)
-    for label, marker, line in zip(sorted(set(labels)), cycle(MARKERS), cycle(LINES), strict=False):
-        base = label.split("-")[0].split(",")[0]
-        if base in FIRST:
-            hue, light, full = colorsys.rgb_to_hls(*to_rgb(FIRST[base]))
-            colour = colorsys.hls_to_rgb(hue, min(light * (1 + 0.45 * kin[base]), 0.8), full)
-            kin[base] += 1
-        else:
-            colour = next(others)
-        styles[label] = {"color": colour, "marker": marker, "linestyle": line}
-    return styles
-
-
-def tokens_axis(axes: Axes, sizes: Sequence[int], columns: int = 1) -> None:
-    """A logarithmic axis ticked at the sizes themselves, save those too close to the one before.
-
-    `columns` is how many such axes stand side by side.
-    """
+def tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic axis of half a figure's width, ticked at the sizes themselves, save those too close together."""
     ticks: list[int] = []
     for size in sorted(set(sizes)):
-        if not ticks or size / ticks[-1] >= (max(sizes) / min(sizes)) ** (0.09 * columns):
+        if not ticks or size / ticks[-1] >= (max(sizes) / min(sizes)) ** 0.18:
             ticks.append(size)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
@@ -85,37 +54,25 @@ def aside(position: int, count: int) -> float:
     return 1 + min(0.024 * count, 0.12) * ((position + 0.5) / count - 0.5)
 
 
-def by_tokens(runs: pd.DataFrame, column: str = "log_ppl", label: str = "", log: bool | None = None) -> Figure:
-    """A column by training tokens: a point a run, and a line through the means of the replicates that have most sizes.
-
-    Args:
-        runs: as `runs.read_runs` gives them.
-        column: a loss is shown as perplexity on a logarithmic axis, anything else as it is.
-        label: of the axis; by default the column's name.
-        log: whether the column is such a logarithm; by default, of the two losses.
-    """
-    log = column in LABELS if log is None else log
+def by_tokens(runs: pd.DataFrame) -> Figure:
+    """Test PPL by training tokens: a point a run, a line through the means of the replicates that have most sizes."""
     figure, ((axes,),) = new_figure(height=3.7, width=NARROW)
-    known = runs.dropna(subset=[column])
-    show = np.exp if log else lambda x: x
+    known = runs.dropna(subset=["log_ppl"])
     styles = line_styles(known["configuration"])
     for position, (name, rows) in enumerate(known.groupby("configuration")):
         dodge = aside(position, len(styles))
         sizes = rows.groupby("replicate")["train_tokens"].transform("nunique")
         whole = rows[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
-        mean, look = whole.groupby("train_tokens")[column].mean(), styles[name]
-        axes.plot(rows["train_tokens"] * dodge, show(rows[column]), **look | {"linestyle": "none"}, alpha=0.4)
-        axes.plot(mean.index * dodge, show(mean), label=name, **look | {"markersize": 8})
-    tokens_axis(axes, known["train_tokens"], columns=2)  # it is half as wide
-    if log:
-        log_axis(axes, label or LABELS.get(column, column))
-    else:
-        axes.set_ylabel(label or column)
+        mean, look = np.exp(whole.groupby("train_tokens")["log_ppl"].mean()), styles[name]
+        axes.plot(rows["train_tokens"] * dodge, np.exp(rows["log_ppl"]), **look | {"linestyle": "none"}, alpha=0.4)
+        axes.plot(mean.index * dodge, mean, label=name, **look | {"markersize": 8})
+    tokens_axis(axes, known["train_tokens"])
+    log_axis(axes, "test PPL (log)")
     legend(figure)
     return _once(figure)
 
 
-def differences(estimates: Estimates, label: str = "") -> Figure:
+def differences(estimates: Estimates) -> Figure:
     """Differences in per cent by training tokens, with their intervals; a line a contrast."""
     figure, ((axes,),) = new_figure(height=3.2, width=NARROW)
     names = list(dict.fromkeys(e.contrast for e in estimates))
@@ -123,15 +80,13 @@ def differences(estimates: Estimates, label: str = "") -> Figure:
     for position, name in enumerate(names):
         chosen = [e for e in estimates if e.contrast == name]
         x = [sizes[e] * aside(position, len(names)) for e in chosen]
-        value, low, high = np.array(
-            [[v, v if a is None else a, v if b is None else b] for v, a, b in (e.in_unit for e in chosen)]
-        ).T
+        value, low, high = np.array([e.in_unit for e in chosen], float).T  # without an interval no bar is drawn
         colour = COLOURS[position % len(COLOURS)]
         axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
     axes.axhline(0, **REFERENCE)
-    tokens_axis(axes, list(sizes.values()), columns=2)
+    tokens_axis(axes, list(sizes.values()))
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=None))
-    axes.set_ylabel(label or "difference of PPL, 95 % interval")
+    axes.set_ylabel("difference of PPL, 95 % interval")
     legend(figure)
     return _once(figure)
 
@@ -185,25 +140,21 @@ def waterfall(parts: Estimates, label: str) -> Figure:
     return _once(figure)
 
 
-def searches(trials: pd.DataFrame, column: str = "val_ppl") -> Figure:
-    """What each trial of a search found, and the best so far as a line.
-
-    Args:
-        trials: model, trial, and a perplexity `column`.
-    """
+def searches(trials: pd.DataFrame) -> Figure:
+    """What each trial of a search found, and the best so far as a line, from their `model`, `trial` and `val_ppl`."""
     figure, ((axes,),) = new_figure(height=4.2)
     styles = line_styles(trials["model"])
     for name, rows in trials.sort_values("trial").groupby("model"):
-        axes.plot(rows["trial"], rows[column], **styles[name] | {"linestyle": "none"}, alpha=0.4)
+        axes.plot(rows["trial"], rows["val_ppl"], **styles[name] | {"linestyle": "none"}, alpha=0.4)
         best = {"label": f"{name}, best so far", "marker": "", "drawstyle": "steps-post"}
-        axes.plot(rows["trial"], rows[column].cummin(), **styles[name] | best)
+        axes.plot(rows["trial"], rows["val_ppl"].cummin(), **styles[name] | best)
     steps_axis(axes, "trial")
     log_axis(axes, "PPL on held-out training text (log)")
     legend(figure)
     return _once(figure)
 
 
-def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
+def learning_curves(histories: pd.DataFrame) -> Figure | None:
     """Training (dotted) and validation PPL by epoch, a panel a size: a faint line a run, their mean thick.
 
     None where no run has epochs.
@@ -212,7 +163,7 @@ def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
     if curves.empty:  # of n-grams
         return None
     sizes, styles = sorted(curves["train_tokens"].unique()), line_styles(curves["configuration"])
-    columns = min(columns, len(sizes))
+    columns = min(2, len(sizes))
     rows = math.ceil(len(sizes) / columns)
     figure, panels = new_figure(rows, columns, 0.9 + 2.9 * rows, sharey=True)
     for axes in panels.flat[len(sizes) :]:
@@ -238,64 +189,20 @@ def learning_curves(histories: pd.DataFrame, columns: int = 2) -> Figure | None:
     return _once(figure)
 
 
-def memory(histories: pd.DataFrame) -> Figure:
-    """How soon contexts forget a disturbance, and what a context loses that has read the last k tokens only."""
-    figure, ((left, right),) = new_figure(1, 2, 4.2)
-    styles = line_styles(histories["configuration"])
-    shares = histories[(histories["metric"] == "share_left") & (histories["value"] > 0)]
-    for (name, phase), rows in shares.groupby(["configuration", "phase"]):
-        mean = np.exp(np.log(rows["value"]).groupby(rows["step"]).mean())
-        left.plot(mean.index, 100 * mean, **styles[name] | FORGETTING[phase][1])
-    recent = recent_tokens(histories)
-    for name, rows in recent.groupby("configuration"):
-        mean = rows.groupby("k")["extra"].mean()
-        right.plot(mean.index, 100 * np.expm1(mean), **styles[name])
-    keys = [
-        Line2D([], [], label=f"{name}, {what}", **look | style | {"markevery": None})
-        for name, look in styles.items()
-        for what, style in FORGETTING.values()
-    ]
-    keys += forgetting_axes(left)
-    if len(recent):
-        recent_axis(right, recent["k"])
-    right.axhline(0, color="0.2", linewidth=1)
-    right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    right.set_ylabel("validation PPL above the whole stream's")
-    legend(figure, keys)
-    return _once(figure)
-
-
-def recent_tokens(histories: pd.DataFrame) -> pd.DataFrame:
-    """What is lost when contexts have read the last k tokens only: the histories' rows with `k` and `extra`, nats."""
-    rows = histories[(histories["phase"] == "recent_tokens") & (histories["metric"] == "val_loss")]
-    whole = rows[rows["step"] == 0].set_index("id")["value"]
-    rows = rows[rows["step"] > 0]
-    return rows.assign(k=rows["step"], extra=rows["value"] - rows["id"].map(whole))
-
-
-def groups(
-    runs: pd.DataFrame,
-    x: str,
-    hue: str,
-    panel: str = "train_tokens",
-    column: str = "log_ppl",
-    label: str = "test PPL (log)",
-) -> Figure:
-    """PPL by two factors, a panel a size or a value of a third: the mean of each cell, its runs as points."""
-    values = sorted(runs[panel].unique())
+def groups(runs: pd.DataFrame, x: str, hue: str, panel: str) -> Figure:
+    """Test PPL by two factors, a panel a value of a third: the mean of each cell, its runs as points."""
+    values, names = sorted(runs[panel].unique()), sorted(runs[hue].unique())
     figure, (panels,) = new_figure(1, len(values), 3.8, sharey=True)
-    names = sorted(runs[hue].unique())
-    shown, palette = runs.assign(ppl=np.exp(runs[column])), COLOURS[2 : 2 + len(names)]
+    shown, palette = runs.assign(ppl=np.exp(runs["log_ppl"])), COLOURS[2 : 2 + len(names)]
     look = {"x": x, "y": "ppl", "hue": hue, "hue_order": names, "dodge": 0.3, "palette": palette, "legend": False}
     for value, axes in zip(values, panels, strict=True):
         rows = shown[shown[panel] == value]
         sns.stripplot(rows, alpha=0.4, ax=axes, **look)
         sns.pointplot(rows, errorbar=None, ax=axes, estimator=stats.gmean, **look)
-        axes.set(title=f"{value:,} tokens" if panel == "train_tokens" else f"{panel} {value}", ylabel="")
-    log_axis(panels[0], label)
-    legend(
-        figure, [Line2D([], [], color=c, marker="o", label=f"{hue} {n}") for c, n in zip(palette, names, strict=True)]
-    )
+        axes.set(title=f"{panel} {value}", ylabel="")
+    log_axis(panels[0], "test PPL (log)")
+    keys = zip(names, palette, strict=True)
+    legend(figure, [Line2D([], [], color=colour, marker="o", label=f"{hue} {name}") for name, colour in keys])
     return _once(figure)
 
 

@@ -1,22 +1,29 @@
-"""The style of all figures, and the figures of one run.
+"""The style of all figures, and those that the notebooks of one run draw.
 
 Every run imports this module, and nothing that only the analysis of many runs needs: seaborn and statsmodels take
 seconds. `history` is long: phase, step, metric, value. Importing the module sets the common style.
 """
 
+import colorsys
 import math
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
+from IPython.display import DisplayHandle, display
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib_inline.config import InlineBackend
 
 from ctxlm.progress import in_jupyter
 
@@ -33,19 +40,16 @@ plt.rcParams |= {
     **{"lines.linewidth": 1.6, "lines.markersize": 6, "lines.solid_capstyle": "round"},
     "patch.edgecolor": "w",
 }
-try:  # none is cropped, so that all are of one width
-    from IPython import get_ipython
-    from matplotlib_inline.config import InlineBackend
-
-    InlineBackend.instance(parent=get_ipython()).print_figure_kwargs = {"bbox_inches": None}
-except ImportError:  # without Jupyter, on a bare machine
-    pass
+# Jupyter crops none, so that all are of one width.
+InlineBackend.instance(parent=get_ipython()).print_figure_kwargs = {"bbox_inches": None}
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
 WIDTH, NARROW = 8.5, 4.9
 """Of a figure, inches. One of the second width can be read on a phone as it is; one of the first scrolls there."""
 DRAWING, FIRST_DRAWING = 0.05, 0.3
 """The share of a training's time that its figure may take, and what the first one is taken to take, seconds."""
+FIRST = {"A": COLOURS[0], "B": COLOURS[1]}
+"""The colours of the two that the study compares."""
 RANKS = {
     "init_er": "before Phase 1",
     "train_er": "in Phase 1, with its noise",
@@ -82,8 +86,19 @@ def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
     figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 1))
 
 
-def headline(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
+def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each label; a variant of A or B ("A-zero") has its colour, lighter or darker."""
+    styles, others, kin = {}, cycle(COLOURS[2:]), dict.fromkeys(FIRST, 0)
+    for label, marker, line in zip(sorted(set(labels)), cycle(MARKERS), cycle(LINES), strict=False):
+        base = label.split("-")[0].split(",")[0]
+        if base in FIRST:
+            hue, light, full = colorsys.rgb_to_hls(*to_rgb(FIRST[base]))
+            colour = colorsys.hls_to_rgb(hue, min(light * (1 + 0.45 * kin[base]), 0.8), full)
+            kin[base] += 1
+        else:
+            colour = next(others)
+        styles[label] = {"color": colour, "marker": marker, "linestyle": line}
+    return styles
 
 
 def log_axis(axes: Axes, label: str) -> None:
@@ -104,33 +119,11 @@ def steps_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
 
 
-def forgetting_axes(axes: Axes) -> list[Artist]:
-    """The axes of a disturbance's share over the tokens read since; returns their reference lines."""
-    from ctxlm.memory import FORGOTTEN  # torch takes two seconds, which other figures need not wait for
-
-    floor = 100 * float(np.finfo(np.float32).eps)
-    lines = [
-        axes.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),
-        axes.axhline(floor, label="rounding of 32-bit numbers: less cannot be seen", **REFERENCE | {"linestyle": "-."}),
-    ]
-    axes.set(yscale="log", ylabel="disturbance that is left, % (log)", ylim=(floor / 3, 200))
-    steps_axis(axes, "tokens read since")
-    return lines
-
-
 def recent_axis(axes: Axes, k: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(set(k)), [str(tokens) for tokens in sorted(set(k))])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens the context was built from, k (log)")
-
-
-def convergence_axes(left: Axes, right: Axes) -> None:
-    left.set(ylabel="converged tokens", ylim=(-0.03, 1.03))
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    log_axis(right, "mean squared change\nof a context dimension (log)")
-    for axes in (left, right):
-        steps_axis(axes, "iteration")
 
 
 def metric_of(history: pd.DataFrame, phase: str, name: str) -> pd.Series:
@@ -147,16 +140,17 @@ def by_epoch(history: pd.DataFrame, name: str) -> pd.Series:
 def plot_phase1(history: pd.DataFrame) -> Figure:
     """One run's Phase 1 by iteration: converged share, mean squared change, and both terms of the loss."""
     figure, ((left, middle, right),) = new_figure(1, 3, 3.1)
-    names = ((left, "converged_ratio", None), (middle, "mse", None))
-    names += ((right, "fixed_point_loss", "fixed point"), (right, "diversity_loss", "diversity"))
-    for axes, name, what in names:
-        values = metric_of(history, "phase1", name)
-        k = int(name == "diversity_loss")
-        axes.plot(values.index, values, color=COLOURS[k], marker=MARKERS[k], linestyle=LINES[k], label=what)
-    convergence_axes(left, middle)
-    steps_axis(right, "iteration")
+    left.plot(metric_of(history, "phase1", "converged_ratio"), marker="o")
+    left.set(ylabel="converged tokens", ylim=(-0.03, 1.03))
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    middle.plot(metric_of(history, "phase1", "mse"), marker="o")
+    log_axis(middle, "mean squared change\nof a context dimension (log)")
+    right.plot(metric_of(history, "phase1", "fixed_point_loss"), "o-", label="fixed point")
+    right.plot(metric_of(history, "phase1", "diversity_loss"), "s--", label="diversity")
     right.set_ylabel("terms of the loss")
     right.legend()
+    for axes in (left, middle, right):
+        steps_axis(axes, "iteration")
     return figure
 
 
@@ -165,8 +159,8 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
     figure, ((left, right),) = new_figure(1, 2, 3.4)
     for axes, name in ((left, "loss"), (right, "ppl")):
         train, val = (by_epoch(history, f"{part}_{name}") for part in ("train", "val"))
-        axes.plot(train.index, train, color=COLOURS[1], marker=MARKERS[1], linestyle=LINES[1], label="training")
-        axes.plot(val.index, val, color=COLOURS[0], marker=MARKERS[0], label="validation")
+        axes.plot(train, "s--", color=COLOURS[1], label="training")
+        axes.plot(val, "o-", color=COLOURS[0], label="validation")
         axes.axvline(val.idxmin(), label=f"best epoch: {val.idxmin():g}", **REFERENCE)
         steps_axis(axes, "epoch")
     left.set_ylabel("loss, nats a token")
@@ -182,7 +176,8 @@ class Live:
     """
 
     def __init__(self, plot: Callable[[pd.DataFrame], Figure] = plot_phase2):
-        self.plot, self.handle, self.rows = plot, None, 0
+        self.plot, self.rows = plot, 0
+        self.handle: DisplayHandle | None = None
         self.ended, self.cost = time.perf_counter(), FIRST_DRAWING
 
     def __call__(self, history: Sequence[Mapping[str, Any]]) -> None:
@@ -198,12 +193,12 @@ class Live:
             self._draw(history)
 
     def _draw(self, history: Sequence[Mapping[str, Any]]) -> None:
-        from IPython.display import DisplayHandle
-
         began = time.perf_counter()
-        figure, new = self.plot(pd.DataFrame(history)), self.handle is None
-        self.handle = self.handle or DisplayHandle()
-        (self.handle.display if new else self.handle.update)(figure)
+        figure = self.plot(pd.DataFrame(history))
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
         plt.close(figure)  # else it would be shown once more at the cell's end
         self.rows, self.ended = len(history), time.perf_counter()
         self.cost = self.ended - began
@@ -223,22 +218,52 @@ def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def plot_memory(history: pd.DataFrame) -> Figure:
-    """How soon one run forgets a disturbed context, and PPL when contexts have read the last k tokens only."""
-    figure, ((left, right),) = new_figure(1, 2, 4)
-    for k, (phase, (what, style)) in enumerate(FORGETTING.items()):
-        shares = metric_of(history, phase, "share_left")
-        left.plot(shares.index, 100 * shares, color=COLOURS[k], marker=MARKERS[k], label=what, **style)
-    keys = left.get_lines() + forgetting_axes(left)
-    recent = metric_of(history, "recent_tokens", "val_ppl")
-    if recent.empty:
+def plot_memory(histories: pd.DataFrame) -> Figure:
+    """How soon contexts forget a disturbance, and what a context loses that has read the last k tokens only.
+
+    Args:
+        histories: of one run; or of many, with their `id` and `configuration`, of which the means are drawn.
+    """
+    from ctxlm.memory import FORGOTTEN  # torch takes two seconds, which other figures need not wait for
+
+    if "configuration" not in histories:
+        histories = histories.assign(configuration="this run", id="")
+    figure, ((left, right),) = new_figure(1, 2, 4.2)
+    styles = line_styles(histories["configuration"])
+    shares = histories[(histories["metric"] == "share_left") & (histories["value"] > 0)]
+    for (name, phase), rows in shares.groupby(["configuration", "phase"]):
+        mean = np.exp(np.log(rows["value"]).groupby(rows["step"]).mean())
+        left.plot(100 * mean, **styles[name] | FORGETTING[phase][1])
+    floor = 100 * float(np.finfo(np.float32).eps)
+    left.set(yscale="log", ylabel="disturbance that is left, % (log)", ylim=(floor / 3, 200))
+    steps_axis(left, "tokens read since")
+    recent = recent_tokens(histories)
+    for name, rows in recent.groupby("configuration"):
+        right.plot(100 * np.expm1(rows.groupby("k")["extra"].mean()), **styles[name])
+    right.axhline(0, color="0.2", linewidth=1)
+    right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    right.set_ylabel("validation PPL above the whole stream's")
+    if recent.empty:  # of contexts that were exchanged
         right.set_axis_off()
     else:
-        of_last = recent.drop(0)
-        keys += right.plot(of_last.index, of_last, color=COLOURS[2], marker=MARKERS[2], label="the last k tokens")
-        keys.append(right.axhline(recent[0], label="the whole stream", color="0.35", linewidth=1, linestyle="--"))
-        recent_axis(right, of_last.index)
-        log_axis(right, "validation PPL (log)")
-    headline(figure, "n = 1 run, validation text")
+        recent_axis(right, recent["k"])
+    keys: list[Artist] = [
+        Line2D([], [], label=f"{name}, {what}", **look | style | {"markevery": None})
+        for name, look in styles.items()
+        for what, style in FORGETTING.values()
+    ]
+    keys += [
+        left.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),
+        left.axhline(floor, label="rounding of 32-bit numbers: less cannot be seen", **REFERENCE | {"linestyle": "-."}),
+    ]
     legend(figure, keys)
     return figure
+
+
+def recent_tokens(histories: pd.DataFrame) -> pd.DataFrame:
+    """What is lost when contexts have read the last k tokens only: the histories' rows with `k` and `extra`, nats."""
+    rows = histories[(histories["phase"] == "recent_tokens") & (histories["metric"] == "val_loss")]
+    whole = rows[rows["step"] == 0].set_index("id")["value"]
+    rows = rows[rows["step"] > 0]
+    whole = rows["id"].map(whole).astype(float)  # of no rows, too
+    return rows.assign(k=rows["step"], extra=rows["value"] - whole)

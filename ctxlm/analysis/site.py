@@ -1,8 +1,7 @@
 """Executed notebooks and committed runs as an offline site of short pages.
 
-    python -m ctxlm.analysis.site --grid quick      a grid's own runs: outputs/quick/report/
-    python -m ctxlm.analysis.site --all             everything that is committed, without training: outputs/site/
-    python -m ctxlm.analysis.site --notebook PATH   one executed notebook: a page beside it
+    python -m ctxlm.analysis.site --grid quick   a grid's own runs: outputs/quick/report/
+    python -m ctxlm.analysis.site --all          everything that is committed, without training: outputs/site/
 
 A page loads nothing but itself: style, images and the few lines that sort a table are inside, and its policy forbids
 the rest. What a page says is written in the notebooks and in `docs/`; how it looks, in `templates/`.
@@ -40,7 +39,7 @@ from nbformat import NotebookNode
 from ctxlm.analysis.runs import load_planned, load_runs, load_table
 from ctxlm.batch import failures, say
 from ctxlm.config import ConfigError, load_grid
-from ctxlm.files import ROOT, atomic, outputs_dir, resolve, results_dir
+from ctxlm.files import ROOT, atomic, outputs_dir, results_dir
 from ctxlm.run import git_commit
 
 NOTEBOOK_ONLY = "notebook-only"
@@ -122,16 +121,13 @@ def _analyse(grid: str, home: Path) -> str:
     return ""
 
 
-def build_all(outputs: Path | None = None) -> Path:
+def build_all() -> Path:
     """Write `site/`: the article, its notebooks executed anew, and a table of all committed runs.
-
-    Args:
-        outputs: where it is written; by default as `files.outputs_dir`.
 
     Raises:
         ConfigError: a notebook failed, or a link leads nowhere: which and why. The earlier site stays.
     """
-    target = (outputs or outputs_dir()) / "site"
+    target = outputs_dir() / "site"
     with _replaced(target) as folder:
         executed = _execute_all(folder / "notebooks")
         navigation = {"index.html": "Index"} | {f"{name}.html": _label(name) for name in executed}
@@ -176,14 +172,6 @@ def _print(page: Path, pdf: Path) -> None:
         alone.unlink()
 
 
-def build_page(path: Path) -> Path:
-    """Write one executed notebook as a page beside it."""
-    body = tidy(cells_html(nbformat.read(path, as_version=4)))
-    with atomic(path.with_suffix(".html")) as temporary:
-        _write(temporary, body=body)
-    return path.with_suffix(".html")
-
-
 # Notebooks are executed
 
 
@@ -213,9 +201,6 @@ def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Pa
     if process.returncode == 0:
         return nbformat.read(target, as_version=4)
     why = (process.stderr.strip().splitlines() or ["no word of why"])[-1]
-    with suppress(OSError, ValueError):  # where it failed before its first cell, nothing is written
-        results = [output for cell in nbformat.read(target, as_version=4).cells for output in cell.get("outputs", ())]
-        why = next((f"{o.ename} ({' '.join(o.evalue.split())})" for o in results if o.output_type == "error"), why)
     raise ConfigError(f"notebooks/{name}.ipynb ended in {why}: open it and run it to see where")
 
 
@@ -233,7 +218,7 @@ def cells_html(notebook: NotebookNode, *without: str) -> str:
     return exporter.from_notebook_node(notebook, {"cells_only": True})[0]
 
 
-def tidy(html: str, pages: Collection[str] = ()) -> BeautifulSoup:
+def tidy(html: str, pages: Collection[str]) -> BeautifulSoup:
     """HTML of cells as a page shows it: nothing loads or runs anything, links lead to `pages`, what is wide scrolls."""
     html = re.sub("<!--.*?-->", "", html, flags=re.DOTALL)
     html = re.sub("(?<=[0-9>]) %", "\u00a0%", html)  # no line ends between the two
@@ -357,16 +342,11 @@ def _replaced(target: Path) -> Iterator[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make pages of executed notebooks and of committed runs.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--grid", default="quick", help="name of a grid that was run, or its file")
-    what.add_argument("--all", action="store_true", help="the site of everything that is committed, instead")
-    what.add_argument("--notebook", help="an executed notebook to make a page of, instead")
+    parser.add_argument("--grid", default="quick", help="name of a grid that was run, or its file")
+    parser.add_argument("--all", action="store_true", help="the site of everything that is committed, instead")
     options = parser.parse_args(arguments)
     try:
-        if options.notebook:
-            say(str(build_page(resolve(options.notebook))))
-        else:
-            say(str(build_all() if options.all else build(options.grid)))
+        say(str(build_all() if options.all else build(options.grid)))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
