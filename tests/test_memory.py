@@ -35,7 +35,6 @@ def test_forgetting_is_that_of_two_contexts_run_side_by_side():
 def test_the_horizon_lies_between_two_tokens_on_a_logarithmic_scale():
     halving = [0.5**step for step in range(10)]
     assert horizon(halving) == pytest.approx(math.log2(100))
-    assert horizon(halving, share=0.25) == pytest.approx(2)
     assert horizon([1, 0.5, 0.4]) is None
     assert horizon([1.0, 0.0]) == 1
     assert horizon([1, 0.005, 0.02, 0.002]) == pytest.approx(math.log(100) / math.log(200))  # the first time counts
