@@ -4,11 +4,9 @@ A model reads a text token by token into a `State`, which is all that it knows o
 the text. Everything is on the CPU and in float32. Shapes: V vocabulary, d embed_dim, L num_layers, T tokens of a text.
 """
 
-import codecs
 import json
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -35,8 +33,6 @@ from ctxlm.run import LOSSES, WEIGHTS
 
 CHECKED, TOLERANCE = 128, 0.2
 """A loaded run gives so many of its validation losses again, to so many nats on average (bfloat16 rounds)."""
-Decoder = codecs.getincrementaldecoder("utf-8")
-"""From bytes to text; the beginning of a character waits for its end."""
 AGAIN = "train it anew, with its grid by `make report` or alone by papermill (README.md)"
 
 
@@ -49,6 +45,12 @@ class State(NamedTuple):
     """What it made of all tokens so far; what it remembers them by stands last."""
     slow: Tensor | None = None
     """The slow context, [1, d], where there is one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps alive."""
+        tensors = [*self.hidden, *([] if self.slow is None else [self.slow])]
+        return 8 * len(self.recent) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class Speaker(Protocol):
@@ -222,12 +224,12 @@ def generate(
     """
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature = {temperature!r} is not possible: give a number from 0 on")
-    text, draws = Decoder("replace"), generator(seed, "generate")
+    held, draws = [], generator(seed, "generate")
     state = _read(model, _tokens("prompt", prompt), model.start())
-    for left in range(tokens - 1, -1, -1):
+    for end in range(1, tokens + 1):
         log_probs = model.log_probs(state)
         token = _draw(log_probs, temperature, top_k, draws)
-        yield token, text.decode(_bytes(token), left == 0), -log_probs[token].item()
+        yield token, _text(held, token, end == tokens), -log_probs[token].item()
         state = model.step(state, token)
 
 
@@ -237,8 +239,8 @@ def surprise(model: Speaker, text: str) -> pd.DataFrame:
     Raises:
         ConfigError: the text is empty.
     """
-    tokens, decoder = _tokens("text", text, 1), Decoder("replace")
-    texts = [decoder.decode(_bytes(token)) for token in tokens]
+    tokens, held = _tokens("text", text, 1), []
+    texts = [_text(held, token, end == len(tokens)) for end, token in enumerate(tokens, 1)]
     return pd.DataFrame({"token": tokens, "text": texts, "nats": model.losses(torch.tensor(tokens)).numpy()})
 
 
@@ -326,14 +328,11 @@ def _tokens(name: str, text: str, least: int = 0) -> list[int]:
     return tokens
 
 
-def _bytes(token: int) -> bytes:
-    """The bytes of a token, which need not be whole characters."""
-    return bytes(_alphabet()[character] for character in tokenizer().id_to_token(token))
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    """The byte behind each character of byte-level BPE: itself, or one that cannot be seen (Radford et al. 2019)."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unseen = sorted({*range(256)} - {*seen})
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
+def _text(held: list[int], token: int, last: bool) -> str:
+    """The text that ends with `token`, after the tokens `held` back: none yet while it ends within a character."""
+    held.append(token)
+    text = decode(held)
+    if text.endswith("\ufffd") and not last:
+        return ""
+    held.clear()
+    return text

@@ -114,12 +114,6 @@ KINDS = [
 ]
 
 
-def size(state):
-    """Bytes that a state keeps alive."""
-    tensors = [*state.hidden, *([] if state.slow is None else [state.slow])]
-    return 8 * len(state.recent) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
 @pytest.mark.parametrize(("kind", "parameters"), KINDS)
 def test_a_long_text_at_once_is_that_text_token_by_token_of_which_a_state_of_one_size_is_kept(kind, parameters):
     # chunks of 256, a recurrent network's parts of 1,024, windows
@@ -132,7 +126,7 @@ def test_a_long_text_at_once_is_that_text_token_by_token_of_which_a_state_of_one
         log_probs = model.log_probs(state)
         assert log_probs.dtype == torch.float32 and log_probs.shape == (30,)
         assert log_probs.double().exp().sum().item() == pytest.approx(1, abs=1e-4)
-    sizes = [size(state) for state in states[1:]]
+    sizes = [state.nbytes for state in states[1:]]
     assert {*sizes[9:20]} == {*sizes[-11:]}  # a window fills up, and is halved, again and again
     assert kind == "transformer" or sizes[9] == sizes[-1]
     model.step(model.step(state, 3), 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctxlm.config import Experiment
-from ctxlm.memory import RECENT, forgetting, forgetting_rows, horizon, lyapunov, recent_tokens
+from ctxlm.memory import RECENT, forgetting, horizon, lyapunov, recent_tokens
 from ctxlm.phase2 import Predictor, train_token_block
 from ctxlm.recurrence import Ablation, sequential
 from tests.conftest import stream, tiny
@@ -90,10 +90,6 @@ def test_a_short_stream_shows_what_it_holds(length):
     left, exponent = forgetting(block, contexts), lyapunov(block, contexts)
     assert len(left) == length // 2 + 1
     assert exponent is None if length < 4 else math.isfinite(exponent)
-    rows = forgetting_rows(block, contexts, "forgetting_init")
-    assert [(row["phase"], row["step"], row["value"]) for row in rows] == [
-        ("forgetting_init", step, share) for step, share in enumerate(left)
-    ]
 
 
 # Ablations

@@ -475,8 +475,7 @@ def cost(a: str, b: str, cost_tokens: int) -> Figure:
             began = time.perf_counter()
             speaker.log_probs(state)
             state = speaker.step(state, token)
-            seconds, kept = time.perf_counter() - began, [*state.hidden, *([] if state.slow is None else [state.slow])]
-            rows.append((end, 1000 * seconds, 8 * len(state.recent) + sum(t.untyped_storage().nbytes() for t in kept)))
+            rows.append((end, 1000 * (time.perf_counter() - began), state.nbytes))
         twentieths = np.arange(len(rows)) * 20 // len(rows)
         read = pd.DataFrame(rows, columns=["end", "ms", "bytes"]).groupby(twentieths)
         each[run, ""] = read.agg({"end": "max", "ms": "min", "bytes": "max"}).set_index("end")
