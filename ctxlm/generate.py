@@ -4,14 +4,11 @@ A model reads a text token by token into a `State`, which is all that it knows o
 the text. Everything is on the CPU and in float32. Shapes: V vocabulary, d embed_dim, L num_layers, T tokens of a text.
 """
 
-import codecs
 import json
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -26,7 +23,7 @@ from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import decode, split, tokenizer
 from ctxlm.device import generator
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import resolve, run_folders
+from ctxlm.files import run_folders
 from ctxlm.model import ContextLM, load_own_weights
 from ctxlm.networks import NeuralLM, Reader
 from ctxlm.ngrams import KneserNey, kneser_ney
@@ -36,8 +33,6 @@ from ctxlm.run import LOSSES, WEIGHTS
 
 CHECKED, TOLERANCE = 128, 0.2
 """A loaded run gives so many of its validation losses again, to so many nats on average (bfloat16 rounds)."""
-Decoder = codecs.getincrementaldecoder("utf-8")
-"""From bytes to text; the beginning of a character waits for its end."""
 AGAIN = "train it anew, with its grid by `make report` or alone by papermill (README.md)"
 
 
@@ -50,6 +45,12 @@ class State(NamedTuple):
     """What it made of all tokens so far; what it remembers them by stands last."""
     slow: Tensor | None = None
     """The slow context, [1, d], where there is one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps alive."""
+        tensors = [*self.hidden, *([] if self.slow is None else [self.slow])]
+        return 8 * len(self.recent) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class Speaker(Protocol):
@@ -160,8 +161,8 @@ class NGramSpeaker(Speaker):
         return -torch.from_numpy(self.ngrams.probabilities(tokens.numpy())).log().float()
 
 
-def load_run(grid: str | Path, run: str | None = None) -> Speaker:
-    """A finished run of a grid, by its name; without one, that in the folder `grid`.
+def load_run(grid: str, run: str) -> Speaker:
+    """A finished run of a grid, by its name.
 
     An n-gram has no weights: it is counted anew. Whether the model is still the one that was judged is seen by how many
     n-grams it has, or by its first validation losses, where they were kept.
@@ -170,12 +171,16 @@ def load_run(grid: str | Path, run: str | None = None) -> Speaker:
         ConfigError: there is no such run; its weights are not there, or another model's; its contexts were replaced by
             others; or it no longer is what it was.
     """
-    folder, name = _folder(grid, run)
+    folders, name = run_folders(grid), f"run {run} of grid {grid}"
+    if run not in folders:
+        remedy = f"choose one of {', '.join(folders)}" if folders else f"run `make report GRID={grid}` first"
+        raise ConfigError(f"run = {run!r} of grid {grid} has no folder here, and so no weights: {remedy}")
+    folder, _ = folders[run]
     metrics = json.loads((folder / "metrics.json").read_bytes())
     e = Experiment.of_run(metrics)
-    for key, default in (("context_ablation", "none"), ("context_rank", 0)):
-        if (value := getattr(e, key)) != default:
-            raise ConfigError(f"{name} has {key} = {value!r}, not its text's own contexts: ask one without that")
+    if e.context_ablation != "none" or e.context_rank:
+        replaced = f"context_ablation = {e.context_ablation!r} and context_rank = {e.context_rank}"
+        raise ConfigError(f"{name} has {replaced}, not its text's own contexts: ask one without that")
     if e.model == "kneser-ney":
         speaker = NGramSpeaker(kneser_ney(e, split(e)))
         same = sum(map(len, speaker.ngrams.keys)) == metrics.get("ngrams")
@@ -192,10 +197,9 @@ def next_tokens(model: Speaker, prompt: str, top: int = 10) -> pd.DataFrame:
     """The `top` most probable tokens after the prompt, the most probable first: token, text, probability.
 
     Raises:
-        ConfigError: a value that is not possible.
+        ConfigError: the prompt is no text.
     """
-    _check("top", top, 1)
-    log_probs = model.log_probs(_read(model, _tokens("prompt", prompt)))
+    log_probs = model.log_probs(_read(model, _tokens("prompt", prompt), model.start()))
     values, tokens = log_probs.topk(min(top, len(log_probs)))
     texts = [decode([token]) for token in tokens.tolist()]
     return pd.DataFrame({"token": tokens.numpy(), "text": texts, "probability": values.exp().numpy()})
@@ -216,79 +220,57 @@ def generate(
         character is held back until the character is whole.
 
     Raises:
-        ConfigError: a value that is not possible; at once, not with the first token.
+        ConfigError: the prompt is no text, or the temperature not possible.
     """
-    for name, value, least in (("tokens", tokens, 1), ("top_k", top_k, 0), ("seed", seed, 0)):
-        _check(name, value, least)
-    _check("temperature", temperature, 0, Real)
-    read, text, draws = _tokens("prompt", prompt), Decoder("replace"), generator(int(seed), "generate")
-
-    def go_on() -> Iterator[tuple[int, str, float]]:
-        state = _read(model, read)
-        for left in range(tokens - 1, -1, -1):
-            log_probs = model.log_probs(state)
-            token = _draw(log_probs, temperature, top_k, draws)
-            yield token, text.decode(_bytes(token), left == 0), -log_probs[token].item()
-            state = model.step(state, token)
-
-    return go_on()
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature = {temperature!r} is not possible: give a number from 0 on")
+    held, draws = [], generator(seed, "generate")
+    state = _read(model, _tokens("prompt", prompt), model.start())
+    for end in range(1, tokens + 1):
+        log_probs = model.log_probs(state)
+        token = _draw(log_probs, temperature, top_k, draws)
+        yield token, _text(held, token, end == tokens), -log_probs[token].item()
+        state = model.step(state, token)
 
 
 def surprise(model: Speaker, text: str) -> pd.DataFrame:
-    """Every token of a text, and its loss given those before it: position, token, text, nats.
+    """Every token of a text, and its loss given those before it: token, text, nats.
 
     Raises:
         ConfigError: the text is empty.
     """
-    tokens, decoder = _tokens("text", text, 1), Decoder("replace")
-    texts = [decoder.decode(_bytes(token)) for token in tokens]
-    nats = model.losses(torch.tensor(tokens)).numpy()
-    return pd.DataFrame({"position": range(len(tokens)), "token": tokens, "text": texts, "nats": nats})
+    tokens, held = _tokens("text", text, 1), []
+    texts = [_text(held, token, end == len(tokens)) for end, token in enumerate(tokens, 1)]
+    return pd.DataFrame({"token": tokens, "text": texts, "nats": model.losses(torch.tensor(tokens)).numpy()})
 
 
-def changed(model: Speaker, text: str, back: int | Sequence[int], token: str) -> pd.DataFrame:
-    """What is still changed after the text if the token `back` steps before its last one is exchanged for `token`.
+def changed(model: Speaker, text: str, token: str, back: int) -> pd.DataFrame:
+    """What is still changed after the text if the token k steps before its last one is exchanged for `token`.
 
     Returns:
-        A row for every `back` (0: the last token): back; text, of the token that stood there; context_distance, and
-        slow_distance where there is a slow context, Euclidean distances as shares of the true one's length (nan where
-        the model holds tokens alone); kl, the divergence KL(true, exchanged) of the next token's distributions, nats.
+        A row for every k from 0 (the last token) to `back`, or as far as the text goes: context_distance, the Euclidean
+        distance as a share of the true context's length (nan where the model holds tokens alone); kl, the divergence
+        KL(true, exchanged) of the next token's distributions, nats.
 
     Raises:
-        ConfigError: the text has no such token, or `token` is not a single one.
+        ConfigError: the text is empty, or `token` is not a single one.
     """
     tokens, other = _tokens("text", text, 1), _tokens("token", token, 1)
     if len(other) > 1:
         raise ConfigError(f"token = {token!r} is {len(other)} tokens: give the text of one, as ' the'")
-    steps = [back] if isinstance(back, Integral) else list(back)
-    for k in steps:
-        _check("back", k, 0, most=len(tokens) - 1)
-    state, before, rows = model.start(), {}, []
-    for left, read in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
-        if left in steps:
-            before[left] = state
-        state = model.step(state, read)
-    contexts, true = _contexts(state), model.log_probs(state).double()
-    for k in steps:
-        exchanged = _read(model, [*other, *tokens[len(tokens) - k :]], before[k])
-        row = {"back": k, "text": decode([tokens[-1 - k]]), "context_distance": math.nan}
-        for name, vector in _contexts(exchanged).items():
-            row[f"{name}_distance"] = ((vector - contexts[name]).norm() / contexts[name].norm()).item()
-        rows.append(row | {"kl": (true.exp() * (true - model.log_probs(exchanged))).sum().clamp(min=0).item()})
+    first = max(len(tokens) - 1 - back, 0)
+    states = [_read(model, tokens[:first], model.start())]
+    for read in tokens[first:]:
+        states.append(model.step(states[-1], read))
+    last, true, rows = states[-1], model.log_probs(states[-1]).double(), []
+    for k in range(len(tokens) - first):
+        exchanged = _read(model, [*other, *tokens[len(tokens) - k :]], states[-2 - k])
+        distance = math.nan
+        if last.hidden:  # of an LSTM the cells
+            distance = ((exchanged.hidden[-1] - last.hidden[-1]).norm() / last.hidden[-1].norm()).item()
+        kl = (true.exp() * (true - model.log_probs(exchanged))).sum().clamp(min=0).item()
+        rows.append({"context_distance": distance, "kl": kl})
     return pd.DataFrame(rows)
-
-
-def _folder(grid: str | Path, run: str | None) -> tuple[Path, str]:
-    """A finished run's folder, and what a sentence calls the run."""
-    if run is None:
-        if not (resolve(grid) / "metrics.json").exists():
-            raise ConfigError(f"folder {resolve(grid)} holds no finished run: name one that has a metrics.json")
-        return resolve(grid), f"the run in {resolve(grid)}"
-    folders = run_folders(str(grid))
-    if run not in folders:
-        remedy = f"choose one of {', '.join(folders)}" if folders else f"run `make report GRID={grid}` first"
-        raise ConfigError(f"run = {run!r} of grid {grid} has no folder here, and so no weights: {remedy}")
-    return folders[run][0], f"run {run} of grid {grid}"
 
 
 def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
@@ -310,12 +292,6 @@ def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
     return speaker(model, judge(model, torch.float32))
 
 
-def _contexts(state: State) -> dict[str, Tensor]:
-    """What a model remembers the text by, apart from tokens: of an LSTM its cells."""
-    slow = {} if state.slow is None else {"slow": state.slow}
-    return slow | ({"context": state.hidden[-1]} if state.hidden else {})
-
-
 def _append(recent: tuple[int, ...], token: int, count: int) -> tuple[int, ...]:
     """The last `count` of the tokens, with one more at their end."""
     return (*recent, token)[-count:] if count else ()
@@ -326,9 +302,8 @@ def _placed(recent: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.tensor(recent or (0,)), torch.tensor([len(recent) - 1])
 
 
-def _read(model: Speaker, tokens: Sequence[int], state: State | None = None) -> State:
-    """The state after `tokens`, from `state` or from the start on."""
-    state = model.start() if state is None else state
+def _read(model: Speaker, tokens: Sequence[int], state: State) -> State:
+    """The state after `tokens`, from `state` on."""
     for token in tokens:
         state = model.step(state, token)
     return state
@@ -353,21 +328,11 @@ def _tokens(name: str, text: str, least: int = 0) -> list[int]:
     return tokens
 
 
-def _check(name: str, value: Any, least: int, kind: type = Integral, most: float = math.inf) -> None:
-    if not isinstance(value, kind) or not least <= value <= most or math.isinf(value):
-        numbers = "a whole number" if kind is Integral else "a number"
-        limits = f"{least} on" if math.isinf(most) else f"{least} to {most}, for the text ends there"
-        raise ConfigError(f"{name} = {value!r} is not possible: give {numbers} from {limits}")
-
-
-def _bytes(token: int) -> bytes:
-    """The bytes of a token, which need not be whole characters."""
-    return bytes(_alphabet()[character] for character in tokenizer().id_to_token(token))
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    """The byte behind each character of byte-level BPE: itself, or one that cannot be seen (Radford et al. 2019)."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unseen = sorted({*range(256)} - {*seen})
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(unseen)}
+def _text(held: list[int], token: int, last: bool) -> str:
+    """The text that ends with `token`, after the tokens `held` back: none yet while it ends within a character."""
+    held.append(token)
+    text = decode(held)
+    if text.endswith("\ufffd") and not last:
+        return ""
+    held.clear()
+    return text

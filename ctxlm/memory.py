@@ -29,7 +29,6 @@ def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts:
 
     Args:
         block: the one that made the contexts.
-        contexts: T tokens with their contexts.
         steps: tokens read after the exchange; fewer on a short stream.
         starts: positions, at most.
     """
@@ -59,11 +58,11 @@ def reach(block: ContextBlock, contexts: Contexts) -> tuple[dict[str, float | No
     return {"horizon": horizon([row["value"] for row in rows]), "lyapunov": lyapunov(block, contexts)}, rows
 
 
-def horizon(left: list[float], share: float = FORGOTTEN) -> float | None:
-    """Tokens until `share` of a disturbance is left, interpolated on a logarithmic scale; None: never."""
+def horizon(left: list[float]) -> float | None:
+    """Tokens until `FORGOTTEN` of a disturbance is left, interpolated on a logarithmic scale; None: never."""
     for step, (before, after) in enumerate(itertools.pairwise(left)):
-        if after <= share < before:
-            return step + 1.0 if after == 0 else step + math.log(before / share) / math.log(before / after)
+        if after <= FORGOTTEN < before:
+            return step + 1.0 if after == 0 else step + math.log(before / FORGOTTEN) / math.log(before / after)
     return None
 
 
@@ -77,7 +76,6 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
 
     Args:
         block: the one that made the contexts.
-        contexts: T tokens with their contexts.
         steps: tokens averaged over; fewer on a short stream, and None where it has less than four.
         starts: positions, at most.
     """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctxlm.config import Experiment
-from ctxlm.memory import RECENT, forgetting, forgetting_rows, horizon, lyapunov, recent_tokens
+from ctxlm.memory import RECENT, forgetting, horizon, lyapunov, recent_tokens
 from ctxlm.phase2 import Predictor, train_token_block
 from ctxlm.recurrence import Ablation, sequential
 from tests.conftest import stream, tiny
@@ -35,7 +35,6 @@ def test_forgetting_is_that_of_two_contexts_run_side_by_side():
 def test_the_horizon_lies_between_two_tokens_on_a_logarithmic_scale():
     halving = [0.5**step for step in range(10)]
     assert horizon(halving) == pytest.approx(math.log2(100))
-    assert horizon(halving, share=0.25) == pytest.approx(2)
     assert horizon([1, 0.5, 0.4]) is None
     assert horizon([1.0, 0.0]) == 1
     assert horizon([1, 0.005, 0.02, 0.002]) == pytest.approx(math.log(100) / math.log(200))  # the first time counts
@@ -91,10 +90,6 @@ def test_a_short_stream_shows_what_it_holds(length):
     left, exponent = forgetting(block, contexts), lyapunov(block, contexts)
     assert len(left) == length // 2 + 1
     assert exponent is None if length < 4 else math.isfinite(exponent)
-    rows = forgetting_rows(block, contexts, "forgetting_init")
-    assert [(row["phase"], row["step"], row["value"]) for row in rows] == [
-        ("forgetting_init", step, share) for step, share in enumerate(left)
-    ]
 
 
 # Ablations

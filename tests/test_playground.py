@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,20 +25,18 @@ from nbconvert import HTMLExporter
 from ctxlm.analysis import playground as play
 from ctxlm.analysis.site import cells_html
 from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
-from ctxlm.corpus import decode, split, tokenizer
+from ctxlm.corpus import decode, split
 from ctxlm.files import ROOT, run_folders
 from ctxlm.generate import changed, load_run, next_tokens, surprise
 from ctxlm.run import run
-from tests.conftest import SMALL, refusal, short_paragraphs
+from tests.conftest import SMALL, refusal, rewrite, short_paragraphs
 
 A, B, KN = "small/A", "small/B", "small/KN-3"
 OF_A = SMALL | {"development_samples": 4, "test_samples": 4, "phase2_epochs": 1, "dtype": "float32", "device": "cpu"}
-COUNTED = {"model": "kneser-ney", "ngram_order": 3, "embedding": "ppmi", "embed_dim": 768}
 RUNS = {
     "A": {},
     "B": {"experiment": "B", "num_layers": 1, "context_dim": 24},
-    "other": {"development_samples": 3, "test_samples": 3},
-    "KN-3": COUNTED,
+    "KN-3": {"model": "kneser-ney", "ngram_order": 3},
 }
 TEXT = "the cat saw a big dog\nand then it ran from the house"
 HOSTILE = "<script>alert(1)</script> $x$ **b** \x1b[31m \u202e \\(y\\) 'q' \"r\""
@@ -46,15 +45,17 @@ PATH = HOSTILE.replace("\x1b", "") + ".txt"
 
 @pytest.fixture(scope="module", autouse=True)
 def runs(tmp_path_factory):
-    """The folder of the finished `RUNS`, the grid `small`; only they are there to be found."""
+    """The folder of the finished `RUNS`, the grid `small`, and of A as if on less text; only they are to be found."""
     folder = tmp_path_factory.mktemp("runs")
     text = short_paragraphs(folder / "text.txt", 80)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CACHE", "OUTPUTS", "RESULTS"):
             patch.setenv(f"CTXLM_{name}", str(folder / name.lower()))
+        small = folder / "outputs" / "small"
         for name, values in RUNS.items():
-            run(Experiment.from_mapping(OF_A, values, {"corpus": str(text)}), folder / "outputs" / "small" / name)
-        yield folder / "outputs" / "small"
+            run(Experiment.from_mapping(OF_A, values, {"corpus": str(text)}), small / name)
+        rewrite(shutil.copytree(small / "A", small / "other") / "metrics.json", development_samples=3, test_samples=3)
+        yield small
     plt.close("all")
 
 
@@ -63,14 +64,8 @@ def by_sample(folder):
     return pd.read_csv(folder / "samples.csv").query("part == 'test'").set_index("sample")
 
 
-class Elements:
-    """The elements of a page with their attributes, what scripts and styles hold, and the text that a reader sees."""
-
-    def __init__(self, page):
-        soup = BeautifulSoup(page, "html.parser")
-        self.elements = [(tag.name, tag.attrs) for tag in soup.find_all()]
-        self.hidden = [tag.string or "" for tag in soup(["script", "style"])]
-        self.text = soup.get_text()
+def text_of(page):
+    return BeautifulSoup(page, "html.parser").get_text()
 
 
 # Texts
@@ -96,37 +91,36 @@ HOSTILE_VIEWS = {
 @pytest.mark.parametrize("view", HOSTILE_VIEWS.values(), ids=HOSTILE_VIEWS)
 def test_hostile_text_is_only_text(view):
     html = view()._repr_html_()
-    page = Elements(html)
-    assert not {"script", "img", "b", "strong"} & {tag for tag, _ in page.elements}
+    soup = BeautifulSoup(html, "html.parser")
+    assert not soup(["script", "img", "b", "strong"]) and "alert" in soup.get_text()
     assert "\x1b" not in html and "\u202e" not in html
-    assert "alert" in page.text and not any("alert" in hidden for hidden in page.hidden)
-    for tag, attributes in page.elements:
-        assert not any(name.startswith("on") for name in attributes), tag
-    outside = re.sub(r"<style.*?</style>|<(pre|code)\b.*?</\1>|<[^>]*>", "", html, flags=re.DOTALL)
-    assert "$" not in outside and "alert" not in outside  # where formulas would be looked for
+    assert not any(name.startswith("on") for tag in soup.find_all() for name in tag.attrs)
+    for element in soup(["pre", "code"]):
+        element.extract()
+    assert "$" not in str(soup) and "alert" not in str(soup)  # where formulas would be looked for
 
 
 def titles_of(html):
-    return [attributes["title"] for tag, attributes in Elements(html.data).elements if "title" in attributes]
+    return [tag["title"] for tag in BeautifulSoup(html.data, "html.parser").find_all(title=True)]
 
 
 def test_tokens_stand_in_their_order_with_their_surprise_what_was_likelier_and_the_gap_of_two():
     titles = titles_of(play.reading(TEXT, A))
-    first, second = (surprise(load_run("small", name), TEXT) for name in "AB")
+    first, second = (surprise(play.model(run), TEXT) for run in (A, B))
     assert [float(title.split(" nats")[0]) for title in titles] == pytest.approx(first["nats"].tolist(), abs=0.006)
     for position, title in enumerate(titles):
-        best = next_tokens(load_run("small", "A"), decode(first["token"][:position]), 4)
+        best = next_tokens(play.model(A), decode(first["token"][:position]), 4)
         assert title.split("likelier: ")[1].count("%") == 4 and f"{100 * best['probability'][0]:.1f} %" in title
     html = play.against(TEXT, A, B)
     pairs = zip(first["nats"], second["nats"], strict=True)
     assert titles_of(html) == [f"{x:.2f} − {y:.2f} nats" for x, y in pairs]
-    assert f"{(first['nats'] - second['nats']).mean():+.2f} nats a token" in Elements(html.data).text
+    assert f"{(first['nats'] - second['nats']).mean():+.2f} nats a token" in text_of(html.data)
 
 
 def test_of_a_long_text_the_beginning_is_read_and_of_a_long_prompt_the_end_shown(monkeypatch):
     monkeypatch.setattr(play, "READ", 9)
     assert all(0 < len(titles_of(html)) <= 9 for html in (play.reading(TEXT, A), play.against(TEXT, A, B)))
-    asked = Elements(play.ask("begin " + "x" * 1000 + " end", A, B, KN, top=1).to_html()).text
+    asked = text_of(play.ask("begin " + "x" * 1000 + " end", A, B, KN, top=1).to_html())
     assert " end" in asked and "begin" not in asked
 
 
@@ -154,7 +148,7 @@ def test_the_difference_is_that_of_the_mean_losses_with_an_interval_over_convers
 
 def test_the_conversations_that_differ_most_and_are_read_best_and_worst_come_with_their_text(runs):
     nats = [by_sample(runs / name).eval("loss_sum / tokens") for name in "AB"]
-    gap, test = nats[0] - nats[1], split(play.experiment(A)).test
+    gap, test = nats[0] - nats[1], split(Experiment.of_run(play.metrics(A))).test
     for table, order in ((play.most_different(A, B, 1).data, gap), (play.extremes(A, 1).data, nats[0])):
         assert table["conversation"].tolist() == [order.argmin(), order.argmax()]
         assert table["text"][0].startswith(decode(test.tokens[test.samples == order.idxmin()])[:100])
@@ -186,9 +180,9 @@ def test_what_cannot_be_shown_is_refused_in_one_sentence(words, view, values):
 
 def test_the_bars_are_the_probabilities():
     style = play.ask(TEXT, A, B, KN, top=5)
-    page = Elements(style.to_html()).text
+    page = text_of(style.to_html())
     for name in (A, B, KN):
-        known = next_tokens(load_run(*name.split("/")), TEXT, 5)
+        known = next_tokens(play.model(name), TEXT, 5)
         assert style.data[f"{name}, %"].tolist() == pytest.approx((100 * known["probability"]).tolist())
         assert style.data[name].tolist() == [play.visible(text, True) for text in known["text"]]
         assert all(f"{100 * p:.1f}" in page for p in known["probability"])
@@ -200,11 +194,9 @@ def test_the_figures_of_memory_are_known(runs):
     for line, width in zip(lower.lines, (2 * 16, 24), strict=True):  # what is kept of a text does not grow
         assert {*line.get_ydata()} == {4 * width + 8 * 2}
     assert all((line.get_ydata() > 0).all() and line.get_xdata()[-1] == 40 for line in upper.lines)
-    figure, table = play.exchanged(TEXT, " tree", A, KN, 4), changed(load_run("small", "A"), TEXT, range(5), " tree")
+    figure, table = play.exchanged(TEXT, " tree", A, KN, 4), changed(play.model(A), TEXT, " tree", 4)
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), table["context_distance"], rtol=1e-5)
     np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), table["kl"][table["kl"] > 1e-6], rtol=1e-4)
-    shorter = play.exchanged("the cat saw", " tree", A, B, 24)  # no more are exchanged than there are
-    assert len(shorter.axes[0].lines[0].get_xdata()) == len(tokenizer().encode("the cat saw").ids)
 
 
 def test_perplexities_are_the_histories(runs):
@@ -261,7 +253,7 @@ def test_views_are_shown_of_first_values_and_anew_when_a_control_is_moved(monkey
     monkeypatch.setattr(play, "display", shown.append)
     for frontend in (False, True):
         monkeypatch.setattr(play, "in_jupyter", lambda frontend=frontend: frontend)
-        play.explore([double], x=(0, 9, 3), word=["a", "b"], text="unused", fixed=1)
+        play.explore(double, x=(0, 9, 3), word=["a", "b"], text="unused")
     static, box, first, _ = shown
     number, choice, text = box.children
     assert static.data == first.data == "6 a" and isinstance(text, ipywidgets.Textarea)
@@ -289,7 +281,7 @@ def live(monkeypatch):
             live[:] = [self.draw(pd.DataFrame(history))]
 
     live = []
-    known = {"A": Experiment.from_mapping(play.experiment(A).model_dump(), {"phase2_epochs": 3})}
+    known = {"A": Experiment.of_run(play.metrics(A)).model_copy(update={"phase2_epochs": 3})}
     monkeypatch.setattr(play, "presets", lambda: known)
     monkeypatch.setattr(play, "GRID", "small")
     monkeypatch.setattr(play.plots, "Live", Live)
@@ -302,23 +294,36 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)  # handled before it returns, so that two are not one
 
 
-def test_a_run_is_trained_named_after_its_change_and_can_be_asked(live, capsys):
-    trained = play.train("A", "num_layers: 1")
-    assert trained == "interactive/A_num_layers-1" and trained in play.choices()
+def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_asked_as_any_run(live, runs, capsys):
+    """JupyterLab has widgets answer in a thread of their own."""
+    weights = runs / "A" / "model.safetensors"
+    weights.rename(runs / "kept")
+    play.model.cache_clear()
+    thread = threading.Thread(target=play.model, args=(A,))
+    thread.start()
+    thread.join()
+    (curve,) = live
+    assert curve.axes[0].get_title(loc="left").startswith("epoch 3 of at most 3, the best so far ")
+    assert f"{A} is trained first" in capsys.readouterr().out
+    trained = "interactive/A"
     known = play.metrics(trained)
-    assert (known["num_layers"], known["epochs_run"], known.get("stopped")) == (1, 3, None)
-    assert live[0].axes[0].get_title(loc="left").startswith("epoch 3 of at most 3, the best so far ")
-    assert len(surprise(play.model(trained), TEXT)) == len(tokenizer().encode(TEXT).ids)
+    assert trained in play.choices() and known["epochs_run"] == 3 and not known.get("stopped")
     assert len(play.difference(trained, A)) == 1 and len(play.curves(A, trained).axes[0].lines) == 4
+
     live[:] = [pytest.fail]
-    assert play.train("A", "num_layers: 1") == trained and "is finished" in capsys.readouterr().out
+    play.model.cache_clear()
+    assert len(surprise(play.model(A), TEXT)) == len(surprise(play.model(trained), TEXT)) > 1
+    assert play.train("A") == trained and "is finished" in capsys.readouterr().out
+    (runs / "kept").rename(weights)
+    play.model.cache_clear()
 
 
 def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(live, runs, capsys):
     before = signal.getsignal(signal.SIGINT)
     live.append(interrupt)
-    trained = play.train("A", "phase2_epochs: 4")
+    trained = play.train("A", "phase2_epochs: 4\nnum_layers: 1")
     known = play.metrics(trained)
+    assert trained == "interactive/A_phase2_epochs-4_num_layers-1" and known["num_layers"] == 1
     assert known["epochs_run"] == known["best_epoch"] == 1 and known["stopped"] is True and known["test_ppl"] > 1
     assert "It stops after this epoch" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
     assert play.catalogue("interactive").data.set_index("run").loc[trained].iloc[-1].endswith("stopped")
@@ -333,25 +338,9 @@ def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(l
     assert not list(runs.parent.glob("interactive/A_seed-6/metrics.json"))
 
 
-def test_a_preset_without_weights_is_trained_once_and_where_widgets_are_too(live, runs, capsys):
-    """JupyterLab has widgets answer in a thread of their own."""
-    weights = runs / "A" / "model.safetensors"
-    weights.rename(runs / "kept")
-    play.model.cache_clear()
-    thread = threading.Thread(target=play.model, args=(A,))
-    thread.start()
-    thread.join()
-    assert f"{A} is trained first" in capsys.readouterr().out and (runs.parent / "interactive" / "A").exists()
-    live[:] = [pytest.fail]
-    play.model.cache_clear()
-    assert len(surprise(play.model(A), TEXT)) and len(surprise(play.model(KN), TEXT))
-    (runs / "kept").rename(weights)
-    play.model.cache_clear()
-
-
 def test_the_grid_to_copy_is_one_and_the_command_trains_what_is_changed(tmp_path):
-    page = Elements(play.commands("tuned-A", "num_layers: 2\nlogit_scale: 0.3")._repr_html_())
-    command, grid = re.match(r"(source.*?)(title:.*)", page.text, flags=re.DOTALL).groups()
+    page = text_of(play.commands("tuned-A", "num_layers: 2\nlogit_scale: 0.3").data)
+    command, grid = re.match(r"(source.*?)(title:.*)", page, flags=re.DOTALL).groups()
     (tmp_path / "my-own.yaml").write_text(grid, encoding="utf-8")
     planned, preset = load_grid(str(tmp_path / "my-own.yaml")).runs, load_grid("playground").runs["tuned-A"]
     both = {(preset.num_layers, preset.logit_scale), (2, 0.3)}
@@ -365,11 +354,17 @@ def test_the_grid_to_copy_is_one_and_the_command_trains_what_is_changed(tmp_path
 # The committed runs and the notebook
 
 
-@pytest.mark.parametrize("name", ["A", "KN-4"])
-def test_a_committed_run_has_its_test_losses_again(name, monkeypatch):
-    monkeypatch.delenv("CTXLM_RESULTS")
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """The repository's own results and caches, and no outputs."""
+    for variable in ("CTXLM_RESULTS", "JPY_SESSION_NAME"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CTXLM_CACHE", str(ROOT / "data" / "cache"))
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(ROOT / "none"))
+    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+
+
+@pytest.mark.parametrize("name", ["A", "KN-4"])
+def test_a_committed_run_has_its_test_losses_again(name, repository):
     folder, source = run_folders("playground")[name]
     judged, test_ppl = by_sample(folder), play.metrics(f"playground/{name}")["test_ppl"]
     assert source == "committed"
@@ -381,11 +376,7 @@ def test_a_committed_run_has_its_test_losses_again(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_its_page_needs_no_script(tmp_path, monkeypatch):
-    for variable in ("CTXLM_RESULTS", "JPY_SESSION_NAME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("CTXLM_CACHE", str(ROOT / "data" / "cache"))
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
+def test_the_notebook_runs_and_its_page_needs_no_script(tmp_path, repository):
     values = {"text": f"Hi there, how are you? {HOSTILE}", "prompt": "<script>alert(2)</script>", "cost_tokens": 40}
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "09_playground.ipynb"), "out.ipynb"]
     command += ["--cwd", str(ROOT), "-k", "python3", "--no-progress-bar", "-y", yaml.safe_dump(values)]
@@ -395,9 +386,10 @@ def test_the_notebook_runs_and_its_page_needs_no_script(tmp_path, monkeypatch):
     kinds = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
     assert not any("widget" in kind or "javascript" in kind for kind in (*kinds, *notebook.metadata))
     body = cells_html(notebook)
-    assert "<script" not in body and "alert(2)" in Elements(body).text
+    assert "<script" not in body and "alert(2)" in text_of(body)
     page = HTMLExporter(template_name="lab").from_notebook_node(notebook)[0]
-    assert "jupyter-widgets" not in page and not any("alert(" in hidden for hidden in Elements(page).hidden)
+    scripts = BeautifulSoup(page, "html.parser")(["script", "style"])
+    assert "jupyter-widgets" not in page and not any("alert(" in script.text for script in scripts)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         silent = {"parameters", "injected-parameters", "notebook-only"} & {*cell.metadata.get("tags", [])}
         assert silent or cell.outputs, cell.id

@@ -46,8 +46,10 @@ from ctxlm.recurrence import Ablation, Contexts, chunked
 
 GRID = "playground"
 """The grid whose context models are the presets; trainings here go to `BY_HAND`."""
-READ, MOST_NATS = 8_000, 12
-"""Characters of a text that are read, its first; and a surprise from which on the colour grows no deeper, nats."""
+READ = 8_000
+"""Characters of a text that are read, its first."""
+MOST_NATS = 12
+"""A surprise from which on the colour grows no deeper."""
 LARGE = dict.fromkeys(
     ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 14.5
 )
@@ -57,27 +59,26 @@ LARGE = dict.fromkeys(
 # How a notebook shows views
 
 
-def explore(views: Callable[..., Any] | Sequence[Callable[..., Any]], **controls: Any) -> None:
+def explore(*views: Callable[..., Any], **controls: Any) -> None:
     """Show views of their controls' first values and, where there is a frontend, again whenever a control is changed.
 
     Args:
         views: each is given those of the controls that it takes.
-        controls: a list of choices, a text, or (least, most, first) for a number; anything else stays as it is.
+        controls: a list of choices, a text, or (least, most, first) for a number.
     """
-    place = {list: 0, tuple: 2}  # where the first value stands
-    values = {name: c[place[type(c)]] if type(c) in place else c for name, c in controls.items()}
-    widgets = {name: _widget(name, control) for name, control in controls.items()} if in_jupyter() else {}
-    if widgets:
-        import ipywidgets  # opens channels to a frontend: not where there is none
+    taken = {view: inspect.signature(view).parameters.keys() & controls.keys() for view in views}
+    if not in_jupyter():
+        place = {list: 0, tuple: 2}  # where the first value stands
+        first = {name: c if isinstance(c, str) else c[place[type(c)]] for name, c in controls.items()}
+        for view, names in taken.items():
+            _show(view, **{name: first[name] for name in names})
+        return
+    import ipywidgets  # opens channels to a frontend: not where there is none
 
-        seen = [widget for widget in widgets.values() if isinstance(widget, ipywidgets.DOMWidget)]
-        display(ipywidgets.Box(seen, layout={"flex_flow": "row wrap"}))
-    for view in [views] if callable(views) else views:
-        names = inspect.signature(view).parameters.keys() & controls.keys()
-        if widgets:
-            display(ipywidgets.interactive_output(functools.partial(_show, view), {n: widgets[n] for n in names}))
-        else:
-            _show(view, **{name: values[name] for name in names})
+    widgets = {name: _widget(name, control) for name, control in controls.items()}
+    display(ipywidgets.Box([*widgets.values()], layout={"flex_flow": "row wrap"}))
+    for view, names in taken.items():
+        display(ipywidgets.interactive_output(functools.partial(_show, view), {n: widgets[n] for n in names}))
 
 
 def _widget(name: str, control: Any) -> Any:
@@ -91,8 +92,6 @@ def _widget(name: str, control: Any) -> Any:
         least, most, first = control
         slider = ipywidgets.FloatSlider if isinstance(most, float) else ipywidgets.IntSlider
         return slider(min=least, max=most, value=first, continuous_update=False, **look)
-    if not isinstance(control, str):
-        return ipywidgets.fixed(control)
     kind = ipywidgets.Textarea if name in ("text", "change") else ipywidgets.Text
     return kind(value=control, continuous_update=False, **look)
 
@@ -193,9 +192,8 @@ def finished(grid: str) -> pd.DataFrame:
     runs, folders = tidy.load_runs(grid), run_folders(grid)
     if runs.empty:
         return runs
-    weights = {run for run, (folder, _) in folders.items() if grid == GRID or (folder / running.WEIGHTS).exists()}
-    asked = runs["run"].isin(weights) | (runs["run"].isin(folders) & runs["model"].eq("kneser-ney"))
-    return runs.assign(asked=asked).set_index(grid + "/" + runs["run"])
+    asked = [run for run, (folder, _) in folders.items() if grid == GRID or (folder / running.WEIGHTS).exists()]
+    return runs.assign(asked=runs["run"].isin(asked)).set_index(grid + "/" + runs["run"])
 
 
 def choices(*first: str) -> list[str]:
@@ -236,19 +234,15 @@ def table(run: str, kind: str) -> pd.DataFrame:
     return rows[rows["run"] == name]
 
 
-def experiment(run: str) -> Experiment:
-    """A run's parameters, for the CPU."""
-    return Experiment.of_run(metrics(run))
-
-
 @functools.lru_cache(8)
 def model(run: str) -> Speaker:
     """The model of a run, loaded once. One of the playground's own grid that has no weights is trained first."""
     grid, _, name = run.rpartition("/")
-    folder, _ = run_folders(grid).get(name, (outputs_dir(), ""))
-    if grid == GRID and metrics(run)["model"] == "context" and not (folder / running.WEIGHTS).exists():
-        print(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes.")
-        return load_run(*train(name).split("/"))
+    if grid == GRID and metrics(run)["model"] == "context":
+        folder, _ = run_folders(grid)[name]
+        if not (folder / running.WEIGHTS).exists():
+            print(f"{run} is trained first: its weights are too large to be committed. It takes one to three minutes.")
+            return load_run(*train(name).split("/"))
     return load_run(grid, name)
 
 
@@ -435,8 +429,9 @@ def _nats(run: str) -> pd.Series:
 @functools.lru_cache(4)
 def _test(run: str) -> Stream:
     """The text that a run's test is of: by protocol 2 it was what is development now."""
-    streams = split(experiment(run))
-    return streams.development if metrics(run)["protocol"] == 2 else streams.test
+    known = metrics(run)
+    streams = split(Experiment.of_run(known))
+    return streams.development if known["protocol"] == 2 else streams.test
 
 
 def _positions(test: Stream, conversation: int) -> np.ndarray:
@@ -480,8 +475,7 @@ def cost(a: str, b: str, cost_tokens: int) -> Figure:
             began = time.perf_counter()
             speaker.log_probs(state)
             state = speaker.step(state, token)
-            seconds, kept = time.perf_counter() - began, [*state.hidden, *([] if state.slow is None else [state.slow])]
-            rows.append((end, 1000 * seconds, 8 * len(state.recent) + sum(t.untyped_storage().nbytes() for t in kept)))
+            rows.append((end, 1000 * (time.perf_counter() - began), state.nbytes))
         twentieths = np.arange(len(rows)) * 20 // len(rows)
         read = pd.DataFrame(rows, columns=["end", "ms", "bytes"]).groupby(twentieths)
         each[run, ""] = read.agg({"end": "max", "ms": "min", "bytes": "max"}).set_index("end")
@@ -523,12 +517,13 @@ def against(text: str, a: str, b: str) -> HTML:
 
 def exchanged(text: str, token: str, a: str, b: str, back: int) -> Figure:
     """What is still changed at the text's end if the token k steps before it is exchanged, k from 0 to `back`."""
-    steps = range(min(back + 1, len(surprise(model(a), text))))
-    each = {(run, ""): changed(model(run), text, steps, token).set_index("back") for run in (a, b)}
-    distance = pd.DataFrame({run: rows["context_distance"] for run, rows in each.items()})
-    divergence = pd.DataFrame({run: rows["kl"] for run, rows in each.items()})
-    panels = {"context distance,\nshare of its length (log)": distance, "KL of the next\ntoken, nats (log)": divergence}
-    panels = {label: frame.where(frame > 1e-6) for label, frame in panels.items()}
+    each = {run: changed(model(run), text, token, back) for run in (a, b)}
+    names = {"context distance,\nshare of its length (log)": "context_distance"}
+    names["KL of the next\ntoken, nats (log)"] = "kl"
+    panels = {}
+    for label, name in names.items():
+        frame = pd.DataFrame({(run, ""): rows[name] for run, rows in each.items()})
+        panels[label] = frame.where(frame > 1e-6)
     title = f"A token of “{visible(text[-48:])}” exchanged for “{visible(token, True)}”"
     return lines(panels, "tokens read since the exchange, k", title)
 
@@ -615,8 +610,8 @@ def replaced(run: str, conversation: int) -> pd.DataFrame:
     network, test, states = contexts(run)
     positions = torch.from_numpy(_positions(test, conversation))
     positions = positions[positions > 0] - 1  # the token before predicts it
-    predict, columns = Predictor(network, torch.float32), {}
+    predict, columns, own = Predictor(network, torch.float32), {}, Experiment.of_run(metrics(run))
     for name, ablation in (("contexts", "none"), ("zeros", "zero"), ("shuffled", "random_tokens")):
-        e = experiment(run).model_copy(update={"context_ablation": ablation})
+        e = own.model_copy(update={"context_ablation": ablation})  # also where no run could be trained so
         columns[name] = predict(Ablation(network, states, e)(states), positions)[1].numpy()
     return pd.DataFrame(columns)
