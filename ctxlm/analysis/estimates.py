@@ -16,7 +16,7 @@ It works on any frame of runs. With columns model, seed and loss (nats), for exa
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -111,16 +111,21 @@ class Estimate:
         return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof or math.inf))
 
     @property
+    def p(self) -> float | None:
+        """Student's, of the value against 0, two-sided; None without an error."""
+        return float(2 * stats.t.sf(abs(self.value / self.error), self.dof or math.inf)) if self.error else None
+
+    @property
     def in_unit(self) -> tuple[float, float | None, float | None]:
         """Value and interval in the unit that is read."""
         ends = (self.value, self.low, self.high)
         return tuple(None if x is None else float(UNITS[self.unit].show(x)) for x in ends)
 
     def text(self) -> tuple[str, str]:
-        """Value and interval as they are printed."""
+        """Value and interval as they are printed; of no interval, nothing."""
         unit = UNITS[self.unit]
         value, *ends = (None if x is None else unit.text.format(x).replace("-", "−") for x in self.in_unit)
-        return value, "none" if None in ends else f"{ends[0].removesuffix(' %')} to {ends[1]}"
+        return value, "" if None in ends else f"{ends[0].removesuffix(' %')} to {ends[1]}"
 
 
 class Estimates(list[Estimate]):
@@ -128,12 +133,12 @@ class Estimates(list[Estimate]):
 
     def frame(self) -> pd.DataFrame:
         """One row an estimate, its own fields, value and interval in its unit, and the verdict."""
-        ends = ("value", "low", "high")
-        rows = [
-            asdict(e) | dict(zip(ends, e.in_unit, strict=True)) | {"over": ", ".join(e.over), "verdict": e.verdict}
-            for e in self
-        ]
-        return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
+        rows = []
+        for e in self:
+            value, low, high = e.in_unit
+            shown = {"value": value, "low": low, "high": high, "over": ", ".join(e.over), "verdict": e.verdict}
+            rows.append(asdict(e) | shown)
+        return pd.DataFrame(rows, columns=[*Estimate.__dataclass_fields__, "verdict"])
 
     def table(self) -> Styler:
         """What a reader sees, in at most eight columns; what all rows have in common stands above them.
@@ -141,37 +146,38 @@ class Estimates(list[Estimate]):
         Where several differences stand together, some intervals leave out 0 by chance: verdicts then go by a p that is
         below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
         """
-        rows, adjusted = [], self.adjusted()
+        rows, adjusted, common = [], self.adjusted(), []
         for e in self:
             value, interval = e.text()
-            row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
-            row |= {"covers": ", ".join(e.over) or "nothing", "replicates": str(e.replicates or "")}
             verdict = e.verdict
             if e in adjusted:
-                verdict = f"{verdict if adjusted[e] < 1 - LEVEL else NOTHING}, p {in_digits(adjusted[e])}"
+                p = f"{adjusted[e]:.3f}" if adjusted[e] >= 0.001 else "< 0.001"
+                verdict = f"{verdict if adjusted[e] < 1 - LEVEL else NOTHING}, p {p}"
+            row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
+            row |= {"covers": ", ".join(e.over), "replicates": str(e.replicates or "")}
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
-        table, common = pd.DataFrame(rows), ["verdicts by Benjamini & Hochberg's p"] * bool(adjusted)
-        if not any(e.low is not None for e in self):  # plain numbers: nothing to say of intervals
-            table = table.drop(columns=["95 % interval", "covers"], errors="ignore")
-        for name in (name for name in ("covers", "replicates") if name in table):
+        table = pd.DataFrame(rows)
+        if adjusted:
+            common.append("verdicts by Benjamini & Hochberg's p")
+        for name, words in (("covers", "intervals cover"), ("replicates", "replicates")):
             if len(table) > 1 and table[name].nunique() == 1 and table[name][0]:
-                common.append(f"{name.replace('covers', 'intervals cover')}: {table.pop(name)[0]}")
-        if len(table):  # columns in which nothing stands are left out
-            table = table.loc[:, [name for name in table if name in ("", "estimate") or (table[name] != "").any()]]
-        return table.style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
+                common.append(f"{words}: {table.pop(name)[0]}")
+        filled = [name for name in table if (table[name] != "").any()]
+        return table[filled].style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
 
     def adjusted(self) -> dict[Estimate, float]:
         """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several."""
         tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN]
         if len(tested) < 2:
             return {}
-        p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]
-        return dict(zip(tested, stats.false_discovery_control(p).tolist(), strict=True))
+        return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
-    def forest(self, title: str = "", width: float = WIDTH) -> Figure:
-        """Every estimate with its interval, from top to bottom; hollow where the interval holds 0."""
-        unit = UNITS[self[0].unit] if self else UNITS[""]
-        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * max(len(self), 1), width=width)
+    def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
+        """Every estimate with its interval, from top to bottom; hollow where the interval holds 0. None of none."""
+        if not self:
+            return None
+        unit = UNITS[self[0].unit]
+        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * len(self), width=width)
         for row, e in enumerate(self):
             value, low, high = e.in_unit
             significant = e.verdict in ("lower", "higher") or not unit.comparison
@@ -182,8 +188,8 @@ class Estimates(list[Estimate]):
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
-        labels = [e.at if same else ", ".join(part for part in (e.contrast, e.at) if part) for e in self]
-        label = {"% of PPL": "difference of PPL, %", "%": "%"}.get(self[0].unit, self[0].unit) if self else ""
+        labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
+        label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}, with 95 % intervals")
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
@@ -200,18 +206,6 @@ class Estimates(list[Estimate]):
         """Write `frame()` as a CSV file, atomically."""
         with atomic(resolve(path)) as temporary:
             self.frame().to_csv(temporary, index=False)
-
-
-def in_digits(p: float) -> str:
-    """A p as it is printed."""
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def drawn(runs: pd.DataFrame) -> tuple[str, ...]:
-    """What differs between these runs' replicates, of seed, text and signs; nothing for a single one."""
-    if runs["replicate"].nunique() < 2:
-        return ()
-    return tuple(name for column, name in tidy.DRAWN.items() if runs[column].nunique() > 1)
 
 
 def critical(dof: Any) -> Any:
@@ -263,8 +257,8 @@ class Moments:
         return Estimate(contrast, at, value, low, high, self.n, self.replicates, dof, over, unit)
 
 
-def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
-    """Means [p] of p quantities known in replicates and, perhaps, on samples; and the `parts` of their errors.
+def crossed(sums: np.ndarray, runs: pd.DataFrame, tokens: np.ndarray | None = None) -> Moments:
+    """Means of p quantities that are known in replicates and, perhaps, on samples, with their errors.
 
     The variance over replicates, the first part, holds what samples and replicates do together, the third; the variance
     over samples, the second, holds it too.
@@ -272,11 +266,14 @@ def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, li
     Args:
         sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated. Without
             `tokens`, [replicates, p], and samples are not drawn.
+        runs: those that the quantities are of, or pairs of runs.
         tokens: [samples], the samples' weights.
     """
     m = len(sums)
+    over = tuple(name for column, name in tidy.DRAWN.items() if m > 1 and runs[column].nunique() > 1)
     if tokens is None:
-        return sums.mean(0), [(np.atleast_2d(np.cov(sums.T)) / m, m - 1.0)] if m > 1 else []
+        parts = [(np.atleast_2d(np.cov(sums.T)) / m, m - 1.0)] if m > 1 else []
+        return Moments(sums.mean(0), parts, len(runs), m, over)
     n, whole = len(tokens), tokens.sum()
     means = sums.sum((0, 1)) / m / whole
     errors = (sums - means * tokens[:, None]) / whole / m  # [m, n, p]
@@ -285,16 +282,16 @@ def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, li
         by_replicate = errors.sum(1)
         parts.append((m / (m - 1) * by_replicate.T @ by_replicate, m - 1.0))
     if n > 1:
+        over = (*over, SAMPLES)
         by_sample = errors.sum(0)
-        between = n / (n - 1) * by_sample.T @ by_sample
+        effective = whole**2 / np.square(tokens).sum()  # samples of equal length that weigh as much (Kish, 1965)
+        dof = max(effective - 1, 1.0)
+        parts.append((n / (n - 1) * by_sample.T @ by_sample, dof))
         if m > 1:
             shared = tokens[:, None] / whole * errors.sum(1, keepdims=True)  # what a replicate does to every token
             rest = (errors - by_sample / m - shared).reshape(m * n, -1)
-        effective = whole**2 / np.square(tokens).sum()  # samples of equal length that weigh as much (Kish, 1965)
-        parts.append((between, max(effective - 1, 1.0)))
-        if m > 1:
-            parts.append((m * n / ((m - 1) * (n - 1)) * rest.T @ rest, (m - 1.0) * parts[-1][1]))
-    return means, parts
+            parts.append((m * n / ((m - 1) * (n - 1)) * rest.T @ rest, (m - 1.0) * dof))
+    return Moments(means, parts, len(runs), m, over)
 
 
 class Coefficients:
@@ -317,39 +314,35 @@ class Coefficients:
 
     def __init__(self, formula: str, runs: pd.DataFrame, judged: tuple[np.ndarray, np.ndarray] | None = None):
         left = formula.partition("~")[0].strip()
-        if left in runs:
-            kept = runs[left].notna().to_numpy()
-            runs, judged = runs[kept], judged and (judged[0][kept], judged[1])
         runs = runs.reset_index(drop=True)
-        model = smf.ols(formula, runs) if len(runs) else None  # of all replicates, so that all have the same columns
-        used = runs.loc[[] if model is None else model.data.row_labels]
-        if left in LOSSES and judged is None and len(used):
-            judged = tidy.loss_sums(used, LOSSES[left])
-        elif judged is not None:
+        known = runs.dropna(subset=[left]) if left in runs else runs  # else a level without a value would be a column
+        if known.empty:
+            raise ValueError(f"no run has a value of {left}: {formula!r} cannot be fitted")
+        model = smf.ols(formula, known)  # of all replicates, so that all have the same columns
+        used, terms = known.loc[model.data.row_labels], model.exog.shape[1]
+        if judged is not None:
             judged = judged[0][used.index], judged[1]
-        fits, members = {}, []
-        for replicate, rows in used.reset_index(drop=True).groupby("replicate").indices.items():
-            if np.linalg.matrix_rank(model.exog[rows]) == model.exog.shape[1]:
-                fits[replicate] = sm.OLS(model.endog[rows], model.exog[rows]).fit()
-                members.append(rows)
-        if not fits:
-            of = used.groupby("replicate").size().max() if len(used) else 0
+        elif left in LOSSES:
+            judged = tidy.loss_sums(used, LOSSES[left])
+        by_replicate = used.groupby("replicate").indices.items()
+        members = {name: rows for name, rows in by_replicate if np.linalg.matrix_rank(model.exog[rows]) == terms}
+        if not members:
             raise ValueError(
-                f"no replicate can tell the {0 if model is None else model.exog.shape[1]} coefficients of {formula!r} "
-                f"apart by itself (it has {of} runs at most): leave a term out"
+                f"no replicate can tell the {terms} coefficients of {formula!r} apart by itself: leave a term out"
             )
+        fits = [sm.OLS(model.endog[rows], model.exog[rows]).fit() for rows in members.values()]
         self.terms = model.exog_names
-        self.by_replicate = pd.DataFrame([one.params for one in fits.values()], list(fits), self.terms)
-        used, whole = used.iloc[np.concatenate(members)], (sum(map(len, members)), len(fits))
+        self.by_replicate = pd.DataFrame([fit.params for fit in fits], list(members), self.terms)
+        used = used.iloc[np.concatenate(list(members.values()))]
         if len(fits) == 1:
-            (one,) = fits.values()
-            parts = [(one.cov_params(), float(one.df_resid))] if one.df_resid > 0 else []
-            self.moments = Moments(one.params, parts, *whole, (RESIDUALS,))
+            (fit,) = fits
+            parts = [(fit.cov_params(), float(fit.df_resid))] if fit.df_resid > 0 else []
+            self.moments = Moments(fit.params, parts, len(used), 1, (RESIDUALS,))
         elif judged is None:
-            self.moments = Moments(*crossed(self.by_replicate.to_numpy(), None), *whole, drawn(used))
+            self.moments = crossed(self.by_replicate.to_numpy(), used)
         else:
-            sums = [(np.linalg.pinv(model.exog[rows]) @ judged[0][rows]).T for rows in members]  # [samples, p]
-            self.moments = Moments(*crossed(np.stack(sums), judged[1]), *whole, (*drawn(used), *_samples(judged[1])))
+            sums = [(np.linalg.pinv(model.exog[rows]) @ judged[0][rows]).T for rows in members.values()]  # [samples, p]
+            self.moments = crossed(np.stack(sums), used, judged[1])
 
     def estimate(
         self, term: str | Mapping[str, float], contrast: str = "", at: str = "", unit: str = "% of PPL"
@@ -363,16 +356,13 @@ class Coefficients:
         return self.moments.estimate(weights, contrast or " + ".join(terms), at, unit)
 
 
-def from_fit(
-    result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL", replicates: int = 0
-) -> Estimate:
+def from_fit(result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL") -> Estimate:
     """A linear combination of a statsmodels result's coefficients, by its own `t_test`: "x", or "x + 2 * y"."""
     test = result.t_test(hypothesis)
     low, high = (float(x) if math.isfinite(x) else None for x in np.ravel(test.conf_int(1 - LEVEL)))
     dof = getattr(test, "df_denom", None)  # of Student's law, which not every model takes
-    dof = dof if dof and math.isfinite(dof) else None
     value, n = float(np.ravel(test.effect)[0]), int(result.nobs)
-    return Estimate(contrast or hypothesis, at, value, low, high, n, replicates, dof, (RESIDUALS,), unit)
+    return Estimate(contrast or hypothesis, at, value, low, high, n, 0, dof, (RESIDUALS,), unit)
 
 
 def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str = "") -> Estimate:
@@ -385,8 +375,7 @@ def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str
     if rows.empty:
         raise ValueError(f"none of {len(runs)} runs has {column}: there is no mean of it")
     values = rows.groupby("replicate")[column].mean().to_numpy()
-    moments = Moments(*crossed(values[:, None], None), len(rows), len(values), drawn(rows))
-    return moments.estimate([1.0], contrast, at, unit)
+    return crossed(values[:, None], rows).estimate([1.0], contrast, at, unit)
 
 
 def pairs(
@@ -400,13 +389,13 @@ def pairs(
         at: columns in which both are equal.
 
     Returns:
-        columns `at`, `PAIR`, replicate, and of both sides id_a, id_b, log_ppl_a, …
+        columns `at`, seed, data_seed, embedding_seed, replicate, and of both sides id_a, id_b, log_ppl_a, …
 
     Raises:
         ValueError: a column or a value of it is not there, or a side has two runs of one place: name what else they
             differ in, in `at` or in `a` and `b`.
     """
-    keys = [*at, *tidy.PAIR]
+    keys = [*at, *tidy.DRAWN]
     if missing := [name for name in (*a, *b, *at) if name not in runs]:
         raise ValueError(f"the runs have no column {missing[0]!r}")
     sides = []
@@ -414,8 +403,8 @@ def pairs(
         if absent := [f"{name} = {value!r}" for name, value in wanted.items() if not (runs[name] == value).any()]:
             raise ValueError(f"no run has {absent[0]}")
         side = runs[np.logical_and.reduce([runs[name] == value for name, value in wanted.items()])]
-        if side.duplicated(keys).any():
-            _, alike = next(iter(side[side.duplicated(keys, keep=False)].groupby(keys, dropna=False)["run"]))
+        alike = side[side.duplicated(keys, keep=False)].sort_values(keys)["run"]
+        if len(alike):
             names = " and ".join(alike[:2])
             raise ValueError(f"{names} are equal in {', '.join(keys)}: a pair needs one run on each side")
         sides.append(side.set_index([*keys, "replicate"]))
@@ -453,42 +442,30 @@ def paired(
         raise ValueError(f"the runs have no column {column!r}")
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
     matched = comparable(pairs(runs, a, b, at), column)
-    if matched.empty:
-        return Estimates()
     matched["place"] = matched.groupby(list(at), dropna=False).ngroup() if at else 0
     if pooled:
         places = matched.groupby("replicate")["place"].transform("nunique")
         matched = matched[places == matched["place"].nunique()]
-        return Estimates([_paired(runs, matched, column, contrast, "", unit)] if len(matched) else [])
-    groups = matched.groupby(list(at), dropna=False) if at else [((), matched)]
-    return Estimates([_paired(runs, rows, column, contrast, place(at, key), unit) for key, rows in groups])
+    if matched.empty:
+        return Estimates()
+    result = Estimates()
+    for key, rows in [((), matched)] if pooled or not at else matched.groupby(list(at), dropna=False):
+        judged = differences(runs, rows, column)
+        values, tokens = judged or ((rows[f"{column}_a"] - rows[f"{column}_b"]).to_numpy(float)[:, None], None)
+        by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
+        means = by_place.groupby(level=0).mean().to_numpy()  # [replicates, samples]
+        moments = crossed(means if tokens is None else means[..., None], rows, tokens)
+        result.append(moments.estimate([1.0], contrast, _place(at, key), unit))
+    return result
 
 
-def place(at: Sequence[str], key: Sequence[Any]) -> str:
-    """Where an estimate is: the values of the columns `at`, with their unit."""
+def _place(at: Sequence[str], key: Sequence[Any]) -> str:
+    """Where an estimate is: the values of the columns `at`, with their unit; nothing for one over all places."""
     shown = (
         f"{value:,} tokens" if name == "train_tokens" else f"{value:g}" if isinstance(value, float) else value
-        for name, value in zip(at, key, strict=True)
+        for name, value in zip(at, key, strict=False)
     )
     return ", ".join(map(str, shown))
-
-
-def _paired(runs: pd.DataFrame, matched: pd.DataFrame, column: str, contrast: str, at: str, unit: str) -> Estimate:
-    judged = differences(runs, matched, column)
-    if judged is None:
-        values, tokens = (matched[f"{column}_a"] - matched[f"{column}_b"]).to_numpy(float)[:, None], None
-    else:
-        values, tokens = judged
-    means = pd.DataFrame(values).groupby([matched["replicate"].to_numpy(), matched["place"].to_numpy()]).mean()
-    means = means.groupby(level=0).mean().to_numpy()
-    over = (*drawn(matched), *_samples(tokens))
-    moments = Moments(*crossed(means if tokens is None else means[..., None], tokens), len(matched), len(means), over)
-    return moments.estimate([1.0], contrast, at, unit)
-
-
-def _samples(tokens: np.ndarray | None) -> tuple[str, ...]:
-    """What an interval covers beside replicates: samples, where there are several."""
-    return (SAMPLES,) if tokens is not None and len(tokens) > 1 else ()
 
 
 def comparable(matched: pd.DataFrame, column: str) -> pd.DataFrame:
