@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from scipy import special, stats
 from statsmodels.stats.anova import anova_lm
-from statsmodels.stats.meta_analysis import CombineResults, combine_effects
+from statsmodels.stats.meta_analysis import combine_effects
 
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.run_plots import REFERENCE, WIDTH, new_figure
@@ -67,7 +67,6 @@ UNITS = {
     "tokens read": Unit(lambda x: x, "{:.1f}"),
     "nats": Unit(lambda x: x, "{:+z.3f}", comparison=True),
     "nats a token": Unit(lambda x: x, "{:+z.2f}"),
-    "share": Unit(np.exp, "{:.2f}"),
     "% of studies": Unit(lambda x: 100 * x, "{:.1f} %"),
     "": Unit(lambda x: x, "{:,.4g}"),
 }
@@ -379,24 +378,28 @@ def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str
 
 
 def pairs(
-    runs: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], at: Sequence[str] = ("train_tokens",)
+    runs: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], at: Sequence[str], column: str
 ) -> pd.DataFrame:
     """Runs with the values `a` beside those with the values `b`: a row a pair, equal in `at`, seed, text and signs.
+
+    Both sides have a value of `column` and, of a loss, were judged on the same text.
 
     Args:
         runs: as `runs.read_runs` gives them.
         a, b: column → value.
         at: columns in which both are equal.
+        column: what is compared.
 
     Returns:
-        columns `at`, seed, data_seed, embedding_seed, replicate, and of both sides id_a, id_b, log_ppl_a, …
+        columns `at`, seed, data_seed, embedding_seed, replicate; of both sides id_a, id_b, log_ppl_a, …; and
+        difference, of `column`, a − b.
 
     Raises:
         ValueError: a column or a value of it is not there, or a side has two runs of one place: name what else they
             differ in, in `at` or in `a` and `b`.
     """
     keys = [*at, *tidy.DRAWN]
-    if missing := [name for name in (*a, *b, *at) if name not in runs]:
+    if missing := [name for name in (column, *a, *b, *at) if name not in runs]:
         raise ValueError(f"the runs have no column {missing[0]!r}")
     sides = []
     for wanted in (a, b):
@@ -408,8 +411,16 @@ def pairs(
             names = " and ".join(alike[:2])
             raise ValueError(f"{names} are equal in {', '.join(keys)}: a pair needs one run on each side")
         sides.append(side.set_index([*keys, "replicate"]))
-    both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
-    return both.copy().reset_index()
+    both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b")).copy().reset_index()
+    both = both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"])
+    comparable = both["difference"].notna()
+    if column in LOSSES:
+        judged = [f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples"]
+        for name in (*judged, "corpus", "judged_corpus", "shuffle_samples", "max_sample_tokens"):
+            if {f"{name}_a", f"{name}_b"} <= {*both}:
+                of_a, of_b = both[f"{name}_a"], both[f"{name}_b"]
+                comparable &= (of_a == of_b) | (of_a.isna() & of_b.isna())
+    return both[comparable].copy()
 
 
 def paired(
@@ -424,12 +435,10 @@ def paired(
 ) -> Estimates:
     """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
 
-    Losses (`log_ppl` on test, `val_loss` on validation) are compared sample by sample where they were kept so. Pairs
-    that `comparable` leaves out have no row.
+    Losses (`log_ppl` on test, `val_loss` on validation) are compared sample by sample where they were kept so.
 
     Args:
-        runs, a, b, at: as `pairs`.
-        column: what is compared.
+        runs, a, b, at, column: as `pairs`.
         contrast: its name; by default the values of `a` and `b`.
         unit: one of `UNITS`.
         pooled: one estimate over all places, each of which weighs alike, instead of one a place. Replicates that lack a
@@ -438,10 +447,8 @@ def paired(
     Raises:
         ValueError: as `pairs`.
     """
-    if column not in runs:
-        raise ValueError(f"the runs have no column {column!r}")
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
-    matched = comparable(pairs(runs, a, b, at), column)
+    matched = pairs(runs, a, b, at, column)
     matched["place"] = matched.groupby(list(at), dropna=False).ngroup() if at else 0
     if pooled:
         places = matched.groupby("replicate")["place"].transform("nunique")
@@ -451,7 +458,7 @@ def paired(
     result = Estimates()
     for key, rows in [((), matched)] if pooled or not at else matched.groupby(list(at), dropna=False):
         judged = differences(runs, rows, column)
-        values, tokens = judged or ((rows[f"{column}_a"] - rows[f"{column}_b"]).to_numpy(float)[:, None], None)
+        values, tokens = judged or (rows["difference"].to_numpy(float)[:, None], None)
         by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
         means = by_place.groupby(level=0).mean().to_numpy()  # [replicates, samples]
         moments = crossed(means if tokens is None else means[..., None], rows, tokens)
@@ -468,18 +475,6 @@ def _place(at: Sequence[str], key: Sequence[Any]) -> str:
     return ", ".join(map(str, shown))
 
 
-def comparable(matched: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Those of the `matched` pairs of which both sides have a value and, of a loss, were judged on the same text."""
-    alike = matched[f"{column}_a"].notna() & matched[f"{column}_b"].notna()
-    if column in LOSSES:
-        text = ("corpus", "judged_corpus", "shuffle_samples", "max_sample_tokens")
-        for name in (f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples", *text):
-            if {f"{name}_a", f"{name}_b"} <= {*matched}:
-                a, b = matched[f"{name}_a"], matched[f"{name}_b"]
-                alike &= (a == b) | (a.isna() & b.isna())
-    return matched[alike].copy()
-
-
 def differences(runs: pd.DataFrame, matched: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Of each `matched` pair of `runs` the difference of loss sums, [pairs, samples], and the samples' tokens.
 
@@ -491,15 +486,15 @@ def differences(runs: pd.DataFrame, matched: pd.DataFrame, column: str) -> tuple
     return judged and (judged[0][: len(matched)] - judged[0][len(matched) :], judged[1])
 
 
-def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[CombineResults, Estimates]:
+def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimates:
     """One contrast at several sites, taken together by random effects: sites are draws of text, each with an effect.
 
     The variance between sites is Paule & Mandel's (1982), the interval of their mean Hartung & Knapp's (2001) with as
     many degrees of freedom as sites less one.
 
     Returns:
-        statsmodels' result, and three estimates: the mean over sites; the standard deviation between them; and what a
-        new site is foretold, with Student's prediction interval (Higgins, Thompson & Spiegelhalter 2009).
+        the mean over sites; the standard deviation between them; and what a new site is foretold, with Student's
+        prediction interval (Higgins, Thompson & Spiegelhalter 2009).
 
     Raises:
         ValueError: fewer than three sites have an interval.
@@ -508,20 +503,17 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[Co
     if len(sites) < 3:
         raise ValueError(f"{contrast}: {len(sites)} sites have an interval, and three are needed to tell their spread")
     values, variances = np.array([(site.value, site.error**2) for site in sites]).T
-    result = combine_effects(values, variances, method_re="iterated", row_names=[site.at for site in sites])
-    mean, error, dof = result.mean_effect_re, result.sd_eff_w_re_hksj, len(sites) - 1.0
-    n, least, over = sum(site.n for site in sites), min(site.replicates for site in sites), ("sites",)
-
-    def interval(error: float, dof: float) -> tuple[float, float, float]:
-        return mean, *(mean + sign * float(critical(dof)) * error for sign in (-1, 1))
-
-    spread = math.sqrt(max(result.tau2, 0))
-    new, foretold = interval(math.hypot(spread, error), dof - 1), "% of PPL, foretold"
-    return result, Estimates(
+    result = combine_effects(values, variances, method_re="iterated")
+    mean, error, spread = result.mean_effect_re, result.sd_eff_w_re_hksj, math.sqrt(max(result.tau2, 0))
+    n, replicates, dof = sum(site.n for site in sites), min(site.replicates for site in sites), len(sites) - 1.0
+    half = float(critical(dof)) * error
+    half_of_new = float(critical(dof - 1)) * math.hypot(spread, error)
+    new, over, foretold = (mean, mean - half_of_new, mean + half_of_new), ("sites",), "% of PPL, foretold"
+    return Estimates(
         [
-            Estimate(contrast, at, *interval(error, dof), n, least, dof, over),
-            Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, least, None, (), "sd, % of PPL"),
-            Estimate(f"{contrast}, a new site", at, *new, n, least, dof - 1, over, foretold),
+            Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, over),
+            Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, replicates, None, (), "sd, % of PPL"),
+            Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, over, foretold),
         ]
     )
 

@@ -14,7 +14,6 @@ from ctxlm.analysis.estimates import (
     Estimate,
     Estimates,
     Moments,
-    comparable,
     critical,
     crossed,
     differences,
@@ -103,11 +102,10 @@ def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
     return Crossover(tokens, "bounded" if bounded else "outside", low, high)
 
 
-def _differences(runs: pd.DataFrame, column: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _compared(runs: pd.DataFrame, column: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Of every two configurations a and b their pairs, with b − a as `difference`."""
     for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
-        both = comparable(pairs(runs, {"configuration": b}, {"configuration": a}), column)
-        yield a, b, both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"])
+        yield a, b, pairs(runs, {"configuration": b}, {"configuration": a}, ["train_tokens"], column)
 
 
 def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
@@ -119,7 +117,7 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
     Columns: a, b, slopes (an `Estimate`, b − a), p (Student's t), tokens, kind, low, high (as `Crossover`), verdict.
     """
     rows = []
-    for a, b, both in _differences(runs, column):
+    for a, b, both in _compared(runs, column):
         if not both.groupby("replicate")["train_tokens"].nunique().max() > 1:
             continue
         log_tokens = np.log(both["train_tokens"])
@@ -163,7 +161,7 @@ def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataF
     1, 3 and 5 replicates that see a crossover.
     """
     rows = []
-    for a, b, both in _differences(runs, column):
+    for a, b, both in _compared(runs, column):
         if both["train_tokens"].nunique() < 2:
             continue
         gaps = both.pivot_table(index="replicate", columns="train_tokens", values="difference")
