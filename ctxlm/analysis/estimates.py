@@ -1,12 +1,11 @@
 """One kind of estimate: a number, its 95 % interval, and what that interval covers.
 
 An experiment has two sources of chance. *Replicates* each draw seed, training text and signs of the embedding anew;
-*samples* are the pieces of text that all runs are judged on. Whatever is estimated, a difference of two configurations
-or a coefficient of a regression, is computed in every replicate by itself (the summary-measures approach; Frison &
-Pocock, 1992), so that nothing need be assumed of errors inside a replicate, and is a weighted sum of the losses of the
-samples. Its variance is then that of a mean over two crossed factors (two-way clustering; Cameron, Gelbach & Miller,
-2011), and its interval Student's with Satterthwaite's (1946) degrees of freedom. With one replicate the interval
-covers samples alone, and where runs were judged on other texts, replicates alone: `over` says which.
+*samples* are the pieces of text that all runs are judged on. A difference of two configurations or a coefficient of a
+regression is computed in every replicate by itself (Frison & Pocock, 1992) and is a weighted sum of the losses of the
+samples, so that its variance is that of a mean over two crossed factors (Cameron, Gelbach & Miller, 2011). With one
+replicate the interval covers samples alone, and where runs were judged on other texts, replicates alone: `over` says
+which.
 
 It works on any frame of runs. With columns model, seed and loss (nats), for example, and nothing else drawn:
 
@@ -395,8 +394,7 @@ def pairs(
         difference, of `column`, a − b.
 
     Raises:
-        ValueError: a column or a value of it is not there, or a side has two runs of one place: name what else they
-            differ in, in `at` or in `a` and `b`.
+        ValueError: a column or a value of it is not there, or a side has two runs of one place.
     """
     keys = [*at, *tidy.DRAWN]
     if missing := [name for name in (column, *a, *b, *at) if name not in runs]:
@@ -409,7 +407,7 @@ def pairs(
         alike = side[side.duplicated(keys, keep=False)].sort_values(keys)["run"]
         if len(alike):
             names = " and ".join(alike[:2])
-            raise ValueError(f"{names} are equal in {', '.join(keys)}: a pair needs one run on each side")
+            raise ValueError(f"{names} are equal in {', '.join(keys)}: say in `at`, `a` or `b` in what they differ")
         sides.append(side.set_index([*keys, "replicate"]))
     both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b")).copy().reset_index()
     both = both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"])

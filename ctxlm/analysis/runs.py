@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.corpus import PROTOCOL
@@ -239,17 +238,15 @@ def replicates(runs: pd.DataFrame) -> pd.Series:
     Of `DRAWN` those count that vary: runs that have a value of one of them in common, or each with a third run, are of
     one replicate. Seeds crossed with texts are thus a single one, from which nothing can be concluded beyond them.
     """
-    varied = [pd.factorize(runs[name])[0] for name in DRAWN if name in runs and runs[name].nunique() > 1]
-    links, nodes = [], len(runs)
-    for codes in varied:  # a node for every run and every value
-        links.append((np.arange(len(runs)), nodes + codes))
-        nodes += codes.max() + 1
-    if not links:
+    varied = [runs[name] for name in DRAWN if runs[name].nunique() > 1]
+    if not varied:
         return pd.Series(0, runs.index)
-    ends = tuple(np.concatenate(side) for side in zip(*links, strict=True))
-    graph = sparse.coo_matrix((np.ones(len(ends[0])), ends), shape=(nodes, nodes))
-    _, component = sparse.csgraph.connected_components(graph, directed=False)
-    return pd.Series(pd.factorize(component[: len(runs)])[0], runs.index)
+    before, now = None, pd.Series(range(len(runs)), runs.index)
+    while not now.equals(before):
+        before = now
+        for values in varied:
+            now = now.groupby(values).transform("min")  # of all that share a value, the number of the first
+    return pd.Series(pd.factorize(now)[0], runs.index)
 
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
