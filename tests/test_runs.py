@@ -167,6 +167,7 @@ def test_a_type_is_a_configuration_only_where_the_same_run_has_both(roots, grid)
         ([(42, 0, 0), (43, 0, 0), (44, 1, 0), (45, 1, 0)], 2),  # texts, each with seeds of its own
         ([(*pair, 0) for pair in itertools.product((42, 43), (0, 1))], 1),  # crossed: nothing is independent
         ([(42, 0, 0), (43, 0, 0), (43, 1, 0), (44, 2, 0)], 2),  # 43 ties two texts together
+        ([(42 + k, k + d, 0) for k in range(4) for d in (0, 1)], 1),  # each with the next
         ([(42, 0, 1), (43, 1, 1), (44, 2, 2)], 2),  # signs tie two texts together
         ([(42, 0, 5), (43, 1, 5)], 2),  # the same signs for all: held fixed
     ],
