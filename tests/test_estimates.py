@@ -5,7 +5,6 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -29,7 +28,6 @@ from ctxlm.analysis.estimates import (
     Moments,
     collect,
     combined,
-    comparable,
     components,
     crossed,
     from_fit,
@@ -47,7 +45,8 @@ fixed = partial(pytest.approx, rel=1e-9, abs=1e-12)
 
 
 def moments(sums, tokens=None) -> Moments:
-    return Moments(*crossed(np.asarray(sums, float), tokens), len(sums), len(sums), ())
+    drawn = pd.DataFrame({name: range(len(sums)) for name in ("seed", "data_seed", "embedding_seed")})
+    return crossed(np.asarray(sums, float), drawn, tokens)
 
 
 def ends(estimate: Estimate) -> tuple[float, float]:
@@ -87,19 +86,6 @@ def test_over_samples_alone_the_error_is_that_of_a_ratio():
     assert ends(equal) == fixed((expected.low, expected.high))
 
 
-def test_without_interaction_both_sources_add_up():
-    rng = np.random.default_rng(1)
-    by_replicate, by_sample = rng.normal(0, 0.3, 5), rng.normal(0, 0.5, 30)
-    table = by_replicate[:, None] + by_sample
-    result, tokens = moments(100 * table[..., None], np.full(30, 100.0)), np.full(30, 100.0)
-    over_replicates, over_samples = np.var(by_replicate, ddof=1) / 5, np.var(by_sample, ddof=1) / 30
-    assert parts_of(result) == fixed([over_replicates, over_samples, 0])
-    variance, dof = result.variance(np.ones(1))
-    assert variance == fixed(over_replicates + over_samples)
-    assert dof == fixed(variance**2 / (over_replicates**2 / 4 + over_samples**2 / 29))  # Satterthwaite (1946)
-    assert result.mean == fixed(np.average(table.mean(0), weights=tokens))
-
-
 def parts_of(result: Moments) -> list[float]:
     """Variances over replicates, over samples, and of what both do together."""
     return [part.item() for part, _ in result.parts]
@@ -115,7 +101,10 @@ def test_what_both_do_together_counts_once():
     expected = (between["C(r)"] + between["C(s)"] - between["Residual"]) / (m * n)
     over_replicates, over_samples, both = parts_of(result)
     assert over_replicates + over_samples - both == fixed(expected)
-    assert result.variance(np.ones(1))[0] == fixed(expected)
+    variance, dof = result.variance(np.ones(1))
+    assert variance == fixed(expected) and result.mean == fixed(table.mean())
+    rest = over_samples - both
+    assert dof == fixed(variance**2 / (over_replicates**2 / (m - 1) + rest**2 / (n - 1)))  # Satterthwaite (1946)
 
 
 def test_replicates_that_lie_closer_than_chance_take_nothing_off():
@@ -177,7 +166,7 @@ def test_no_spread_no_error_and_nothing_to_see_no_interval():
     for nothing in (moments([[2.0]]), moments([[[20.0]]], np.array([10.0]))):
         result = nothing.estimate([1.0], "x")
         assert (result.value, result.low, result.high, result.dof, result.over) == (2.0, None, None, None, ())
-        assert result.verdict == "no interval" and result.text()[1] == "none"
+        assert result.verdict == "no interval" and result.text()[1] == "" and result.p is None
 
 
 # Means and pairs
@@ -222,10 +211,7 @@ def test_pairs_without_losses_by_sample_have_students_interval(judged):
         a, b = (at[at["configuration"] == label].set_index("replicate")["val_loss"] for label in "AB")
         expected = stats.ttest_rel(a, b).confidence_interval()
         assert ends(e) == fixed((expected.low, expected.high)) and e.over == ("seed", "text", "signs")
-    losses = planted.runs.assign(log_horizon=planted.runs["log_ppl"])
-    assert [e.value for e in paired(losses, A, B, column="log_horizon")] == fixed(
-        [e.value for e in paired(losses, A, B, column="val_loss")]
-    )
+        assert e.p == fixed(stats.ttest_rel(a, b).pvalue)
 
 
 def test_seeds_of_one_text_count_once_and_a_single_replicate_covers_samples_alone(judged):
@@ -245,10 +231,8 @@ def test_seeds_of_one_text_count_once_and_a_single_replicate_covers_samples_alon
 
 def test_a_frame_of_ones_own_needs_what_the_docstring_says():
     values = {"deep": [4.1, 4.0, 4.2], "wide": [4.2, 4.2, 4.25]}
-    rows = [
-        {"model": name, "seed": seed, "loss": loss} for name, three in values.items() for seed, loss in enumerate(three)
-    ]
-    names = {"runs": pd.DataFrame(rows), "paired": paired}
+    runs = pd.DataFrame(values).rename_axis("seed").reset_index().melt("seed", var_name="model", value_name="loss")
+    names = {"runs": runs, "paired": paired}
     code = estimates_module.__doc__.rpartition("nothing else drawn:")[2]
     exec(textwrap.dedent(code).replace(".table()", "").replace("paired(runs", "(result,) = paired(runs"), names)
     alone = stats.ttest_rel(*values.values()).confidence_interval()
@@ -280,29 +264,31 @@ def test_places_may_be_any_columns(judged):
     assert lone.at == "" and lone.value == fixed(same.value)
 
 
+def matched(runs, a=A, b=B, at=("train_tokens",), column="log_ppl"):
+    return pairs(runs, a, b, at, column)
+
+
 def test_a_pair_needs_one_run_on_each_side():
     runs = Planted().runs
-    assert len(pairs(runs, A, B)) == 20
+    assert len(matched(runs)) == 20
     twice = pd.concat([runs, runs[runs["configuration"] == "B"].iloc[[7]].assign(run="the same again")])
     with pytest.raises(ValueError, match=f"{twice['run'].iloc[27]} and the same again are equal in"):
-        pairs(twice, A, B)
+        matched(twice)
     apart = pd.concat([runs.assign(rate=1), runs.assign(rate=2)])
-    assert len(pairs(apart, A, B, at=["rate", "train_tokens"])) == 40
-    assert len(pairs(apart, A | {"rate": 1}, B | {"rate": 2})) == 20
+    assert len(matched(apart, at=["rate", "train_tokens"])) == 40
+    assert len(matched(apart, A | {"rate": 1}, B | {"rate": 2})) == 20
 
 
 def test_a_pair_has_seed_text_signs_and_what_it_is_judged_on_in_common():
     runs = Planted().runs
     for name in ("seed", "data_seed", "embedding_seed"):
-        moved = runs.assign(**{name: runs[name] + 100 * (runs["configuration"] == "B")})
-        assert pairs(moved, A, B).empty
-    moved = runs[(runs["configuration"] == "A") | (runs["seed"] != 43)]
-    assert sorted(pairs(moved, A, B)["seed"].unique()) == [42, 44, 45]
+        assert matched(runs.assign(**{name: runs[name] + 100 * (runs["configuration"] == "B")})).empty
+    lacking = runs[(runs["configuration"] == "A") | (runs["seed"] != 43)]
+    assert sorted(matched(lacking)["seed"].unique()) == [42, 44, 45]
     longer = (runs["configuration"] == "B") & (runs["train_tokens"] == 10_000)
     moved = runs.assign(test_tokens=runs["test_tokens"] + longer, val_loss=runs["val_loss"].where(runs["seed"] > 42))
-    result = pairs(moved, A, B)
-    assert len(comparable(result, "log_ppl")) == 16 and len(comparable(result, "val_loss")) == 15
-    assert len(paired(moved, A, B, column="log_tokens")) == 5  # which no text changes
+    counts = {column: len(matched(moved, column=column)) for column in ("log_ppl", "val_loss", "log_tokens")}
+    assert counts == {"log_ppl": 16, "val_loss": 15, "log_tokens": 20}  # the last is of no text
 
 
 # Coefficients
@@ -337,28 +323,15 @@ def test_coefficients_of_losses_cover_samples(judged):
     assert all_of(result) == fixed(all_of(expected))
     centred = Coefficients("log_ppl ~ I(log_tokens - 10)", rows).estimate("I(log_tokens - 10)")
     assert ends(centred) == pytest.approx(ends(result), rel=1e-6)
-    both = Coefficients("log_ppl ~ log_tokens * configuration", planted.runs)
-    turned = Coefficients("log_ppl ~ log_tokens * C(configuration, Sum)", planted.runs)
-    term, other = "log_tokens:configuration[T.B]", "log_tokens:C(configuration, Sum)[S.A]"
-    one, two = both.estimate(term), turned.estimate({other: -2.0})
-    assert all_of(two) == pytest.approx(all_of(one), rel=1e-6)
 
 
-def test_given_sums_stand_for_the_left_side(judged):
+def test_rows_without_a_value_go_with_the_sums_that_stand_for_the_left_side(judged):
     planted = judged(replicates=3, **ALL)
-    b = planted.runs[planted.runs["configuration"] == "B"].reset_index()
-    a = planted.runs[planted.runs["configuration"] == "A"].reset_index()
-    gaps = b.assign(gap=b["log_ppl"] - a["log_ppl"])
-    sums = planted.sums[b["index"]] - planted.sums[a["index"]]
-    result = Coefficients("gap ~ log_tokens", gaps, (sums, planted.tokens)).estimate("log_tokens")
-    whole = Coefficients("log_ppl ~ log_tokens * configuration", planted.runs)
-    expected = whole.estimate("log_tokens:configuration[T.B]")
-    assert all_of(result) == pytest.approx(all_of(expected), rel=1e-6)
-    shorter = gaps.assign(gap=gaps["gap"].where(gaps["seed"] != 43))  # rows without a value go with their sums
-    left = Coefficients("gap ~ log_tokens", shorter, (sums, planted.tokens))
-    kept = (gaps["seed"] != 43).to_numpy()
-    again = Coefficients("gap ~ log_tokens", gaps[kept], (sums[kept], planted.tokens))
-    assert ends(left.estimate("log_tokens")) == fixed(ends(again.estimate("log_tokens")))
+    kept = (planted.runs["seed"] != 43).to_numpy()
+    gaps = planted.runs.assign(gap=planted.runs["log_ppl"].where(kept))
+    result = Coefficients("gap ~ log_tokens", gaps, (planted.sums, planted.tokens)).estimate("log_tokens")
+    expected = Coefficients("gap ~ log_tokens", gaps[kept], (planted.sums[kept], planted.tokens)).estimate("log_tokens")
+    assert all_of(result) == fixed(all_of(expected)) and result.over[-1] == "samples"
 
 
 def test_a_single_replicate_has_the_error_of_its_residuals(judged):
@@ -386,9 +359,10 @@ def test_rows_without_a_value_and_replicates_that_cannot_be_fitted_are_left_out(
     expected = Coefficients("log_ppl ~ log_tokens", runs[runs["train_tokens"] != 20_000])
     result = Coefficients("log_ppl ~ x", gaps)
     assert result.moments.n == 32 and ends(result.estimate("x")) == fixed(ends(expected.estimate("log_tokens")))
-    for nothing in (runs[runs["train_tokens"] == 10_000], runs.iloc[:0], runs.assign(log_ppl=np.nan)):
-        with pytest.raises(ValueError, match="by itself"):
-            Coefficients("log_ppl ~ log_tokens", nothing)
+    nothing, one_size = runs.assign(log_ppl=np.nan), runs[runs["train_tokens"] == 10_000]
+    for some, words in ((one_size, "by itself"), (runs.iloc[:0], "no run has"), (nothing, "no run has")):
+        with pytest.raises(ValueError, match=words):
+            Coefficients("log_ppl ~ log_tokens", some)
     with pytest.raises(KeyError, match="log_token"):
         expected.estimate("log_token")
 
@@ -430,8 +404,9 @@ def one(value=-0.05, low=-0.08, high=-0.02, **fields) -> Estimate:
     return Estimate(value=value, low=low, high=high, **given | {"over": ("seed", "samples")} | fields)
 
 
-def test_the_verdict_is_whether_the_interval_holds_zero():
-    for low, high, unit, verdict in (
+@pytest.mark.parametrize(
+    ("low", "high", "unit", "verdict"),
+    [
         (-0.08, -0.02, "% of PPL", "lower"),
         (0.02, 0.08, "nats", "higher"),
         (-0.02, 0.08, "difference of exponents", "no significant difference"),
@@ -439,9 +414,14 @@ def test_the_verdict_is_whether_the_interval_holds_zero():
         (None, None, "nats", "no interval"),
         (0.02, 0.08, "exponent", ""),
         (None, None, "PPL", ""),
-    ):
-        assert one(0.03, low, high, unit=unit).verdict == verdict
-    alone = one(over=("samples",), replicates=1)  # of the chance of training it knows nothing
+    ],
+)
+def test_the_verdict_is_whether_the_interval_holds_zero(low, high, unit, verdict):
+    assert one(0.03, low, high, unit=unit).verdict == verdict
+
+
+def test_a_single_replicate_knows_nothing_of_the_chance_of_training():
+    alone = one(over=("samples",), replicates=1)
     assert alone.verdict.startswith("one replicate") and not Estimates([alone, alone]).adjusted()
 
 
@@ -449,7 +429,7 @@ def test_values_are_shown_as_what_they_are_logarithms_of():
     ppl = one(math.log(500), math.log(450), math.log(550), unit="PPL")
     assert ppl.in_unit == fixed((500, 450, 550)) and ppl.text() == ("500.0", "450.0 to 550.0")
     tokens = one(math.log(36_000), None, None, unit="tokens")
-    assert tokens.text() == ("36,000", "none")
+    assert tokens.text() == ("36,000", "")
     share = one(math.log(1.1), math.log(1.05), math.log(1.2), unit="% of PPL")
     assert share.in_unit == fixed((10, 5, 20)) and share.text() == ("+10.0 %", "+5.0 to +20.0 %")
     assert one(-1e-5).text()[0] == "+0.0 %" and one(-0.01, unit="nats").text()[0] == "−0.010"
@@ -495,9 +475,7 @@ def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
     assert p == ["0.005", "0.039", "0.039", "0.039", "0.500", "", ""]
     assert not Estimates([tested[0], *others]).adjusted()  # alone it is its own
     assert [verdict.partition(",")[0] for verdict in table["verdict"][:5]] == ["lower"] * 4 + [one(0, -1, 1).verdict]
-    lucky = (
-        Estimates([tested[3], *[tested[4]] * 9]).table().data["verdict"]
-    )  # one of ten: its interval alone says lower
+    lucky = Estimates([tested[3], *[tested[4]] * 9]).table().data["verdict"]  # one of ten: its interval says lower
     assert tested[3].verdict == "lower" and lucky[0].startswith("no significant difference, p 0.3")
 
 
@@ -511,24 +489,19 @@ def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):
     assert table["over"][0] == "seed, samples" and list(table) == list(result.frame())
 
 
-def test_a_forest_is_hollow_where_the_interval_holds_zero():
-    result = Estimates([one(), one(0.1, -0.1, 0.3), one(0.1, None, None)])
-    figure = result.forest("title")
+def test_a_forest_is_hollow_where_the_interval_holds_zero_and_names_what_differs():
+    result = Estimates([one(), one(0.1, -0.1, 0.3, at="there"), one(0.1, None, None, at="elsewhere")])
+    figure = result.forest()
     lines = figure.axes[0].lines
     hollow = [line.get_markerfacecolor() == "white" for line in lines if line.get_marker() == "o"]
     assert hollow == [False, True, True] and not plt.fignum_exists(figure.number)
     bars = [tuple(line.get_xdata()) for line in lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
     assert bars[:2] == [fixed(e.in_unit[1:]) for e in result[:2]]
-    assert figure.axes[0].get_title() == "title"
-
-
-def test_a_forest_of_one_contrast_is_told_apart_by_places_alone():
-    places = [replace(one(), at=at) for at in ("here", "there")]
-    labels = [
-        [label.get_text() for label in Estimates(some).forest().axes[0].get_yticklabels()]
-        for some in (places, [*places, replace(one(), contrast="C", at="there")])
-    ]
-    assert labels == [["here", "there"], [f"{one().contrast}, here", f"{one().contrast}, there", "C, there"]]
+    places = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert places == ["28,000 tokens", "there", "elsewhere"] and figure.axes[0].get_title() == "A − B"
+    both = Estimates([*result, one(contrast="C", at="")]).forest("title").axes[0]
+    assert [label.get_text() for label in both.get_yticklabels()] == [*(f"A − B, {at}" for at in places), "C"]
+    assert both.get_title() == "title" and Estimates().forest() is None
 
 
 # Coverage
@@ -643,7 +616,7 @@ def site(value, error, at, dof=4.0):
 
 def test_sites_that_agree_are_combined_by_their_precision_and_have_no_spread():
     sites = [site(-0.03, error, f"site {error}") for error in (0.01, 0.02, 0.04)]
-    _, (mean, spread, new) = combined(sites, "A − B")
+    mean, spread, new = combined(sites, "A − B")
     assert mean.verdict == "lower" and new.verdict == ""  # what is foretold is not tested
     assert [each.error for each in sites] == pytest.approx([0.01, 0.02, 0.04])
     assert mean.value == pytest.approx(-0.03) and spread.value == 0
@@ -657,7 +630,7 @@ def test_sites_that_agree_are_combined_by_their_precision_and_have_no_spread():
 def test_the_spread_between_sites_is_paule_and_mandels():
     values, variances = np.array([-0.06, -0.03, 0.02, 0.05]), np.array([1e-4, 4e-4, 1e-4, 2e-4])
     sites = [site(v, math.sqrt(s), f"site {v}") for v, s in zip(values, variances, strict=True)]
-    result, (mean, spread, new) = combined(sites, "A − B")
+    mean, spread, new = combined(sites, "A − B")
 
     def excess(tau2):  # Q of the weighted mean less its degrees of freedom, which the estimate makes 0
         w = 1 / (variances + tau2)
@@ -671,7 +644,6 @@ def test_the_spread_between_sites_is_paule_and_mandels():
     assert mean.value == pytest.approx(centre, abs=1e-6)
     assert mean.high - mean.value == pytest.approx(stats.t.ppf(0.975, 3) * error, rel=1e-3)
     assert new.high - new.value == pytest.approx(stats.t.ppf(0.975, 2) * math.hypot(error, math.sqrt(tau2)), rel=1e-3)
-    assert result.summary_frame().index[0] == "site -0.06"
 
 
 def test_the_interval_over_sites_holds_a_planted_mean():
@@ -679,6 +651,6 @@ def test_the_interval_over_sites_holds_a_planted_mean():
     for _ in range(300):
         errors = draw.uniform(0.005, 0.02, 6)
         values = -0.03 + 0.03 * draw.standard_normal(6) + errors * draw.standard_normal(6)
-        _, (mean, _, _) = combined([site(v, e, "", 1e6) for v, e in zip(values, errors, strict=True)], "A − B")
+        mean, _, _ = combined([site(v, e, "", 1e6) for v, e in zip(values, errors, strict=True)], "A − B")
         hits += mean.low < -0.03 < mean.high
     assert 0.92 < hits / 300 < 0.98

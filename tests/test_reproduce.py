@@ -32,7 +32,7 @@ def published(outputs, text):
 @pytest.mark.slow
 def test_published_runs_agree_with_themselves_and_a_number_that_was_changed_does_not(published, outputs, capsys):
     published("mine")
-    assert main(["2", "--jobs", "1"]) == 0
+    assert main(["2", "--jobs", "2"]) == 0
     table = pd.read_csv(outputs / "reproduce" / "reproduce.csv").set_index("run")
     assert sorted(table.index) == ["A", "K"] and table["agrees"].all()
     assert (table["change, %"].abs() <= 100 * TOLERANCE["float32"]).all()

@@ -1,12 +1,11 @@
 """One kind of estimate: a number, its 95 % interval, and what that interval covers.
 
 An experiment has two sources of chance. *Replicates* each draw seed, training text and signs of the embedding anew;
-*samples* are the pieces of text that all runs are judged on. Whatever is estimated, a difference of two configurations
-or a coefficient of a regression, is computed in every replicate by itself (the summary-measures approach; Frison &
-Pocock, 1992), so that nothing need be assumed of errors inside a replicate, and is a weighted sum of the losses of the
-samples. Its variance is then that of a mean over two crossed factors (two-way clustering; Cameron, Gelbach & Miller,
-2011), and its interval Student's with Satterthwaite's (1946) degrees of freedom. With one replicate the interval
-covers samples alone, and where runs were judged on other texts, replicates alone: `over` says which.
+*samples* are the pieces of text that all runs are judged on. A difference of two configurations or a coefficient of a
+regression is computed in every replicate by itself (Frison & Pocock, 1992) and is a weighted sum of the losses of the
+samples, so that its variance is that of a mean over two crossed factors (Cameron, Gelbach & Miller, 2011). With one
+replicate the interval covers samples alone, and where runs were judged on other texts, replicates alone: `over` says
+which.
 
 It works on any frame of runs. With columns model, seed and loss (nats), for example, and nothing else drawn:
 
@@ -16,7 +15,7 @@ It works on any frame of runs. With columns model, seed and loss (nats), for exa
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -28,7 +27,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from scipy import special, stats
 from statsmodels.stats.anova import anova_lm
-from statsmodels.stats.meta_analysis import CombineResults, combine_effects
+from statsmodels.stats.meta_analysis import combine_effects
 
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.run_plots import REFERENCE, WIDTH, new_figure
@@ -67,7 +66,6 @@ UNITS = {
     "tokens read": Unit(lambda x: x, "{:.1f}"),
     "nats": Unit(lambda x: x, "{:+z.3f}", comparison=True),
     "nats a token": Unit(lambda x: x, "{:+z.2f}"),
-    "share": Unit(np.exp, "{:.2f}"),
     "% of studies": Unit(lambda x: 100 * x, "{:.1f} %"),
     "": Unit(lambda x: x, "{:,.4g}"),
 }
@@ -111,16 +109,21 @@ class Estimate:
         return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof or math.inf))
 
     @property
+    def p(self) -> float | None:
+        """Student's, of the value against 0, two-sided; None without an error."""
+        return float(2 * stats.t.sf(abs(self.value / self.error), self.dof or math.inf)) if self.error else None
+
+    @property
     def in_unit(self) -> tuple[float, float | None, float | None]:
         """Value and interval in the unit that is read."""
         ends = (self.value, self.low, self.high)
         return tuple(None if x is None else float(UNITS[self.unit].show(x)) for x in ends)
 
     def text(self) -> tuple[str, str]:
-        """Value and interval as they are printed."""
+        """Value and interval as they are printed; of no interval, nothing."""
         unit = UNITS[self.unit]
         value, *ends = (None if x is None else unit.text.format(x).replace("-", "−") for x in self.in_unit)
-        return value, "none" if None in ends else f"{ends[0].removesuffix(' %')} to {ends[1]}"
+        return value, "" if None in ends else f"{ends[0].removesuffix(' %')} to {ends[1]}"
 
 
 class Estimates(list[Estimate]):
@@ -128,12 +131,12 @@ class Estimates(list[Estimate]):
 
     def frame(self) -> pd.DataFrame:
         """One row an estimate, its own fields, value and interval in its unit, and the verdict."""
-        ends = ("value", "low", "high")
-        rows = [
-            asdict(e) | dict(zip(ends, e.in_unit, strict=True)) | {"over": ", ".join(e.over), "verdict": e.verdict}
-            for e in self
-        ]
-        return pd.DataFrame(rows, columns=[*(field.name for field in fields(Estimate)), "verdict"])
+        rows = []
+        for e in self:
+            value, low, high = e.in_unit
+            shown = {"value": value, "low": low, "high": high, "over": ", ".join(e.over), "verdict": e.verdict}
+            rows.append(asdict(e) | shown)
+        return pd.DataFrame(rows, columns=[*Estimate.__dataclass_fields__, "verdict"])
 
     def table(self) -> Styler:
         """What a reader sees, in at most eight columns; what all rows have in common stands above them.
@@ -141,37 +144,38 @@ class Estimates(list[Estimate]):
         Where several differences stand together, some intervals leave out 0 by chance: verdicts then go by a p that is
         below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
         """
-        rows, adjusted = [], self.adjusted()
+        rows, adjusted, common = [], self.adjusted(), []
         for e in self:
             value, interval = e.text()
-            row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
-            row |= {"covers": ", ".join(e.over) or "nothing", "replicates": str(e.replicates or "")}
             verdict = e.verdict
             if e in adjusted:
-                verdict = f"{verdict if adjusted[e] < 1 - LEVEL else NOTHING}, p {in_digits(adjusted[e])}"
+                p = f"{adjusted[e]:.3f}" if adjusted[e] >= 0.001 else "< 0.001"
+                verdict = f"{verdict if adjusted[e] < 1 - LEVEL else NOTHING}, p {p}"
+            row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
+            row |= {"covers": ", ".join(e.over), "replicates": str(e.replicates or "")}
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
-        table, common = pd.DataFrame(rows), ["verdicts by Benjamini & Hochberg's p"] * bool(adjusted)
-        if not any(e.low is not None for e in self):  # plain numbers: nothing to say of intervals
-            table = table.drop(columns=["95 % interval", "covers"], errors="ignore")
-        for name in (name for name in ("covers", "replicates") if name in table):
+        table = pd.DataFrame(rows)
+        if adjusted:
+            common.append("verdicts by Benjamini & Hochberg's p")
+        for name, words in (("covers", "intervals cover"), ("replicates", "replicates")):
             if len(table) > 1 and table[name].nunique() == 1 and table[name][0]:
-                common.append(f"{name.replace('covers', 'intervals cover')}: {table.pop(name)[0]}")
-        if len(table):  # columns in which nothing stands are left out
-            table = table.loc[:, [name for name in table if name in ("", "estimate") or (table[name] != "").any()]]
-        return table.style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
+                common.append(f"{words}: {table.pop(name)[0]}")
+        filled = [name for name in table if (table[name] != "").any()]
+        return table[filled].style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
 
     def adjusted(self) -> dict[Estimate, float]:
         """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several."""
         tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN]
         if len(tested) < 2:
             return {}
-        p = [2 * stats.t.sf(abs(e.value / e.error), math.inf if e.dof is None else e.dof) for e in tested]
-        return dict(zip(tested, stats.false_discovery_control(p).tolist(), strict=True))
+        return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
-    def forest(self, title: str = "", width: float = WIDTH) -> Figure:
-        """Every estimate with its interval, from top to bottom; hollow where the interval holds 0."""
-        unit = UNITS[self[0].unit] if self else UNITS[""]
-        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * max(len(self), 1), width=width)
+    def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
+        """Every estimate with its interval, from top to bottom; hollow where the interval holds 0. None of none."""
+        if not self:
+            return None
+        unit = UNITS[self[0].unit]
+        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * len(self), width=width)
         for row, e in enumerate(self):
             value, low, high = e.in_unit
             significant = e.verdict in ("lower", "higher") or not unit.comparison
@@ -182,8 +186,8 @@ class Estimates(list[Estimate]):
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
-        labels = [e.at if same else ", ".join(part for part in (e.contrast, e.at) if part) for e in self]
-        label = {"% of PPL": "difference of PPL, %", "%": "%"}.get(self[0].unit, self[0].unit) if self else ""
+        labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
+        label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}, with 95 % intervals")
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
@@ -200,18 +204,6 @@ class Estimates(list[Estimate]):
         """Write `frame()` as a CSV file, atomically."""
         with atomic(resolve(path)) as temporary:
             self.frame().to_csv(temporary, index=False)
-
-
-def in_digits(p: float) -> str:
-    """A p as it is printed."""
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def drawn(runs: pd.DataFrame) -> tuple[str, ...]:
-    """What differs between these runs' replicates, of seed, text and signs; nothing for a single one."""
-    if runs["replicate"].nunique() < 2:
-        return ()
-    return tuple(name for column, name in tidy.DRAWN.items() if runs[column].nunique() > 1)
 
 
 def critical(dof: Any) -> Any:
@@ -263,8 +255,8 @@ class Moments:
         return Estimate(contrast, at, value, low, high, self.n, self.replicates, dof, over, unit)
 
 
-def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
-    """Means [p] of p quantities known in replicates and, perhaps, on samples; and the `parts` of their errors.
+def crossed(sums: np.ndarray, runs: pd.DataFrame, tokens: np.ndarray | None = None) -> Moments:
+    """Means of p quantities that are known in replicates and, perhaps, on samples, with their errors.
 
     The variance over replicates, the first part, holds what samples and replicates do together, the third; the variance
     over samples, the second, holds it too.
@@ -272,11 +264,14 @@ def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, li
     Args:
         sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated. Without
             `tokens`, [replicates, p], and samples are not drawn.
+        runs: those that the quantities are of, or pairs of runs.
         tokens: [samples], the samples' weights.
     """
     m = len(sums)
+    over = tuple(name for column, name in tidy.DRAWN.items() if m > 1 and runs[column].nunique() > 1)
     if tokens is None:
-        return sums.mean(0), [(np.atleast_2d(np.cov(sums.T)) / m, m - 1.0)] if m > 1 else []
+        parts = [(np.atleast_2d(np.cov(sums.T)) / m, m - 1.0)] if m > 1 else []
+        return Moments(sums.mean(0), parts, len(runs), m, over)
     n, whole = len(tokens), tokens.sum()
     means = sums.sum((0, 1)) / m / whole
     errors = (sums - means * tokens[:, None]) / whole / m  # [m, n, p]
@@ -285,16 +280,16 @@ def crossed(sums: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, li
         by_replicate = errors.sum(1)
         parts.append((m / (m - 1) * by_replicate.T @ by_replicate, m - 1.0))
     if n > 1:
+        over = (*over, SAMPLES)
         by_sample = errors.sum(0)
-        between = n / (n - 1) * by_sample.T @ by_sample
+        effective = whole**2 / np.square(tokens).sum()  # samples of equal length that weigh as much (Kish, 1965)
+        dof = max(effective - 1, 1.0)
+        parts.append((n / (n - 1) * by_sample.T @ by_sample, dof))
         if m > 1:
             shared = tokens[:, None] / whole * errors.sum(1, keepdims=True)  # what a replicate does to every token
             rest = (errors - by_sample / m - shared).reshape(m * n, -1)
-        effective = whole**2 / np.square(tokens).sum()  # samples of equal length that weigh as much (Kish, 1965)
-        parts.append((between, max(effective - 1, 1.0)))
-        if m > 1:
-            parts.append((m * n / ((m - 1) * (n - 1)) * rest.T @ rest, (m - 1.0) * parts[-1][1]))
-    return means, parts
+            parts.append((m * n / ((m - 1) * (n - 1)) * rest.T @ rest, (m - 1.0) * dof))
+    return Moments(means, parts, len(runs), m, over)
 
 
 class Coefficients:
@@ -317,39 +312,35 @@ class Coefficients:
 
     def __init__(self, formula: str, runs: pd.DataFrame, judged: tuple[np.ndarray, np.ndarray] | None = None):
         left = formula.partition("~")[0].strip()
-        if left in runs:
-            kept = runs[left].notna().to_numpy()
-            runs, judged = runs[kept], judged and (judged[0][kept], judged[1])
         runs = runs.reset_index(drop=True)
-        model = smf.ols(formula, runs) if len(runs) else None  # of all replicates, so that all have the same columns
-        used = runs.loc[[] if model is None else model.data.row_labels]
-        if left in LOSSES and judged is None and len(used):
-            judged = tidy.loss_sums(used, LOSSES[left])
-        elif judged is not None:
+        known = runs.dropna(subset=[left]) if left in runs else runs  # else a level without a value would be a column
+        if known.empty:
+            raise ValueError(f"no run has a value of {left}: {formula!r} cannot be fitted")
+        model = smf.ols(formula, known)  # of all replicates, so that all have the same columns
+        used, terms = known.loc[model.data.row_labels], model.exog.shape[1]
+        if judged is not None:
             judged = judged[0][used.index], judged[1]
-        fits, members = {}, []
-        for replicate, rows in used.reset_index(drop=True).groupby("replicate").indices.items():
-            if np.linalg.matrix_rank(model.exog[rows]) == model.exog.shape[1]:
-                fits[replicate] = sm.OLS(model.endog[rows], model.exog[rows]).fit()
-                members.append(rows)
-        if not fits:
-            of = used.groupby("replicate").size().max() if len(used) else 0
+        elif left in LOSSES:
+            judged = tidy.loss_sums(used, LOSSES[left])
+        by_replicate = used.groupby("replicate").indices.items()
+        members = {name: rows for name, rows in by_replicate if np.linalg.matrix_rank(model.exog[rows]) == terms}
+        if not members:
             raise ValueError(
-                f"no replicate can tell the {0 if model is None else model.exog.shape[1]} coefficients of {formula!r} "
-                f"apart by itself (it has {of} runs at most): leave a term out"
+                f"no replicate can tell the {terms} coefficients of {formula!r} apart by itself: leave a term out"
             )
+        fits = [sm.OLS(model.endog[rows], model.exog[rows]).fit() for rows in members.values()]
         self.terms = model.exog_names
-        self.by_replicate = pd.DataFrame([one.params for one in fits.values()], list(fits), self.terms)
-        used, whole = used.iloc[np.concatenate(members)], (sum(map(len, members)), len(fits))
+        self.by_replicate = pd.DataFrame([fit.params for fit in fits], list(members), self.terms)
+        used = used.iloc[np.concatenate(list(members.values()))]
         if len(fits) == 1:
-            (one,) = fits.values()
-            parts = [(one.cov_params(), float(one.df_resid))] if one.df_resid > 0 else []
-            self.moments = Moments(one.params, parts, *whole, (RESIDUALS,))
+            (fit,) = fits
+            parts = [(fit.cov_params(), float(fit.df_resid))] if fit.df_resid > 0 else []
+            self.moments = Moments(fit.params, parts, len(used), 1, (RESIDUALS,))
         elif judged is None:
-            self.moments = Moments(*crossed(self.by_replicate.to_numpy(), None), *whole, drawn(used))
+            self.moments = crossed(self.by_replicate.to_numpy(), used)
         else:
-            sums = [(np.linalg.pinv(model.exog[rows]) @ judged[0][rows]).T for rows in members]  # [samples, p]
-            self.moments = Moments(*crossed(np.stack(sums), judged[1]), *whole, (*drawn(used), *_samples(judged[1])))
+            sums = [(np.linalg.pinv(model.exog[rows]) @ judged[0][rows]).T for rows in members.values()]  # [samples, p]
+            self.moments = crossed(np.stack(sums), used, judged[1])
 
     def estimate(
         self, term: str | Mapping[str, float], contrast: str = "", at: str = "", unit: str = "% of PPL"
@@ -363,16 +354,13 @@ class Coefficients:
         return self.moments.estimate(weights, contrast or " + ".join(terms), at, unit)
 
 
-def from_fit(
-    result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL", replicates: int = 0
-) -> Estimate:
+def from_fit(result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL") -> Estimate:
     """A linear combination of a statsmodels result's coefficients, by its own `t_test`: "x", or "x + 2 * y"."""
     test = result.t_test(hypothesis)
     low, high = (float(x) if math.isfinite(x) else None for x in np.ravel(test.conf_int(1 - LEVEL)))
     dof = getattr(test, "df_denom", None)  # of Student's law, which not every model takes
-    dof = dof if dof and math.isfinite(dof) else None
     value, n = float(np.ravel(test.effect)[0]), int(result.nobs)
-    return Estimate(contrast or hypothesis, at, value, low, high, n, replicates, dof, (RESIDUALS,), unit)
+    return Estimate(contrast or hypothesis, at, value, low, high, n, 0, dof, (RESIDUALS,), unit)
 
 
 def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str = "") -> Estimate:
@@ -385,42 +373,52 @@ def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str
     if rows.empty:
         raise ValueError(f"none of {len(runs)} runs has {column}: there is no mean of it")
     values = rows.groupby("replicate")[column].mean().to_numpy()
-    moments = Moments(*crossed(values[:, None], None), len(rows), len(values), drawn(rows))
-    return moments.estimate([1.0], contrast, at, unit)
+    return crossed(values[:, None], rows).estimate([1.0], contrast, at, unit)
 
 
 def pairs(
-    runs: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], at: Sequence[str] = ("train_tokens",)
+    runs: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], at: Sequence[str], column: str
 ) -> pd.DataFrame:
     """Runs with the values `a` beside those with the values `b`: a row a pair, equal in `at`, seed, text and signs.
+
+    Both sides have a value of `column` and, of a loss, were judged on the same text.
 
     Args:
         runs: as `runs.read_runs` gives them.
         a, b: column → value.
         at: columns in which both are equal.
+        column: what is compared.
 
     Returns:
-        columns `at`, `PAIR`, replicate, and of both sides id_a, id_b, log_ppl_a, …
+        columns `at`, seed, data_seed, embedding_seed, replicate; of both sides id_a, id_b, log_ppl_a, …; and
+        difference, of `column`, a − b.
 
     Raises:
-        ValueError: a column or a value of it is not there, or a side has two runs of one place: name what else they
-            differ in, in `at` or in `a` and `b`.
+        ValueError: a column or a value of it is not there, or a side has two runs of one place.
     """
-    keys = [*at, *tidy.PAIR]
-    if missing := [name for name in (*a, *b, *at) if name not in runs]:
+    keys = [*at, *tidy.DRAWN]
+    if missing := [name for name in (column, *a, *b, *at) if name not in runs]:
         raise ValueError(f"the runs have no column {missing[0]!r}")
     sides = []
     for wanted in (a, b):
         if absent := [f"{name} = {value!r}" for name, value in wanted.items() if not (runs[name] == value).any()]:
             raise ValueError(f"no run has {absent[0]}")
         side = runs[np.logical_and.reduce([runs[name] == value for name, value in wanted.items()])]
-        if side.duplicated(keys).any():
-            _, alike = next(iter(side[side.duplicated(keys, keep=False)].groupby(keys, dropna=False)["run"]))
+        alike = side[side.duplicated(keys, keep=False)].sort_values(keys)["run"]
+        if len(alike):
             names = " and ".join(alike[:2])
-            raise ValueError(f"{names} are equal in {', '.join(keys)}: a pair needs one run on each side")
+            raise ValueError(f"{names} are equal in {', '.join(keys)}: say in `at`, `a` or `b` in what they differ")
         sides.append(side.set_index([*keys, "replicate"]))
-    both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
-    return both.copy().reset_index()
+    both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b")).copy().reset_index()
+    both = both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"])
+    comparable = both["difference"].notna()
+    if column in LOSSES:
+        judged = [f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples"]
+        for name in (*judged, "corpus", "judged_corpus", "shuffle_samples", "max_sample_tokens"):
+            if {f"{name}_a", f"{name}_b"} <= {*both}:
+                of_a, of_b = both[f"{name}_a"], both[f"{name}_b"]
+                comparable &= (of_a == of_b) | (of_a.isna() & of_b.isna())
+    return both[comparable].copy()
 
 
 def paired(
@@ -435,12 +433,10 @@ def paired(
 ) -> Estimates:
     """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
 
-    Losses (`log_ppl` on test, `val_loss` on validation) are compared sample by sample where they were kept so. Pairs
-    that `comparable` leaves out have no row.
+    Losses (`log_ppl` on test, `val_loss` on validation) are compared sample by sample where they were kept so.
 
     Args:
-        runs, a, b, at: as `pairs`.
-        column: what is compared.
+        runs, a, b, at, column: as `pairs`.
         contrast: its name; by default the values of `a` and `b`.
         unit: one of `UNITS`.
         pooled: one estimate over all places, each of which weighs alike, instead of one a place. Replicates that lack a
@@ -449,58 +445,32 @@ def paired(
     Raises:
         ValueError: as `pairs`.
     """
-    if column not in runs:
-        raise ValueError(f"the runs have no column {column!r}")
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
-    matched = comparable(pairs(runs, a, b, at), column)
-    if matched.empty:
-        return Estimates()
+    matched = pairs(runs, a, b, at, column)
     matched["place"] = matched.groupby(list(at), dropna=False).ngroup() if at else 0
     if pooled:
         places = matched.groupby("replicate")["place"].transform("nunique")
         matched = matched[places == matched["place"].nunique()]
-        return Estimates([_paired(runs, matched, column, contrast, "", unit)] if len(matched) else [])
-    groups = matched.groupby(list(at), dropna=False) if at else [((), matched)]
-    return Estimates([_paired(runs, rows, column, contrast, place(at, key), unit) for key, rows in groups])
+    if matched.empty:
+        return Estimates()
+    result = Estimates()
+    for key, rows in [((), matched)] if pooled or not at else matched.groupby(list(at), dropna=False):
+        judged = differences(runs, rows, column)
+        values, tokens = judged or (rows["difference"].to_numpy(float)[:, None], None)
+        by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
+        means = by_place.groupby(level=0).mean().to_numpy()  # [replicates, samples]
+        moments = crossed(means if tokens is None else means[..., None], rows, tokens)
+        result.append(moments.estimate([1.0], contrast, _place(at, key), unit))
+    return result
 
 
-def place(at: Sequence[str], key: Sequence[Any]) -> str:
-    """Where an estimate is: the values of the columns `at`, with their unit."""
+def _place(at: Sequence[str], key: Sequence[Any]) -> str:
+    """Where an estimate is: the values of the columns `at`, with their unit; nothing for one over all places."""
     shown = (
         f"{value:,} tokens" if name == "train_tokens" else f"{value:g}" if isinstance(value, float) else value
-        for name, value in zip(at, key, strict=True)
+        for name, value in zip(at, key, strict=False)
     )
     return ", ".join(map(str, shown))
-
-
-def _paired(runs: pd.DataFrame, matched: pd.DataFrame, column: str, contrast: str, at: str, unit: str) -> Estimate:
-    judged = differences(runs, matched, column)
-    if judged is None:
-        values, tokens = (matched[f"{column}_a"] - matched[f"{column}_b"]).to_numpy(float)[:, None], None
-    else:
-        values, tokens = judged
-    means = pd.DataFrame(values).groupby([matched["replicate"].to_numpy(), matched["place"].to_numpy()]).mean()
-    means = means.groupby(level=0).mean().to_numpy()
-    over = (*drawn(matched), *_samples(tokens))
-    moments = Moments(*crossed(means if tokens is None else means[..., None], tokens), len(matched), len(means), over)
-    return moments.estimate([1.0], contrast, at, unit)
-
-
-def _samples(tokens: np.ndarray | None) -> tuple[str, ...]:
-    """What an interval covers beside replicates: samples, where there are several."""
-    return (SAMPLES,) if tokens is not None and len(tokens) > 1 else ()
-
-
-def comparable(matched: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Those of the `matched` pairs of which both sides have a value and, of a loss, were judged on the same text."""
-    alike = matched[f"{column}_a"].notna() & matched[f"{column}_b"].notna()
-    if column in LOSSES:
-        text = ("corpus", "judged_corpus", "shuffle_samples", "max_sample_tokens")
-        for name in (f"{LOSSES[column]}_tokens", f"{LOSSES[column]}_samples", *text):
-            if {f"{name}_a", f"{name}_b"} <= {*matched}:
-                a, b = matched[f"{name}_a"], matched[f"{name}_b"]
-                alike &= (a == b) | (a.isna() & b.isna())
-    return matched[alike].copy()
 
 
 def differences(runs: pd.DataFrame, matched: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -514,15 +484,15 @@ def differences(runs: pd.DataFrame, matched: pd.DataFrame, column: str) -> tuple
     return judged and (judged[0][: len(matched)] - judged[0][len(matched) :], judged[1])
 
 
-def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[CombineResults, Estimates]:
+def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimates:
     """One contrast at several sites, taken together by random effects: sites are draws of text, each with an effect.
 
     The variance between sites is Paule & Mandel's (1982), the interval of their mean Hartung & Knapp's (2001) with as
     many degrees of freedom as sites less one.
 
     Returns:
-        statsmodels' result, and three estimates: the mean over sites; the standard deviation between them; and what a
-        new site is foretold, with Student's prediction interval (Higgins, Thompson & Spiegelhalter 2009).
+        the mean over sites; the standard deviation between them; and what a new site is foretold, with Student's
+        prediction interval (Higgins, Thompson & Spiegelhalter 2009).
 
     Raises:
         ValueError: fewer than three sites have an interval.
@@ -531,20 +501,17 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> tuple[Co
     if len(sites) < 3:
         raise ValueError(f"{contrast}: {len(sites)} sites have an interval, and three are needed to tell their spread")
     values, variances = np.array([(site.value, site.error**2) for site in sites]).T
-    result = combine_effects(values, variances, method_re="iterated", row_names=[site.at for site in sites])
-    mean, error, dof = result.mean_effect_re, result.sd_eff_w_re_hksj, len(sites) - 1.0
-    n, least, over = sum(site.n for site in sites), min(site.replicates for site in sites), ("sites",)
-
-    def interval(error: float, dof: float) -> tuple[float, float, float]:
-        return mean, *(mean + sign * float(critical(dof)) * error for sign in (-1, 1))
-
-    spread = math.sqrt(max(result.tau2, 0))
-    new, foretold = interval(math.hypot(spread, error), dof - 1), "% of PPL, foretold"
-    return result, Estimates(
+    result = combine_effects(values, variances, method_re="iterated")
+    mean, error, spread = result.mean_effect_re, result.sd_eff_w_re_hksj, math.sqrt(max(result.tau2, 0))
+    n, replicates, dof = sum(site.n for site in sites), min(site.replicates for site in sites), len(sites) - 1.0
+    half = float(critical(dof)) * error
+    half_of_new = float(critical(dof - 1)) * math.hypot(spread, error)
+    new, over, foretold = (mean, mean - half_of_new, mean + half_of_new), ("sites",), "% of PPL, foretold"
+    return Estimates(
         [
-            Estimate(contrast, at, *interval(error, dof), n, least, dof, over),
-            Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, least, None, (), "sd, % of PPL"),
-            Estimate(f"{contrast}, a new site", at, *new, n, least, dof - 1, over, foretold),
+            Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, over),
+            Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, replicates, None, (), "sd, % of PPL"),
+            Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, over, foretold),
         ]
     )
 

@@ -389,7 +389,7 @@ def difference(a: str, b: str) -> Estimates:
         raise ConfigError(f"a = b = {a!r}: choose two runs")
     both = pd.DataFrame([metrics(run) | {"grid": run.rpartition("/")[0], "id": run} for run in (a, b)])
     # one pair, whatever was drawn for each side: both read the same test text
-    both = both.assign(log_ppl=both.get("test_loss"), replicate=0, **dict.fromkeys(tidy.PAIR, 0))
+    both = both.assign(log_ppl=both.get("test_loss"), replicate=0, **dict.fromkeys(tidy.DRAWN, 0))
     estimates = paired(both, {"id": a}, {"id": b}, [], contrast=f"{a} − {b}")
     if not estimates or estimates[0].low is None:
         raise ConfigError(f"{a} and {b} were not judged on the same text: make their test_samples and corpus equal")

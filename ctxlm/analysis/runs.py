@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.corpus import PROTOCOL
@@ -26,15 +25,10 @@ TABLES = {"history": ["phase", "step", "metric", "value"], "samples": ["part", "
 READABLE = (2, PROTOCOL)
 """Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
 DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
-"""Parameters that a replicate draws anew, and what each of them is arbitrary about."""
-PAIR = [*DRAWN]
-"""What two runs that are a pair have in common, beside what they are compared at."""
-TYPES = ("float32", "bfloat16")
-"""Types of product; that of an n-gram, which has no products, says nothing."""
+"""Parameters that a replicate draws anew and a pair has in common, and what each of them is arbitrary about."""
 ALIKE = {"experiment", "train_tokens", "train_samples", "device", "validations_per_epoch", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
-TEXTS = ("run", "experiment", "git_commit", "params_hash", "code_hash", "data_hash", "embedding_digest")
-TEXTS += ("versions", "device_name")
+TEXTS = "run experiment git_commit params_hash code_hash data_hash embedding_digest versions device_name".split()
 """Columns of runs.csv that pandas could take for numbers."""
 
 
@@ -154,22 +148,18 @@ def read_runs(*grids: str) -> pd.DataFrame:
     Raises:
         ConfigError: a grid has no finished run, or runs were judged by two protocols, or by one no longer read.
     """
-    frames, unplanned = [], []
+    frames = []
     for grid in dict.fromkeys(grids):
         plan = _plan(grid)
-        unplanned += [grid] * (plan is None)
-        name = plan.name if plan else grid
-        runs = load_planned(plan) if plan else load_runs(name)
+        runs = load_planned(plan) if plan else load_runs(grid)
         if runs.empty:
             first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
             raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")
-        frames.append(runs.assign(grid=name, planned=len(plan.runs) if plan else len(runs)))
+        known = {"grid": plan.name, "planned": len(plan.runs)} if plan else {"grid": grid, "planned": len(runs)}
+        frames.append(runs.assign(**known, by_hand=plan is None and runs["source"].eq("outputs")))
     joined = pd.concat(frames, ignore_index=True)
     _check_protocols(joined)
-    joined = _configured(joined)
-    by_hand = joined["grid"].isin(unplanned) & joined["source"].eq("outputs")
-    if by_hand.any():
-        joined = _told_apart(joined, by_hand)
+    joined["configuration"] = _configurations(joined, joined.pop("by_hand"))
     joined["id"] = joined["grid"] + "/" + joined["run"]
     joined["replicate"] = replicates(joined)
     joined["log_ppl"] = joined.get("test_loss", math.nan)
@@ -192,25 +182,34 @@ def read_finished(*grids: str) -> pd.DataFrame:
 def _plan(grid: str) -> Grid | None:
     """A grid's file, expanded; None for runs that no file plans: made by hand, or published and their file is gone."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
-    made = any(source == "outputs" for _, source in run_folders(grid).values())
-    published = (results_dir() / grid / "runs.csv").exists()
-    return None if grid == BY_HAND or (not planned and (made or published)) else load_grid(grid)
+    return None if grid == BY_HAND or (not planned and len(load_runs(grid))) else load_grid(grid)
 
 
-def _told_apart(runs: pd.DataFrame, by_hand: pd.Series) -> pd.DataFrame:
-    """Runs made by hand, which no plan keeps apart, with their experiment in `configuration`, or with their own name
-    where it stands for several unlike ones; and with the type of their products where it is not one for all."""
-    label = runs["configuration"].where(~by_hand, runs["experiment"])
-    kinds = [name for name in Experiment.model_fields if name in runs and name not in ALIKE]
+def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:
+    """Of every run its experiment's label and, where that has unlike runs, in what they differ.
+
+    Of runs made `by_hand`, which no plan keeps apart, the experiment's label or, where it has unlike runs, the run's.
+    """
+    label, kinds = runs["experiment"], [name for name in Experiment.model_fields if name in runs and name not in ALIKE]
+    for name in kinds:
+        # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
+        kind = ["experiment", *(["train_tokens", *DRAWN] if name == "dtype" else [])]
+        if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
+            label = label + f", {name} " + runs[name].map(_formatted)
+    label = label.where(~by_hand, runs["experiment"])
     for _, rows in runs[by_hand].groupby(["grid", "experiment"]):
-        alike = (rows[kinds].nunique(dropna=False) <= 1).all() and not rows.duplicated(["train_tokens", *PAIR]).any()
-        label[rows.index] = rows["experiment"] if alike else rows["run"]
-    typed = by_hand & runs["dtype"].isin(TYPES)
-    if runs.loc[typed, "dtype"].nunique() > 1:
-        label[typed] += ", dtype " + runs["dtype"]
+        if (rows[kinds].nunique(dropna=False) > 1).any() or rows.duplicated(["train_tokens", *DRAWN]).any():
+            label[rows.index] = rows["run"]
     if "stopped" in runs:
         label[by_hand & runs["stopped"].eq(True)] += ", stopped"
-    return runs.assign(configuration=label)
+    return label
+
+
+def _formatted(value: Any) -> str:
+    """A parameter's value in a label; of a column with gaps, pandas makes 256 a 256.0 and None a nan."""
+    if pd.isna(value):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
@@ -224,10 +223,7 @@ def loss_sums(runs: pd.DataFrame, part: str = "test") -> tuple[np.ndarray, np.nd
 
     None where not all runs were judged on the same text, or one of them is not on disk.
     """
-    tables = [load_table(grid, "samples").assign(grid=grid) for grid in runs["grid"].unique()]
-    if not tables:
-        return None
-    judged = pd.concat(tables)
+    judged = pd.concat([load_table(grid, "samples").assign(grid=grid) for grid in runs["grid"].unique()])
     judged = judged[judged["part"] == part].assign(id=lambda rows: rows["grid"] + "/" + rows["run"])
     judged = judged[judged["id"].isin(runs["id"])]
     sums, tokens = (judged.pivot(index="id", columns="sample", values=name) for name in ("loss_sum", "tokens"))
@@ -242,73 +238,44 @@ def replicates(runs: pd.DataFrame) -> pd.Series:
     Of `DRAWN` those count that vary: runs that have a value of one of them in common, or each with a third run, are of
     one replicate. Seeds crossed with texts are thus a single one, from which nothing can be concluded beyond them.
     """
-    varied = [pd.factorize(runs[name])[0] for name in DRAWN if name in runs and runs[name].nunique() > 1]
-    links, nodes = [], len(runs)
-    for codes in varied:  # a node for every run and every value
-        links.append((np.arange(len(runs)), nodes + codes))
-        nodes += codes.max() + 1
-    if not links:
+    varied = [runs[name] for name in DRAWN if runs[name].nunique() > 1]
+    if not varied:
         return pd.Series(0, runs.index)
-    ends = tuple(np.concatenate(side) for side in zip(*links, strict=True))
-    graph = sparse.coo_matrix((np.ones(len(ends[0])), ends), shape=(nodes, nodes))
-    _, component = sparse.csgraph.connected_components(graph, directed=False)
-    return pd.Series(pd.factorize(component[: len(runs)])[0], runs.index)
+    before, now = None, pd.Series(range(len(runs)), runs.index)
+    while not now.equals(before):
+        before = now
+        for values in varied:
+            now = now.groupby(values).transform("min")  # of all that share a value, the number of the first
+    return pd.Series(pd.factorize(now)[0], runs.index)
 
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
     """What the runs of each grid are: how many, of how many planned, in how many replicates, by which rules."""
-    # of one configuration: two unlike runs are no replicates
-    repeated = runs.groupby(["grid", "configuration"])["replicate"].nunique().groupby("grid").max()
-    drawn = {
-        grid: [label for name, label in DRAWN.items() if repeated[grid] > 1 and rows[name].nunique() > 1]
-        for grid, rows in runs.groupby("grid")
-    }
-    table = {
-        grid: {
+    table = {}
+    for grid, rows in runs.groupby("grid"):
+        repeated = rows.groupby("configuration")["replicate"].nunique().max()  # two unlike runs are no replicates
+        drawn = [label for name, label in DRAWN.items() if repeated > 1 and rows[name].nunique() > 1]
+        cut_short = int(rows["best_epoch"].ge(rows["phase2_epochs"]).sum()) if "best_epoch" in rows else 0
+        table[grid] = {
             "finished runs": len(rows),
             "planned": rows["planned"].iloc[0],
-            "replicates": repeated[grid],
-            "drawn anew in each": ", ".join(drawn[grid]) or "nothing",
-            "best epoch is the last allowed": f"{_cut_short(rows)} of {len(rows)}",
+            "replicates": repeated,
+            "drawn anew in each": ", ".join(drawn) or "nothing",
+            "best epoch is the last allowed": f"{cut_short} of {len(rows)}",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(rows["train_tokens"].unique())),
             "protocol": ", ".join(map(str, sorted(rows["protocol"].unique()))),
             "products": ", ".join(sorted(rows["dtype"].unique())),
             "source": ", ".join(sorted(rows["source"].unique())),
             "commits": ", ".join(sorted(rows["git_commit"].fillna("none").str[:7].unique())),
         }
-        for grid, rows in runs.groupby("grid")
-    }
     return pd.DataFrame(table).T.rename_axis("grid")
-
-
-def _cut_short(runs: pd.DataFrame) -> int:
-    """How many runs might have got better in more epochs."""
-    return int(runs["best_epoch"].ge(runs["phase2_epochs"]).sum()) if "best_epoch" in runs else 0
-
-
-def _configured(runs: pd.DataFrame) -> pd.DataFrame:
-    """With the column `configuration`."""
-    label = runs["experiment"]
-    for name in (name for name in Experiment.model_fields if name in runs and name not in ALIKE):
-        # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
-        kind = ["experiment", *(["train_tokens", *PAIR] if name == "dtype" else [])]
-        if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
-            label = label + f", {name} " + runs[name].map(_formatted)
-    return runs.assign(configuration=label)
-
-
-def _formatted(value: Any) -> str:
-    """A parameter's value in a label; of a column with gaps, pandas makes 256 a 256.0 and None a nan."""
-    if pd.isna(value):
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_protocols(runs: pd.DataFrame) -> None:
     """Refuse runs that were not judged on the same text, or by a protocol that is no longer read."""
-    kinds = runs.groupby(["grid", "protocol"]).size()
     if runs["protocol"].nunique() > 1 or not runs["protocol"].isin(READABLE).all():
-        listed = ", ".join(f"{count} of {grid} by protocol {protocol}" for (grid, protocol), count in kinds.items())
+        counts = runs.groupby(["grid", "protocol"]).size()
+        listed = ", ".join(f"{count} of {grid} by protocol {protocol}" for (grid, protocol), count in counts.items())
         raise ConfigError(
             f"these runs were not judged by one protocol, {' or '.join(map(str, READABLE))} ({listed}): read grids of "
             "one protocol, or delete the older runs' folders and run them again"

@@ -2,24 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
-from statsmodels.tools.eval_measures import aicc
+from scipy import optimize
 
 from ctxlm.analysis.estimates import (
     Coefficients,
     Estimate,
     Estimates,
     Moments,
-    comparable,
     critical,
     crossed,
     differences,
-    drawn,
     pairs,
 )
 
@@ -62,7 +59,7 @@ class Crossover:
     """Ends, tokens; None for one below 1 or beyond 10¹⁵."""
 
 
-def fieller(moments: Moments, middle: float = 0.0, shift: int = 0, slope: int = 1) -> Crossover:
+def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
     """The tokens for which shift + slope · (log tokens − middle) is not significantly different from 0 (Fieller, 1954).
 
     Every place is tried with the degrees of freedom that it has there, so that the quadratic of the textbook will not
@@ -70,14 +67,13 @@ def fieller(moments: Moments, middle: float = 0.0, shift: int = 0, slope: int = 
     set of a ratio that may be unbounded.
 
     Args:
-        moments: of coefficients of a difference of two losses.
-        middle: log tokens at which `shift` is the difference.
-        shift, slope: their places among the coefficients.
+        moments: of shift and slope of a difference of two losses.
+        middle: log tokens at which shift is the difference.
     """
-    b, d = moments.mean[shift], moments.mean[slope]
-    log_tokens = middle - b / d if abs(d) > 1e-12 else math.inf
+    shift, slope = moments.mean
+    log_tokens = middle - shift / slope if abs(slope) > 1e-12 else math.inf
     tokens = math.exp(log_tokens) if 0 <= log_tokens <= MOST_LOG else None
-    at_infinity = np.eye(len(moments.mean))[slope]
+    at_infinity = np.array([0.0, 1.0])
     if not moments.parts or moments.variance(at_infinity)[0] <= 1e-20:
         return Crossover(tokens, "no error", None, None)
 
@@ -87,9 +83,7 @@ def fieller(moments: Moments, middle: float = 0.0, shift: int = 0, slope: int = 
         return abs(weights @ moments.mean) - critical(dof) * np.sqrt(variance) - 1e-12
 
     def at(x: np.ndarray) -> np.ndarray:
-        weights = np.zeros((*np.shape(x), len(moments.mean)))
-        weights[..., shift], weights[..., slope] = 1, x - middle
-        return excess(weights)
+        return excess(np.stack([np.ones_like(x), x - middle], axis=-1))
 
     tried = np.linspace(0, MOST_LOG, 2000)
     tried = tried if tokens is None else np.union1d(tried, log_tokens)
@@ -97,8 +91,8 @@ def fieller(moments: Moments, middle: float = 0.0, shift: int = 0, slope: int = 
     if significant.all() or not significant.any():
         return Crossover(tokens, "nowhere" if significant.all() else "unbounded", None, None)
     bounded = excess(at_infinity) > 0
-    runs = np.split(np.arange(len(tried)), np.flatnonzero(significant[1:] != significant[:-1]) + 1)
     # With other degrees of freedom elsewhere there may be several gaps: told is what holds all of the set.
+    runs = np.split(np.arange(len(tried)), np.flatnonzero(significant[1:] != significant[:-1]) + 1)
     span = np.flatnonzero(~significant) if bounded else max((rows for rows in runs if significant[rows[0]]), key=len)
     first, last = span[0], span[-1]
     if bounded and last - first == len(tried) - 1:
@@ -106,6 +100,12 @@ def fieller(moments: Moments, middle: float = 0.0, shift: int = 0, slope: int = 
     low = math.exp(optimize.brentq(at, *tried[[first - 1, first]])) if first else None
     high = math.exp(optimize.brentq(at, *tried[[last, last + 1]])) if last < len(tried) - 1 else None
     return Crossover(tokens, "bounded" if bounded else "outside", low, high)
+
+
+def _compared(runs: pd.DataFrame, column: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Of every two configurations a and b their pairs, with b − a as `difference`."""
+    for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
+        yield a, b, pairs(runs, {"configuration": b}, {"configuration": a}, ["train_tokens"], column)
 
 
 def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
@@ -117,42 +117,35 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
     Columns: a, b, slopes (an `Estimate`, b − a), p (Student's t), tokens, kind, low, high (as `Crossover`), verdict.
     """
     rows = []
-    for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
-        both = comparable(pairs(runs, {"configuration": b}, {"configuration": a}), column)
+    for a, b, both in _compared(runs, column):
         if not both.groupby("replicate")["train_tokens"].nunique().max() > 1:
             continue
         log_tokens = np.log(both["train_tokens"])
         middle = log_tokens.mean()
-        both = both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"], x=log_tokens - middle)
+        both = both.assign(x=log_tokens - middle)
         moments = Coefficients("difference ~ x", both, differences(runs, both, column)).moments
         slopes = moments.estimate([0, 1], f"α of {b} − α of {a}", unit="difference of exponents")
-        result, p = fieller(moments, middle), math.nan
-        if moments.parts:
-            variance, dof = moments.variance(np.array([0, 1]))
-            p = float(2 * stats.t.sf(abs(slopes.value) / math.sqrt(variance), dof)) if variance else math.nan
-        inside = result.tokens and both["train_tokens"].min() <= result.tokens <= both["train_tokens"].max()
-        known = result.kind == "bounded" and result.tokens is not None
-        verdict = "none established" if not known else "within the sizes" if inside else "beyond the sizes"
-        row = {"a": a, "b": b, "slopes": slopes, "p": p, "tokens": result.tokens, "kind": result.kind}
-        rows.append(row | {"low": result.low, "high": result.high, "verdict": verdict})
+        met = fieller(moments, middle)
+        verdict = "none established"
+        if met.kind == "bounded" and met.tokens is not None:
+            inside = both["train_tokens"].min() <= met.tokens <= both["train_tokens"].max()
+            verdict = "within the sizes" if inside else "beyond the sizes"
+        rows.append({"a": a, "b": b, "slopes": slopes, "p": slopes.p} | asdict(met) | {"verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
 
 
-def crossing_by_chance(
-    leads: Sequence[float], covariance: np.ndarray, dof: float, replicates: int = 1, draws: int = 100_000
-) -> np.ndarray:
+def crossing_by_chance(leads: Sequence[float], covariance: np.ndarray, dof: float, replicates: int = 1) -> np.ndarray:
     """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
 
-    Simulated: deviations follow Student's law, since their covariance is an estimate.
+    Of 100,000 simulated ones. Deviations follow Student's law, since their covariance is an estimate.
 
     Args:
         leads: differences of two losses, nats, of either sign.
         covariance: [2, 2], of that difference at the smaller and the larger size, from replicate to replicate.
         dof: degrees of freedom that it has.
         replicates: of a study, which takes their mean.
-        draws: studies.
     """
-    chance = np.random.default_rng(0)
+    chance, draws = np.random.default_rng(0), 100_000
     off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
     off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
     return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
@@ -164,55 +157,39 @@ def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataF
     Their difference is taken to be the same at the smallest and the largest size, the mean over both, and to scatter
     from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
 
-    Columns: lead (nats, a − b), covariance and dof (as in `crossing_by_chance`), and estimates, the share of studies of
+    Columns: lead (nats, b − a), covariance and dof (as in `crossing_by_chance`), and estimates, the share of studies of
     1, 3 and 5 replicates that see a crossover.
     """
     rows = []
-    for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
-        both = comparable(pairs(runs, {"configuration": a}, {"configuration": b}), column)
-        gaps = (both[f"{column}_a"] - both[f"{column}_b"]).groupby([both["replicate"], both["train_tokens"]]).mean()
-        gaps = gaps.unstack().iloc[:, [0, -1]].dropna() if len(gaps) else pd.DataFrame()
-        if len(gaps) < 3 or gaps.columns[0] == gaps.columns[1]:
+    for a, b, both in _compared(runs, column):
+        if both["train_tokens"].nunique() < 2:
             continue
-        known = {"lead": gaps.to_numpy().mean(), "covariance": gaps.cov().to_numpy(), "dof": len(gaps) - 1}
+        gaps = both.pivot_table(index="replicate", columns="train_tokens", values="difference")
+        gaps = gaps.iloc[:, [0, -1]].dropna()
+        if len(gaps) < 3:
+            continue
+        lead, covariance, dof = gaps.to_numpy().mean(), gaps.cov().to_numpy(), len(gaps) - 1
         shares = []
         for n in STUDIES:
-            (share,) = crossing_by_chance([known["lead"]], known["covariance"], known["dof"], n)
+            (share,) = crossing_by_chance([lead], covariance, dof, n)
             contrast = f"{a} and {b} cross by chance, {n} replicate{'s' * (n > 1)}"
             shares.append(Estimate(contrast, "", share, None, None, 2 * n, n, None, (), "% of studies"))
-        rows.append(known | {"estimates": shares})
+        rows.append({"lead": lead, "covariance": covariance, "dof": dof, "estimates": shares})
     return pd.DataFrame(rows, columns=["lead", "covariance", "dof", "estimates"])
 
 
-@dataclass(frozen=True)
-class Saturating:
-    """loss = floor + scale · tokens^(−beta), nats, and Akaike's corrected criterion beside the power law's."""
-
-    floor: float
-    scale: float
-    beta: float
-    aicc: float
-    aicc_power_law: float
-    """Of the same points, as if they were independent; nan with too few."""
-    at_bound: str
-    """Where the fit ends at a bound, which: the points then show no bend."""
-
-    def log_ppl(self, tokens: float | np.ndarray) -> float | np.ndarray:
-        """The law's loss at so many tokens."""
-        return self.floor + self.scale * np.asarray(tokens, float) ** -self.beta
-
-
-def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> Saturating:
+def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> tuple[float, float, float]:
     """Least squares of the loss on a constant and tokens^(−beta), neither coefficient negative.
 
     For a given beta the law is linear, so that only beta is searched (variable projection; Golub & Pereyra, 1973).
 
+    Returns:
+        floor, nats; scale; and beta, within `BETAS`. Of points that show no bend, floor or scale is 0.
+
     Raises:
-        ValueError: fewer than four distinct sizes, or a value is not positive and finite.
+        ValueError: fewer than four distinct sizes.
     """
     sizes, y = np.asarray(tokens, float), np.asarray(log_ppl, float)
-    if not (np.isfinite(sizes) & (sizes > 0)).all() or not np.isfinite(y).all():
-        raise ValueError("a law needs positive finite tokens and finite losses: drop the runs without")
     if np.unique(sizes).size < 4:
         raise ValueError(f"a law that saturates needs runs of four sizes, but there are {np.unique(sizes).size}")
     x = np.log(sizes)
@@ -226,22 +203,9 @@ def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> Saturating:
     best = int(np.argmin([fitted(b)[1] for b in tried]))
     around = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
     result = optimize.minimize_scalar(lambda b: fitted(b)[1], bounds=around, method="bounded", options={"xatol": 1e-6})
-    (floor, scale), distance = fitted(result.x)
+    floor, scale = fitted(result.x)[0]
     beta = math.exp(result.x)
-    bounds = {"no floor": floor <= 0, "no slope": scale <= 0, "smallest beta": beta < 1.05 * BETAS[0]}
-    bounds["largest beta"] = beta > BETAS[1] / 1.05
-    rest = np.polyfit(x, y, 1, full=True)[1]
-    criteria = [_aicc(squares, len(x), k) for squares, k in ((distance**2, 3), (float(rest.sum()), 2))]
-    at_bound = ", ".join(name for name, is_so in bounds.items() if is_so)
-    return Saturating(float(floor), float(scale * math.exp(beta * middle)), beta, *criteria, at_bound)
-
-
-def _aicc(squares: float, n: int, coefficients: int) -> float:
-    """Akaike's criterion of a least-squares fit, corrected for few points (Hurvich & Tsai, 1989)."""
-    if n - coefficients - 2 < 1 or squares <= 1e-20 * n:
-        return math.nan
-    likelihood = -n / 2 * (math.log(2 * math.pi * squares / n) + 1)
-    return float(aicc(likelihood, n, coefficients + 1))  # and the variance
+    return float(floor), float(scale * math.exp(beta * middle)), beta
 
 
 def forecasts(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
@@ -262,9 +226,10 @@ def forecasts(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
                 if form == "power law":
                     predicted = np.polyval(np.polyfit(rest["log_tokens"], rest[column], 1), math.log(largest))
                 else:
-                    predicted = saturating(rest["train_tokens"], rest[column]).log_ppl(largest)
+                    floor, scale, beta = saturating(rest["train_tokens"], rest[column])
+                    predicted = floor + scale * np.power(float(largest), -beta)
                 values.append(float(predicted) - held[column].mean())
             if values:
-                moments = Moments(*crossed(np.array(values)[:, None], None), len(rows), len(values), drawn(rows))
+                moments = crossed(np.array(values)[:, None], rows)
                 result.append(moments.estimate([1.0], f"{form} of {label}", f"{largest:,} tokens"))
     return result
