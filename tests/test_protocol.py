@@ -242,7 +242,6 @@ def test_held_out_tokens_are_the_windows_last_and_replace_validation(case, data)
         (40, {"train_tokens": None, "train_samples": 1, "train_sample_tokens": 1}, "train_samples"),
         (40, {"train_tokens": 5, "max_sample_tokens": 1}, "val_samples"),
         (40, {"train_tokens": 5, "held_out_tokens": 4}, "held_out_tokens"),
-        *((samples, {"train_tokens": 2}, "train_tokens") for samples in range(1, 6)),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameters, names):
