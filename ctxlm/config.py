@@ -94,13 +94,11 @@ class Experiment(BaseModel):
         0, description="0: the embedding as it is; otherwise its dimensions' signs, or random's numbers, are drawn"
     )
     embedding_turned: Natural | None = Field(
-        None, description="the dimension of the embedding whose sign is turned; null: none"
+        None, description="the embedding's dimension that changes sign; null: none"
     )
     train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
-    train_sample_tokens: Count | None = Field(
-        None, description="a training sample is cut to its first so many tokens; null: it is whole"
-    )
+    train_sample_tokens: Count | None = Field(None, description="first tokens read of a training sample; null: all")
     data_seed: int = Field(
         0, ge=0, lt=60, description="the training window begins at so many sixtieths of the training capacity"
     )
@@ -109,12 +107,8 @@ class Experiment(BaseModel):
         200, description="development samples, on which settings are chosen: the first of their region"
     )
     test_samples: Count = Field(200, description="test samples, by which nothing is chosen: the first of their region")
-    max_sample_tokens: Count | None = Field(
-        256, description="a judged sample is cut to its first so many tokens; null: it is whole"
-    )
-    held_out_tokens: Natural = Field(
-        0, description="for tuning: so many last training tokens are left out, and stand in for validation"
-    )
+    max_sample_tokens: Count | None = Field(256, description="first tokens read of a judged sample; null: all")
+    held_out_tokens: Natural = Field(0, description="for tuning: last training tokens that stand in for validation")
     # The model
     model: Literal["context", "kneser-ney", "lstm", "mingru", "transformer"] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
@@ -172,9 +166,7 @@ class Experiment(BaseModel):
     )
     # Other models
     ngram_order: int = Field(4, ge=1, le=64, description="tokens that an n-gram of kneser-ney spans")
-    ngram_second_half: bool = Field(
-        False, description="kneser-ney counts the text that the ppmi embedding has read, too"
-    )
+    ngram_second_half: bool = Field(False, description="kneser-ney counts the text that ppmi has read, too")
     hidden_dim: Width = Field(1712, description="width of the lstm's or mingru's state, or of the transformer's layers")
     window: Count = Field(
         32, description="tokens an lstm or mingru is trained through at a time, or a transformer sees at most"

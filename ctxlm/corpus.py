@@ -191,7 +191,6 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         ConfigError: more is asked of a part than it has, or a part is left a single token.
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
-    capacity, starts = _capacity(corpus, e)
     of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
     names = ("val_samples", "development_samples", "test_samples")
     refused = [
@@ -200,7 +199,7 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         if getattr(e, name) > of.region
     ]
     try:
-        start, length = _window(corpus, starts, e)
+        capacity, start, length = _window(corpus, e)
     except ConfigError as error:
         refused.append(str(error))
     if refused:
@@ -238,8 +237,7 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     for e in experiments:
         corpus = read(e.corpus, e.shuffle_samples)
         split(e, corpus)
-        capacity, starts = _capacity(corpus, e)
-        start, length = _window(corpus, starts, e)
+        capacity, start, length = _window(corpus, e)
         text = (e.corpus, e.shuffle_samples, e.train_sample_tokens)
         windows = texts.setdefault(text, {})
         _, longest = windows.get(e.data_seed, (0, 0))
@@ -262,14 +260,10 @@ def check_data(experiments: Iterable[Experiment]) -> None:
                 )
 
 
-def _capacity(corpus: Corpus, e: Experiment) -> tuple[Stream, np.ndarray]:
-    """What may be trained on, and where in it each of its samples starts, and where it ends, [samples + 1]."""
-    stream = corpus.stream(0, corpus.capacity, e.train_sample_tokens)
-    return stream, np.searchsorted(stream.samples, np.arange(corpus.capacity + 1))
-
-
-def _window(corpus: Corpus, starts: np.ndarray, e: Experiment) -> tuple[int, int]:
-    """First token and number of tokens of the training window in the corpus's capacity."""
+def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
+    """What may be trained on, and where in it the training window starts, and how many tokens it has."""
+    capacity = corpus.stream(0, corpus.capacity, e.train_sample_tokens)
+    starts = np.searchsorted(capacity.samples, np.arange(corpus.capacity + 1))  # of samples; the last is the end
     unit = "tokens" if e.train_samples is None else "samples"
     asked, most = getattr(e, f"train_{unit}"), int(starts[-1]) if unit == "tokens" else len(starts) - 1
     if asked > most:
@@ -287,7 +281,7 @@ def _window(corpus: Corpus, starts: np.ndarray, e: Experiment) -> tuple[int, int
             f"held_out_tokens = {e.held_out_tokens} of {length:,} training tokens: it must leave two or more, and hold "
             "two or more itself (0: none are held out)"
         )
-    return int(starts[first]), length
+    return capacity, int(starts[first]), length
 
 
 def _cached_corpus(name: str, raw: bytes, read: Callable[[str, bytes], list[str]]) -> Corpus:

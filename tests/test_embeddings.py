@@ -68,23 +68,11 @@ def test_ppmi_is_its_definition_within_samples(samples):
     np.testing.assert_allclose(matrix.toarray(), expected, rtol=1e-5, atol=1e-6)
 
 
-def planted_matrix(values, seed=0):
-    """A symmetric matrix with these eigenvalues, and its eigenvectors."""
-    draw = np.random.default_rng(seed)
-    vectors, _ = np.linalg.qr(draw.standard_normal((len(values), len(values))))
-    return (vectors * values) @ vectors.T, vectors
-
-
-def test_the_truncated_svd_agrees_with_the_full_one():
-    planted, vectors = planted_matrix(np.append([9, -8, 7, 6, -5, 4, 3, 2], np.linspace(-0.01, 0.01, 192)))
-    rows, magnitudes = embeddings._truncated_svd(scipy.sparse.csr_array(planted.astype(np.float32)), 8)
-    np.testing.assert_allclose(magnitudes, [9, 8, 7, 6, 5, 4, 3, 2], rtol=1e-4)
-    np.testing.assert_allclose(np.abs(vectors[:, :8].T @ rows), np.eye(8), atol=1e-3)
-
-
 def test_the_truncated_svd_of_a_flat_spectrum_holds_nearly_all_that_can_be_held():
-    values = np.arange(1, 1501) ** -0.25 * np.random.default_rng(1).choice([-1, 1], 1500)  # as in a PPMI matrix
-    planted, _ = planted_matrix(values)
+    draw = np.random.default_rng(1)
+    values = np.arange(1, 1501) ** -0.25 * draw.choice([-1, 1], 1500)  # as in a PPMI matrix
+    vectors, _ = np.linalg.qr(draw.standard_normal((1500, 1500)))
+    planted = (vectors * values) @ vectors.T
     rows, magnitudes = embeddings._truncated_svd(scipy.sparse.csr_array(planted.astype(np.float32)), 60)
     np.testing.assert_allclose(rows.T @ rows, np.eye(60), atol=1e-4)
     best = np.sort(np.abs(values))[::-1][:60]
@@ -174,8 +162,7 @@ def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache, tmp_pa
     fixed = loaded()
     one, same, other = (loaded(embedding_seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
-    assert one.dtype == np.float32 and np.array_equal(np.abs(one), np.abs(fixed))
-    assert 0 < (one != fixed).any(0).sum() < 8 and np.array_equal(one, fixed * signs(8, 1))
+    assert one.dtype == np.float32 and np.array_equal(one, fixed * signs(8, 1)) and {*signs(8, 1)} == {-1, 1}
     assert np.array_equal(signs(8, 1, 3), signs(8, 1) * signs(8, 0, 3))
     assert np.array_equal(loaded(embedding_turned=1), fixed * np.float32([1, -1, 1, 1, 1, 1, 1, 1]))
     save_file({"wte.weight": fixed}, tmp_path / "model.safetensors")
@@ -191,10 +178,8 @@ def test_rows_may_be_centred_or_of_one_length(cache, tmp_path):
     given, centred, unit = (loaded(embedding=name, embedding_rows=rows) for rows in ("given", "centred", "unit"))
     assert given.dtype == centred.dtype == unit.dtype == np.float32
     np.testing.assert_allclose(centred, given - given.mean(0, dtype=np.float64), atol=1e-5)
-    np.testing.assert_allclose(centred.mean(0, dtype=np.float64), 0, atol=1e-5)
     lengths = np.linalg.norm(given.astype(np.float64), axis=1)
-    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), lengths.mean(), rtol=1e-4)
-    np.testing.assert_allclose(unit / lengths.mean(), given / lengths[:, None], atol=1e-5)  # no row is turned
+    np.testing.assert_allclose(unit / lengths.mean(), given / lengths[:, None], atol=1e-5)
     signed = loaded(embedding=name, embedding_rows="unit", embedding_turned=1)
     assert np.array_equal(signed, unit * signs(8, 0, 1))
 
