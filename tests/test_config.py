@@ -41,10 +41,7 @@ def test_a_bad_value_is_refused_with_parameter_and_value(name):
         assert refusal(Experiment.from_mapping, {name: value}).startswith(f"{name} = {value!r}: "), value
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("num_layer", "num_layers"), ("phase2_learningrate", "phase2_learning_rate"), ("SEED", "docs/parameters.md")],
-)
+@pytest.mark.parametrize(("name", "meant"), [("num_layer", "num_layers"), ("SEED", "docs/parameters.md")])
 def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
     message = refusal(Experiment.from_mapping, {name: 3, "context_dim": 0})
     assert f"{name} = 3 " in message and meant in message and "context_dim = 0" in message
@@ -62,6 +59,8 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"context_rank": 8, "phase2_context_window": 1},
         {"context_rank": 769, "context_dim": 768},
         {"embedding_turned": 768, "embed_dim": 768},
+        {"embedding": "gpt2", "embed_dim": 128},
+        {"embedding": "smollm2", "embed_dim": 577},
         {"ngram_second_half": True, "model": "context"},
         {"hidden_dim": 30, "num_heads": 8, "model": "transformer"},
         {"phase2_batch_size": 512, "window": 30, "model": "lstm"},
@@ -80,29 +79,16 @@ def test_values_that_contradict_each_other_are_refused(values):
 
 def test_experiments_survive_json_and_yaml_in_any_order_and_every_parameter_counts():
     changed = {"corpus": "texts/mine.txt", "train_tokens": None, "train_samples": 5, "phase2_learning_rate": 1e-05}
-    for values in ({}, changed):
-        experiment = Experiment.from_mapping(values)
-        backwards = dict(reversed(experiment.model_dump().items()))
-        for reread in (json.loads(json.dumps(backwards)), yaml.safe_load(yaml.safe_dump(backwards, sort_keys=False))):
-            again = Experiment.from_mapping(reread)
-            assert again == experiment and again.params_hash == experiment.params_hash
-    others = [Experiment().model_copy(update={name: "other"}) for name in FIELDS]
+    experiment = Experiment.from_mapping(changed)
+    backwards = dict(reversed(experiment.model_dump().items()))
+    for reread in (json.loads(json.dumps(backwards)), yaml.safe_load(yaml.safe_dump(backwards, sort_keys=False))):
+        again = Experiment.from_mapping(reread)
+        assert again == experiment and again.params_hash == experiment.params_hash
+    others = [Experiment().model_copy(update={name: -1}) for name in FIELDS]
     assert len({experiment.params_hash for experiment in others}) == len(FIELDS)
     assert Experiment(phase1_gradient_clip=1).params_hash == Experiment(phase1_gradient_clip=1.0).params_hash
     later = Experiment.from_mapping({"num_layers": 6, "seed": 1}, {"num_layers": "3", "weight_decay": "1e-4"})
     assert later == Experiment(num_layers=3, seed=1, weight_decay=0.0001)  # numbers may be written as text
-
-
-# A notebook's namespace
-
-CONTEXT, BASELINE = NOTEBOOKS["context"], NOTEBOOKS["lstm"]
-IPYTHON = {"__name__": "__main__", "_": "", "_ih": [""], "Out": {}, "exit": object(), "json": json}
-PARAMETERS = "train_tokens = 10_000\nnum_layers = 6"
-
-
-def in_jupyter(*cells, **values):
-    """The names of a kernel in which the parameters' cell was run, then others, whose values these are."""
-    return IPYTHON | {"train_tokens": 10_000, "num_layers": 6} | values | {"In": ["", PARAMETERS, *cells]}
 
 
 def test_a_finished_run_has_its_experiment_again():
@@ -111,41 +97,47 @@ def test_a_finished_run_has_its_experiment_again():
     assert Experiment.of_run(row) == e.model_copy(update={"device": "cpu", "dtype": "float32"})
 
 
+# A notebook's namespace
+
+CONTEXT, BASELINE = NOTEBOOKS["context"], NOTEBOOKS["lstm"]
+PARAMETERS = "train_tokens = 10_000\nnum_layers = 6"
+
+
+def in_jupyter(*cells, **values):
+    """The names of a kernel in which the parameters' cell was run, then others, whose values these are."""
+    names = {"__name__": "__main__", "_": "", "Out": {}, "json": json, "train_tokens": 10_000, "num_layers": 6}
+    return names | values | {"In": ["", PARAMETERS, *cells]}
+
+
 @pytest.mark.parametrize("value", [1, "text", None, {"num_layers": 3}])
-def test_an_unknown_value_in_a_notebooks_namespace_is_refused(value):
-    parameters = {"_": "", "json": json, "num_layers": 3, "train_samples": None, "output_dir": "outputs/x"}
-    assert Experiment.from_namespace(parameters, CONTEXT) == Experiment(num_layers=3)
-    message = refusal(Experiment.from_namespace, parameters | {"num_layer": value}, CONTEXT)
+def test_what_papermill_puts_into_a_notebook_is_read_and_refused_if_unknown(value):
+    known = in_jupyter("# Parameters\nnum_layers = 3\noutput_dir = 'x'\n", num_layers=3, output_dir="x")
+    assert Experiment.from_namespace(known, CONTEXT) == Experiment(num_layers=3, train_tokens=10_000)
+    assert "output_dir" in refusal(Experiment.from_namespace, known, CONTEXT, also=("runs",))
+    unknown = in_jupyter(f"# Parameters\nnum_layer = {value!r}\n", num_layer=value)
+    message = refusal(Experiment.from_namespace, unknown, CONTEXT)
     assert message.startswith(f"num_layer = {value!r} ") and "num_layers" in message
-    assert "output_dir" in refusal(Experiment.from_namespace, parameters, CONTEXT, also=("runs",))
-    injected = in_jupyter(f"# Parameters\nnum_layer = {value!r}\n", num_layer=value)  # as papermill does it
-    assert refusal(Experiment.from_namespace, injected, CONTEXT) == message
 
 
 def test_cells_can_be_run_again_others_may_stand_between_and_a_misspelt_name_can_be_corrected():
-    scratch = "for i in range(3):\n    sizes = [i]\nname: str = 'x'"
-    namespace = in_jupyter(scratch, "this is no Python", i=2, sizes=[2], name="x", left=0.5)
+    scratch = "for i in range(3):\n    sizes = [i]\nname = 'x'"
+    namespace = in_jupyter(scratch, "this is = no Python", i=2, sizes=[2], name="x", left=0.5)
     assert Experiment.from_namespace(namespace, CONTEXT) == Experiment(train_tokens=10_000)
     again = namespace | {"In": [*namespace["In"], "num_layers = 4", PARAMETERS, "more = 1"], "more": 1}
     assert Experiment.from_namespace(again | {"num_layers": 4}, CONTEXT).num_layers == 4
-    misspelt = in_jupyter(f"{PARAMETERS}\nphase2_epoch = 3", phase2_epoch=3)
+    misspelt = in_jupyter(f"{PARAMETERS}\nphase2_epoch = 3", "# Parameters\nseed = 7", phase2_epoch=3, seed=7)
     assert "phase2_epoch = 3" in refusal(Experiment.from_namespace, misspelt, CONTEXT)
     corrected = misspelt | {"In": [*misspelt["In"], f"{PARAMETERS}\nphase2_epochs = 3"], "phase2_epochs": 3}
     assert Experiment.from_namespace(corrected, CONTEXT).phase2_epochs == 3
 
 
 @pytest.mark.parametrize(
-    ("notebook", "values"),
-    [
-        (CONTEXT, {"model": "kneser-ney"}),
-        (BASELINE, {"model": "context"}),
-        (CONTEXT, {"corpus": "no/such.txt"}),
-        (CONTEXT, {"embedding": "no/such.safetensors"}),
-    ],
+    ("notebook", "values"), [(CONTEXT, {"model": "lstm"}), (BASELINE, {"model": "context"}), (CONTEXT, {"window": 3})]
 )
-def test_another_notebooks_model_and_files_that_are_not_there_are_refused(notebook, values):
+def test_a_notebook_refuses_another_notebooks_models_and_parameters(notebook, values):
     ((name, value),) = values.items()
-    assert refusal(Experiment.from_namespace, values, notebook).startswith(f"{name} = {value!r} ")
+    given = in_jupyter(f"# Parameters\n{name} = {value!r}", **values)
+    assert refusal(Experiment.from_namespace, given, notebook).startswith(f"{name} = {value!r}")
 
 
 # Parameter files
@@ -209,12 +201,12 @@ def test_a_grid_crosses_experiments_with_swept_values(grid, tmp_path):
     [
         ({"swep": {}}, "swep = {}"),
         ({"experiments": {}}, "experiments = {}"),
-        ({"experiments": None}, "experiments = None"),
         ({"experiments": {"A": [1]}}, "experiments.A = "),
         ({"experiments": {"a b": {}}}, "run a b: "),
         ({"experiments": {"A": {}, "B": {"num_layers": 0}}}, "run B: num_layers = 0"),
         ({"experiments": {"A": {}, "B": "params/C.yaml"}}, "experiment B: params/C.yaml "),
-        *(({"experiments": {name: {}}}, f"run {name}: ") for name in ("report", "corpus-2")),
+        ({"experiments": {"report": {}}}, "run report: "),
+        ({"experiments": {"corpus-2": {}}}, "run corpus-2: "),
         ({"common": "params/C.yaml"}, "params/C.yaml"),
         ({"common": {"num_layer": 3}}, "run A: num_layer = 3"),
         ({"sweep": {"seed": []}}, "sweep.seed = []"),

@@ -114,13 +114,8 @@ def test_chitchats_parts_have_the_known_sizes(chitchat):
     assert chitchat.starts[1354] == 1_133_776
     streams = split(Experiment(), chitchat)
     assert [len(stream) for stream in vars(streams).values()] == [86_925, 45_354, 44_023, 42_008]
-    assert streams.train.samples[0] == 0
-    for part, first in (("val", 1354), ("development", 1554), ("test", 1754)):
-        samples = getattr(streams, part).samples
-        assert (samples[0], samples[-1]) == (first, first + 199)
+    assert [stream.samples[0] for stream in vars(streams).values()] == [0, 1354, 1554, 1754]
     assert len(chitchat.second_half) == len(chitchat.tokens) - chitchat.starts[1954] == 1_386_029
-    streams = split(Experiment(val_samples=100, development_samples=200, max_sample_tokens=128), chitchat)
-    assert [len(stream) for stream in (streams.val, streams.development)] == [12_171, 24_445]
 
 
 # Any corpus
@@ -242,7 +237,6 @@ def test_held_out_tokens_are_the_windows_last_and_replace_validation(case, data)
         (40, {"train_tokens": None, "train_samples": 1, "train_sample_tokens": 1}, "train_samples"),
         (40, {"train_tokens": 5, "max_sample_tokens": 1}, "val_samples"),
         (40, {"train_tokens": 5, "held_out_tokens": 4}, "held_out_tokens"),
-        *((samples, {"train_tokens": 2}, "train_tokens") for samples in range(1, 6)),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameters, names):
