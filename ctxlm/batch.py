@@ -25,7 +25,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ctxlm.config import ConfigError, Experiment, code_hash, load_grid
-from ctxlm.files import ROOT, outputs_dir, resolve
+from ctxlm.files import ROOT, atomic, outputs_dir, resolve
 
 LOCK = ".batch.lock"
 """Beside a notebook that is executed: held by the command that does it."""
@@ -71,8 +71,8 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
             reason += "; most likely for want of memory: run fewer side by side (JOBS=1)"
         if shutil.disk_usage(folder).free < 2**20:
             reason += "; the disk is full: make room there"
-        with suppress(OSError):
-            failure.write_text(reason + "\n", encoding="utf-8")
+        with suppress(OSError), atomic(failure) as path:
+            path.write_text(reason + "\n", encoding="utf-8")
         return reason
 
 
