@@ -89,7 +89,7 @@ rule corpus:
     # Before all runs, which find its caches then. It is no input of theirs: of what a run depends on, all is in `params`.
     priority: 10**9
     shell:
-        EXECUTE + " --name {wildcards.corpus}"
+        EXECUTE
 
 
 rule experiment:
@@ -113,4 +113,4 @@ rule experiment:
         runtime=lambda wildcards, attempt: attempt * (30 + tokens(RUNS[wildcards.run]) // 1000),
         gres=config.get("gres", ""),
     shell:
-        EXECUTE + " --name {wildcards.run:q}"
+        EXECUTE

@@ -1,13 +1,9 @@
 """A notebook of a batch, executed by papermill in a process of its own; what is worth a line is printed.
 
-    python -m ctxlm.batch NOTEBOOK EXECUTED --done FILE --values YAML [--name NAME]
+    python -m ctxlm.batch NOTEBOOK EXECUTED --done FILE --values YAML
 
-is what `Snakefile` runs for a corpus and for each run, here or on a cluster's node;
-
-    python -m ctxlm.batch --check GRID
-    python -m ctxlm.batch --status GRID
-
-say what is wrong with a grid before any work, and how far it is.
+is what `Snakefile` runs for a corpus and for each run, here or on a cluster's node; `--check GRID` says what is wrong
+with a grid before any work, and `--status GRID` how far it is.
 """
 
 import argparse
@@ -69,8 +65,8 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
         if _changed(done) != before:  # papermill's own word is not trusted, neither for good nor for ill
             return ""
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else f"papermill ended with {code} and printed nothing"
+        printed = log.read_text(encoding="utf-8", errors="replace").strip()
+        reason = printed.splitlines()[-1].strip() if printed else f"papermill ended with {code} and printed nothing"
         if code < 0 or "Kernel died" in reason:
             reason += "; most likely for want of memory: run fewer side by side (JOBS=1)"
         if shutil.disk_usage(folder).free < 2**20:
@@ -87,10 +83,13 @@ def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
     from ctxlm.embeddings import data_hash  # not above: it takes a second, which every job would pay
 
     wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
-    metrics = json.loads(done.read_text(encoding="utf-8"))
-    hashes = {"code_hash": code_hash(wanted.model), "data_hash": data_hash(wanted)}
-    alike = wanted.is_that_of(metrics) and wanted.dtype in ("auto", metrics["dtype"])
-    return alike and all(metrics.get(name) == value for name, value in hashes.items())
+    metrics = json.loads(done.read_bytes())
+    return (
+        wanted.is_that_of(metrics)
+        and wanted.dtype in ("auto", metrics["dtype"])
+        and metrics.get("code_hash") == code_hash(wanted.model)
+        and metrics.get("data_hash") == data_hash(wanted)
+    )
 
 
 def visible_gpus() -> list[str]:
@@ -150,7 +149,7 @@ def failures(home: Path, runs: Iterable[str]) -> dict[str, str]:
     for name in runs:
         failure = home / name / FAILURE
         if failure.exists():
-            reasons[name] = failure.read_text(encoding="utf-8", errors="replace").strip()
+            reasons[name] = failure.read_text(encoding="utf-8").strip()
         elif not (home / name / "metrics.json").exists():
             reasons[name] = "was stopped" if (home / name).is_dir() else "was not begun"
     return reasons
@@ -163,32 +162,29 @@ def status(grid: str) -> list[str]:
         ConfigError: there is no such grid.
     """
     plan = load_grid(grid)
-    home, states, lines, width = outputs_dir() / plan.name, Counter(), [], max(map(len, plan.runs))
-    for name, run in sorted(plan.runs.items()):
-        folder, done = home / name, home / name / "metrics.json"
-        if any(_is_taken(folder / lock) for lock in (LOCK, ".lock")):  # the latter is of its kernel
-            state, rest = "running", _last_step(folder)
-        elif (folder / FAILURE).exists():
-            state, rest = "failed", failures(home, [name])[name]
-        elif done.exists():
-            alike = is_finished(done, run.for_notebook())
-            state, rest = ("finished", _result(done)) if alike else ("to come", "of other parameters, code or text")
-        else:
-            state, rest = ("stopped", _last_step(folder)) if folder.is_dir() else ("to come", "")
-        states[state] += 1
-        lines.append(f"{name:{width}}  {state:8}  {rest}".rstrip())
-    counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    return [f"Grid {plan.name}: {len(plan.runs)} runs, {counted}", *lines]
+    home, width = outputs_dir() / plan.name, max(map(len, plan.runs))
+    states = {name: _state(home / name, run) for name, run in sorted(plan.runs.items())}
+    counted = Counter(state for state, _ in states.values()).most_common()
+    head = f"Grid {plan.name}: {len(plan.runs)} runs, " + ", ".join(f"{count} {state}" for state, count in counted)
+    return [head, *(f"{name:{width}}  {state:8}  {rest}".rstrip() for name, (state, rest) in states.items())]
 
 
-def _is_taken(path: Path) -> bool:
-    """Whether a process has the lock `path`."""
-    try:
-        if path.exists():
-            FileLock(path).acquire(0).lock.release()
-        return False
-    except Timeout:
-        return True
+def _state(folder: Path, run: Experiment) -> tuple[str, str]:
+    """What has become of a run, in a word; and what else there is to say."""
+    done = folder / "metrics.json"
+    if (folder / LOCK).exists():
+        try:
+            with FileLock(folder / LOCK, timeout=0):
+                pass
+        except Timeout:
+            return "running", _last_step(folder)
+    if (folder / FAILURE).exists():
+        return "failed", (folder / FAILURE).read_text(encoding="utf-8").strip()
+    if is_finished(done, run.for_notebook()):
+        return "finished", _result(done)
+    if done.exists():
+        return "to come", "of other parameters, code or text"
+    return ("stopped", _last_step(folder)) if folder.is_dir() else ("to come", "")
 
 
 def _last_step(folder: Path) -> str:
@@ -217,7 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("executed", nargs="?", type=Path, help="where it is kept with its outputs")
     parser.add_argument("--done", type=Path, help="the file that it writes last, beside it")
     parser.add_argument("--values", help="its parameters, as YAML")
-    parser.add_argument("--name", default="", help="what begins each line that is printed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--check", metavar="GRID", help="say what is wrong with a grid instead")
     parser.add_argument("--status", metavar="GRID", help="print how far a grid is instead")
@@ -230,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             return _carry_out(given)
     except (ConfigError, OSError) as error:
-        print(f"{given.name}: {error}" if given.name else error, file=sys.stderr)
+        print(f"{given.done.parent.name}: {error}" if given.done else error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -238,17 +233,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _carry_out(given: argparse.Namespace) -> int:
+    """Execute a notebook; each line that is printed begins with its folder's name."""
     done, began = resolve(given.done), time.monotonic()
-    say(f"{given.name}: begins")
-    values = yaml.safe_load(given.values)
-    if reason := execute(given.notebook, resolve(given.executed), done, values, given.threads):
-        say(f"{given.name}: failed: {reason}")
+    folder = done.parent
+    say(f"{folder.name}: begins")
+    reason = execute(given.notebook, resolve(given.executed), done, yaml.safe_load(given.values), given.threads)
+    if reason:
+        say(f"{folder.name}: failed: {reason}")
         return 1
     planned = int(os.environ.get("CTXLM_PLANNED") or 0)  # by Snakefile
-    written = [json.loads(path.read_bytes()) for path in done.parent.parent.glob("*/metrics.json")]
+    written = [json.loads(path.read_bytes()) for path in folder.parent.glob("*/metrics.json")]
     left = planned - sum(metrics.get("code_hash") == code_hash(metrics["model"]) for metrics in written)
     rest = f", {max(left, 0)} of {planned} runs left" if planned else ""
-    say(f"{given.name}: {_result(done)}, {time.monotonic() - began:.0f} s{rest}")
+    say(f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s{rest}")
     return 0
 
 

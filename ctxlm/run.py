@@ -15,8 +15,8 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -93,15 +93,25 @@ class Run:
         """
         if output_dir is None:
             settings, folder = folder_by_hand(settings)
+        else:
+            folder = resolve(output_dir)
         # a batch does a run anew whose parameters its grid has changed
-        elif _holds_another(folder := resolve(output_dir), settings) and os.environ.get("CTXLM_PROGRESS") != "lines":
+        if os.environ.get("CTXLM_PROGRESS") != "lines" and _holds_another(folder, settings):
             raise ConfigError(f"output_dir = {str(output_dir)!r} holds a run of other parameters: name another folder")
-        self.settings, self.folder, self.watch = settings, take_folder(folder), Stopwatch()
+        self.settings, self.folder = settings, take_folder(folder)
+        self.began, self.seconds = time.perf_counter(), defaultdict(float)
         self.device = resolve_device(settings)
         self.dtype = resolve_dtype(settings, self.device)
 
     def __repr__(self) -> str:
         return f"to {os.path.relpath(self.folder)}, on {self.device}, matrix products in {self.dtype}"
+
+    @contextmanager
+    def watch(self, step: str) -> Iterator[None]:
+        """Add what the block takes, by the clock, to the step's seconds."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"{step}_seconds"] += time.perf_counter() - began
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -110,16 +120,16 @@ class Run:
         resolved = self.settings.model_copy(update=machine)
         card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         packages = ("numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
+        versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+        # torch's own word says which build it is; the package's metadata may leave "+cu132" out
+        versions["torch"] = str(torch.__version__)
         return resolved.model_dump() | {
             "protocol": PROTOCOL,
             "params_hash": resolved.params_hash,
             "code_hash": code_hash(resolved.model),
             "data_hash": data_hash(resolved),
             "git_commit": git_commit(),
-            # torch's own word says which build it is; the package's metadata may leave "+cu132" out
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in packages}
-            | {"torch": str(torch.__version__)},
+            "versions": versions,
             "device_name": card,
             "threads": torch.get_num_threads(),
         }
@@ -150,7 +160,7 @@ class Run:
             weights: what model.safetensors holds.
 
         Raises:
-            ValueError: a metric is not finite (JSON has no such numbers).
+            NonFiniteLoss: a metric is not finite (JSON has no such numbers).
             OSError: the disk is full or not writable; if it is so before all is written, an earlier run is untouched.
         """
         losses = {part: torch.as_tensor(by_token).cpu().numpy() for part, (by_token, _) in judged.items()}
@@ -163,9 +173,9 @@ class Run:
             metrics |= {f"{part}_bytes": int(table["bytes"].sum()), f"{part}_bits_per_byte": bits_per_byte(table)}
         if metrics.get("trained_params"):
             metrics["tokens_per_parameter"] = metrics["train_tokens"] / metrics["trained_params"]
-        metrics |= self.watch.seconds
+        metrics |= self.seconds | {"total_seconds": time.perf_counter() - self.began}
         if bad := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
-            raise ValueError(f"{bad[0]} = {metrics[bad[0]]} is not finite: the run is not written")
+            raise NonFiniteLoss(f"{bad[0]} = {metrics[bad[0]]} is not finite: the run is not written")
         history = history + losses_by_frequency(losses["development"], streams.development, streams.train)
         rows = pd.DataFrame(history, columns=["phase", "step", "metric", "value"])
         samples, val = pd.concat(tables, names=["part"]).reset_index(level=0), streams.val.samples[1:]
@@ -256,25 +266,6 @@ def _baseline(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
     return this.write(streams, judged, baseline.columns, baseline.history, baseline.weights)
 
 
-class Stopwatch:
-    """Wall-clock seconds by step: `with watch("phase1"): ...` adds to `watch.seconds["phase1_seconds"]`."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.steps: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.steps[f"{step}_seconds"] = self.steps.get(f"{step}_seconds", 0.0) + time.perf_counter() - began
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of every step so far, and total_seconds since the watch was made."""
-        return self.steps | {"total_seconds": time.perf_counter() - self.began}
-
-
 def processor() -> str:
     """The processor's name, or its architecture where the system does not say: others round and add up otherwise."""
     with suppress(OSError, StopIteration):
@@ -299,19 +290,17 @@ def git_commit() -> str | None:
 
 
 def take_folder(folder: Path) -> Path:
-    """Make a run's folder, see that it can be written to, and take it till this process ends.
+    """Make a run's folder and take it till this process ends.
 
     Raises:
         ConfigError: nothing can be written there, or another process is at it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        taken = take(folder / LOCK)
+    except OSError as error:
+        reason = error.strerror
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written to ({reason}): name another") from None
-    if not take(folder / LOCK):
+    if not taken:
         raise ConfigError(
             f"output_dir = {str(folder)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"

@@ -1,11 +1,12 @@
 """Hyper-parameters by Optuna, the same way for every model: `python -m ctxlm.search params/search/lstm.yaml`.
 
-A trial is one run at the quick scale in `outputs/search/<name>/trial-NNN/`, judged on held-out training text; Optuna's
+A trial is one run at the quick scale in `outputs/search/<name>/quick-NNN/`, judged on held-out training text; Optuna's
 journal beside them is what a search that was stopped goes on from. `--top 3` runs the best three at full size, in
 `full-NNN/`, judged on development. `data/search/<name>.csv` holds all of them.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -14,26 +15,31 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pandas as pd
+import torch
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, Field
 
-from ctxlm.batch import free_gpu
-from ctxlm.config import ConfigError, Experiment, Layers, Seed, code_hash, names_of, read_layers, read_yaml, validated
+from ctxlm.batch import free_gpu, is_finished
+from ctxlm.config import ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep, validated
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
+from ctxlm.networks import NeuralLM
 
 TABLES = ROOT / "data" / "search"
 JUDGED = {"quick": "val", "full": "development"}
 """By which text settings are chosen: at the quick scale validation is held-out training text."""
+OVER = (TrialState.COMPLETE, TrialState.PRUNED)
+"""States of a trial that has ended; pruned is one whose loss is not finite."""
 AT_RANDOM = 8
 """Trials that the sampler must know before it chooses by them."""
 
@@ -67,18 +73,20 @@ class Search:
             self.file: SearchFile = validated(SearchFile, read_yaml(path))
             quick = [read_yaml("params/base.yaml"), *read_layers(self.file.common)]
             self.layers = {"quick": quick, "full": [*quick, *read_layers(self.file.full)]}
-            first = {line: self._ends(line)[0] for line in self.file.space}
             for line in self.file.space:
                 for value in self._ends(line):
-                    for scale in self.layers:
-                        e = self.experiment(first | {line: value}, scale)
-                        if scale == "quick" and not e.held_out_tokens:
-                            raise ConfigError("held_out_tokens = 0: hold out text to choose by")
-            self.model = self.experiment(first, "quick").model
-            check_data([self.experiment(first, "quick")])
-            check_data([self.experiment(first, "full")])
+                    quick, _ = (self.experiment(self.first | {line: value}, scale) for scale in JUDGED)
+                    if not quick.held_out_tokens:
+                        raise ConfigError("held_out_tokens = 0: hold out text to choose by")
+            for scale in JUDGED:
+                check_data([self.experiment(self.first, scale)])
         except (ConfigError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from None
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The first value of every line of the space, as if it were drawn."""
+        return {line: self._ends(line)[0] for line in self.file.space}
 
     def _ends(self, line: str) -> list[Any]:
         """The values of a line of the space, or the ends of its range."""
@@ -87,10 +95,7 @@ class Search:
 
     def point(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """What is drawn, line → value (or values), by parameter."""
-        point: dict[str, Any] = {}
-        for line, value in drawn.items():
-            names = names_of(line)
-            point |= dict(zip(names, value if len(names) > 1 else [value], strict=True))
+        (point,) = sweep({line: [value] for line, value in drawn.items()})
         return point
 
     def experiment(self, drawn: Mapping[str, Any], scale: str) -> Experiment:
@@ -113,67 +118,64 @@ class Search:
             point["hidden_dim"] = width_of(e, parameters)
         return Experiment.from_mapping(point)
 
+    @cached_property
     def study(self) -> optuna.Study:
-        """Optuna's, from the journal; trials that were stopped are given up."""
+        """Optuna's, from the journal; trials that were stopped are given up.
+
+        Raises:
+            ConfigError: the journal is of another search.
+        """
         self.home.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self.home / "journal.log")))
         study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
-        asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.seed]), code_hash(self.model))
-        if study.user_attrs.setdefault("asked", asked) != asked:
+        code = code_hash(self.experiment(self.first, "quick").model)
+        asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.seed]), code)
+        if study.user_attrs.get("asked", asked) != asked:
             raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
         study.set_user_attr("asked", asked)
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
-        over = len(self.over(study))
-        study.sampler = optuna.samplers.TPESampler(seed=self.file.seed + over, n_startup_trials=AT_RANDOM)
+        seed = self.file.seed + len(study.get_trials(states=OVER))
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_RANDOM)
         return study
 
-    def over(self, study: optuna.Study) -> list[FrozenTrial]:
-        """The trials that have ended, also by a loss that is not finite."""
-        return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    @property
+    def left(self) -> int:
+        """Trials that have not ended yet."""
+        return self.file.trials - len(self.study.get_trials(states=OVER))
 
-    def draw(self, trial: Trial) -> dict[str, Any]:
-        """What a trial tries: line → value, numbers of a range to three digits."""
-        drawn = {}
-        for line, given in self.file.space.items():
-            if isinstance(given, dict):
-                value = float(f"{trial.suggest_float(line, **given):.3g}")
-                drawn[line] = min(max(value, given["low"]), given["high"])
-            else:
-                drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
-        return drawn
+    def carry_out(self, jobs: int) -> None:
+        """Run the trials that are left, so many at a time."""
+        print(f"{self.name}: {self.left} of {self.file.trials} trials left, some minutes each", flush=True)
+        if self.left > 0:
+            self.study.optimize(self.trial, n_trials=self.left, n_jobs=jobs, callbacks=[self.report])
+        self.write_table()
 
     def trial(self, trial: Trial) -> float:
-        """Run a trial; its value is the held-out loss, nats.
+        """Draw a trial, numbers of a range to three digits, and run it; its value is the held-out loss, nats.
 
         Raises:
             optuna.TrialPruned: what it tries does not learn.
             ConfigError: as `run_apart`.
         """
-        drawn = self.draw(trial)
+        drawn = {}
+        for line, given in self.file.space.items():
+            if isinstance(given, dict):
+                drawn[line] = float(f"{trial.suggest_float(line, **given):.3g}")
+            else:
+                drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
         trial.set_user_attr("drawn", drawn)
-        metrics = run_apart(self.experiment(drawn, "quick"), self.home / f"trial-{trial.number:03d}")
+        metrics = self.run(trial, "quick")
         if not metrics:
             raise optuna.TrialPruned
-        for name in ("val_loss", "val_ppl", "total_seconds"):
-            trial.set_user_attr(name, metrics[name])
         return metrics["val_loss"]
 
     def report(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """After every trial: the table, and a line."""
-        self.write_table(study)
-        left = self.file.trials - len(self.over(study))
-        best = min((other.value for other in self.over(study) if other.value is not None), default=math.nan)
-        print(f"{self.name}, trial {trial.number}: {trial.value}, best {best:.4f}, {left} left", flush=True)
-
-    def carry_out(self, jobs: int) -> None:
-        """Run the trials that are left, so many at a time."""
-        study = self.study()
-        left = self.file.trials - len(self.over(study))
-        print(f"{self.name}: {left} of {self.file.trials} trials left, some minutes each", flush=True)
-        if left > 0:
-            study.optimize(self.trial, n_trials=left, n_jobs=jobs, callbacks=[self.report])
-        self.write_table(study)
+        self.write_table()
+        values = [other.value for other in study.get_trials(states=(TrialState.COMPLETE,))]
+        best = min(values, default=math.nan)
+        print(f"{self.name}, trial {trial.number}: {trial.value}, best {best:.4f}, {self.left} left", flush=True)
 
     def carry_out_full(self, top: int, jobs: int) -> None:
         """Run the best trials at full size.
@@ -181,41 +183,39 @@ class Search:
         Raises:
             ConfigError: the search is not over; or as `run_apart`.
         """
-        study = self.study()
-        if left := self.file.trials - len(self.over(study)):
-            raise ConfigError(f"{left} of {self.file.trials} trials are not over: search without --top first")
-        best = sorted(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda trial: trial.value)[:top]
+        if self.left > 0:
+            raise ConfigError(f"{self.left} of {self.file.trials} trials are not over: search without --top first")
+        trials = self.study.get_trials(states=(TrialState.COMPLETE,))
+        best = sorted(trials, key=lambda trial: trial.value)[:top]
         with ThreadPoolExecutor(jobs) as pool:
-            for each in pool.map(self._full, best):
-                print(each, flush=True)
-        self.write_table(study)
+            for trial, metrics in zip(best, pool.map(lambda trial: self.run(trial, "full"), best), strict=True):
+                print(f"{self.name}, full {trial.number}: {metrics.get('development_loss')}", flush=True)
+        self.write_table()
 
-    def _full(self, trial: FrozenTrial) -> str:
-        folder = self.home / f"full-{trial.number:03d}"
-        e = self.experiment(trial.user_attrs["drawn"], "full")
-        metrics = json.loads((folder / "metrics.json").read_bytes()) if (folder / "metrics.json").exists() else {}
-        if not e.is_that_of(metrics):
-            metrics = run_apart(e, folder)
-        return f"{self.name}, full {trial.number}: {metrics.get('development_loss')}"
+    def run(self, trial: Trial | FrozenTrial, scale: str) -> dict[str, Any]:
+        """What a trial has drawn, at a scale: as `run_apart`."""
+        return run_apart(self.experiment(trial.user_attrs["drawn"], scale), self.folder(trial, scale))
 
-    def write_table(self, study: optuna.Study) -> Path:
+    def folder(self, trial: Trial | FrozenTrial, scale: str) -> Path:
+        """Where a trial's run at a scale is."""
+        return self.home / f"{scale}-{trial.number:03d}"
+
+    def write_table(self) -> None:
         """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
-        for trial in self.over(study):
-            drawn, folder = trial.user_attrs["drawn"], self.home / f"full-{trial.number:03d}"
-            known = {"quick": trial.user_attrs}
-            if (folder / "metrics.json").exists():
-                known["full"] = json.loads((folder / "metrics.json").read_bytes())
-            for scale, metrics in known.items():
-                names = f"{JUDGED[scale]}_loss", f"{JUDGED[scale]}_ppl", "total_seconds"
-                value, ppl, seconds = (metrics.get(name) for name in names)
-                row = {"scale": scale, "trial": trial.number, "value": value, "ppl": ppl, **self.point(drawn)}
-                rows.append(row | {"seconds": seconds, "state": "failed" if value is None else "finished"})
-        path = TABLES / f"{self.name}.csv"
+        for trial, (scale, part) in itertools.product(self.study.get_trials(states=OVER), JUDGED.items()):
+            done = self.folder(trial, scale) / "metrics.json"
+            if scale == "full" and not done.exists():
+                continue
+            metrics = json.loads(done.read_bytes()) if done.exists() else {}
+            row = {"scale": scale, "trial": trial.number}
+            row |= {"value": metrics.get(f"{part}_loss"), "ppl": metrics.get(f"{part}_ppl")}
+            row |= self.point(trial.user_attrs["drawn"])
+            row |= {"seconds": metrics.get("total_seconds"), "state": "finished" if metrics else "failed"}
+            rows.append(row)
         table = pd.DataFrame(rows).sort_values(["scale", "trial"], ascending=[False, True])
-        with atomic(path) as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g")
-        return path
+        with atomic(TABLES / f"{self.name}.csv") as path:
+            table.to_csv(path, index=False, float_format="%.6g")
 
 
 def width_of(e: Experiment, parameters: int) -> int:
@@ -223,10 +223,6 @@ def width_of(e: Experiment, parameters: int) -> int:
 
     They are a quadratic of the width, which three narrow networks fix; a Transformer's divides among its heads.
     """
-    import torch  # takes seconds, which no other search needs
-
-    from ctxlm.networks import NeuralLM
-
     step = e.num_heads if e.model == "transformer" else 1
     plain = {"phase2_freeze_embedding": True, "output_bias": "none", "slow_decay": 0.0}
 
@@ -243,17 +239,22 @@ def width_of(e: Experiment, parameters: int) -> int:
 def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """A run in a process of its own, on one thread and a GPU that is free; its metrics, or none if it does not learn.
 
+    One that is finished is not run again.
+
     Raises:
         ConfigError: it failed for another reason.
     """
+    done = folder / "metrics.json"
+    if is_finished(done, experiment.for_notebook()):
+        return json.loads(done.read_bytes())
     command = [sys.executable, "-m", "ctxlm.run", str(folder), yaml.safe_dump(experiment.for_notebook())]
     with ExitStack() as held:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_PROGRESS": "lines"} | free_gpu(held)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads((folder / "metrics.json").read_bytes())
-    reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["it was killed"])[-1]
-    if reason.startswith("NonFiniteLoss") or "is not finite" in reason:
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if process.returncode == 0:
+        return json.loads(done.read_bytes())
+    reason = (process.stderr.strip() or "it was killed").splitlines()[-1]
+    if reason.startswith("NonFiniteLoss"):
         return {}
     raise ConfigError(f"{folder}: {reason}")
 

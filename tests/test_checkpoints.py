@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 from ctxlm.config import Experiment
-from ctxlm.corpus import load_corpus
 from ctxlm.files import ROOT
 from ctxlm.run import CHECKPOINT, Run, run
-from tests.conftest import fill, short_paragraphs
+from tests.conftest import fill
 from tests.test_run import asked, assert_same_run, contents, read, write
 
 EPOCHS = {"phase2_epochs": 5, "phase2_patience": 5}
@@ -89,7 +88,7 @@ def test_what_a_runs_checkpoint_depends_on(tmp_path, without_code):
         this.provenance.update(change)
         return this.checkpoint
 
-    others = {"seed": 43, "num_layers": 3, "code_hash": "other", "data_hash": "other", "device_name": "a GPU"}
+    others = {"seed": 43, "code_hash": "other", "data_hash": "other", "device_name": "a GPU"}
     for name, value in (others | {"dtype": "bfloat16", "versions": {"torch": "9"}}).items():
         assert changed(**{name: value}) != changed(), name
     assert changed(git_commit="other", threads=9, device="cuda:1") == changed()  # one GPU of two, which are alike
@@ -111,17 +110,6 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_its_checkpoints_and_no_bit(
 
         run(e, disk / f"run-{pages}", fill_and_empty)
         assert_same_run(disk / f"run-{pages}", tmp_path / "run")
-
-
-@pytest.mark.filterwarnings("ignore:.*cannot be kept")
-def test_a_full_disk_costs_a_corpus_its_cache_and_no_token(disk, tmp_path, monkeypatch):
-    name = str(short_paragraphs(tmp_path / "text.txt"))
-    expected = load_corpus(name).tokens.tolist()
-    monkeypatch.setenv("CTXLM_CACHE", str(disk))
-    full = fill(disk)
-    assert load_corpus(name).tokens.tolist() == expected and not [*disk.glob("*.npz")]
-    full.unlink()
-    assert load_corpus(name).tokens.tolist() == expected and [*disk.glob("*.npz")]
 
 
 def test_a_run_that_has_any_amount_of_room_is_whole_or_the_earlier_one_is(disk, without_code):

@@ -11,14 +11,11 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
 import yaml
 
-from ctxlm.analysis import site
 from ctxlm.batch import main
-from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.conftest import fill, short_paragraphs
 from tests.test_run import MAY_DIFFER
@@ -73,10 +70,6 @@ class Grid:
     def printed(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    @property
-    def page(self) -> str:
-        return (self.home / "report" / "index.html").read_text(encoding="utf-8")
-
     def results(self) -> dict[str, bytes]:
         """Run → its metrics.json."""
         results = {}
@@ -96,9 +89,6 @@ class Grid:
             lines = (self.home / run / "history.csv").read_text(encoding="utf-8").splitlines()
             numbers[f"{run}/history.csv"] = [line for line in lines if ",seconds," not in line]
         return numbers
-
-    def files(self) -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in self.home.rglob("*")}
 
 
 def to_do(output: str) -> set[str]:
@@ -150,19 +140,21 @@ def test_a_grid_gives_runs_and_a_report(grid):
     assert set(grid.results()) == {"A", "K"}
     pages = {path.name: path.read_text(encoding="utf-8") for path in grid.home.glob("report/*.html")}
     assert set(pages) == {"index.html", "04_scaling.html", "corpus.html"}
-    assert "Tiny {with} braces {0}" in grid.page and (grid.home / "estimates.csv").exists()
+    assert "Tiny {with} braces {0}" in pages["index.html"] and (grid.home / "estimates.csv").exists()
     assert not any("<script>alert" in page for page in pages.values())
-    assert "NonFiniteLoss" in grid.page  # one that failed beside them
+    failure = (grid.home / "C" / "failure.txt").read_text(encoding="utf-8")  # of one that failed beside them
+    assert failure.startswith("NonFiniteLoss: ") and failure.count("\n") == 1  # the sentence stands alone
+    assert "NonFiniteLoss" in pages["index.html"]
 
 
 def test_a_dry_run_names_what_is_to_do_and_changes_nothing(grid, monkeypatch):
     """A changed run, one that failed, and a new one."""
-    before = grid.files()
+    before = {path: path.stat().st_mtime_ns for path in grid.home.rglob("*")}
     monkeypatch.setitem(RUNS, "K", NGRAM | {"ngram_order": 3})
     grid.plan("A", "K", "L", "C")
     code, output = grid.run(*grid.without_report("--dry-run"))
     assert code == 0 and to_do(output) == {"K", "L", "C"}, output
-    assert grid.files() == before
+    assert {path: path.stat().st_mtime_ns for path in grid.home.rglob("*")} == before
 
 
 def test_an_added_size_runs_alone_and_then_nothing_is_to_do(grid):
@@ -172,30 +164,6 @@ def test_an_added_size_runs_alone_and_then_nothing_is_to_do(grid):
     assert code == 0 and set(grid.results()) == {"A", "K", "L"} and grid.results().items() > before.items(), output
     code, output = grid.run(*grid.without_report("--dry-run"))
     assert code == 0 and "Nothing to be done" in output and to_do(output) == set(), output
-
-
-def test_an_analysis_that_fails_leaves_the_earlier_estimates(grid, tmp_path, monkeypatch):
-    notebook = nbformat.read(ROOT / "notebooks" / "04_scaling.ipynb", as_version=4)
-    notebook.cells.insert(2, nbformat.v4.new_code_cell("raise ValueError('broken')"))
-    (tmp_path / "notebooks").mkdir()
-    nbformat.write(notebook, tmp_path / "notebooks" / "04_scaling.ipynb")
-    monkeypatch.setattr(site, "ROOT", tmp_path)
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(grid.outputs))
-    names = ("estimates.csv", "04_scaling.ipynb")
-    before = [(grid.home / name).read_bytes() for name in names]
-    with pytest.raises(ConfigError, match="broken"):
-        site.build(str(grid.file))
-    assert [(grid.home / name).read_bytes() for name in names] == before
-    assert "NonFiniteLoss" not in grid.page  # it is no longer asked for
-    assert "broken" in grid.page and (grid.home / "report" / "04_scaling.html").exists()
-
-
-def test_a_result_of_other_parameters_is_not_reported(grid, monkeypatch):
-    """As where all runs fail after a change."""
-    grid.plan("A", "K", "L", val_samples=4)
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(grid.outputs))
-    with pytest.raises(ConfigError, match="no run of grid tiny is finished"):
-        site.build(str(grid.file))
 
 
 @pytest.mark.night

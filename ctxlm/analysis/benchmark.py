@@ -44,9 +44,8 @@ def flops_per_token(experiment: Experiment, distinct: float = 1.0, kept: bool = 
     """Floating-point operations a token in the matrix products of each stage, from their shapes alone.
 
     A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
-    weight's gradient, and of the gradients that pass from layer to layer.
-
-    Of the `constant` design with a frozen embedding.
+    weight's gradient, and of the gradients that pass from layer to layer. Of the `constant` design with a frozen
+    embedding.
 
     Args:
         experiment: supplies L, C, d and n.
@@ -54,16 +53,12 @@ def flops_per_token(experiment: Experiment, distinct: float = 1.0, kept: bool = 
             distinct token is projected once.
         kept: leave out the contexts in Phase 2 and evaluation, which read those that the recurrence kept.
     """
-    layers, c, d, n = (
-        experiment.num_layers,
-        experiment.context_dim,
-        experiment.embed_dim,
-        experiment.num_input_tokens,
-    )
-    context_part, token_part = 2 * layers * c * c, 2 * layers * c * n * d * distinct
-    token_block = 2 * d * (c + n * d) + (layers - 1) * 2 * d * (c + d)
+    layers, c, d = experiment.num_layers, experiment.context_dim, experiment.embed_dim
+    inputs = experiment.num_input_tokens * d
+    context_part = 2 * layers * c * c
+    contexts = context_part + 2 * layers * c * inputs * distinct
+    token_block = 2 * d * (c + inputs) + (layers - 1) * 2 * d * (c + d)
     head = 2 * d * VOCABULARY
-    contexts = context_part + token_part
     again = 0 if kept else contexts
     return {
         "recurrence": contexts,
@@ -106,6 +101,10 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     peaks = {torch.float32: 0.0, torch.bfloat16: 0.0}
     seconds: dict[str, float] = {}
 
+    def update_peaks():
+        for kind in peaks:
+            peaks[kind] = max(peaks[kind], peak_gflops(kind, device))
+
     @contextmanager
     def stage(name: str):
         update_peaks()
@@ -113,10 +112,6 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         yield
         seconds[name] = _now(device) - began
         update_peaks()
-
-    def update_peaks():
-        for kind in peaks:
-            peaks[kind] = max(peaks[kind], peak_gflops(kind, device))
 
     tokens = torch.from_numpy(split(experiment).train.tokens.astype(np.int64)).to(device)
     model = ContextLM(experiment, torch.from_numpy(load_embedding(experiment))).to(device)
@@ -176,16 +171,14 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
         ConfigError: the floor of its design, embedding, dropout, trained or slow contexts is not counted.
         RuntimeError: it failed; the message is its last line.
     """
-    counted = ("design", "phase2_freeze_embedding", "phase2_context_window", "slow_decay", "dropout")
-    for name in counted:  # of these, the study's values
-        value = Experiment.model_fields[name].default
-        if getattr(experiment, name) != value:
-            given = getattr(experiment, name)
-            raise ConfigError(f"{name} = {given!r}: the benchmark counts the products of {value!r} only")
+    for name in ("design", "phase2_freeze_embedding", "phase2_context_window", "slow_decay", "dropout"):
+        given, counted = getattr(experiment, name), Experiment.model_fields[name].default
+        if given != counted:
+            raise ConfigError(f"{name} = {given!r}: the benchmark counts the products of {counted!r} only")
     command = [sys.executable, "-m", "ctxlm.analysis.benchmark", json.dumps(experiment.model_dump())]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(([line for line in process.stderr.splitlines() if line.strip()] or ["killed"])[-1])
+        raise RuntimeError((process.stderr.strip() or "killed").splitlines()[-1])
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -212,9 +205,7 @@ def literal_seconds(literal: ModuleType, experiment: Experiment, count: int) -> 
     return {"recurrence": recurrence, "phase2_epoch": epoch / (len(tokens) - 1)}
 
 
-def summarise(
-    runs: pd.DataFrame, stages: pd.DataFrame, literal_times: pd.DataFrame
-) -> tuple[dict[str, Any], pd.DataFrame]:
+def summarise(runs: pd.DataFrame, stages: pd.DataFrame, literal_times: pd.DataFrame) -> tuple[dict, pd.DataFrame]:
     """What benchmark.json holds, and the stages of one size as a table.
 
     The headline figures are those of the size nearest to the study's larger one, and of the worse configuration.
@@ -231,12 +222,10 @@ def summarise(
     share, speedup = (table[name].unstack("experiment") for name in ("share_of_floor", "speedup_over_literal"))
     once = stages[stages["stage"].isin(["recurrence", "phase1_step", "phase2_epoch"])]
     totals = once.groupby(["experiment", "tokens"])["seconds"].sum()
-    exponents = {
-        label: float(np.polyfit(np.log(part.index.get_level_values("tokens")), np.log(part), 1)[0])
-        if len(part) > 1
-        else None
-        for label, part in totals.groupby(level=0)
-    }
+    exponents: dict[str, float | None] = {}
+    for label, part in totals.groupby(level="experiment"):
+        tokens = part.index.get_level_values("tokens")
+        exponents[label] = float(np.polyfit(np.log(tokens), np.log(part), 1)[0]) if len(part) > 1 else None
     memory = runs["peak_rss_gib"].astype(float).groupby(level="tokens").max()
     summary = {
         "device": runs["device"].iloc[0],
@@ -264,8 +253,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """Stages of a grid's experiments, and its runs one by one; what gpu.json holds.
+def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[int] = SIZES) -> None:
+    """Measure the stages of a grid's experiments, and make its runs one by one: `gpu.json` in the folder.
 
     Raises:
         ConfigError: there is no such device.
@@ -286,7 +275,6 @@ def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[
     report["runs_seconds"] = round(sum(row["total_seconds"] for row in report["runs"]), 1)
     with atomic(folder / "gpu.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
 
 
 def main(arguments: Sequence[str]) -> int:
