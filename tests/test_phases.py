@@ -74,7 +74,7 @@ def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window, 
         for token in val.tokens:
             s = slow * s + model.slow.weights[token] * F.layer_norm(before[token], (8,))
             rows.append(s)
-        torch.testing.assert_close(Predictor(new, torch.float32).with_slow.contexts(val.tokens), torch.stack(rows))
+        torch.testing.assert_close(Predictor(new, torch.float32).score.slow_contexts(val.tokens), torch.stack(rows))
     for one in (new, model):
         losses, _ = evaluate(Predictor(one, torch.float32), sequential(one, val.tokens), batch_size=7)
         torch.testing.assert_close(losses, phase2.val_losses)
