@@ -172,7 +172,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def shaped(tokens=None, embedding_scale=1.0, dtype=torch.float32, **parameters):
     settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4}, parameters)
-    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k == "seed"})
+    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k in ("seed", "design", "num_input_tokens")})
     with torch.no_grad():  # scaled and bent, since a mere scale is lost in LayerNorm
         model.embedding.copy_(model.embedding * embedding_scale + (embedding_scale - 1) * model.embedding**2)
     return model, shape_contexts(model, stream(200) if tokens is None else tokens, settings, dtype)
@@ -196,6 +196,7 @@ def test_phase1_is_computed_once_for_runs_that_differ_in_phase2(empty_cache):
 def test_another_phase1_is_not_taken_from_the_cache(empty_cache):
     shaped()
     others = [{"seed": 7}, {"phase1_learning_rate": 0.01}, {"dist_reg_weight": 0.4}, {"tokens": stream(200, seed=5)}]
+    others += [{"design": "arithmetic"}, {"num_input_tokens": 1}]
     for other in [*others, {"embedding_scale": 1.5}, {"dtype": torch.bfloat16}]:
         assert not shaped(**other)[1].cached, other
 
