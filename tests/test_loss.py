@@ -80,16 +80,6 @@ def test_nothing_waits_for_a_device(dtype):
     assert losses.shape == correct.shape == (9,)
 
 
-def test_bfloat16_products_stay_near_float32():
-    h, weight, _, targets = problem(200, 64, 500)
-    h = F.layer_norm(h, (64,)).requires_grad_()
-    weight = 0.14 * weight
-    exact, rounded = (linear_cross_entropy(h, weight, targets, None, t)[0] for t in (torch.float32, torch.bfloat16))
-    assert rounded.item() == pytest.approx(exact.item(), abs=5e-3)
-    exact_gradient, gradient = (torch.autograd.grad(loss, h)[0] for loss in (exact, rounded))
-    assert (gradient - exact_gradient).norm() < 0.02 * exact_gradient.norm()
-
-
 @pytest.mark.parametrize("tile", [40, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_ten_thousand(tile, dtype):

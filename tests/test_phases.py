@@ -34,19 +34,6 @@ def changed(model, before):
 # What changes
 
 
-def test_each_phase_changes_its_own_block_alone():
-    settings, model, train, val = prepared(output_bias="unigram")
-    before = copied(model)
-    train_token_block(model, train, val, settings)
-    names = changed(model, before)
-    assert "output_bias" in names and all(name.startswith(("token_block", "output_bias")) for name in names)
-    assert torch.equal(own_weights(model)["output_bias"], model.output_bias)
-    before = copied(model)
-    train_context_block(model, train.tokens, train.values, settings)
-    names = changed(model, before)
-    assert names and all(name.startswith("context_block") for name in names)
-
-
 def test_a_trained_embedding_is_the_models_own_and_contexts_keep_theirs():
     settings, _, train, val = prepared(phase2_freeze_embedding=False)
     given = 0.1 * torch.randn(60, 8)
@@ -78,21 +65,6 @@ def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window, 
     for one in (new, model):
         losses, _ = evaluate(Predictor(one, torch.float32), sequential(one, val.tokens), batch_size=7)
         torch.testing.assert_close(losses, phase2.val_losses)
-
-
-def test_contexts_that_are_out_of_date_are_made_anew():
-    """Training goes on where it ended, whatever the stream still holds; here a window holds all of it."""
-
-    def losses(spoil):
-        changed = {"phase2_context_window": 256, "phase2_batch_size": 256, "phase2_epochs": 1}
-        settings, model, train, val = prepared(train=80, val=40, **changed)
-        for _ in range(2):
-            if spoil:
-                train.values.fill_(9)
-            phase2 = train_token_block(model, train, val, settings)
-        return phase2.val_losses
-
-    torch.testing.assert_close(losses(spoil=True), losses(spoil=False))
 
 
 def test_dropout_takes_its_share_of_new_activations_in_training_alone():

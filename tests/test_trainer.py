@@ -11,9 +11,9 @@ from torch import nn
 
 from ctxlm.config import Experiment
 from ctxlm.metrics import NonFiniteLoss
-from ctxlm.model import ContextLM, load_own_weights, own_weights
+from ctxlm.model import ContextLM
 from ctxlm.networks import NeuralLM, Windows
-from ctxlm.phase2 import Phase2, Predictor, evaluate
+from ctxlm.phase2 import Phase2
 from ctxlm.recurrence import sequential
 from ctxlm.trainer import Trainer
 from tests.conftest import refusal, stream
@@ -130,20 +130,11 @@ def test_the_best_states_weights_and_losses_are_kept(kind, one_thread):
     again, accuracy = one.task.evaluate()
     assert torch.equal(again, trained.val_losses) and accuracy == trained.val_accuracy
     assert again.double().mean().item() == min(losses) and not one.task.model.training
-    if one.e.phase2_context_window:  # and what is judged has contexts of the weights that are judged
-        model = one.task.model
-        anew, _ = evaluate(Predictor(model, torch.float32), sequential(model, one.task.val.tokens))
-        torch.testing.assert_close(anew, again)
     summary = trained.summary()
     assert (summary["best_epoch"], summary["epochs_run"]) == (trained.best_epoch, trained.epochs_run)
     assert summary["val_loss"] == min(losses) and summary["val_ppl"] == pytest.approx(math.exp(min(losses)))
     assert summary["last_val_ppl"] == pytest.approx(math.exp(losses[-1]))
     assert summary["overfit_rate"] == pytest.approx(math.exp(losses[-1] - min(losses)) - 1)
-    fresh = trainer(kind)  # a model that was loaded is judged as the trained one
-    load_own_weights(fresh.task.model, own_weights(one.task.model))
-    for _ in range(2):
-        losses, accuracy = fresh.task.evaluate()
-        assert torch.equal(losses, trained.val_losses) and accuracy == trained.val_accuracy
 
 
 @each_kind
@@ -164,13 +155,10 @@ def test_validating_more_often_changes_nothing_but_the_best_state(kind, one_thre
 
 
 class Scripted:
-    """Fits a matrix and a vector to targets that go round; what it is judged by is given, validation by validation."""
-
-    TARGETS = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, 0.25], [-1.0, 1.0, 4.0], [0.5, 0.5, -3.0]])
+    """Moves a weight; what it is judged by is given, validation by validation."""
 
     def __init__(self, judged, batches, losses):
-        self.model = nn.Module()
-        self.model.m, self.model.v = nn.Parameter(torch.tensor([[0.5, -0.2, 0.1]])), nn.Parameter(torch.tensor([0.3]))
+        self.model = nn.Linear(1, 1)
         self.weights, self.count, self.targets = dict(self.model.named_parameters()), batches, 512 * batches
         self.judged, self.losses = judged, losses
         self.epochs, self.trained, self.seen = [], 0, []
@@ -182,7 +170,7 @@ class Scripted:
     def loss(self, batch):
         assert self.model.training
         self.trained += 1
-        mean = (self.model.m[0] + self.model.v - self.TARGETS[(self.trained - 1) % 4]).square().mean()
+        mean = self.model(torch.ones(1)).square().mean()
         losses = [self.trained, 1.0] if self.losses is None else [self.losses[self.trained - 1]]
         return mean, torch.tensor(losses), torch.tensor([True, False][: len(losses)])
 
@@ -228,24 +216,6 @@ def test_training_ends_once_patience_is_out_or_who_sees_it_wants_it_and_keeps_th
     assert all(torch.equal(*pair) for pair in zip(task.weights.values(), task.seen[best - 1], strict=True))
     assert (whole.done or run == enough) and not task.model.training
     assert shown == [[0.125 * loss for loss in judged[:step]] for step in range(1, run + 1)]
-
-
-@pytest.mark.parametrize(("decay", "clip"), [(0.0, 100.0), (0.5, 0.5)])
-def test_steps_are_adams_and_matrices_alone_decay(decay, clip):
-    changed = {"phase2_learning_rate": 0.1, "phase2_gradient_clip": clip, "weight_decay": decay}
-    task, one = scripted(batches=1, phase2_epochs=21, **changed)
-    one.run()
-    w, decays = torch.tensor([0.5, -0.2, 0.1, 0.3]).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
-    first, second = torch.zeros(4).double(), torch.zeros(4).double()
-    assert len(task.seen) == 21
-    for update, seen in enumerate(task.seen, start=1):
-        error = 2 / 3 * (w[:3] + w[3] - Scripted.TARGETS[(update - 1) % 4].double())
-        gradient = torch.cat([error, error.sum()[None]])
-        gradient *= min(1.0, clip / (gradient.norm().item() + 1e-6))
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        w = w * (1 - 0.1 * decay * decays)  # decoupled: Adam's moments know nothing of it
-        w = w - 0.1 * first / (1 - 0.9**update) / ((second / (1 - 0.999**update)).sqrt() + 1e-8)
-        assert torch.cat([x.flatten() for x in seen]).tolist() == pytest.approx(w.tolist(), abs=1e-5)
 
 
 def test_an_epochs_rows_are_known():
