@@ -61,10 +61,9 @@ class MinGRU(nn.Module):
     """Pre-norm residual layers of minGRU cells (Feng et al., 2024), between a Linear in and a Linear out.
 
     h_t = (1 - z_t) h_{t-1} + z_t g(h~_t), where z_t = sigmoid(Linear(x_t)), h~_t = Linear(x_t), and g(x) = x + 0.5 for
-    x >= 0, else sigmoid(x). States are averages of g, all positive: of plain layers, as an LSTM's, the upper
-    ones would read averages of averages. A norm takes their mean out, a residual lets the token itself past them.
-
-    Dropout is of what a layer adds, not of its state.
+    x >= 0, else sigmoid(x). States are averages of g, all positive: of plain layers, as an LSTM's, the upper ones would
+    read averages of averages. A norm takes their mean out, a residual lets the token itself past them. Dropout is of
+    what a layer adds, not of its state.
     """
 
     recurrent = True

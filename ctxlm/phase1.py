@@ -97,11 +97,7 @@ def shape_contexts(
 
 
 def train_context_block(
-    model: ContextLM,
-    tokens: Tensor,
-    contexts: Tensor,
-    experiment: Experiment,
-    dtype: torch.dtype = torch.float32,
+    model: ContextLM, tokens: Tensor, contexts: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
 ) -> Phase1:
     """Train `model.context_block` in place.
 

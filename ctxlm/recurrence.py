@@ -96,12 +96,7 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
 
 
 @torch.no_grad()
-def chunked(
-    model: ContextLM,
-    tokens: Tensor,
-    progress: bool = False,
-    keep: torch.dtype | None = None,
-) -> Contexts:
+def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torch.dtype | None = None) -> Contexts:
     """The same contexts from chunks run side by side, certified at every joint.
 
     First every chunk runs from a zero context. Then every chunk but the first is run again from its

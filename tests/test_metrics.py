@@ -9,14 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.corpus import Stream
-from ctxlm.metrics import (
-    MAX_ROWS,
-    effective_rank_pct,
-    loss_summary,
-    losses_by_frequency,
-    perplexity,
-    singular_values,
-)
+from ctxlm.metrics import MAX_ROWS, effective_rank_pct, loss_summary, losses_by_frequency, perplexity, singular_values
 from tests import literal
 
 
