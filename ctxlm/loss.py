@@ -106,8 +106,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, _losses, _correct):
         gradients, ctx.gradients = ctx.gradients, None  # used up, as autograd's own buffers are
-        if gradients is None:
-            raise RuntimeError("linear_cross_entropy was differentiated before: compute the loss again")
         return *(None if g is None else g.mul_(grad_mean / ctx.rows) for g in gradients), None, None, None
 
 
@@ -141,13 +139,34 @@ def linear_cross_entropy(
 
 
 class Score:
-    """The loss of what a model predicts, through a head that is kept ready in the type of the products."""
+    """The loss of what a model predicts, through a head that is kept ready in the type of the products.
 
-    def __init__(self, weight: nn.Parameter, bias: Tensor | None, scale: float, dtype: torch.dtype):
-        """`weight` [V, d], `bias` [V] or None; `scale` is a factor of the logits, bias apart."""
+    Where the model has a slow context, the head reads that too: those of the last two streams, training and validation,
+    are kept.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        """`model`: a ContextLM or a NeuralLM."""
+        weight = model.embedding
         self.weight = weight if weight.requires_grad else weight.detach().to(dtype)
-        self.bias, self.scale, self.dtype = bias, scale, dtype
+        self.bias, self.scale, self.dtype = model.output_bias, model.logit_scale, dtype
+        self.slow, self.read_embedding = model.slow, model.read_embedding
+        self._streams: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, h: Tensor, targets: Tensor) -> Losses:
-        """Loss of predicting `targets` [B] from `h` [B, d] (mean, per token, correct), as `linear_cross_entropy`."""
-        return linear_cross_entropy(h.float() * self.scale, self.weight, targets, self.bias, self.dtype)
+    def __call__(self, h: Tensor, tokens: Tensor, positions: Tensor, slow: Tensor | None = None) -> Losses:
+        """Losses of predicting what follows `positions` [B] of the stream `tokens` [T] from h [B, d] there.
+
+        `slow`: the slow contexts there, [B, d]; None: the stream's.
+        """
+        if self.slow is not None:
+            h = self.slow(h, self.slow_contexts(tokens)[positions] if slow is None else slow)
+        return linear_cross_entropy(h.float() * self.scale, self.weight, tokens[positions + 1], self.bias, self.dtype)
+
+    def slow_contexts(self, tokens: Tensor) -> Tensor:
+        """The slow contexts of the stream `tokens` [T], float32 [T, d]."""
+        for stream, contexts in self._streams:
+            if stream is tokens:
+                return contexts
+        contexts = self.slow.contexts(self.read_embedding, tokens)
+        self._streams = [*self._streams[-1:], (tokens, contexts)]
+        return contexts

@@ -16,8 +16,6 @@ from ctxlm.device import generator
 
 MAX_ROWS = 10_000
 """The effective rank of a longer context matrix is that of so many of its rows, always the same ones."""
-
-
 OCCURRENCES = (0, 1, 6, 51, 501)
 """Where classes of tokens begin, by how often they occur in the training text."""
 
@@ -41,15 +39,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrix.T @ matrix).flip(0).clamp(min=0).sqrt().cpu()
 
 
-def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); between 1 and their number."""
-    p = values / values.sum()
-    return math.exp(-torch.special.xlogy(p, p).sum().item())
-
-
 def effective_rank_pct(values: Tensor) -> float:
-    """Effective rank in per cent of the dimensions (the number of singular values)."""
-    return 100 * effective_rank(values) / len(values)
+    """exp of the entropy of the normalised singular `values` (Roy & Vetterli, 2007), in per cent of their number."""
+    p = values / values.sum()
+    return 100 * math.exp(-torch.special.xlogy(p, p).sum().item()) / len(values)
 
 
 def perplexity(mean_loss: float) -> float:
@@ -61,11 +54,6 @@ def loss_summary(name: str, losses: Tensor, accuracy: float) -> dict[str, float]
     """Mean loss (nats), perplexity and accuracy of a stream: `<name>_loss`, `<name>_ppl`, `<name>_accuracy`."""
     loss = losses.double().mean().item()
     return {f"{name}_loss": loss, f"{name}_ppl": perplexity(loss), f"{name}_accuracy": accuracy}
-
-
-def overfit_rate(last_ppl: float, best_ppl: float) -> float:
-    """How much worse the last epoch is than the best one, as a fraction (0.5: PPL is 50 % higher)."""
-    return last_ppl / best_ppl - 1
 
 
 def losses_by_sample(losses: np.ndarray, stream: Stream) -> pd.DataFrame:

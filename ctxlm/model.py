@@ -80,9 +80,6 @@ class _Layers(nn.Module):
                 nn.init.normal_(self.residuals[index].weight, std=std, generator=init)
                 nn.init.normal_(self.residuals[index].bias, std=std / 10, generator=init)
 
-    def __len__(self) -> int:
-        return len(self.norms)
-
     def layer(self, index: int, context: Tensor, share: Tensor | None, before: Tensor) -> Tensor:
         """The layer's output, [B, out].
 
@@ -129,7 +126,7 @@ class ContextBlock(_Layers):
             shares: of u_t in the Linear of every layer that reads it, tensors [B, width], from `shares` or `look_up`.
         """
         outputs = []
-        for index in range(len(self)):
+        for index in range(len(self.widths)):
             share = shares[index] if index < len(shares) else None
             context = self.layer(index, context, share, before=context)
             outputs.append(context)
@@ -201,13 +198,13 @@ class DistinctTokens:
     are two thirds of its work in configuration A.
     """
 
-    def __init__(self, embedding: Tensor, tokens: Tensor, n: int):
-        """`embedding` [V, d], `tokens` int64 [T], n tokens read at a time."""
+    def __init__(self, model: "ContextLM", tokens: Tensor):
+        """`tokens` are int64 [T], read as the model's ContextBlock reads them."""
         distinct, self.index = tokens.unique(return_inverse=True)
-        rows = F.layer_norm(F.embedding(distinct, embedding), embedding.shape[-1:])
+        rows = F.layer_norm(F.embedding(distinct, model.read_embedding), model.read_embedding.shape[-1:])
         self.rows = torch.cat([torch.zeros_like(rows[:1]), rows])
         """[K + 1, d]: zeros, which stand before the stream, and the normalised embedding of each distinct token."""
-        self.n = n
+        self.n = model.num_input_tokens
 
     def tables(self, block: ContextBlock) -> list[Tensor]:
         """The share of every distinct token, at each of the n places of u_t, in every layer that reads it.
@@ -264,11 +261,12 @@ class SlowContext(nn.Module):
         return self.weights[tokens].unsqueeze(-1) * rows
 
     @torch.no_grad()
-    def fill(self, rows: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
-        """Put the slow context after every token of the stream `tokens` [T] into `rows`, float32 [T, d].
+    def contexts(self, embedding: Tensor, tokens: Tensor) -> Tensor:
+        """The slow context after every token of the stream `tokens` [T], float32 [T, d].
 
         It is linear, so that a block of it is one product.
         """
+        rows = torch.empty(len(tokens), embedding.shape[1], device=tokens.device)
         lags = torch.arange(self.BLOCK, device=tokens.device)
         powers = self.decay ** torch.arange(self.BLOCK + 1, device=tokens.device)
         within = powers[(lags[:, None] - lags).clamp(min=0)].tril()
@@ -286,17 +284,17 @@ class SlowContext(nn.Module):
 
 
 @torch.no_grad()
-def set_frequencies(tokens: Tensor, vocabulary: int, bias: Tensor | None, slow: SlowContext | None) -> None:
-    """Start what goes by the frequencies of the training `tokens` [T]: an output bias [V], a slow context's weights.
+def set_frequencies(model: nn.Module, tokens: Tensor) -> None:
+    """Start what goes by the frequencies of the training `tokens` [T]: an output bias, a slow context's weights.
 
     Every token counts once more than it occurs, so that none is impossible.
     """
-    counts = torch.bincount(tokens, minlength=vocabulary) + 1.0
+    counts = torch.bincount(tokens, minlength=len(model.embedding)) + 1.0
     log_frequencies = (counts / counts.sum()).log()
-    if bias is not None:
-        bias.copy_(log_frequencies)
-    if slow is not None:
-        slow.weigh(log_frequencies.exp())
+    if model.output_bias is not None:
+        model.output_bias.copy_(log_frequencies)
+    if model.slow is not None:
+        model.slow.weigh(log_frequencies.exp())
 
 
 class ContextLM(nn.Module):
@@ -331,10 +329,6 @@ class ContextLM(nn.Module):
         """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
         return token_inputs(self.read_embedding, tokens, positions, self.num_input_tokens)
 
-    def distinct_tokens(self, tokens: Tensor) -> DistinctTokens:
-        """The distinct tokens of the stream `tokens` [T], as the ContextBlock reads them."""
-        return DistinctTokens(self.read_embedding, tokens, self.num_input_tokens)
-
     @property
     def read_embedding(self) -> Tensor:
         """What contexts are made from: the embedding as it was in Phase 1."""
@@ -345,16 +339,16 @@ class ContextLM(nn.Module):
 
         In the `constant` design the study counts every TokenBlock layer as if it read all n tokens, as the first does.
         """
-        context, trained = (
-            sum(p.numel() for p in block.parameters()) for block in (self.context_block, self.token_block)
-        )
-        published = trained
+
+        def count(*parts: nn.Module) -> int:
+            return sum(p.numel() for part in parts for p in part.parameters())
+
+        block = self.token_block
+        published = trained = count(block)
         if self.design == "constant":
-            first, width = self.token_block.from_other[0], self.token_block.widths[0]
-            per_layer = width * (self.token_block.context_dim + first.in_features) + 3 * width  # bias, norm's affine
-            published = per_layer * len(self.token_block)
+            published = len(block.widths) * count(block.from_context[0], block.from_other[0], block.norms[0])
         return {
-            "context_block_params": context,
+            "context_block_params": count(self.context_block),
             "token_block_params_published": published,
             "token_block_params_trained": trained,
         }
@@ -388,8 +382,8 @@ def forward_flops(model: nn.Module) -> int:
 
     Attention's products of positions with each other, which are no weights', are left out.
     """
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-    return 2 * sum(p.numel() for name, p in matrices.items() if not name.endswith("positions"))  # which are added
+    added = "body.positions"  # of a Transformer
+    return 2 * sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != added)
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:

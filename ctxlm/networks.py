@@ -22,7 +22,6 @@ from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Alternative
 from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
-from ctxlm.recurrence import SlowReader
 from ctxlm.trainer import OnEpoch, Trainer
 
 State = tuple[Tensor, ...]
@@ -62,10 +61,9 @@ class MinGRU(nn.Module):
     """Pre-norm residual layers of minGRU cells (Feng et al., 2024), between a Linear in and a Linear out.
 
     h_t = (1 - z_t) h_{t-1} + z_t g(h~_t), where z_t = sigmoid(Linear(x_t)), h~_t = Linear(x_t), and g(x) = x + 0.5 for
-    x >= 0, else sigmoid(x). States are averages of g, all positive: of plain layers, as an LSTM's, the upper
-    ones would read averages of averages. A norm takes their mean out, a residual lets the token itself past them.
-
-    Dropout is of what a layer adds, not of its state.
+    x >= 0, else sigmoid(x). States are averages of g, all positive: of plain layers, as an LSTM's, the upper ones would
+    read averages of averages. A norm takes their mean out, a residual lets the token itself past them. Dropout is of
+    what a layer adds, not of its state.
     """
 
     recurrent = True
@@ -164,11 +162,8 @@ class NeuralLM(nn.Module):
         # what the slow context is made from: as it was before training
         self.register_buffer("read_embedding", embedding if self.slow else None, persistent=False)
         self.logit_scale, self.window = e.logit_scale, e.window
-
-    @property
-    def recurrent(self) -> bool:
+        self.recurrent = self.body.recurrent
         """Whether a state is carried from window to window."""
-        return self.body.recurrent
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The normalised embeddings [..., d] at `positions` [...] of the stream `tokens` [T]."""
@@ -184,8 +179,7 @@ class Reader:
 
     def __init__(self, model: NeuralLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.score = Score(model.embedding, model.output_bias, model.logit_scale, dtype)
-        self.with_slow = SlowReader(model.slow, model.read_embedding)
+        self.score = Score(model, dtype)
         self.state: State | None = None
         """Where the next windows go on from; None: at their beginning."""
 
@@ -195,13 +189,13 @@ class Reader:
         Both lie on the CPU: which positions are scored decides shapes, for which a GPU would have to be waited for.
         """
         which = scored.flatten().nonzero()[:, 0]
-        after = to_device(positions.flatten()[which] + 1, tokens.device)
+        predicted_from = to_device(positions.flatten()[which], tokens.device)
         with autocast(tokens.device, self.dtype):
             state = self.model.body.start(len(positions)) if self.state is None else self.state
             h, state = self.model.body(self.model.inputs(tokens, to_device(positions, tokens.device)), state)
             h = h.flatten(0, 1)[to_device(which, tokens.device)]
         self.state = tuple(x.detach() for x in state)  # gradients end at the window (Williams & Peng, 1990)
-        return self.score(self.with_slow(h, tokens, after - 1), tokens[after])
+        return self.score(h, tokens, predicted_from)
 
 
 def parts(targets: int, part: int, warmup: int) -> tuple[Tensor, Tensor]:
@@ -248,7 +242,7 @@ class Windows:
         """`train` and `val` are int64 [T] on the model's device; `dtype` is of the matrix products."""
         self.model, self.train, self.val, self.e = model, train, val, experiment
         self.weights = model.trained()
-        set_frequencies(train, len(model.embedding), model.output_bias, model.slow)
+        set_frequencies(model, train)
         self.reader, self.targets = Reader(model, dtype), len(train) - 1
         self.rows = experiment.phase2_batch_size // model.window
 

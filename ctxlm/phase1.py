@@ -13,13 +13,9 @@ from ctxlm.config import Experiment
 from ctxlm.device import autocast, generator
 from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
 from ctxlm.metrics import NonFiniteLoss, singular_values
-from ctxlm.model import ContextLM, look_up
+from ctxlm.model import ContextLM, DistinctTokens, look_up
 from ctxlm.progress import say, track
 from ctxlm.recurrence import chunked
-
-CONTEXT_PARAMETERS = ["design", "num_layers", "context_dim", "embed_dim", "num_input_tokens", "dist_reg_weight", "seed"]
-CONTEXT_PARAMETERS += ["spectral_radius", "leak", "input_scale"]
-"""What Phase 1 depends on beside the parameters named after it."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +58,22 @@ def shape_contexts(
     """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
 
     Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
-    occur, the parameters of the ContextBlock and of Phase 1, the weights it starts from, the seed, the type of the
-    products, the kind of device, torch's version and the source.
+    occur, the weights that it starts from (and with them their shapes and how they were drawn), the parameters that
+    these do not tell, the type of the products, the kind of device, torch's version and the source.
 
     Raises:
         NonFiniteLoss: the loss is no longer finite; nothing is kept.
     """
     began, block = time.perf_counter(), model.context_block
-    names = [name for name in type(experiment).model_fields if name.startswith("phase1_")] + CONTEXT_PARAMETERS
+    names = {name for name in type(experiment).model_fields if name.startswith("phase1_")}
+    names |= {"dist_reg_weight", "leak", "seed"}
     key = digest(
-        json.dumps(experiment.model_dump(include=set(names)), sort_keys=True),
+        json.dumps(experiment.model_dump(include=names), sort_keys=True),
         f"{dtype} {tokens.device.type} {torch.__version__}",
         source_hash("ctxlm/phase1.py"),
         tokens.cpu().numpy().tobytes(),
         *(weight.cpu().numpy().tobytes() for weight in block.state_dict().values()),
-        model.distinct_tokens(tokens).rows.cpu().numpy().tobytes(),
+        DistinctTokens(model, tokens).rows.cpu().numpy().tobytes(),
     )
     cached = True
 
@@ -99,20 +96,8 @@ def shape_contexts(
     return Shaped(Phase1(**record["phase1"]), spectra, cached, record["computed_seconds"])
 
 
-def _context_loss(out: Tensor, previous: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, fixed-point loss, diversity loss, every token's MSE to its previous context [B])."""
-    moved = (out - previous).square().mean(1)
-    diversity = -torch.linalg.norm(out - out.mean(0)) / len(out)
-    fixed_point = moved.mean()
-    return (1 - weight) * fixed_point + weight * diversity, fixed_point, diversity, moved.detach()
-
-
 def train_context_block(
-    model: ContextLM,
-    tokens: Tensor,
-    contexts: Tensor,
-    experiment: Experiment,
-    dtype: torch.dtype = torch.float32,
+    model: ContextLM, tokens: Tensor, contexts: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
 ) -> Phase1:
     """Train `model.context_block` in place.
 
@@ -120,8 +105,8 @@ def train_context_block(
     stream: each token's context is computed from its predecessor's context of the iteration before (plus noise),
     and is pulled towards its own of the iteration before while all are pushed apart. Training stops early, but not
     before `phase1_min_iterations`, once `phase1_min_converged_ratio` of the tokens moved less than
-    `phase1_convergence_threshold`. In the gradient every
-    block of `phase1_batch_size` tokens weighs the same, a short last one too.
+    `phase1_convergence_threshold`. In the gradient every block of `phase1_batch_size` tokens weighs the same, a short
+    last one too.
 
     Args:
         model: on the device of `tokens`.
@@ -137,7 +122,7 @@ def train_context_block(
     e, block, total, device = experiment, model.context_block, len(tokens), tokens.device
     products = autocast(device, dtype, cache=False)
     optimiser = torch.optim.Adam(block.parameters(), lr=e.phase1_learning_rate, fused=True)
-    distinct = model.distinct_tokens(tokens)
+    distinct = DistinctTokens(model, tokens)
     bounds = [(start, min(start + e.phase1_batch_size, total)) for start in range(0, total, e.phase1_batch_size)]
     # The rows of the tables that each block of tokens reads, and where in those it finds its own.
     read_rows = [
@@ -168,7 +153,9 @@ def train_context_block(
             read_tables = [table.detach()[rows].float().requires_grad_() for table in tables]
             with products:
                 out = block(read, look_up(read_tables, places))[-1]
-            loss, fixed_point, diversity, moved = _context_loss(out, previous, e.dist_reg_weight)
+            moved = (out - previous).square().mean(1)  # every token's
+            fixed_point, diversity = moved.mean(), -torch.linalg.norm(out - out.mean(0)) / len(out)
+            loss = (1 - e.dist_reg_weight) * fixed_point + e.dist_reg_weight * diversity
             (loss / len(bounds)).backward()
             for gradient, table in zip(gradients, read_tables, strict=True):
                 gradient.index_add_(0, rows, table.grad)

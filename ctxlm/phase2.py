@@ -1,6 +1,5 @@
 """Phase 2: freeze the contexts (or train them on) and train the TokenBlock to predict the next token."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from ctxlm.config import Experiment
 from ctxlm.device import autocast
 from ctxlm.loss import Losses, Score
 from ctxlm.model import ContextLM, set_frequencies
-from ctxlm.recurrence import Contexts, SlowReader, chunked
+from ctxlm.recurrence import Contexts, chunked
 from ctxlm.trainer import OnEpoch, Trained, Trainer
 
 
@@ -19,14 +18,12 @@ class Predictor:
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.score = Score(model.embedding, model.output_bias, model.logit_scale, dtype)
-        self.with_slow = SlowReader(model.slow, model.read_embedding)
+        self.score = Score(model, dtype)
 
     def __call__(self, stream: Contexts, at: slice | Tensor) -> Losses:
-        """Losses of predicting the tokens after the positions `at`, a slice without a step or int64 [B]."""
+        """Losses of predicting the tokens after the positions `at`, a slice or int64 [B]."""
         layers = stream.layers(self.model.context_block, at)
-        positions = torch.arange(at.start, at.stop, device=stream.tokens.device) if isinstance(at, slice) else at
-        return self.from_layers(stream.tokens, positions, layers)
+        return self.from_layers(stream.tokens, stream.positions(at), layers)
 
     def from_layers(
         self, tokens: Tensor, positions: Tensor, layers: list[Tensor], slow: Tensor | None = None
@@ -37,17 +34,20 @@ class Predictor:
         """
         with autocast(tokens.device, self.dtype):
             h = self.model.token_block(self.model.inputs(tokens, positions), layers)
-        return self.score(self.with_slow(h, tokens, positions, slow), tokens[positions + 1])
+        return self.score(h, tokens, positions, slow)
 
 
 @torch.no_grad()
 def evaluate(predict: Predictor, stream: Contexts, batch_size: int = 2048) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
-    targets = len(stream.tokens) - 1
-    batches = (slice(start, min(start + batch_size, targets)) for start in range(0, targets, batch_size))
-    parts = [predict(stream, batch)[1:] for batch in batches]
+    parts = [predict(stream, batch)[1:] for batch in _slices(len(stream.tokens) - 1, batch_size)]
     losses, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     return losses, correct.double().mean().item()
+
+
+def _slices(targets: int, size: int) -> list[slice]:
+    """So many positions in stream order, `size` at a time; the last are fewer."""
+    return [slice(start, min(start + size, targets)) for start in range(0, targets, size)]
 
 
 class Phase2:
@@ -65,30 +65,33 @@ class Phase2:
     def __init__(self, model: ContextLM, train: Contexts, val: Contexts, experiment: Experiment, dtype: torch.dtype):
         """Everything lies on one device; `dtype` is of the matrix products."""
         self.model, self.train, self.val, self.e, self.dtype = model, train, val, experiment, dtype
-        self.weights = _trained(model, train.tokens, experiment)
+        if not experiment.phase2_freeze_embedding:
+            if model.context_embedding is None:  # else training goes on
+                # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
+                model.context_embedding = model.embedding.detach()
+                model.embedding.data = model.embedding.detach().clone()
+            model.embedding.requires_grad_(True)
+        set_frequencies(model, train.tokens)
+        kept = () if experiment.phase2_context_window else ("context_block.",)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: p for name, p in trained.items() if not name.startswith(kept)}
         self.predict = Predictor(model, dtype)
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
 
-    def batches(self, epoch: int) -> Iterator[slice | tuple[Tensor, int]]:
-        """Positions: a slice, or windows int64 [R, W] and how many of their positions there are."""
-        size, window, device = self.e.phase2_batch_size, self.window, self.train.tokens.device
-        if window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
+    def batches(self, epoch: int) -> list[slice]:
+        """The positions of each batch."""
+        if self.window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
             self.train.values.copy_(chunked(self.model, self.train.tokens, progress=epoch == 1).values)
-        for start in range(0, self.targets, size):
-            stop = min(start + size, self.targets)
-            if window:
-                starts = torch.arange(start, stop, window, device=device)
-                yield starts[:, None] + torch.arange(window, device=device), stop - start
-            else:
-                yield slice(start, stop)
+        return _slices(self.targets, self.e.phase2_batch_size)
 
-    def loss(self, batch: slice | tuple[Tensor, int]) -> Losses:
+    def loss(self, batch: slice) -> Losses:
         """The losses of one batch."""
+        tokens = self.train.tokens
         if not self.window:
             return self.predict(self.train, batch)
-        with autocast(self.train.tokens.device, self.dtype):
-            positions, layers = self.train.unrolled(self.model, *batch)
-        return self.predict.from_layers(self.train.tokens, positions, layers)
+        with autocast(tokens.device, self.dtype):
+            layers = self.train.unrolled(self.model, batch, self.window)
+        return self.predict.from_layers(tokens, self.train.positions(batch), layers)
 
     def evaluate(self) -> tuple[Tensor, float]:
         """Every validation target's loss and the accuracy, as `evaluate`, from contexts of the weights as they are."""
@@ -114,16 +117,3 @@ def train_token_block(
         NonFiniteLoss: as `Trainer.run`.
     """
     return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)
-
-
-def _trained(model: ContextLM, tokens: Tensor, e: Experiment) -> dict[str, torch.nn.Parameter]:
-    """What Phase 2 trains, by name; the output's bias is started, and tokens get their weights in the slow context."""
-    if not e.phase2_freeze_embedding:
-        if model.context_embedding is None:  # else training goes on
-            # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
-            model.context_embedding = model.embedding.detach()
-            model.embedding.data = model.embedding.detach().clone()
-        model.embedding.requires_grad_(True)
-    set_frequencies(tokens, len(model.embedding), model.output_bias, model.slow)
-    kept = () if e.phase2_context_window else ("context_block.",)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(kept)}

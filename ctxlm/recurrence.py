@@ -14,9 +14,14 @@ from torch import Tensor
 
 from ctxlm.config import Experiment
 from ctxlm.device import generator
-from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, SlowContext, look_up
+from ctxlm.model import ContextBlock, ContextLM, DistinctTokens, look_up
 from ctxlm.progress import track
 
+TOLERANCE = 1e-5
+"""Largest absolute difference of a context's entry at the joints of chunks."""
+CHUNKS = {"cpu": (256, 1024), "cuda": (128, 8192)}
+"""Tokens of a chunk, at least, and chunks side by side, at most: enough to fill the products' rows, few enough that the
+joints' runs stay a small share."""
 INNER_KEPT = 2 * 2**30
 """Bytes that the inner layers' contexts of a stream may take; beyond, they are computed again when they are read."""
 
@@ -42,46 +47,44 @@ class Contexts:
     inner: list[Tensor] | None = None
     """The other layers' contexts, L - 1 tensors [T, width], in the type of the products that read them; or None."""
 
+    def positions(self, at: slice | Tensor) -> Tensor:
+        """The positions `at`, a slice or int64 [B], as int64 [B]."""
+        return torch.arange(len(self.tokens), device=self.tokens.device)[at]
+
     @torch.no_grad()
     def layers(self, block: ContextBlock, at: slice | Tensor) -> list[Tensor]:
-        """Every layer's contexts at the positions `at`, a slice without a step or int64 [B]: L tensors [B, width]."""
+        """Every layer's contexts at the positions `at`, a slice or int64 [B]: L tensors [B, width]."""
         if self.inner is not None:
             return [layer[at] for layer in (*self.inner, self.values)]
-        positions = torch.arange(at.start, at.stop, device=self.tokens.device) if isinstance(at, slice) else at
+        positions = self.positions(at)
         before = self.values[(positions - 1).clamp(min=0)] * (positions > 0).unsqueeze(1)  # zero before the stream
         return block(before, look_up(self.tables, self.distinct.places(positions)))
 
-    def unrolled(self, model: ContextLM, windows: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
-        """The contexts of `windows`, computed anew with gradients, each going on from the context held before it.
+    def unrolled(self, model: ContextLM, at: slice, window: int) -> list[Tensor]:
+        """Every layer's contexts at the positions `at`, computed anew with gradients: L tensors [B, width].
 
-        Back-propagation through time, truncated at the windows' starts (Williams & Peng, 1990). The last layer's
-        contexts take the place of those in `values`, as Phase 1's do: windows of later calls read them.
-
-        Args:
-            model: its ContextBlock reads the stream.
-            windows: int64 [R, W], consecutive positions in a row.
-            count: positions that lie in the stream: the last window may reach beyond it.
-
-        Returns:
-            The positions, int64 [count], and every layer's contexts there, L tensors [count, width].
+        Each window of so many tokens goes on from the context held before it: back-propagation through time, truncated
+        at the windows' starts (Williams & Peng, 1990). The last layer's contexts take the place of those in `values`,
+        as Phase 1's do: windows of later calls read them.
         """
-        at = windows.clamp(max=len(self.tokens) - 2)
-        block, shares = model.context_block, model.context_block.shares(model.context_inputs(self.tokens, at))
-        context = self.values[(at[:, 0] - 1).clamp(min=0)] * (at[:, :1] > 0)  # zero before the stream
+        block, device = model.context_block, self.tokens.device
+        starts = torch.arange(at.start, at.stop, window, device=device)[:, None]
+        positions = (starts + torch.arange(window, device=device)).clamp(max=at.stop - 1)  # the excess is cut off below
+        shares = block.shares(model.context_inputs(self.tokens, positions))
+        context = self.values[(starts[:, 0] - 1).clamp(min=0)] * (starts > 0)  # zero before the stream
         steps = []
-        for offset in range(at.shape[1]):
+        for offset in range(window):
             steps.append(block(context, [share[:, offset] for share in shares]))
             context = steps[-1][-1]
-        positions = at.flatten()[:count]
-        layers = [torch.stack(layer, 1).flatten(0, 1)[:count] for layer in zip(*steps, strict=True)]
-        self.values[positions] = layers[-1].detach()
-        return positions, layers
+        layers = [torch.stack(layer, 1).flatten(0, 1)[: at.stop - at.start] for layer in zip(*steps, strict=True)]
+        self.values[at] = layers[-1].detach()
+        return layers
 
 
 @torch.no_grad()
 def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Contexts:
     """Token by token, as defined. `tokens` is int64 [T]."""
-    block, distinct = model.context_block, model.distinct_tokens(tokens)
+    block, distinct = model.context_block, DistinctTokens(model, tokens)
     context = torch.zeros(1, block.context_dim, device=tokens.device)
     values = torch.empty(len(tokens), block.context_dim, device=tokens.device)
     positions = range(len(tokens))
@@ -93,44 +96,34 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
 
 
 @torch.no_grad()
-def chunked(
-    model: ContextLM,
-    tokens: Tensor,
-    tolerance: float = 1e-5,
-    chunk_length: int | None = None,
-    progress: bool = False,
-    keep: torch.dtype | None = None,
-) -> Contexts:
+def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torch.dtype | None = None) -> Contexts:
     """The same contexts from chunks run side by side, certified at every joint.
 
     First every chunk runs from a zero context. Then every chunk but the first is run again from its
-    predecessor's last context until it meets its first run: until both have agreed within `tolerance` for as many
+    predecessor's last context until it meets its first run: until both have agreed within `TOLERANCE` for as many
     tokens as they took to agree (a map that only seems to forget drifts off again). From there on the first run
     stands. The warm-up is thus as long as it needs to be, token by token. Inside a chunk the recurrence holds by
-    construction, and at the joint it holds to `tolerance` times the block's own contraction. If the runs have not
+    construction, and at the joint it holds to `TOLERANCE` times the block's own contraction. If the runs have not
     met by the chunks' end, the chunks are made four times longer, as long as that brings the runs nearer to each
     other; if it does not, or a single chunk is left, the sequential form is taken.
 
     Args:
         model: the model, on the device of `tokens`.
         tokens: int64 [T].
-        tolerance: largest absolute difference of a context entry at the joints.
-        chunk_length: tokens a chunk; the default suits the device and the usual warm-up.
         progress: show how far it is.
         keep: keep the inner layers' contexts too, in this type, if that takes no more than `INNER_KEPT`.
     """
-    total, device = len(tokens), tokens.device
-    # Enough chunks to fill the products' rows, few enough that the joints' runs stay a small share.
-    shortest, rows = (256, 1024) if device.type == "cpu" else (128, 8192)
-    length = chunk_length or max(shortest, -(-total // rows))
+    total = len(tokens)
+    shortest, rows = CHUNKS[tokens.device.type]
+    length = max(shortest, -(-total // rows))
     difference = math.inf
     while length < total:
         before = difference
-        contexts, difference = _chunks(model, tokens, tolerance, length, progress, keep)
+        contexts, difference = _chunks(model, tokens, length, progress, keep)
         if contexts is not None:
             return contexts
         if difference > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
-            if difference > tolerance:
+            if difference > TOLERANCE:
                 warnings.warn(
                     f"the ContextBlock does not forget for certain within {length} tokens (two runs still differ by "
                     f"{difference:.1e}): its contexts are computed token by token",
@@ -142,12 +135,12 @@ def chunked(
 
 
 def _chunks(
-    model: ContextLM, tokens: Tensor, tolerance: float, length: int, progress: bool, keep: torch.dtype | None
+    model: ContextLM, tokens: Tensor, length: int, progress: bool, keep: torch.dtype | None
 ) -> tuple[Contexts | None, float]:
     """`chunked` with chunks of this length: the contexts, or None, and the last difference of the two runs."""
     total, block, device = len(tokens), model.context_block, tokens.device
     count = -(-total // length)
-    distinct = model.distinct_tokens(tokens)
+    distinct = DistinctTokens(model, tokens)
     tables = distinct.tables(block)
     starts = torch.arange(count, device=device) * length
     values, inner = torch.empty(count, length, block.context_dim, device=device), None
@@ -171,7 +164,7 @@ def _chunks(
         context = step(context, 1, offset)
         difference = (context - values[1:, offset]).abs().max().item()
         values[1:, offset] = context
-        if difference <= tolerance:
+        if difference <= TOLERANCE:
             warmup, residual = warmup or offset + 1, max(residual, difference)
         else:
             warmup, residual = 0, 0.0
@@ -180,30 +173,6 @@ def _chunks(
             last = values.flatten(0, 1)[:total]
             return Contexts(tokens, last, distinct, residual, warmup, None if kept else tables, kept), difference
     return None, difference
-
-
-class SlowReader:
-    """What a head reads with the slow contexts of streams, those of the last two kept: training and validation."""
-
-    def __init__(self, slow: SlowContext | None, embedding: Tensor | None):
-        """`embedding` [V, d] is what the slow context is made from; without one, h is read as it is."""
-        self.slow, self.embedding = slow, embedding
-        self._streams: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, h: Tensor, tokens: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
-        """From h [B, d] at `positions` [B] of the stream `tokens` [T], or with other slow contexts `rows` [B, d]."""
-        if self.slow is None:
-            return h
-        return self.slow(h, self.contexts(tokens)[positions] if rows is None else rows)
-
-    def contexts(self, tokens: Tensor) -> Tensor:
-        """The slow contexts of the stream `tokens` [T], float32 [T, d]."""
-        for stream, rows in self._streams:
-            if stream is tokens:
-                return rows
-        rows = torch.empty(len(tokens), self.embedding.shape[1], device=tokens.device)
-        self._streams = [*self._streams[-1:], (tokens, self.slow.fill(rows, self.embedding, tokens))]
-        return rows
 
 
 class Ablation:

@@ -17,11 +17,13 @@ from ctxlm.config import Experiment
 from ctxlm.device import generator
 from ctxlm.files import atomic
 from ctxlm.loss import Losses
-from ctxlm.metrics import NonFiniteLoss, loss_summary, overfit_rate, perplexity
+from ctxlm.metrics import NonFiniteLoss, loss_summary, perplexity
 from ctxlm.progress import say, track
 
 OnEpoch = Callable[[list[dict]], Any]
 """Is given the history so far after every validation; what it returns, if true, ends the training there."""
+PROGRESS = ("step", "update", "history", "best", "last_loss")
+"""What a checkpoint keeps of a trainer, beside weights and optimiser."""
 
 
 class Task(Protocol):
@@ -60,13 +62,14 @@ class Trained:
     """The epoch that an earlier process had ended with, if this one went on from there."""
 
     def summary(self) -> dict[str, float]:
-        """The columns of metrics.json that training gives; the over-fitting rate is last PPL / best PPL - 1."""
-        val = loss_summary("val", self.val_losses, self.val_accuracy)
-        last = perplexity(self.last_val_loss)
-        epochs = {"best_epoch": self.best_epoch, "epochs_run": self.epochs_run}
+        """The columns of metrics.json that training gives."""
+        columns = {"best_epoch": self.best_epoch, "epochs_run": self.epochs_run}
         if self.resumed:  # then the run's seconds are the last process's
-            epochs["resumed_after_epoch"] = self.resumed
-        return epochs | val | {"last_val_ppl": last, "overfit_rate": overfit_rate(last, val["val_ppl"])}
+            columns["resumed_after_epoch"] = self.resumed
+        columns |= loss_summary("val", self.val_losses, self.val_accuracy)
+        columns["last_val_ppl"] = perplexity(self.last_val_loss)
+        columns["overfit_rate"] = columns["last_val_ppl"] / columns["val_ppl"] - 1
+        return columns
 
 
 class Trainer:
@@ -108,22 +111,19 @@ class Trainer:
             NonFiniteLoss: the loss, or its exponential, is no longer finite.
         """
         if checkpoint and checkpoint.exists():
-            state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-            if state.pop("key") == key:
-                self.load_state_dict(state)
-                self.resumed = self._epochs(self.step)
-                say(f"goes on after epoch {self.resumed}, where it was stopped")
+            self._load(checkpoint, key)
         while not self.done:
             stopped = self.run_epoch(on_epoch)
             if checkpoint:
-                try:
-                    with atomic(checkpoint) as path:
-                        torch.save(self.state_dict() | {"key": key}, path)
-                except (OSError, RuntimeError) as error:  # a full disk stops nothing yet
-                    say(f"{checkpoint} cannot be written ({error}): if this run is stopped, it begins anew")
+                self._save(checkpoint, key)
             if stopped:
                 break
-        return self.finish()
+        best = self.best
+        with torch.no_grad():
+            torch._foreach_copy_([*self.task.weights.values()], best["weights"])
+        self.task.model.eval()
+        epochs = self._epochs(best["step"]), self._epochs(self.step)
+        return Trained(*epochs, best["losses"], best["accuracy"], self.last_loss, self.history, self.resumed)
 
     def run_epoch(self, on_epoch: OnEpoch | None = None) -> bool:
         """One pass over the training stream, validated `validations_per_epoch` times; whether `on_epoch` ended it.
@@ -148,8 +148,6 @@ class Trainer:
             self.loss_sum += losses.sum()
             self.hits += correct.sum()
             self.targets += len(losses)
-            if self.device.type == "cpu":
-                self._check(self.loss_sum.item() / self.targets)
             if count in ends:
                 self._validate()
                 if (on_epoch and on_epoch(self.history)) or self.done:
@@ -158,29 +156,29 @@ class Trainer:
         self._validate()
         return bool(on_epoch and on_epoch(self.history))
 
-    def finish(self) -> Trained:
-        """Put the best state's weights in place."""
-        best = self.best
-        with torch.no_grad():
-            torch._foreach_copy_([*self.task.weights.values()], best["weights"])
-        self.task.model.eval()
-        epochs = self._epochs(best["step"]), self._epochs(self.step)
-        return Trained(*epochs, best["losses"], best["accuracy"], self.last_loss, self.history, self.resumed)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that training goes on from, by reference as torch's. Draws go by seed, purpose and epoch."""
+    def _save(self, checkpoint: Path, key: str) -> None:
+        """Leave all that training goes on from; draws go by seed, purpose and epoch."""
         weights = {name: weight.detach() for name, weight in self.task.weights.items()}
-        kept = {name: getattr(self, name) for name in ("step", "update", "history", "best", "last_loss")}
-        return {"weights": weights, "optimiser": self.optimiser.state_dict(), **kept}
+        state = {"key": key, "weights": weights, "optimiser": self.optimiser.state_dict()}
+        try:
+            with atomic(checkpoint) as path:
+                torch.save(state | {name: getattr(self, name) for name in PROGRESS}, path)
+        except (OSError, RuntimeError) as error:  # a full disk stops nothing yet
+            say(f"{checkpoint} cannot be written ({error}): if this run is stopped, it begins anew")
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` of a trainer of the same task and experiment was taken."""
+    def _load(self, checkpoint: Path, key: str) -> None:
+        """Go on from what `_save` of a trainer of the same task and experiment has left, if its key is the same."""
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        if state["key"] != key:
+            return
         for name, weight in self.task.weights.items():
             weight.copy_(state["weights"][name])
         self.optimiser.load_state_dict(state["optimiser"])
-        for name in ("step", "update", "history", "best", "last_loss"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
+        self.resumed = self._epochs(self.step)
+        say(f"goes on after epoch {self.resumed}, where it was stopped")
 
     def _epochs(self, steps: int) -> float:
         """Epochs that so many validations are."""

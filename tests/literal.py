@@ -265,15 +265,3 @@ def effective_rank(matrix):
     values = torch.linalg.svdvals(matrix)
     p = values / values.sum()
     return math.exp(-sum(float(share) * math.log(float(share)) for share in p if share > 0))
-
-
-def parameter_counts(num_layers, context_dim, embed_dim, num_input_tokens):
-    """(ContextBlock, TokenBlock as published, TokenBlock as trained): Linear weights and biases, LayerNorm affines."""
-    tokens_dim = num_input_tokens * embed_dim
-    context = published = trained = 0
-    for layer in range(num_layers):
-        context += context_dim * (context_dim + tokens_dim) + context_dim + 2 * context_dim
-        published += embed_dim * (context_dim + tokens_dim) + embed_dim + 2 * embed_dim
-        read = tokens_dim if layer == 0 else embed_dim
-        trained += embed_dim * (context_dim + read) + embed_dim + 2 * embed_dim
-    return context, published, trained

@@ -45,6 +45,7 @@ def test_loss_gradients_and_hits_are_torchs(rows, vocabulary, with_bias, frozen,
     leaves = [x.requires_grad_() for x in (h, None if frozen else weight, bias) if x is not None]
     with tiles_of(tile):
         loss, losses, correct = linear_cross_entropy(h, weight, targets, bias)
+    assert not losses.requires_grad and not correct.requires_grad
     gradients = torch.autograd.grad(3 * loss, leaves)
     logits = F.linear(h, weight, bias)
     expected = F.cross_entropy(logits, targets)
@@ -53,15 +54,6 @@ def test_loss_gradients_and_hits_are_torchs(rows, vocabulary, with_bias, frozen,
     assert torch.equal(correct, logits.argmax(1) == targets)
     for ours, torchs in zip(gradients, torch.autograd.grad(3 * expected, leaves), strict=True):
         torch.testing.assert_close(ours, torchs, atol=1e-4, rtol=1e-4)
-
-
-def test_a_loss_is_differentiated_once():
-    h, weight, bias, targets = problem(5, 3, 7)
-    loss, losses, correct = linear_cross_entropy(h.requires_grad_(), weight, targets, bias)
-    assert not losses.requires_grad and not correct.requires_grad
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute the loss again"):
-        loss.backward()
 
 
 def test_evaluation_multiplies_once():
@@ -86,16 +78,6 @@ def test_nothing_waits_for_a_device(dtype):
         loss, losses, correct = linear_cross_entropy(h, weight, targets, bias, dtype)
     assert [g.shape for g in torch.autograd.grad(loss, leaves)] == [x.shape for x in leaves]
     assert losses.shape == correct.shape == (9,)
-
-
-def test_bfloat16_products_stay_near_float32():
-    h, weight, _, targets = problem(200, 64, 500)
-    h = F.layer_norm(h, (64,)).requires_grad_()
-    weight = 0.14 * weight
-    exact, rounded = (linear_cross_entropy(h, weight, targets, None, t)[0] for t in (torch.float32, torch.bfloat16))
-    assert rounded.item() == pytest.approx(exact.item(), abs=5e-3)
-    exact_gradient, gradient = (torch.autograd.grad(loss, h)[0] for loss in (exact, rounded))
-    assert (gradient - exact_gradient).norm() < 0.02 * exact_gradient.norm()
 
 
 @pytest.mark.parametrize("tile", [40, 7])

@@ -54,7 +54,7 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
         for t in positions:
             last = sequential(model, tokens[t - k + 1 : t + 1])
             layers = last.layers(model.context_block, slice(k - 1, k))
-            slow = predict.with_slow.contexts(last.tokens)[-1:] if decay else None
+            slow = predict.score.slow_contexts(last.tokens)[-1:] if decay else None
             losses.append(predict.from_layers(tokens, torch.tensor([t]), layers, slow)[0].item())
         assert values[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert values[k, "val_ppl"] == pytest.approx(math.exp(values[k, "val_loss"]))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import load_corpus, split
-from ctxlm.ngrams import KneserNey, _discounts, kneser_ney
+from ctxlm.ngrams import KneserNey, kneser_ney
 
 
 class Literal:
@@ -86,20 +86,6 @@ def test_a_distribution_holds_the_probabilities_and_sums_to_one(length, order, v
     expected = np.array([model.probabilities(np.append(before, word))[-1] for word in range(vocabulary)])
     assert expected.sum() == pytest.approx(1, abs=1e-9) and expected.min() > 0
     assert model.distribution(before) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("counts", "discounts"),
-    [
-        # 4 pairs once, 2 twice, 1 three times, 1 four times: y = 4 / (4 + 2·2) = 1/2
-        ([1, 1, 1, 1, 2, 2, 3, 4], [0, 0.5, 2 - 3 * 0.5 / 2, 3 - 4 * 0.5]),
-        # 2 once, 1 twice, 3 three times, 1 four times: 2 − 3 · (1/2) · 3/1 is below 0, so none is estimated
-        ([1, 1, 2, 3, 3, 3, 4], [0, 0.5, 1, 1.5]),
-        ([1, 1, 2, 4], [0, 0.5, 1, 1.5]),
-    ],
-)
-def test_discounts_of_a_known_text(counts, discounts):
-    assert _discounts(np.array(counts)) == pytest.approx(discounts)
 
 
 def test_judging_gives_losses_and_the_share_of_first_guesses():

@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 from ctxlm.config import Experiment, read_yaml
 from ctxlm.corpus import split
 from ctxlm.embeddings import load_embedding
+from ctxlm.loss import Score
 from ctxlm.model import ContextLM, SlowContext
-from ctxlm.recurrence import SlowReader, chunked, sequential
+from ctxlm.recurrence import CHUNKS, chunked, sequential
 from tests import literal
 from tests.conftest import stream, tiny
+
+
+def in_chunks(length, *arguments, **options):
+    """`chunked` with chunks of `length` tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHUNKS, "cpu", (length, 10**9))
+        return chunked(*arguments, **options)
 
 
 @pytest.mark.filterwarnings("ignore:the ContextBlock does not forget")  # some narrow random ones do not
@@ -21,7 +29,7 @@ from tests.conftest import stream, tiny
 @given(*(st.integers(*ends) for ends in ((1, 400), (40, 120), (1, 3), (1, 3), (0, 100))))
 def test_chunks_give_the_sequential_contexts(length, chunk, layers, n, seed):
     model, tokens = tiny(num_layers=layers, num_input_tokens=n, seed=seed), stream(length, seed=seed)
-    expected, chunks = sequential(model, tokens), chunked(model, tokens, chunk_length=chunk)
+    expected, chunks = sequential(model, tokens), in_chunks(chunk, model, tokens)
     assert chunks.values.shape == (length, 12)
     assert chunks.residual <= 1e-5
     # A narrow random block need not contract, so a rounding error may grow along the stream: what is certified is
@@ -54,7 +62,7 @@ def test_an_echo_state_network_is_its_equations_and_nothing_trains_it():
         read = block.from_other[0].weight @ literal.token_input(model.embedding, tokens, t, 2)
         context = (1 - leak) * context + leak * torch.tanh(block.from_context.weight @ context + read)
         expected.append(context)
-    chunks = chunked(model, tokens, chunk_length=150)
+    chunks = in_chunks(150, model, tokens)
     torch.testing.assert_close(chunks.values, torch.stack(expected), atol=1e-5, rtol=0)
     assert chunks.warmup > 0
     for layer in chunks.layers(block, slice(0, 9)):
@@ -71,7 +79,7 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
         for linear in model.context_block.from_context:
             linear.weight *= 30
     with pytest.warns(UserWarning, match="does not forget for certain within") as caught:
-        chunks = chunked(model, tokens, chunk_length=60)
+        chunks = in_chunks(60, model, tokens)
     assert len(caught) == 1
     assert torch.equal(chunks.values, sequential(model, tokens).values) and chunks.warmup == 0
 
@@ -80,19 +88,19 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
 def test_longer_chunks_are_tried_only_where_they_bring_the_runs_nearer(monkeypatch, residuals, tried):
     left, lengths = list(residuals), []
 
-    def in_vain(model, tokens, tolerance, length, *_):
+    def in_vain(model, tokens, length, *_):
         lengths.append(length)
         return None, left.pop(0)
 
     monkeypatch.setattr("ctxlm.recurrence._chunks", in_vain)
     with pytest.warns(UserWarning, match=f"within {tried[-1]} tokens"):
-        assert chunked(tiny(), stream(200), chunk_length=5).warmup == 0
+        assert in_chunks(5, tiny(), stream(200)).warmup == 0
     assert tuple(lengths) == tried
 
 
 def test_a_longer_chunk_is_tried_before_the_fall_back():
     model, tokens = forgetful(), stream(2000)
-    chunks = chunked(model, tokens, chunk_length=2)
+    chunks = in_chunks(2, model, tokens)
     assert chunks.warmup > 2 and chunks.residual <= 1e-5
     torch.testing.assert_close(chunks.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
 
@@ -112,7 +120,7 @@ def forgetful(**parameters):
 )
 def test_kept_layers_are_those_computed_again(shape, dtype, monkeypatch):
     model, tokens = forgetful(**shape), stream(950)
-    plain, kept = (chunked(model, tokens, chunk_length=100, keep=keep) for keep in (None, dtype))
+    plain, kept = (in_chunks(100, model, tokens, keep=keep) for keep in (None, dtype))
     widths = model.context_block.widths[:-1]
     assert plain.inner is None and [(x.shape, x.dtype) for x in kept.inner] == [((950, w), dtype) for w in widths]
     assert torch.equal(plain.values, kept.values) and kept.warmup > 0
@@ -123,24 +131,20 @@ def test_kept_layers_are_those_computed_again(shape, dtype, monkeypatch):
     size = 1000 * sum(widths) * dtype.itemsize
     for budget in (size, size - 1):
         monkeypatch.setattr("ctxlm.recurrence.INNER_KEPT", budget)
-        assert (chunked(model, tokens, chunk_length=100, keep=dtype).inner is None) == (budget < size)
+        assert (in_chunks(100, model, tokens, keep=dtype).inner is None) == (budget < size)
 
 
 @settings(max_examples=20)
 @given(length=st.integers(1, 3 * SlowContext.BLOCK), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
 def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
-    slow, tokens = SlowContext(decay, 0.2, 60, 8), stream(length, seed=seed)
-    draws = torch.Generator().manual_seed(seed)
-    embedding, shares = torch.randn(60, 8, generator=draws).requires_grad_(), torch.rand(60, generator=draws)
-    slow.weigh(shares)
-    reader, s = SlowReader(slow, embedding), torch.zeros(8, dtype=torch.float64)
-    rows = reader.contexts(tokens)
-    assert reader.contexts(tokens) is rows and not rows.requires_grad and reader.contexts(tokens.clone()) is not rows
-    expected = []
+    model, tokens, draws = tiny(slow_decay=decay), stream(length, seed=seed), torch.Generator().manual_seed(seed)
+    embedding, shares = model.embedding.requires_grad_(), torch.rand(60, generator=draws)
+    model.slow.weigh(shares)
+    score, s, expected = Score(model, torch.float32), torch.zeros(8, dtype=torch.float64), []
+    rows = score.slow_contexts(tokens)
+    assert score.slow_contexts(tokens) is rows and not rows.requires_grad
+    assert score.slow_contexts(tokens.clone()) is not rows
     for token in tokens:
         s = decay * s + 1e-3 / (1e-3 + shares[token]) * F.layer_norm(embedding[token].detach().double(), (8,))
         expected.append(s)
     torch.testing.assert_close(rows.double(), torch.stack(expected), atol=1e-5, rtol=1e-4)
-    h = torch.randn(1, 8, generator=draws)
-    expected = h.double() + 0.35 * F.layer_norm(s, (8,))
-    torch.testing.assert_close(reader(h, tokens, torch.tensor([length - 1])).double(), expected, atol=1e-4, rtol=1e-3)
