@@ -144,8 +144,8 @@ def test_digests_are_equal_only_for_equal_parts(one, other):
 EVERY, TRAINED = {"context", "lstm", "kneser-ney"}, {"context", "lstm"}  # other networks share an LSTM's
 BELONGS = {
     "corpus device metrics": EVERY,
-    "embeddings loss model recurrence trainer": TRAINED,
-    "phase1 phase2 memory": {"context"},
+    "embeddings loss model trainer": TRAINED,
+    "phase1 phase2 memory recurrence": {"context"},
     "networks": {"lstm"},
     "ngrams": {"kneser-ney"},
     "__init__ batch config files generate progress run search": set(),
