@@ -172,10 +172,11 @@ def status(grid: str) -> list[str]:
 def _state(folder: Path, run: Experiment) -> tuple[str, str]:
     """What has become of a run, in a word; and what else there is to say."""
     done = folder / "metrics.json"
-    if (folder / LOCK).exists():
+    for lock in (LOCK, ".lock"):  # the latter is of its kernel, or of a run by hand
         try:
-            with FileLock(folder / LOCK, timeout=0):
-                pass
+            if (folder / lock).exists():
+                with FileLock(folder / lock, timeout=0):
+                    pass
         except Timeout:
             return "running", _last_step(folder)
     if (folder / FAILURE).exists():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import BY_HAND, ROOT, digest, resolve, source_hash
+from ctxlm.files import BY_HAND, ROOT, digest, find, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
@@ -196,9 +196,9 @@ class Experiment(BaseModel):
             refuse("train_tokens train_samples", "give exactly one, and null (papermill: None) for the other")
         if self.embedding_turned is not None and self.embedding_turned >= self.embed_dim:
             refuse("embedding_turned embed_dim", "the embedding has no such dimension")
-        if self.embedding == "gpt2" and self.embed_dim != 768:
+        if self.model != "kneser-ney" and self.embedding == "gpt2" and self.embed_dim != 768:
             refuse("embedding embed_dim", "GPT-2's has 768 dimensions")
-        if self.embedding == "smollm2" and self.embed_dim > 576:
+        if self.model != "kneser-ney" and self.embedding == "smollm2" and self.embed_dim > 576:
             refuse("embedding embed_dim", "SmolLM2's has 576 dimensions, of which fewer can be kept")
         if self.phase1_min_iterations > self.phase1_max_iterations:
             refuse("phase1_min_iterations phase1_max_iterations", "lower the first or raise the second")
@@ -261,10 +261,15 @@ class Experiment(BaseModel):
             also: its parameters that are none of an experiment.
 
         Raises:
-            ConfigError: as `from_mapping`; another notebook is its model's.
+            ConfigError: as `from_mapping`; a corpus's or an embedding's file is not there; another notebook is its
+                model's.
         """
         names = _parameters_given(namespace) - {*also}
         e = cls.from_mapping({name: namespace[name] for name in names | (cls.model_fields.keys() & namespace)})
+        for name in ("corpus", "judged_corpus", "embedding"):
+            value = getattr(e, name) or ""
+            if "." in value and not find(value).is_file():
+                raise ConfigError(f"{name} = {value!r} is no file at {find(value)}: check the name")
         if notebook and NOTEBOOKS[e.model] != notebook:
             raise ConfigError(f"model = {e.model!r} is run by {NOTEBOOKS[e.model]}, not by this notebook")
         if notebook:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
@@ -324,7 +324,10 @@ def _tokenise(name: str, texts: list[str]) -> dict[str, np.ndarray]:
 
 def _package(name: str, path: str) -> Path:
     """A file of an installed package, which is not imported."""
-    return Path(str(distribution(name).locate_file(path)))
+    try:
+        return Path(str(distribution(name).locate_file(path)))
+    except PackageNotFoundError:
+        raise ConfigError(f"the package {name} is not installed: pip install {name}") from None
 
 
 def _chitchat_texts(_name: str, raw: bytes) -> list[str]:
@@ -404,7 +407,10 @@ def _parquet_texts(name: str, raw: bytes) -> list[str]:
 
 
 def _packed_texts(name: str, raw: bytes) -> list[str]:
-    return _jsonl_texts(name, lzma.decompress(raw))
+    try:
+        return _jsonl_texts(name, lzma.decompress(raw))
+    except (lzma.LZMAError, EOFError):
+        raise ConfigError(f"corpus = {name!r} is not whole in data/corpora: restore it by git") from None
 
 
 def _utf8(name: str, raw: bytes) -> str:

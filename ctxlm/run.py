@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -290,17 +291,19 @@ def git_commit() -> str | None:
 
 
 def take_folder(folder: Path) -> Path:
-    """Make a run's folder and take it till this process ends.
+    """Make a run's folder, see that it can be written to, and take it till this process ends.
 
     Raises:
         ConfigError: nothing can be written there, or another process is at it.
     """
     try:
-        taken = take(folder / LOCK)
-    except OSError as error:
-        reason = error.strerror
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written to ({reason}): name another") from None
-    if not taken:
+    if not take(folder / LOCK):
         raise ConfigError(
             f"output_dir = {str(folder)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"

@@ -6,7 +6,6 @@ journal beside them is what a search that was stopped goes on from. `--top 3` ru
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -75,8 +74,8 @@ class Search:
             self.layers = {"quick": quick, "full": [*quick, *read_layers(self.file.full)]}
             for line in self.file.space:
                 for value in self._ends(line):
-                    quick, _ = (self.experiment(self.first | {line: value}, scale) for scale in JUDGED)
-                    if not quick.held_out_tokens:
+                    tried = {scale: self.experiment(self.first | {line: value}, scale) for scale in JUDGED}
+                    if not tried["quick"].held_out_tokens:
                         raise ConfigError("held_out_tokens = 0: hold out text to choose by")
             for scale in JUDGED:
                 check_data([self.experiment(self.first, scale)])
@@ -161,13 +160,15 @@ class Search:
         drawn = {}
         for line, given in self.file.space.items():
             if isinstance(given, dict):
-                drawn[line] = float(f"{trial.suggest_float(line, **given):.3g}")
+                value = float(f"{trial.suggest_float(line, **given):.3g}")
+                drawn[line] = min(max(value, given["low"]), given["high"])
             else:
                 drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
         trial.set_user_attr("drawn", drawn)
         metrics = self.run(trial, "quick")
         if not metrics:
             raise optuna.TrialPruned
+        trial.set_user_attr("seconds", metrics["total_seconds"])
         return metrics["val_loss"]
 
     def report(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -203,16 +204,17 @@ class Search:
     def write_table(self) -> None:
         """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
-        for trial, (scale, part) in itertools.product(self.study.get_trials(states=OVER), JUDGED.items()):
-            done = self.folder(trial, scale) / "metrics.json"
-            if scale == "full" and not done.exists():
-                continue
-            metrics = json.loads(done.read_bytes()) if done.exists() else {}
-            row = {"scale": scale, "trial": trial.number}
-            row |= {"value": metrics.get(f"{part}_loss"), "ppl": metrics.get(f"{part}_ppl")}
-            row |= self.point(trial.user_attrs["drawn"])
-            row |= {"seconds": metrics.get("total_seconds"), "state": "finished" if metrics else "failed"}
-            rows.append(row)
+        for trial in self.study.get_trials(states=OVER):
+            point, seconds = self.point(trial.user_attrs["drawn"]), trial.user_attrs.get("seconds")
+            done = self.folder(trial, "full") / "metrics.json"
+            judged = {"quick": (trial.value, seconds)}
+            if done.exists():
+                metrics = json.loads(done.read_bytes())
+                judged["full"] = metrics[f"{JUDGED['full']}_loss"], metrics["total_seconds"]
+            for scale, (value, seconds) in judged.items():
+                known = value is not None
+                row = {"scale": scale, "trial": trial.number, "value": value, "ppl": math.exp(value) if known else None}
+                rows.append(row | point | {"seconds": seconds, "state": "finished" if known else "failed"})
         table = pd.DataFrame(rows).sort_values(["scale", "trial"], ascending=[False, True])
         with atomic(TABLES / f"{self.name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")

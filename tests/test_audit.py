@@ -140,18 +140,19 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
         ("recomputed", "slope('C')", r"results\.csv has no single train_tokens of C"),
         ("recomputed", "results('A', 86925, 'val_pp')", r"results\.csv has no single val_pp of A, 86925"),
         ("recomputed", "open('/etc/passwd')", "open"),
+        ("recomputed", "().__class__", "__class__"),
         ("recomputed", "", "so is `testable`"),
         ("published", "'about a third'", "about a third"),
         ("each", "resluts", "resluts"),
         ("why", "{nothing}.", "nothing"),
     ],
-    ids=["syntax", "row", "cell", "forbidden", "empty", "text", "table", "name"],
+    ids=["syntax", "row", "cell", "forbidden", "attribute", "empty", "text", "table", "name"],
 )
 def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, words):
     with pytest.raises(ConfigError, match=words) as error:
         changed("audit", column, value, claim_id="doubling_A")
     message = str(error.value)
-    assert "audit.csv, claim doubling_A" in message and "\n" not in message
+    assert "audit.csv, claim doubling_A" in message and "correct this row" in message and "\n" not in message
 
 
 def test_a_cell_twice_or_no_audit_at_all_is_refused(changed):

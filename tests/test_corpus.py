@@ -101,6 +101,12 @@ def test_an_embedded_corpus_is_the_known_one(name, samples, tokens, known, monke
         assert decode(corpus.stream(0, 1).tokens) == json.loads(file.readline())["text"]
 
 
+def test_an_embedded_corpus_that_is_not_whole_is_refused():
+    for raw in (b"version https://git-lfs.github.com", lzma.compress(b"{}")[:-9]):
+        with pytest.raises(ConfigError, match="corpus = 'sotu' is not whole"):
+            corpus_module._packed_texts("sotu", raw)
+
+
 def test_a_mixture_takes_a_sample_of_each_in_turn(monkeypatch):
     def planted(first, *lengths):
         starts = np.append(0, np.cumsum(lengths))

@@ -309,6 +309,7 @@ def test_coefficients_and_their_sums_are_those_of_every_replicate_by_itself():
     slope_b = fits.estimate({"log_tokens": 1, "log_tokens:configuration[T.B]": 1})
     alone = Coefficients("val_loss ~ log_tokens", runs[runs["configuration"] == "B"]).estimate("log_tokens")
     assert all_of(slope_b) == fixed(all_of(alone))
+    assert all_of(fits.estimate({"log_tokens": 2})) == fixed([2 * end for end in all_of(fits.estimate("log_tokens"))])
 
 
 def test_coefficients_of_losses_cover_samples(judged):

@@ -122,8 +122,9 @@ def test_a_long_text_at_once_is_that_text_token_by_token_of_which_a_state_of_one
     losses, states = step_by_step(model, tokens)
     for text, expected in ((tokens, losses), (tokens[:1], losses[:1])):
         torch.testing.assert_close(model.losses(text), expected.float(), atol=1e-4, rtol=0)
-    for state in (states[0], states[-1]):
-        log_probs = model.log_probs(state)
+    state = states[-1]
+    for each in (states[0], state):
+        log_probs = model.log_probs(each)
         assert log_probs.dtype == torch.float32 and log_probs.shape == (30,)
         assert log_probs.double().exp().sum().item() == pytest.approx(1, abs=1e-4)
     sizes = [state.nbytes for state in states[1:]]

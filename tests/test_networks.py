@@ -1,4 +1,4 @@
-"""LSTM, minGRU and Transformer against their equations, one position at a time."""
+"""LSTM, minGRU and Transformer against their equations, one position at a time, and on a text that they must learn."""
 
 import math
 

@@ -17,6 +17,8 @@ from ctxlm.files import ROOT
 from tests.browser import read_by_everyone
 from tests.conftest import run_cells
 
+BARRIERS = ("index.html", "06_contexts.html", "08_audit.html", "method.html", "runs.html")
+"""Pages of every kind, on which a reader without eyes or mouse must find no barrier."""
 MARKER = re.compile(r"<!--= (?P<page>\S+): (?P<contrast>.+?) @ ?(?P<at>.*?) ?-->")
 NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 DOCUMENTS = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md", "docs/literature.md"]
@@ -56,6 +58,16 @@ def prose():
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "markdown":
                 yield path.name, cell.source
+
+
+COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
+
+
+def replicates_stated(text):
+    """(how many replicates a sentence says, key of the number before that) wherever it says so."""
+    for count in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
+        if before := [*MARKER.finditer(text, 0, count.start())]:
+            yield COUNTS[count[1]], before[-1].groups()
 
 
 def stated(text):
@@ -99,6 +111,13 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
             elif not holds(numbers, estimates[key]):
                 wrong.append(f"{where}: {numbers} is not {estimates[key]['in_unit']} of {key}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_a_sentence_that_says_how_many_replicates_there_are_is_right(estimates):
+    stated_counts = [(where, *count) for where, text in prose() for count in replicates_stated(text)]
+    assert stated_counts
+    assert not [(where, n, key) for where, n, key in stated_counts if estimates[key]["replicates"] != n]
 
 
 def test_no_percentage_of_a_result_goes_unmarked():
@@ -156,7 +175,7 @@ def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
     committed = sum(len(pd.read_csv(path)) for path in (ROOT / "data" / "results").glob("*/runs.csv"))
     committed += len([*(ROOT / "data" / "results").glob("*/*/metrics.json")])
     for page in sorted(site.glob("*.html")):
-        read_by_everyone(browser, page, barriers=page.name in ("index.html", "06_contexts.html", "runs.html"))
+        read_by_everyone(browser, page, barriers=page.name in BARRIERS)
         browser.open(page)
         assert browser.printed() <= (4 if page.name == "index.html" else 6), page
         if page.name == "runs.html":

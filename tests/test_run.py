@@ -96,7 +96,7 @@ def test_the_files_of_a_run_agree(made, model):
         assert metrics[f"{part}_bits_per_byte"] == pytest.approx(total / math.log(2) / size)
     with np.load(folder / LOSSES) as file:
         assert file["loss"].mean(dtype=float) == pytest.approx(metrics["val_loss"])
-        assert len(file["sample"]) == len(file["loss"])
+        assert len(file["sample"]) == len(file["loss"]) == metrics["val_tokens"] - 1
     weights = sum(weight.numel() for weight in load_file(folder / WEIGHTS).values())
     assert metrics["trained_params"] == weights and bool(weights) == (model != "kneser-ney")
     if weights:

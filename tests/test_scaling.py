@@ -159,6 +159,7 @@ def test_planted_crossovers_come_back_and_what_a_pair_shares_does_not_blur_them(
         (row,) = crossovers(judged(replicates=replicates, **NARROW | shared, seed=5).runs).to_dict("records")
         assert (row["a"], row["b"], row["kind"], row["verdict"]) == ("A", "B", "bounded", "within the sizes")
         assert 0.9 * MEETS < row["low"] < row["tokens"] < row["high"] < 1.1 * MEETS
+    assert row["tokens"] == pytest.approx(MEETS, rel=0.05)
     slopes = row["slopes"]  # a single replicate's interval is of its residuals alone
     assert row["low"] < MEETS < row["high"] and slopes.low < -0.06 < slopes.high < 0
     assert slopes.verdict == "lower" and row["p"] < 0.001 and (slopes.n, slopes.replicates) == (20, 4)
@@ -215,8 +216,11 @@ def test_every_two_configurations_are_compared(judged):
 @pytest.mark.parametrize("beta", [0.3, 1.2])
 def test_planted_saturating_law_is_recovered(floor, beta):
     sizes = np.geomspace(10_000, 1_000_000, 8)
-    result = saturating(sizes, floor + 40 * (sizes / 1000) ** -beta)
-    assert result == pytest.approx((floor, 40 * 1000**beta, beta), rel=1e-2, abs=1e-3)
+    planted = floor + 40 * (sizes / 1000) ** -beta
+    fitted, scale, exponent = saturating(sizes, planted)
+    assert (fitted, exponent) == pytest.approx((floor, beta), rel=1e-3, abs=1e-3)
+    assert scale == pytest.approx(40 * 1000**beta, rel=1e-2)
+    assert fitted + scale * sizes**-exponent == pytest.approx(planted, rel=1e-4)
 
 
 def test_a_saturating_law_neither_rises_nor_falls_below_zero():

@@ -62,7 +62,7 @@ def planted(monkeypatch):
 
 
 class Planted:
-    """In place of a run: a loss that is known, the least at rate 0.001, spread 0.5, dropout 0.1, decay 0.1."""
+    """In place of `run_apart`: a loss that is known, the least at rate 0.001, spread 0.5, dropout 0.1, decay 0.1."""
 
     def __init__(self, fails=lambda e: False, stops=None, together=1):
         """`fails`: which experiments do not learn; `stops`: at which run all ends; `together`: so many run at once."""

@@ -246,11 +246,13 @@ def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where
 def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
     root, grid, earlier, monkeypatch, capsys
 ):
-    def fail(*_):
+    def fail(_name, _parameters, target, *_):
+        target.write_text("half", encoding="utf-8")
         raise ConfigError(f"no sizes {HOSTILE}")
 
+    kept = None
     if earlier:
-        build(grid)
+        kept = (build(grid).parents[1] / "04_scaling.ipynb").read_bytes()
         capsys.readouterr()
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     monkeypatch.setattr(site, "_execute", fail)
@@ -263,7 +265,17 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
     soup = soup_of(index)
     assert f"The analysis failed: {why}." in soup.get_text() and not soup.main("img", src="x")
     assert ("A is better" in soup.get_text()) == index.with_name("04_scaling.html").exists() == earlier
+    executed = index.parents[1] / "04_scaling.ipynb"
+    assert (executed.read_bytes() if executed.exists() else None) == kept
     assert len(rows_of(soup("table")[-1])) == 2
+
+
+def test_a_grid_without_a_finished_run_is_refused_in_a_line(root, capsys):
+    write(root, {"none.yaml": json.dumps({"title": "None", "experiments": {"A": {}}})})
+    assert main(["--grid", str(root / "none.yaml")]) == 1
+    line = capsys.readouterr()
+    assert line.out == "" and line.err.startswith("error: ") and line.err.count("\n") == 1
+    assert "A: was not begun" in line.err
 
 
 def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_here(built):
@@ -303,12 +315,12 @@ def test_a_link_that_leads_nowhere_is_named_and_the_earlier_site_stays(root, cap
 def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tmp_path, monkeypatch):
     source = 'import os, pathlib\nassert not [*pathlib.Path(os.environ["CTXLM_OUTPUTS"]).glob("*/")]\nprint(sizes)'
     parameters = nb.new_code_cell("sizes = 1", metadata={"tags": ["parameters"]})
-    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no sizes")'))
+    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no\\nsizes")'))
     write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad, "06_torn.ipynb": good[:99]})
     monkeypatch.setattr(site, "ROOT", tmp_path)
     pages = {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {}), "06_torn": ("06_torn", {})}
     monkeypatch.setattr(site, "PAGES", pages)
-    words = r"^notebooks/05_bad.ipynb ended in ValueError: no sizes: open it .*; notebooks/06_torn.ipynb ended in "
+    words = r"^notebooks/05_bad.ipynb ended in ValueError \(no sizes\): open it .*; notebooks/06_torn.ipynb ended in "
     with pytest.raises(ConfigError, match=words):
         site._execute_all(tmp_path / "executed")
     executed = nbformat.read(tmp_path / "executed" / "04_good.ipynb", as_version=4)

@@ -108,10 +108,11 @@ def test_a_state_of_another_key_is_begun_anew_and_replaced(one_thread, tmp_path)
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(one_thread, tmp_path, capsys):
-    one, before = trainer("study"), torch.random.get_rng_state()
+    one, expected = trainer("study"), whole("study")
+    before = torch.random.get_rng_state()
     (tmp_path / "file").touch()
     trained = one.run(None, tmp_path / "file" / "checkpoint.pt", "key")
-    assert_same(one, trained, *whole("study"))
+    assert_same(one, trained, *expected)
     assert str(tmp_path / "file") in capsys.readouterr().out
     assert torch.equal(before, torch.random.get_rng_state())  # nor is a draw of another's shifted
 

@@ -34,6 +34,7 @@ STUDY = "data/reference/l4-2025-11-28"
 LATER = "data/reference/later-2025-11"
 KEYS = ["experiment", "train_tokens", "epoch", "parameter", "item", "claim"]
 """Columns that name a row."""
+COLUMNS = ["claim_id", "section", "each", "claim", "published", "recomputed", "testable", "why"]
 ROUNDING = 0.01
 """A value that misses its printed digits by at most this share counts as rounding."""
 VERDICTS = HOLDS, ROUNDED, FALSE, UNTESTABLE = "holds", "rounding", "does not follow", "cannot be tested"
@@ -66,8 +67,8 @@ def audit(folder: str | Path = STUDY) -> pd.DataFrame:
     paths, file = sorted(resolve(folder).glob("*.csv")), Path(folder) / "audit.csv"
     tables = {path.stem: pd.read_csv(path, dtype=str, keep_default_na=False) for path in paths}
     claims, checked = tables.pop("audit", pd.DataFrame()), []
-    if "claim_id" not in claims:
-        raise ConfigError(f"{file} is missing or has no column claim_id")
+    if missing := [name for name in COLUMNS if name not in claims]:
+        raise ConfigError(f"{file} is missing or has no column {missing[0]}")
     functions = FUNCTIONS | {name: _look_up(name, table) for name, table in tables.items()}
     functions |= _laws(functions)
     for claim in claims.to_dict("records"):
