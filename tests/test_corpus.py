@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
 from ctxlm.analysis import corpus_plots
-from ctxlm.config import Experiment
-from ctxlm.config import ConfigError
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import (
     ULTRACHAT_SIZES,
     VOCABULARY,
