@@ -362,6 +362,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not there: check the name") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read as YAML ({reason}): check it") from None

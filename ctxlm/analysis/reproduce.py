@@ -40,7 +40,10 @@ def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
     runs = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=["protocol"])])
     runs = runs[runs["protocol"] == PROTOCOL]
     if not 0 < count <= len(runs):
-        raise ConfigError(f"K = {count}: {len(runs)} runs are published by protocol {PROTOCOL}: choose from 1 to that")
+        where = f" of {', '.join(grids)}" if grids else ""
+        raise ConfigError(
+            f"K = {count}: protocol {PROTOCOL} has {len(runs)} published runs{where}, of which 1 or more can be drawn"
+        )
     order = random.Random(seed).sample(range(len(runs)), len(runs))
     return runs.iloc[order[:count]]
 
