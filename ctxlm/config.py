@@ -3,6 +3,7 @@
 A grid file names several experiments and the values to sweep; `load_grid` expands it into runs.
 """
 
+import ast
 import difflib
 import itertools
 import json
@@ -317,14 +318,30 @@ def code_hash(model: str = "context") -> str:
 
 
 def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
-    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign."""
-    ours = papermills = ""
+    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign.
+
+    Where no record of cells is kept (outside Jupyter), all that are plain data.
+    """
+    ours, papermills = set(), set()
     for cell in namespace.get("In", []):
+        names = _assigned(cell)
         if cell.startswith("# Parameters"):
-            papermills = cell
-        elif re.search(r"^(train_tokens|output_dir) *=", cell, re.M):
-            ours, papermills = cell, ""
-    return {*re.findall(r"^(\w+) *=(?!=)", f"{ours}\n{papermills}", re.M)} & namespace.keys()
+            papermills = names
+        elif names & {"train_tokens", "output_dir"}:
+            ours, papermills = names, set()
+    if not ours:
+        plain = (bool, int, float, str, list, dict, type(None))
+        ours = {name for name, value in namespace.items() if type(value) in plain and not name.startswith("_")}
+    return (ours | papermills) & namespace.keys()
+
+
+def _assigned(cell: str) -> set[str]:
+    """Names that a cell assigns; none where it is no Python."""
+    try:
+        nodes = ast.walk(ast.parse(cell))
+    except SyntaxError:
+        return set()
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def validated(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:

@@ -269,8 +269,8 @@ def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
     if asked > most:
         raise ConfigError(
             f"train_{unit} = {asked} is more than the training capacity of {most:,} {unit} ({corpus.name} has "
-            f"{corpus.num_samples:,} samples; the second half makes embeddings, and {2 * corpus.region} samples of the "
-            "first are kept for judging): lower it, or use a longer corpus"
+            f"{corpus.num_samples:,} samples; the second half is for the test and embeddings, and {2 * corpus.region} "
+            "samples of the first are kept for judging): lower it, or use a longer corpus"
         )
     first = int(np.abs(starts[:-1] - starts[-1] * e.data_seed / WINDOWS).argmin())
     length = asked

@@ -119,9 +119,19 @@ def test_what_papermill_puts_into_a_notebook_is_read_and_refused_if_unknown(valu
     assert message.startswith(f"num_layer = {value!r} ") and "num_layers" in message
 
 
+@pytest.mark.parametrize(
+    "line", ["num_layer = 3", "num_layer: int = 3", "seed = 7; num_layer = 3", "a, num_layer = 1, 3"]
+)
+def test_a_misspelt_name_is_refused_however_it_is_assigned_and_without_a_record_of_cells(line):
+    assert "num_layers" in refusal(Experiment.from_namespace, in_jupyter(f"{PARAMETERS}\n{line}", num_layer=3), CONTEXT)
+    names = {"_": "", "json": json, "num_layers": 3, "train_samples": None, "output_dir": "outputs/x"}
+    assert Experiment.from_namespace(names, CONTEXT) == Experiment(num_layers=3)
+    assert "num_layers" in refusal(Experiment.from_namespace, names | {"num_layer": 3}, CONTEXT)
+
+
 def test_cells_can_be_run_again_others_may_stand_between_and_a_misspelt_name_can_be_corrected():
-    scratch = "for i in range(3):\n    sizes = [i]\nname = 'x'"
-    namespace = in_jupyter(scratch, "this is = no Python", i=2, sizes=[2], name="x", left=0.5)
+    scratch = "for i in range(3):\n    sizes = [i]\nname: str = 'x'"
+    namespace = in_jupyter(scratch, "this is no Python", i=2, sizes=[2], name="x", left=0.5)
     assert Experiment.from_namespace(namespace, CONTEXT) == Experiment(train_tokens=10_000)
     again = namespace | {"In": [*namespace["In"], "num_layers = 4", PARAMETERS, "more = 1"], "more": 1}
     assert Experiment.from_namespace(again | {"num_layers": 4}, CONTEXT).num_layers == 4

@@ -114,8 +114,11 @@ def test_chitchats_parts_have_the_known_sizes(chitchat):
     assert chitchat.starts[1354] == 1_133_776
     streams = split(Experiment(), chitchat)
     assert [len(stream) for stream in vars(streams).values()] == [86_925, 45_354, 44_023, 42_008]
-    assert [stream.samples[0] for stream in vars(streams).values()] == [0, 1354, 1554, 1754]
+    ends = [(stream.samples[0], stream.samples[-1]) for stream in (streams.val, streams.development, streams.test)]
+    assert streams.train.samples[0] == 0 and ends == [(1354, 1553), (1554, 1753), (1754, 1953)]
     assert len(chitchat.second_half) == len(chitchat.tokens) - chitchat.starts[1954] == 1_386_029
+    streams = split(Experiment(val_samples=100, development_samples=200, max_sample_tokens=128), chitchat)
+    assert [len(stream) for stream in (streams.val, streams.development)] == [12_171, 24_445]
 
 
 # Any corpus

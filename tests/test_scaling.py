@@ -227,6 +227,9 @@ def test_a_saturating_law_neither_rises_nor_falls_below_zero():
     sizes = np.array([10_000, 20_000, 40_000, 80_000])
     assert saturating(sizes, [5.0, 5.1, 5.2, 5.3])[1] == 0
     assert saturating(sizes, 400 * sizes**-0.5 - 0.5)[0] == 0
+    for wrong in ([0, *sizes[1:]], [math.nan, *sizes[1:]]):
+        with pytest.raises(ValueError, match="positive finite"):
+            saturating(wrong, [5.0, 4.9, 4.8, 4.7])
     with pytest.raises(ValueError, match="four sizes"):
         saturating([*sizes[:3]] * 2, [5.0, 4.5, 4.2] * 2)
 

@@ -107,8 +107,9 @@ def test_a_state_of_another_key_is_begun_anew_and_replaced(one_thread, tmp_path)
         assert_same(one, trained, *whole("study"))
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_nothing(one_thread, tmp_path, capsys):
-    one, expected = trainer("study"), whole("study")
+@pytest.mark.parametrize("kind", ["study", "windows"])
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(kind, one_thread, tmp_path, capsys):
+    one, expected = trainer(kind), whole(kind)
     before = torch.random.get_rng_state()
     (tmp_path / "file").touch()
     trained = one.run(None, tmp_path / "file" / "checkpoint.pt", "key")

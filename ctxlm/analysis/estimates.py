@@ -358,7 +358,8 @@ def from_fit(result: Any, hypothesis: str, contrast: str = "", at: str = "", uni
     """A linear combination of a statsmodels result's coefficients, by its own `t_test`: "x", or "x + 2 * y"."""
     test = result.t_test(hypothesis)
     low, high = (float(x) if math.isfinite(x) else None for x in np.ravel(test.conf_int(1 - LEVEL)))
-    dof = getattr(test, "df_denom", None) or None  # of Student's law, which not every model takes
+    dof = getattr(test, "df_denom", None)  # of Student's law, which not every model takes
+    dof = dof if dof and math.isfinite(dof) else None
     value, n, over = float(np.ravel(test.effect)[0]), int(result.nobs), () if low is None else (RESIDUALS,)
     return Estimate(contrast or hypothesis, at, value, low, high, n, 0, dof, over, unit)
 

@@ -187,9 +187,11 @@ def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> tuple[float
         floor, nats; scale; and beta, within `BETAS`. Of points that show no bend, floor or scale is 0.
 
     Raises:
-        ValueError: fewer than four distinct sizes.
+        ValueError: fewer than four distinct sizes, or a value is not positive and finite.
     """
     sizes, y = np.asarray(tokens, float), np.asarray(log_ppl, float)
+    if not (np.isfinite(sizes) & (sizes > 0)).all() or not np.isfinite(y).all():
+        raise ValueError("a law needs positive finite tokens and finite losses: drop the runs without")
     if np.unique(sizes).size < 4:
         raise ValueError(f"a law that saturates needs runs of four sizes, but there are {np.unique(sizes).size}")
     x = np.log(sizes)
