@@ -19,6 +19,9 @@ from ctxlm.progress import track
 
 TOLERANCE = 1e-5
 """Largest absolute difference of a context's entry at the joints of chunks."""
+ROUNDING = 1e-4
+"""The same where a block forgets slowly: rounding errors of float32 live on, and two runs come no nearer than some 1e-5
+(B at full width, one token read at a time; in double precision they do)."""
 CHUNKS = {"cpu": (256, 1024), "cuda": (128, 8192)}
 """Tokens of a chunk, at least, and chunks side by side, at most: enough to fill the products' rows, few enough that the
 joints' runs stay a small share."""
@@ -103,9 +106,10 @@ def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torc
     predecessor's last context until it meets its first run: until both have agreed within `TOLERANCE` for as many
     tokens as they took to agree (a map that only seems to forget drifts off again). From there on the first run
     stands. The warm-up is thus as long as it needs to be, token by token. Inside a chunk the recurrence holds by
-    construction, and at the joint it holds to `TOLERANCE` times the block's own contraction. If the runs have not
-    met by the chunks' end, the chunks are made four times longer, as long as that brings the runs nearer to each
-    other; if it does not, or a single chunk is left, the sequential form is taken.
+    construction, and at the joint it holds to `TOLERANCE` times the block's own contraction. Where the runs have only
+    agreed within `ROUNDING`, for half of the chunk, and come no nearer, the second one stands. Else the chunks are made
+    four times longer, as long as that brings the runs nearer to each other; if it does not, or a single chunk is
+    left, the sequential form is taken.
 
     Args:
         model: the model, on the device of `tokens`.
@@ -137,7 +141,7 @@ def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torc
 def _chunks(
     model: ContextLM, tokens: Tensor, length: int, progress: bool, keep: torch.dtype | None
 ) -> tuple[Contexts | None, float]:
-    """`chunked` with chunks of this length: the contexts, or None, and the last difference of the two runs."""
+    """`chunked` with chunks of this length: the contexts, to either tolerance, or None, and the last difference."""
     total, block, device = len(tokens), model.context_block, tokens.device
     count = -(-total // length)
     distinct = DistinctTokens(model, tokens)
@@ -159,20 +163,28 @@ def _chunks(
     for offset in track(range(length), f"contexts, {count} chunks") if progress else range(length):
         context = step(context, 0, offset)
         values[:, offset] = context
-    context, warmup, residual = values[:-1, -1].clone(), 0, 0.0
+    context, differences, met = values[:-1, -1].clone(), [], {}
     for offset in range(length):
         context = step(context, 1, offset)
-        difference = (context - values[1:, offset]).abs().max().item()
+        inside = starts[1:, None] + offset < total  # the last chunk's tail, which repeats a token, does not count
+        differences.append(((context - values[1:, offset]).abs() * inside).max().item())
         values[1:, offset] = context
-        if difference <= TOLERANCE:
-            warmup, residual = warmup or offset + 1, max(residual, difference)
-        else:
-            warmup, residual = 0, 0.0
-        if warmup and offset + 1 >= 2 * warmup:
-            kept = inner and [layer.flatten(0, 1)[:total] for layer in inner]
-            last = values.flatten(0, 1)[:total]
-            return Contexts(tokens, last, distinct, residual, warmup, None if kept else tables, kept), difference
-    return None, difference
+        for tolerance in (TOLERANCE, ROUNDING):
+            if differences[-1] <= tolerance:
+                met.setdefault(tolerance, offset + 1)
+            else:
+                met.pop(tolerance, None)
+        warmup = met.get(TOLERANCE, length)
+        if offset + 1 >= 2 * warmup:
+            residual = max(differences[warmup - 1 :])
+            break
+    else:
+        warmup, residual = met.get(ROUNDING, length), differences[-1]
+        if length < 2 * warmup or residual < max(TOLERANCE, differences[3 * length // 4] / 2):
+            return None, residual
+    kept = inner and [layer.flatten(0, 1)[:total] for layer in inner]
+    last = values.flatten(0, 1)[:total]
+    return Contexts(tokens, last, distinct, residual, warmup, None if kept else tables, kept), differences[-1]
 
 
 class Ablation:

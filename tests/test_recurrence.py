@@ -32,15 +32,20 @@ def test_chunks_give_the_sequential_contexts(length, chunk, layers, n, seed):
     expected, chunks = sequential(model, tokens), in_chunks(chunk, model, tokens)
     assert chunks.values.shape == (length, 12)
     assert chunks.residual <= 1e-5
-    # A narrow random block need not contract, so a rounding error may grow along the stream: what is certified is
-    # that every context is the block's answer to the one before it, from the zero context on.
-    before = torch.cat([torch.zeros(1, 12), chunks.values[:-1]])
-    block = model.context_block
-    with torch.no_grad():
-        again = block(before, block.shares(model.context_inputs(tokens, torch.arange(length))))[-1]
-    assert (again - chunks.values).abs().max().item() <= 1e-4
+    assert one_step_error(model, tokens, chunks) <= 1e-4
     if chunks.warmup == 0:
         assert torch.equal(chunks.values, expected.values)
+
+
+def one_step_error(model, tokens, chunks):
+    """How far a context is, at most, from the block's answer to the one before it, from the zero context on.
+
+    A narrow random block need not contract, so a rounding error may grow along the stream: only this is certified.
+    """
+    before, block = torch.cat([torch.zeros(1, 12), chunks.values[:-1]]), model.context_block
+    with torch.no_grad():
+        again = block(before, block.shares(model.context_inputs(tokens, torch.arange(len(tokens)))))[-1]
+    return (again - chunks.values).abs().max().item()
 
 
 def test_contexts_of_real_tokens_agree_to_1e_5():
@@ -74,10 +79,7 @@ def test_an_echo_state_network_is_its_equations_and_nothing_trains_it():
 
 
 def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
-    model, tokens = tiny(), stream(200)
-    with torch.no_grad():  # large weights make the map expand: neighbouring contexts part instead of meeting
-        for linear in model.context_block.from_context:
-            linear.weight *= 30
+    model, tokens = expanding(), stream(200)
     with pytest.warns(UserWarning, match="does not forget for certain within") as caught:
         chunks = in_chunks(60, model, tokens)
     assert len(caught) == 1
@@ -103,6 +105,33 @@ def test_a_longer_chunk_is_tried_before_the_fall_back():
     chunks = in_chunks(2, model, tokens)
     assert chunks.warmup > 2 and chunks.residual <= 1e-5
     torch.testing.assert_close(chunks.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
+
+
+def test_what_lies_beyond_the_text_in_the_last_chunk_does_not_count():
+    model, tokens = expanding(), stream(201)
+    chunks = in_chunks(200, model, tokens)  # the second chunk has one token
+    assert chunks.warmup == 2
+    assert one_step_error(model, tokens, chunks) <= 1e-4
+
+
+def test_runs_that_rounding_keeps_apart_are_joined_all_the_same(monkeypatch):
+    model, tokens = forgetful(), stream(2000)
+    monkeypatch.setattr("ctxlm.recurrence.TOLERANCE", -1.0)  # nearer than two runs ever come
+    chunks = in_chunks(200, model, tokens)
+    assert 0 < chunks.warmup <= 400 and chunks.residual <= 1e-4
+    torch.testing.assert_close(chunks.values, sequential(model, tokens).values, atol=2e-4, rtol=0)
+    monkeypatch.setattr("ctxlm.recurrence.ROUNDING", -1.0)
+    with pytest.warns(UserWarning, match="does not forget for certain"):
+        assert in_chunks(200, model, tokens).warmup == 0
+
+
+def expanding():
+    """A tiny model of large weights: neighbouring contexts part instead of meeting."""
+    model = tiny()
+    with torch.no_grad():
+        for linear in model.context_block.from_context:
+            linear.weight *= 30
+    return model
 
 
 def forgetful(**parameters):
