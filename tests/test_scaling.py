@@ -301,4 +301,7 @@ def test_the_lead_and_its_scatter_are_those_of_the_pairs(judged):
     assert row.covariance == pytest.approx((a - b).cov().to_numpy())
     shares = [e.value for e in row.estimates]
     assert [e.replicates for e in row.estimates] == [1, 3, 5] and shares[0] > shares[1] > shares[2] > 0
+    (given,) = crossings_by_chance(runs, lead=0.02).itertuples()
+    assert given.estimates[0].at == "with a lead of 2 %"
+    assert given.estimates[0].value == crossing_by_chance([0.02], row.covariance, 3)[0] != shares[0]
     assert crossings_by_chance(runs[runs["replicate"] < 2]).empty and crossings_by_chance(runs[:0]).empty

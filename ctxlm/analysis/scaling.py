@@ -151,14 +151,14 @@ def crossing_by_chance(leads: Sequence[float], covariance: np.ndarray, dof: floa
     return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
 
 
-def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
+def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl", lead: float | None = None) -> pd.DataFrame:
     """Of every two configurations: how often would a study see their curves cross, if they ran side by side?
 
-    Their difference is taken to be the same at the smallest and the largest size, the mean over both, and to scatter
-    from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
+    Their difference is taken to be the same at the smallest and the largest size, `lead` (nats) or else the mean over
+    both, and to scatter from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
 
-    Columns: lead (nats, b − a), covariance and dof (as in `crossing_by_chance`), and estimates, the share of studies of
-    1, 3 and 5 replicates that see a crossover.
+    Columns: a, b, lead (nats, b − a), covariance and dof (as in `crossing_by_chance`), and estimates, the share of
+    studies of 1, 3 and 5 replicates that see a crossover.
     """
     rows = []
     for a, b, both in _compared(runs, column):
@@ -168,14 +168,16 @@ def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataF
         gaps = gaps.iloc[:, [0, -1]].dropna()
         if len(gaps) < 3:
             continue
-        lead, covariance, dof = gaps.to_numpy().mean(), gaps.cov().to_numpy(), len(gaps) - 1
+        covariance, dof = gaps.cov().to_numpy(), len(gaps) - 1
+        apart = gaps.to_numpy().mean() if lead is None else lead
+        at = "" if lead is None else f"with a lead of {math.expm1(lead):.0%}".replace("%", " %")
         shares = []
         for n in STUDIES:
-            (share,) = crossing_by_chance([lead], covariance, dof, n)
+            (share,) = crossing_by_chance([apart], covariance, dof, n)
             contrast = f"{a} and {b} cross by chance, {n} replicate{'s' * (n > 1)}"
-            shares.append(Estimate(contrast, "", share, None, None, 2 * n, n, None, (), "% of studies"))
-        rows.append({"lead": lead, "covariance": covariance, "dof": dof, "estimates": shares})
-    return pd.DataFrame(rows, columns=["lead", "covariance", "dof", "estimates"])
+            shares.append(Estimate(contrast, at, share, None, None, 2 * n, n, None, (), "% of studies"))
+        rows.append({"a": a, "b": b, "lead": apart, "covariance": covariance, "dof": dof, "estimates": shares})
+    return pd.DataFrame(rows, columns=["a", "b", "lead", "covariance", "dof", "estimates"])
 
 
 def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> tuple[float, float, float]:
