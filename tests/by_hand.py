@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 DRAWN = ("seed", "data_seed", "embedding_seed")
@@ -69,10 +69,11 @@ def by_sample(*pairs: tuple[Side, Side]) -> tuple[np.ndarray, np.ndarray]:
     if not used:
         raise ValueError("no replicate has all sides")
     tokens = used[0].samples["tokens"]
-    for run in used:
-        if not run.samples["tokens"].equals(tokens):
-            raise ValueError("runs were judged on different texts")
-        if any(run.metrics[name] != used[0].metrics[name] for name in ALIKE):
+    if not all(run.samples["tokens"].equals(tokens) for run in used):
+        raise ValueError("runs were judged on different texts")
+    for a, b in pairs:
+        settings = pd.DataFrame([side[replicate].metrics[[*ALIKE]] for side in (a, b) for replicate in replicates])
+        if (settings.nunique() > 1).any():
             raise ValueError(f"runs differ in one of {', '.join(ALIKE)}")
     sums = [[a[r].samples["loss_sum"] - b[r].samples["loss_sum"] for r in replicates] for a, b in pairs]
     return np.mean(sums, axis=0), tokens.to_numpy(float)
@@ -106,6 +107,23 @@ def interval(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]
         parts = np.array([replicate, conversation, -rest])
     dof = parts.sum() ** 2 / (parts**2 / [m - 1, n - 1, (m - 1) * (n - 1)]).sum()
     half = stats.t.ppf(0.975, dof) * np.sqrt(parts.sum() / m / n)
+    return mean, mean - half, mean + half
+
+
+def over_sites(values: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
+    """Mean of sites by random effects, and its interval: Paule & Mandel (1982), Hartung & Knapp (2001)."""
+    k = len(values)
+
+    def weighted(between: float) -> tuple[float, float, float]:
+        weights = 1 / (errors**2 + between)
+        mean = (weights * values).sum() / weights.sum()
+        return mean, (weights * (values - mean) ** 2).sum() / (k - 1), weights.sum()
+
+    between = 0.0
+    if weighted(0.0)[1] > 1:
+        between = optimize.brentq(lambda t: weighted(t)[1] - 1, 0, values.var() * k, xtol=1e-14)
+    mean, excess, weight = weighted(between)
+    half = stats.t.ppf(0.975, k - 1) * np.sqrt(excess / weight)
     return mean, mean - half, mean + half
 
 
@@ -150,8 +168,19 @@ PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_d
 """Over what the mean is taken where a column differs."""
 
 
+TEXTS, EMBEDDINGS = ("chitchat", "sotu", "docstrings"), ("ppmi", "smollm2")
+SITES = {f"A − B, {text} × {embedding}": (text, [embedding]) for text in TEXTS for embedding in EMBEDDINGS}
+TEXTWISE = {f"A − B, {text}": (text, EMBEDDINGS) for text in TEXTS}
+"""A − B at a site, and of a text the mean over both embeddings."""
+EVERY = (*CONTRASTS, *POOLED, *SITES, *TEXTWISE)
+
+
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
+    if name in SITES | TEXTWISE:
+        text, embeddings = (SITES | TEXTWISE)[name]
+        where = [{"corpus": text, "embedding": embedding} for embedding in embeddings]
+        return [(read("sites", experiment="A", **at), read("sites", experiment="B", **at)) for at in where]
     if name in CONTRASTS:
         size, *both = CONTRASTS[name]
         a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)
@@ -166,6 +195,6 @@ def sides(name: str) -> list[tuple[Side, Side]]:
 
 
 if __name__ == "__main__":
-    for name in (*CONTRASTS, *POOLED):
+    for name in EVERY:
         value, low, high = 100 * np.expm1(interval(*by_sample(*sides(name))))
         print(f"{name:40} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})")

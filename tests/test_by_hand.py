@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ctxlm.analysis.estimates import Estimate, paired
+from ctxlm.analysis.estimates import Estimate, combined, paired
 from ctxlm.analysis.runs import read_runs
 from tests import by_hand
 
@@ -34,18 +34,36 @@ def projects_own(name: str) -> Estimate:
         runs = read(*dict.fromkeys(grid for grid, _ in both))
         a, b = ({"grid": grid, "experiment": label} for grid, label in both)
         (estimate,) = paired(runs[runs["train_tokens"] == size], a, b)
-    else:
+    elif name in by_hand.POOLED:
         grid, read_at_once, column, a, b = by_hand.POOLED[name]
         runs = read(grid)
         runs = runs[runs["num_input_tokens"] == read_at_once]
         (estimate,) = paired(runs, {column: a}, {column: b}, at=[by_hand.PLACES[column][0]], pooled=True)
+    else:
+        text, embeddings = (by_hand.SITES | by_hand.TEXTWISE)[name]
+        runs = read("sites")
+        runs = runs[(runs["corpus"] == text) & runs["embedding"].isin(embeddings)]
+        (estimate,) = paired(runs, {"experiment": "A"}, {"experiment": "B"}, at=["embedding"], pooled=True)
     return estimate
 
 
-@pytest.mark.parametrize("name", [*by_hand.CONTRASTS, *by_hand.POOLED])
-def test_points_and_intervals_are_those_computed_by_hand(tmp_path, monkeypatch, name):
+@pytest.fixture(autouse=True)
+def committed(tmp_path, monkeypatch):
+    """Committed runs alone."""
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
     monkeypatch.setenv("CTXLM_RESULTS", str(by_hand.RESULTS))
+
+
+@pytest.mark.parametrize("names", [by_hand.SITES, by_hand.TEXTWISE], ids=["sites", "texts"])
+def test_sites_are_combined_as_by_hand(names):
+    sites = [projects_own(name) for name in names]
+    mean, *_ = combined(sites, "A − B")
+    by_us = by_hand.over_sites(*np.array([(site.value, site.error) for site in sites]).T)
+    assert (mean.value, mean.low, mean.high) == pytest.approx(by_us, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", by_hand.EVERY)
+def test_points_and_intervals_are_those_computed_by_hand(name):
     sums, tokens = by_hand.by_sample(*by_hand.sides(name))
     mean, low, _ = by_hand.interval(sums, tokens)
     estimate = projects_own(name)
