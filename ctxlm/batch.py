@@ -128,7 +128,7 @@ def check(grid: str) -> None:
         resolve_device(run)
     check_data(runs)
     for run in {(run.embedding, run.embed_dim): run for run in runs}.values():
-        if run.embedding not in ("ppmi", "random"):  # those that may be missing
+        if run.embedding not in ("ppmi", "ppmi-train", "random"):  # those that may be missing
             load_embedding(run)
 
 

@@ -85,8 +85,8 @@ class Experiment(BaseModel):
     shuffle_samples: bool = Field(False, description="take the samples of a corpus in random order, always the same")
     embedding: str = Field(
         "ppmi",
-        pattern=r"^(ppmi|smollm2|random|gpt2|[^\p{Cc}]+\.safetensors)$",
-        description="ppmi, smollm2, random, gpt2, or a .safetensors file holding wte",
+        pattern=r"^(ppmi|ppmi-train|smollm2|random|gpt2|[^\p{Cc}]+\.safetensors)$",
+        description="ppmi, ppmi-train, smollm2, random, gpt2, or a .safetensors file holding wte",
     )
     embedding_rows: Literal["given", "centred", "unit"] = Field(
         "given", description="rows as they are, without their mean, or all of the mean length"

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from tokenizers.models import BPE
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus, tokenizer
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus, split, tokenizer
 from ctxlm.files import atomic, cache_dir, cached_arrays, digest, find, source_hash
 
 GPT2 = "openai-community/gpt2"
@@ -46,7 +46,8 @@ SEED = 0
 def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.ndarray:
     """The embedding matrix E, float32 [V, embed_dim].
 
-    `ppmi` comes from the corpus's second half, `smollm2` from a package; both are cached. `random` is N(0, 0.14²);
+    `ppmi` comes from the corpus's second half, `ppmi-train` from the training text alone, `smollm2` from a package; all
+    are cached. `random` is N(0, 0.14²);
     `gpt2` and a .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or the signs of
     the dimensions of every other one: a model trained from another seed would have had others, yet a model's perplexity
     depends on them (LOG.md). `embedding_turned` turns the sign of one dimension. `embedding_rows` takes the mean row
@@ -62,6 +63,10 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     elif kind == "ppmi":
         corpus = corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
         embedding = _cached(corpus.digest, kind, dim, lambda: ppmi_svd(corpus.second_half, dim))
+    elif kind == "ppmi-train":
+        text = split(experiment, corpus).train
+        made_from = digest(text.tokens.tobytes(), text.samples.tobytes())
+        embedding = _cached(made_from, kind, dim, lambda: ppmi_svd(text, dim))
     elif kind == "smollm2":
         embedding = _cached(SMOLLM2_SHA256, kind, dim, lambda: smollm2(dim))
     else:

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from ctxlm import embeddings
 from ctxlm.config import Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, load_corpus, tokenizer
+from ctxlm.corpus import VOCABULARY, Corpus, load_corpus, split, tokenizer
 from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, data_hash, load_embedding, ppmi_svd, signs
 from ctxlm.files import digest
 from tests.conftest import refusal, short_paragraphs
@@ -168,6 +168,16 @@ def test_ppmi_reads_the_second_half_alone_and_no_test_text_and_belongs_to_no_run
         e = Experiment(embed_dim=4, corpus=path, shuffle_samples=shuffled)
         expected = ppmi_svd(load_corpus(path, shuffled=shuffled).second_half, 4)
         assert np.array_equal(load_embedding(e), expected)
+
+
+def test_ppmi_train_reads_the_training_text_alone(cache, tmp_path):
+    path = str(short_paragraphs(tmp_path / "text.txt", count=60, length=40))
+    sizes = {"corpus": path, "val_samples": 2, "development_samples": 2, "test_samples": 2, "embed_dim": 4}
+    e = Experiment.from_mapping(sizes, {"embedding": "ppmi-train", "train_tokens": 200, "held_out_tokens": 50})
+    text = split(e).train
+    assert len(text.tokens) == 150 and np.array_equal(load_embedding(e), ppmi_svd(text, 4))
+    other = load_embedding(e.model_copy(update={"data_seed": 30}))
+    assert not np.array_equal(other, load_embedding(e))
 
 
 def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache, tmp_path):
