@@ -96,7 +96,7 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_onc
         for label in {run.experiment for run in of_grid}:  # and every model has all of them
             assert {(r.seed, r.data_seed, r.embedding_seed) for r in of_grid if r.experiment == label} == triples
     else:
-        assert grid in {"logit-scale", "playground", "sizes-largest"}
+        assert grid in {"depth-rates", "logit-scale", "playground", "sizes-largest"}  # they choose, or cost too much
     corpora = {run.corpus for run in of_grid}
     if corpora == {"ultrachat"}:  # which the hub has
         with given_as(Corpus("ultrachat", np.zeros(3_480_000, np.int32), np.arange(20_001) * 174)):
