@@ -47,11 +47,10 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     """The embedding matrix E, float32 [V, embed_dim].
 
     `ppmi` comes from the corpus's second half, `ppmi-train` from the training text alone, `smollm2` from a package; all
-    are cached. `random` is N(0, 0.14²);
-    `gpt2` and a .safetensors file give their `wte` as it is. `embedding_seed` draws another `random`, or the signs of
-    the dimensions of every other one: a model trained from another seed would have had others, yet a model's perplexity
-    depends on them (LOG.md). `embedding_turned` turns the sign of one dimension. `embedding_rows` takes the mean row
-    from every row (`centred`), or gives all rows their mean length (`unit`).
+    are cached. `random` is N(0, 0.14²); `gpt2` and a .safetensors file give their `wte` as it is. `embedding_seed`
+    draws another `random`, or the signs of the dimensions of every other one: a model trained from another seed would
+    have had others, yet a model's perplexity depends on them (LOG.md). `embedding_turned` turns the sign of one
+    dimension. `embedding_rows` takes the mean row from every row (`centred`), or gives all their mean length (`unit`).
 
     Raises:
         ConfigError: it cannot be had, or its shape is not [V, embed_dim].

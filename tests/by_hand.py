@@ -23,8 +23,8 @@ from scipy import optimize, stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 DRAWN = ("seed", "data_seed", "embedding_seed")
-ALIKE = ("protocol", "dtype", "corpus", "embedding")
-"""In what runs that are compared must not differ, beside the text that they are judged on."""
+ALIKE = ("protocol", "dtype", "corpus")
+"""In what runs must not differ, beside the text that they are judged on; those of a pair nor in the embedding."""
 
 
 class Run(NamedTuple):
@@ -71,10 +71,10 @@ def by_sample(*pairs: tuple[Side, Side]) -> tuple[np.ndarray, np.ndarray]:
     tokens = used[0].samples["tokens"]
     if not all(run.samples["tokens"].equals(tokens) for run in used):
         raise ValueError("runs were judged on different texts")
-    for a, b in pairs:
-        settings = pd.DataFrame([side[replicate].metrics[[*ALIKE]] for side in (a, b) for replicate in replicates])
-        if (settings.nunique() > 1).any():
-            raise ValueError(f"runs differ in one of {', '.join(ALIKE)}")
+    if any(run.metrics[name] != used[0].metrics[name] for run in used for name in ALIKE):
+        raise ValueError(f"runs differ in one of {', '.join(ALIKE)}")
+    if any(len({side[r].metrics["embedding"] for side in pair for r in replicates}) > 1 for pair in pairs):
+        raise ValueError("runs of a pair differ in embedding")
     sums = [[a[r].samples["loss_sum"] - b[r].samples["loss_sum"] for r in replicates] for a, b in pairs]
     return np.mean(sums, axis=0), tokens.to_numpy(float)
 
