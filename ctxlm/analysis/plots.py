@@ -194,11 +194,12 @@ def groups(runs: pd.DataFrame, x: str, hue: str, panel: str) -> Figure:
     values, names = sorted(runs[panel].unique()), sorted(runs[hue].unique())
     figure, (panels,) = new_figure(1, len(values), 3.8, sharey=True)
     shown, palette = runs.assign(ppl=np.exp(runs["log_ppl"])), COLOURS[2 : 2 + len(names)]
-    look = {"x": x, "y": "ppl", "hue": hue, "hue_order": names, "dodge": 0.3, "palette": palette, "legend": False}
+    look = {"x": x, "y": "ppl", "hue": hue, "hue_order": names, "palette": palette, "legend": False}
     for value, axes in zip(values, panels, strict=True):
         rows = shown[shown[panel] == value]
-        sns.stripplot(rows, alpha=0.4, ax=axes, **look)
-        sns.pointplot(rows, errorbar=None, ax=axes, estimator=stats.gmean, **look)
+        sns.stripplot(rows, alpha=0.4, jitter=False, dodge=True, ax=axes, **look)
+        apart = 0.8 * (1 - 1 / len(names))  # as far as stripplot dodges
+        sns.pointplot(rows, errorbar=None, dodge=apart, ax=axes, estimator=stats.gmean, **look)
         axes.set(title=f"{panel} {value}", ylabel="")
     log_axis(panels[0], "test PPL (log)")
     keys = zip(names, palette, strict=True)
