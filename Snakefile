@@ -42,9 +42,9 @@ def tokens(run) -> int:
 KINDS = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in sorted(RUNS.values(), key=tokens)}.values())
 CORPORA = {"corpus" if len(KINDS) == 1 else f"corpus-{k}": run for k, run in enumerate(KINDS, 1)}
 
-# Cores are shared out among the runs, as whole runs side by side; with GPUs, one run to a GPU.
+# Cores are shared out among the runs, as whole runs side by side; with GPUs, at most one run to a GPU.
 CORES = workflow.cores or 1
-os.environ["CTXLM_PLANNED"] = str(len(RUNS))  # for the lines that jobs print: in a rule it would run all anew
+os.environ["CTXLM_GRID"] = str(config.get("grid", "quick"))  # for the lines that jobs print: in a rule it would run all anew
 GPUS = len(visible_gpus())
 THREADS = config.get("threads", max(1, -(-CORES // GPUS) if GPUS else CORES // len(RUNS)))
 

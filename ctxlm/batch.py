@@ -105,7 +105,7 @@ def visible_gpus() -> list[str]:
 
 
 def free_gpu(held: ExitStack) -> dict[str, str]:
-    """Make a free GPU the only one that a run sees, and its own until `held` ends."""
+    """Make a free GPU, if there is one, the only one that a run sees, and its own until `held` ends."""
     for gpu in visible_gpus():
         with suppress(Timeout):
             held.enter_context(FileLock(outputs_dir() / f".gpu-{gpu}.lock").acquire(0))
@@ -179,10 +179,10 @@ def _state(folder: Path, run: Experiment) -> tuple[str, str]:
                     pass
         except Timeout:
             return "running", _last_step(folder)
-    if (folder / FAILURE).exists():
-        return "failed", (folder / FAILURE).read_text(encoding="utf-8").strip()
     if is_finished(done, run.for_notebook()):
         return "finished", _result(done)
+    if (folder / FAILURE).exists():
+        return "failed", (folder / FAILURE).read_text(encoding="utf-8").strip()
     if done.exists():
         return "to come", "of other parameters, code or text"
     return ("stopped", _last_step(folder)) if folder.is_dir() else ("to come", "")
@@ -242,12 +242,20 @@ def _carry_out(given: argparse.Namespace) -> int:
     if reason:
         say(f"{folder.name}: failed: {reason}")
         return 1
-    planned = int(os.environ.get("CTXLM_PLANNED") or 0)  # by Snakefile
-    written = [json.loads(path.read_bytes()) for path in folder.parent.glob("*/metrics.json")]
-    left = planned - sum(metrics.get("code_hash") == code_hash(metrics["model"]) for metrics in written)
-    rest = f", {max(left, 0)} of {planned} runs left" if planned else ""
-    say(f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s{rest}")
+    say(f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s{_left(folder.parent)}")
     return 0
+
+
+def _left(home: Path) -> str:
+    """How many of a grid's runs are left, as the end of a line; nothing where no grid is carried out."""
+    if not (grid := os.environ.get("CTXLM_GRID")):  # by Snakefile
+        return ""
+    runs, left = load_grid(grid).runs, 0
+    for name, run in runs.items():
+        done = home / name / "metrics.json"
+        metrics = json.loads(done.read_bytes()) if done.exists() else {}
+        left += metrics.get("code_hash") != code_hash(run.model) or not run.is_that_of(metrics)
+    return f", {left} of {len(runs)} runs left"
 
 
 if __name__ == "__main__":

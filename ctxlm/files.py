@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BY_HAND = "interactive"
 """The grid of runs that are made by hand and named after what they are: it has no file."""
 PLUMBING = {f"ctxlm/{name}.py" for name in ("config", "files", "progress", "run")}
-"""Modules that no run's numbers depend on: parameters are held by value, files by content."""
+"""Modules that no run's numbers depend on: parameters are held by value, files by content, `run` by the notebooks."""
 
 if not (ROOT / "params").is_dir():
     raise ImportError("ctxlm works from its repository: install it there with `pip install -e .`")
@@ -90,7 +90,7 @@ def take(path: Path) -> bool:
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _lock(path).is_locked or bool(_lock(path).acquire(0))
+        return _lock(path).is_locked or bool(_lock(path).acquire(0.5))  # `make status` holds it for a moment
     except Timeout:
         return False
 

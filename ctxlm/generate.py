@@ -50,7 +50,8 @@ class State(NamedTuple):
     def nbytes(self) -> int:
         """Bytes that it keeps alive."""
         tensors = [*self.hidden, *([] if self.slow is None else [self.slow])]
-        return 8 * len(self.recent) + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        storages = [tensor.untyped_storage() for tensor in tensors]  # an echo's layers are one
+        return 8 * len(self.recent) + sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 class Speaker(Protocol):
@@ -104,7 +105,7 @@ class ContextSpeaker(_Neural):
 
     def step(self, state: State, token: int) -> State:
         recent, block = _append(state.recent, token, self.model.num_input_tokens), self.model.context_block
-        contexts = block(state.hidden[-1], block.shares(self.model.context_inputs(*_placed(recent))))
+        contexts = block(state.hidden[-1], block.projections(self.model.context_inputs(*_placed(recent))))
         return State(recent, tuple(contexts), self._slow(state, token))
 
     def log_probs(self, state: State) -> Tensor:

@@ -5,6 +5,7 @@ the cache while they become the softmax over this tile and are multiplied back. 
 from its log-sum-exp. A gradient of the head or the bias needs the final shares: for these alone all tiles are kept.
 """
 
+import threading
 from itertools import pairwise
 
 import torch
@@ -18,7 +19,7 @@ NARROWEST = 512
 Losses = tuple[Tensor, Tensor, Tensor]
 """Of a batch: the mean loss (nats, differentiable), every target's [B], and whether it was predicted first [B]."""
 
-_kept: dict[tuple[str, torch.dtype], Tensor] = {}
+_kept = threading.local()  # two trainings in one process do not write over each other
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -113,9 +114,9 @@ def _scratch(name: str, size: int, device: torch.device, dtype: torch.dtype) -> 
     """An uninitialised [size]. A CPU's is kept from call to call: fresh pages cost a quarter of a product."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
-    kept = _kept.get((name, dtype))
+    kept = vars(_kept).get((name, dtype))
     if kept is None or kept.numel() < size:
-        kept = _kept[name, dtype] = torch.empty(size, dtype=dtype)
+        kept = vars(_kept)[name, dtype] = torch.empty(size, dtype=dtype)
     return kept[:size]
 
 

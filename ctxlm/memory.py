@@ -39,8 +39,8 @@ def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts:
     false = true.roll(len(true) // 2, 0)
     differences = [(true - false).square().mean()]
     for step in range(1, steps + 1):
-        shares = look_up(tables, contexts.distinct.places(positions + step))
-        true, false = block(true, shares)[-1], block(false, shares)[-1]
+        inputs = look_up(tables, contexts.distinct.places(positions + step))
+        true, false = block(true, inputs)[-1], block(false, inputs)[-1]
         differences.append((true - false).square().mean())
     left = torch.stack(differences).sqrt()
     return (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).tolist()  # a single position disturbs nothing
@@ -88,8 +88,8 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
     tangent = F.normalize(context.roll(1, 1) - context)  # any direction will do, but not a constant: the norm undoes it
     grown = torch.zeros((), dtype=torch.float64, device=context.device)
     for step in range(1, 2 * steps + 1):
-        shares = look_up(tables, contexts.distinct.places(positions + step))
-        context, moved = torch.func.jvp(lambda c, shares=shares: block(c, shares)[-1], (context,), (tangent,))
+        inputs = look_up(tables, contexts.distinct.places(positions + step))
+        context, moved = torch.func.jvp(lambda c, inputs=inputs: block(c, inputs)[-1], (context,), (tangent,))
         length = moved.norm(dim=1).clamp(min=torch.finfo(moved.dtype).tiny)
         tangent = moved / length[:, None]
         if step > steps:

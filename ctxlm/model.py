@@ -80,16 +80,16 @@ class _Layers(nn.Module):
                 nn.init.normal_(self.residuals[index].weight, std=std, generator=init)
                 nn.init.normal_(self.residuals[index].bias, std=std / 10, generator=init)
 
-    def layer(self, index: int, context: Tensor, share: Tensor | None, before: Tensor) -> Tensor:
+    def layer(self, index: int, context: Tensor, projected: Tensor | None, before: Tensor) -> Tensor:
         """The layer's output, [B, out].
 
         Args:
             context: [B, C].
-            share: of its other input in the Linear, `from_other[index]`; None where it has none.
+            projected: its other input, by `from_other[index]`; None where it has none.
             before: what the residual is taken from.
         """
-        linear = self.from_context[index](context)  # of concat(context, other), with the other's share of it
-        new = F.relu(linear if share is None else linear + share)
+        linear = self.from_context[index](context)  # with the other's, the Linear of concat(context, other)
+        new = F.relu(linear if projected is None else linear + projected)
         if self.dropout:
             new = F.dropout(new, self.dropout, self.training)
         residual = self.residuals[index](before)[..., -self.widths[index] :]  # without a Linear the last entries
@@ -118,22 +118,22 @@ class ContextBlock(_Layers):
             shapes += [Shape(a, 0, b, a if a != b else 0) for a, b in itertools.pairwise(widths[1:])]
         super().__init__(shapes, generator(e.seed, "init", "context_block"), e.phase1_init_std)
 
-    def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
+    def forward(self, context: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """Every layer's output, L tensors [B, width] (the last is c_t).
 
         Args:
             context: c_{t-1}, [B, C].
-            shares: of u_t in the Linear of every layer that reads it, tensors [B, width], from `shares` or `look_up`.
+            projections: of u_t, [B, width] for every layer that reads it, from `projections` or `look_up`.
         """
         outputs = []
         for index in range(len(self.widths)):
-            share = shares[index] if index < len(shares) else None
-            context = self.layer(index, context, share, before=context)
+            projected = projections[index] if index < len(projections) else None
+            context = self.layer(index, context, projected, before=context)
             outputs.append(context)
         return outputs
 
-    def shares(self, inputs: Tensor) -> list[Tensor]:
-        """The share of u_t, [B, n·d], in the Linear of every layer that reads it: tensors [B, width]."""
+    def projections(self, inputs: Tensor) -> list[Tensor]:
+        """Of u_t, [B, n·d], by every layer that reads it, bias included: tensors [B, width]."""
         return [linear(inputs) for linear in self.from_other]
 
 
@@ -155,12 +155,12 @@ class EchoBlock(nn.Module):
         nn.init.zeros_(self.from_other[0].bias)
         self.leak, self.context_dim, self.widths = e.leak, c, [c] * e.num_layers
 
-    def forward(self, context: Tensor, shares: list[Tensor]) -> list[Tensor]:
+    def forward(self, context: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """As the ContextBlock's."""
-        new = torch.tanh(self.from_context(context) + shares[0])
+        new = torch.tanh(self.from_context(context) + projections[0])
         return [(1 - self.leak) * context + self.leak * new] * len(self.widths)
 
-    def shares(self, inputs: Tensor) -> list[Tensor]:
+    def projections(self, inputs: Tensor) -> list[Tensor]:
         """As the ContextBlock's."""
         return [self.from_other[0](inputs)]
 
@@ -207,33 +207,33 @@ class DistinctTokens:
         self.n = model.num_input_tokens
 
     def tables(self, block: ContextBlock) -> list[Tensor]:
-        """The share of every distinct token, at each of the n places of u_t, in every layer that reads it.
+        """The projection of every distinct token, at each of the n places of u_t, by every layer that reads it.
 
         Tensors [n·(K+1), width]. The last place, which is never before the stream, carries the bias.
         """
         tables = []
         for linear in block.from_other:
             *earlier, last = linear.weight.chunk(self.n, dim=1)
-            shares = [F.linear(self.rows, weight) for weight in earlier] + [F.linear(self.rows, last, linear.bias)]
-            tables.append(torch.cat(shares))
+            placed = [F.linear(self.rows, weight) for weight in earlier] + [F.linear(self.rows, last, linear.bias)]
+            tables.append(torch.cat(placed))
         return tables
 
     def places(self, positions: Tensor) -> Tensor:
-        """The rows of a table that sum to the share of u_t at `positions` [B] of the stream: int64 [B, n]."""
+        """The rows of a table that sum to the projection of u_t at `positions` [B] of the stream: int64 [B, n]."""
         index = positions[:, None] + torch.arange(1 - self.n, 1, device=positions.device)
         rows = torch.where(index < 0, 0, self.index[index.clamp(min=0)] + 1)
         return rows + torch.arange(self.n, device=rows.device) * len(self.rows)
 
 
 def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
-    """The share of u_t in every layer that reads it, [B, width], from `DistinctTokens`' tables and places [B, n]."""
+    """The projections of u_t, [B, width], from `DistinctTokens`' tables and places [B, n]."""
     return [F.embedding_bag(places, table, mode="sum") for table in tables]
 
 
 class SlowContext(nn.Module):
-    """A context that forgets at a set pace, which the head reads through a trained gain: s_t = a·s_{t-1} + w(x_t)·u_t.
+    """A context that forgets at a set pace, which the head reads through a trained gain: s_t = a·s_{t-1} + w(x_t)·e_t.
 
-    u_t is the normalised embedding of the token x_t, and a `slow_decay` (structurally constrained recurrence; Mikolov
+    e_t is the normalised embedding of the token x_t, and a `slow_decay` (structurally constrained recurrence; Mikolov
     et al., 2015). The rarer a token, the more it tells: w = RARE / (RARE + its frequency), the weights of Arora, Liang
     & Ma (2017).
     """
@@ -357,8 +357,8 @@ class ContextLM(nn.Module):
         """Trained parameters, and FLOPs by shape, two for each weight of a product: of one token, of all training.
 
         A step costs three forward passes, and two where weights are frozen and only handed through. Phase 1 reads the
-        stream once before its steps, Phase 2 once with the final ContextBlock. Judging, and what tables and chunks save
-        or add, are left out.
+        stream once before its steps, Phase 2 once with the final ContextBlock, and before every epoch if it trains it.
+        Judging, and what tables and chunks save or add, are left out.
 
         Args:
             tokens: of the training stream.
@@ -368,10 +368,12 @@ class ContextLM(nn.Module):
         context, head = forward_flops(self.context_block), 2 * self.embedding.numel()
         predict = forward_flops(self.token_block)
         head_step = (3 if self.embedding.requires_grad else 2) * head
-        context_step = 3 * context if self.trains_contexts else 0
+        context_step = 4 * context if self.trains_contexts else 0
         training = context * (3 * iterations - 1) + epochs * (3 * predict + head_step + context_step)
+        untrained = () if iterations > 1 or self.trains_contexts else ("context_block.",)
+        trained = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(untrained)]
         return {
-            "trained_params": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "trained_params": sum(p.numel() for p in trained),
             "flops_per_token": context + predict + head,
             "training_flops": round(tokens * training),
         }

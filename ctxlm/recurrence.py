@@ -73,11 +73,11 @@ class Contexts:
         block, device = model.context_block, self.tokens.device
         starts = torch.arange(at.start, at.stop, window, device=device)[:, None]
         positions = (starts + torch.arange(window, device=device)).clamp(max=at.stop - 1)  # the excess is cut off below
-        shares = block.shares(model.context_inputs(self.tokens, positions))
+        projections = block.projections(model.context_inputs(self.tokens, positions))
         context = self.values[(starts[:, 0] - 1).clamp(min=0)] * (starts > 0)  # zero before the stream
         steps = []
         for offset in range(window):
-            steps.append(block(context, [share[:, offset] for share in shares]))
+            steps.append(block(context, [projected[:, offset] for projected in projections]))
             context = steps[-1][-1]
         layers = [torch.stack(layer, 1).flatten(0, 1)[: at.stop - at.start] for layer in zip(*steps, strict=True)]
         self.values[at] = layers[-1].detach()
@@ -93,7 +93,7 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
     positions = range(len(tokens))
     for t in track(positions, "contexts, token by token") if progress else positions:
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
-        context = block(context, block.shares(inputs))[-1]
+        context = block(context, block.projections(inputs))[-1]
         values[t] = context[0]
     return Contexts(tokens, values, distinct, residual=0.0, warmup=0, tables=distinct.tables(block))
 

@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,6 +102,7 @@ class Run:
         self.began, self.seconds = time.perf_counter(), defaultdict(float)
         self.device = resolve_device(settings)
         self.dtype = resolve_dtype(settings, self.device)
+        self.provenance = self._provenance()  # now: sources may change while it runs
 
     def __repr__(self) -> str:
         return f"to {os.path.relpath(self.folder)}, on {self.device}, matrix products in {self.dtype}"
@@ -114,8 +114,7 @@ class Run:
         yield
         self.seconds[f"{step}_seconds"] += time.perf_counter() - began
 
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """Every resolved parameter, and the code, versions and machine that the run is made with."""
         machine = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         resolved = self.settings.model_copy(update=machine)

@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import BaseModel, ConfigDict, Field
 
-from ctxlm.batch import free_gpu, is_finished
+from ctxlm.batch import free_gpu, is_finished, visible_gpus
 from ctxlm.config import ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep, validated
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="params/search/<name>.yaml")
     parser.add_argument("--top", type=int, default=0, help="run so many of the best trials at full size instead")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=len(visible_gpus()) or os.cpu_count(), help="runs at a time")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

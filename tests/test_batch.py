@@ -151,9 +151,10 @@ def test_how_far_a_grid_is(tmp_path, outputs, capsys):
     labels = {label: {"seed": seed} for seed, label in enumerate("ABCDEF")}
     file.write_text(yaml.safe_dump({"title": "six", "common": {"train_tokens": 100}, "experiments": labels}))
     runs, home = load_grid(str(file)).runs, outputs / "six"
-    for name, other in (("A", {}), ("B", {}), ("E", {"seed": 7}), ("F", {"code_hash": "other"})):
+    for name, other in (("A", {}), ("B", {"seed": 7}), ("E", {"seed": 7}), ("F", {"code_hash": "other"})):
         write_result(home / name, runs[name].for_notebook(), **other)
-    (home / "B" / FAILURE).write_text("NonFiniteLoss: nan\n")
+    for name in "AB":  # A was finished after it
+        (home / name / FAILURE).write_text("NonFiniteLoss: nan\n")
     for name in "CD":
         (home / name).mkdir()
         (home / name / "experiment.log").write_text("Executing\nepoch 3: validation PPL 7.0\nExecuting\n")
@@ -167,12 +168,18 @@ def test_how_far_a_grid_is(tmp_path, outputs, capsys):
     assert main(["--status", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
 
 
-def test_a_line_counts_the_runs_that_are_left_and_not_those_of_other_code(
-    folder, values, papermill, monkeypatch, capsys
+def test_a_line_counts_the_runs_that_are_left_as_they_are_asked_for_today(
+    folder, values, papermill, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setenv("CTXLM_PLANNED", "5")
-    write_result(folder.with_name("another"), values)
-    write_result(folder.with_name("older"), values, code_hash="other")
+    file, common = tmp_path / "mine.yaml", {key: value for key, value in values.items() if key != "output_dir"}
+    labels = {"run": {}, "another": {"seed": 2}, "older": {"seed": 3}, "changed": {"seed": 4}, "missing": {"seed": 5}}
+    file.write_text(yaml.safe_dump({"title": "t", "common": common, "experiments": labels}))
+    monkeypatch.setenv("CTXLM_GRID", str(file))
+    asked = {name: run.for_notebook() for name, run in load_grid(str(file)).runs.items()}
+    write_result(folder.with_name("another"), asked["another"])
+    write_result(folder.with_name("older"), asked["older"], code_hash="other")
+    write_result(folder.with_name("changed"), asked["changed"] | {"seed": 9})
+    values["experiment"] = "run"
     papermill(("done", 0))
     files = [str(folder / "experiment.ipynb"), "--done", str(folder / "metrics.json")]
     assert main(["x.ipynb", *files, "--values", yaml.safe_dump(values)]) == 0

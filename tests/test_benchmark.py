@@ -29,7 +29,7 @@ def test_the_floor_counts_the_products_that_torch_does(layers, c, d, n, monkeypa
         return counter.get_total_flops() / rows
 
     def contexts():
-        return model.context_block(context, model.context_block.shares(inputs))
+        return model.context_block(context, model.context_block.projections(inputs))
 
     def logits():
         with torch.no_grad():

@@ -422,7 +422,7 @@ def test_the_verdict_is_whether_the_interval_holds_zero(low, high, unit, verdict
 
 
 def test_a_single_replicate_knows_nothing_of_the_chance_of_training():
-    alone = one(over=("samples",), replicates=1)
+    assert one(over=("residuals",), replicates=1).verdict == (alone := one(over=("samples",), replicates=1)).verdict
     assert alone.verdict.startswith("one replicate") and not Estimates([alone, alone]).adjusted()
 
 
@@ -476,8 +476,12 @@ def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
     assert p == ["0.005", "0.039", "0.039", "0.039", "0.500", "", ""]
     assert not Estimates([tested[0], *others]).adjusted()  # alone it is its own
     assert [verdict.partition(",")[0] for verdict in table["verdict"][:5]] == ["lower"] * 4 + [one(0, -1, 1).verdict]
-    lucky = Estimates([tested[3], *[tested[4]] * 9]).table().data["verdict"]  # one of ten: its interval says lower
-    assert tested[3].verdict == "lower" and lucky[0].startswith("no significant difference, p 0.3")
+    lucky = Estimates([tested[3], *[tested[4]] * 9])  # one of ten: its interval says lower
+    assert tested[3].verdict == "lower"
+    assert lucky.table().data["verdict"][0].startswith("no significant difference, p 0.3")
+    points = [line for line in lucky.forest().axes[0].lines if line.get_marker() == "o"]
+    shown = [*lucky.frame()["verdict"], *(row["verdict"] for row in lucky._repr_mimebundle_()[MIME])]
+    assert {*shown} == {"no significant difference"} and {point.get_markerfacecolor() for point in points} == {"white"}
 
 
 def test_estimates_are_saved_whole_and_collected_in_order(tmp_path):
@@ -618,7 +622,8 @@ def site(value, error, at, dof=4.0):
 def test_sites_that_agree_are_combined_by_their_precision_and_have_no_spread():
     sites = [site(-0.03, error, f"site {error}") for error in (0.01, 0.02, 0.04)]
     mean, spread, new = combined(sites, "A − B")
-    assert mean.verdict == "lower" and new.verdict == ""  # what is foretold is not tested
+    assert mean.error == pytest.approx(1 / math.sqrt(sum(site.error**-2 for site in sites)))  # no less than they know
+    assert new.verdict == ""  # what is foretold is not tested
     assert [each.error for each in sites] == pytest.approx([0.01, 0.02, 0.04])
     assert mean.value == pytest.approx(-0.03) and spread.value == 0
     assert mean.dof == 2 and mean.over == ("sites",) and mean.n == 15

@@ -203,7 +203,7 @@ def test_fake_contexts_and_losses_stay_on_the_gpu(design, fake_cuda):
     model = faked(tiny(V, design=design, slow_decay=0.9, output_bias="unigram"))
     tokens, positions = fake_tokens(100), torch.arange(20, device="cuda")
     u = model.context_inputs(tokens, positions)
-    layers = model.context_block(torch.empty(20, 12, device="cuda"), model.context_block.shares(u))
+    layers = model.context_block(torch.empty(20, 12, device="cuda"), model.context_block.projections(u))
     assert [layer.device.type for layer in layers] == ["cuda"] * 3
     result = Predictor(model, torch.float32).from_layers(tokens, positions, layers, torch.empty(20, 8, device="cuda"))
     assert [x.device.type for x in result] == ["cuda"] * 3 and result[1].shape == (20,)

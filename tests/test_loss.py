@@ -1,5 +1,6 @@
 """The large-vocabulary cross-entropy against torch's own."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -62,6 +63,17 @@ def test_evaluation_multiplies_once():
         loss, losses, _ = linear_cross_entropy(h, weight.requires_grad_(), targets, bias.requires_grad_())
     assert counter.get_total_flops() == 2 * 9 * 6 * 40 and not loss.requires_grad
     torch.testing.assert_close(losses, F.cross_entropy(F.linear(h, weight, bias), targets, reduction="none").detach())
+
+
+def test_threads_do_not_write_over_each_others_logits():
+    def losses(seed):
+        h, weight, bias, targets = problem(300, 16, 9000, seed)
+        with torch.no_grad():
+            return [linear_cross_entropy(h, weight, targets, bias)[0].item() for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        side_by_side = [*pool.map(losses, (1, 2))]
+    assert side_by_side == [losses(1), losses(2)]
 
 
 def test_no_rows_have_no_loss():

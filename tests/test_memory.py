@@ -25,8 +25,8 @@ def test_forgetting_is_that_of_two_contexts_run_side_by_side():
             true, false = contexts.values[true_at], contexts.values[false_at]
             for step in range(21):
                 if step:
-                    shares = block.shares(model.context_inputs(tokens, torch.tensor([true_at + step])))
-                    true, false = (block(c.view(1, -1), shares)[-1][0] for c in (true, false))
+                    projected = block.projections(model.context_inputs(tokens, torch.tensor([true_at + step])))
+                    true, false = (block(c.view(1, -1), projected)[-1][0] for c in (true, false))
                 differences[step] += (true - false).square().sum()
     assert left == pytest.approx((differences / differences[0]).sqrt().tolist(), rel=1e-3, abs=1e-6)
     assert left[0] == 1 and left[20] < left[1] < 1
@@ -73,7 +73,7 @@ def test_the_largest_lyapunov_exponent_is_that_of_the_jacobians_multiplied_out()
         for step in range(1, 2 * steps + 1):
             inputs = model.context_inputs(contexts.tokens, torch.tensor([start + step]))
             before = contexts.values[start + step - 1][None]
-            last = partial(lambda shares, context: block(context, shares)[-1], block.shares(inputs))
+            last = partial(lambda projected, context: block(context, projected)[-1], block.projections(inputs))
             jacobian = torch.autograd.functional.jacobian(last, before)[0, :, 0].double()
             tangent = jacobian @ tangent
             grown += [tangent.norm().log().item()] * (step > steps)

@@ -78,8 +78,13 @@ def test_flops_are_those_of_the_shapes():
     assert cost["flops_per_token"] == 2 * (context + predict + head)
     # three passes of the ContextBlock that learn cost nine, less the first one, which only reads, twice in all
     assert cost["training_flops"] == 100 * 2 * (8 * context + 2.5 * (3 * predict + 2 * head))
-    norms_and_biases = 2 * 3 * 12 + 2 * 3 * 8
-    assert cost["trained_params"] == context + predict + norms_and_biases
+    assert cost["trained_params"] == context + predict + 3 * 2 * (12 + 8)  # with norms and biases
+    untrained = model.cost(100, iterations=1, epochs=1)
+    assert untrained["trained_params"] == predict + 3 * 2 * 8
+    learning = tiny(num_layers=2, context_dim=12, embed_dim=8, num_input_tokens=2, phase2_context_window=4)
+    both = learning.cost(100, iterations=1, epochs=1)  # contexts are made anew before an epoch
+    assert both["training_flops"] - untrained["training_flops"] == 100 * 4 * 2 * context
+    assert both["trained_params"] == cost["trained_params"]
 
 
 def test_an_embedding_of_another_width_or_a_gpu_that_is_missing_is_refused(monkeypatch):

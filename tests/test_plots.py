@@ -77,6 +77,13 @@ def test_curves_and_factors_are_drawn_a_panel_a_value(runs, histories):
         assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [form.format(size) for size in sizes]
 
 
+def test_learning_curves_go_by_epochs_however_often_one_is_validated(histories):
+    figures = [plots.learning_curves(histories.assign(validations_per_epoch=parts)) for parts in (1, 4)]
+    once, often = ([line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata())] for figure in figures)
+    for plain, fourth in zip(once, often, strict=True):
+        np.testing.assert_allclose(fourth, np.asarray(plain) / 4)
+
+
 def test_memory_shows_what_is_lost_by_contexts_of_the_last_tokens(histories):
     one = histories[histories["id"] == histories["id"].iloc[0]]
     losses = run_plots.metric_of(one, "recent_tokens", "val_loss")

@@ -44,7 +44,7 @@ def one_step_error(model, tokens, chunks):
     """
     before, block = torch.cat([torch.zeros(1, 12), chunks.values[:-1]]), model.context_block
     with torch.no_grad():
-        again = block(before, block.shares(model.context_inputs(tokens, torch.arange(len(tokens)))))[-1]
+        again = block(before, block.projections(model.context_inputs(tokens, torch.arange(len(tokens)))))[-1]
     return (again - chunks.values).abs().max().item()
 
 

@@ -133,6 +133,13 @@ def write(folder, settings=None, **columns):
     return this.write(Split(STREAM, STREAM, shorter, shorter), judged, columns, rows, weights)
 
 
+def test_a_run_is_of_the_code_that_it_began_with(tmp_path, without_text, monkeypatch):
+    this = Run(Experiment(), tmp_path / "run")
+    for name in ("code_hash", "git_commit"):
+        monkeypatch.setattr(f"ctxlm.run.{name}", lambda *_: "edited since")
+    assert "edited since" not in this.provenance.values()
+
+
 def test_what_is_judged_by_sample_is_written_part_by_part(tmp_path, without_text):
     metrics = write(tmp_path / "A")
     assert (metrics["val_loss"], metrics["test_bytes"], metrics["train_tokens"]) == (pytest.approx(7 / 3), 6, 4)

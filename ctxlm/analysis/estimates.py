@@ -99,7 +99,7 @@ class Estimate:
             return ""
         if self.low is None:
             return "no interval"
-        if self.over == (SAMPLES,):
+        if self.replicates == 1:
             return UNKNOWN
         return "lower" if self.high < 0 else "higher" if self.low > 0 else NOTHING
 
@@ -132,25 +132,29 @@ class Estimates(list[Estimate]):
     def frame(self) -> pd.DataFrame:
         """One row an estimate, its own fields, value and interval in its unit, and the verdict."""
         rows = []
-        for e in self:
+        for e, verdict in zip(self, self.verdicts, strict=True):
             value, low, high = e.in_unit
-            shown = {"value": value, "low": low, "high": high, "over": ", ".join(e.over), "verdict": e.verdict}
+            shown = {"value": value, "low": low, "high": high, "over": ", ".join(e.over), "verdict": verdict}
             rows.append(asdict(e) | shown)
         return pd.DataFrame(rows, columns=[*Estimate.__dataclass_fields__, "verdict"])
 
-    def table(self) -> Styler:
-        """What a reader sees, in at most eight columns; what all rows have in common stands above them.
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each estimate.
 
         Where several differences stand together, some intervals leave out 0 by chance: verdicts then go by a p that is
         below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
         """
+        adjusted = self.adjusted()
+        return [NOTHING if adjusted.get(e, 0) >= 1 - LEVEL else e.verdict for e in self]
+
+    def table(self) -> Styler:
+        """What a reader sees, in at most eight columns; what all rows have in common stands above them."""
         rows, adjusted, common = [], self.adjusted(), []
-        for e in self:
+        for e, verdict in zip(self, self.verdicts, strict=True):
             value, interval = e.text()
-            verdict = e.verdict
             if e in adjusted:
-                p = f"{adjusted[e]:.3f}" if adjusted[e] >= 0.001 else "< 0.001"
-                verdict = f"{verdict if adjusted[e] < 1 - LEVEL else NOTHING}, p {p}"
+                verdict += f", p {adjusted[e]:.3f}" if adjusted[e] >= 0.001 else ", p < 0.001"
             row = {"": e.contrast, "at": e.at, "estimate": value, "95 % interval": interval}
             row |= {"covers": ", ".join(e.over), "replicates": str(e.replicates or "")}
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
@@ -171,14 +175,14 @@ class Estimates(list[Estimate]):
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
     def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
-        """Every estimate with its interval, from top to bottom; hollow where the interval holds 0. None of none."""
+        """Every estimate with its interval, from top to bottom; hollow without a verdict. None of none."""
         if not self:
             return None
         unit = UNITS[self[0].unit]
         figure, ((axes,),) = new_figure(height=0.9 + 0.32 * len(self), width=width)
-        for row, e in enumerate(self):
+        for row, (e, verdict) in enumerate(zip(self, self.verdicts, strict=True)):
             value, low, high = e.in_unit
-            significant = e.verdict in ("lower", "higher") or not unit.comparison
+            significant = verdict in ("lower", "higher") or not unit.comparison
             colour = "#0173b2" if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
@@ -196,7 +200,8 @@ class Estimates(list[Estimate]):
         return figure
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        data = [asdict(e) | {"verdict": e.verdict, "in_unit": e.in_unit} for e in self]
+        verdicts = self.verdicts
+        data = [asdict(e) | {"verdict": v, "in_unit": e.in_unit} for e, v in zip(self, verdicts, strict=True)]
         html = self.table().to_html() if self else "<p>There are no such runs.</p>"
         return {"text/html": html, "text/plain": self.frame().to_string(), MIME: data}
 
@@ -503,7 +508,8 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
         raise ValueError(f"{contrast}: {len(sites)} sites have an interval, and three are needed to tell their spread")
     values, variances = np.array([(site.value, site.error**2) for site in sites]).T
     result = combine_effects(values, variances, method_re="iterated")
-    mean, error, spread = result.mean_effect_re, result.sd_eff_w_re_hksj, math.sqrt(max(result.tau2, 0))
+    mean, spread = result.mean_effect_re, math.sqrt(max(result.tau2, 0))
+    error = max(result.sd_eff_w_re_hksj, result.sd_eff_w_re)  # sites that happen to agree know no more than each
     n, replicates, dof = sum(site.n for site in sites), min(site.replicates for site in sites), len(sites) - 1.0
     half = float(critical(dof)) * error
     half_of_new = float(critical(dof - 1)) * math.hypot(spread, error)

@@ -162,6 +162,7 @@ def learning_curves(histories: pd.DataFrame) -> Figure | None:
     curves = histories[(histories["phase"] == "phase2") & histories["metric"].isin(["train_ppl", "val_ppl"])]
     if curves.empty:  # of n-grams
         return None
+    curves = curves.assign(epoch=curves["step"] / curves["validations_per_epoch"])
     sizes, styles = sorted(curves["train_tokens"].unique()), line_styles(curves["configuration"])
     columns = min(2, len(sizes))
     rows = math.ceil(len(sizes) / columns)
@@ -172,7 +173,7 @@ def learning_curves(histories: pd.DataFrame) -> Figure | None:
         here = curves[curves["train_tokens"] == size]
         for (name, metric), part in here.groupby(["configuration", "metric"]):
             look = styles[name] | {"linestyle": ":" if metric == "train_ppl" else "-", "marker": ""}
-            table = part.pivot_table(index="step", columns="id", values="value")
+            table = part.pivot_table(index="epoch", columns="id", values="value")
             axes.plot(table.index, table, **look, linewidth=0.5, alpha=0.4)
             mean = np.exp(np.log(table.dropna()).mean(axis=1))
             axes.plot(mean.index, mean, **look | {"marker": styles[name]["marker"], "markersize": 4})

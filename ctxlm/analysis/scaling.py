@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import optimize
+from scipy import optimize, stats
 
 from ctxlm.analysis.estimates import (
+    UNKNOWN,
     Coefficients,
     Estimate,
     Estimates,
@@ -127,17 +128,19 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
         slopes = moments.estimate([0, 1], f"α of {b} − α of {a}", unit="difference of exponents")
         met = fieller(moments, middle)
         verdict = "none established"
-        if met.kind == "bounded" and met.tokens is not None:
+        if met.kind == "bounded" and met.tokens is not None and slopes.verdict != UNKNOWN:
             inside = both["train_tokens"].min() <= met.tokens <= both["train_tokens"].max()
             verdict = "within the sizes" if inside else "beyond the sizes"
         rows.append({"a": a, "b": b, "slopes": slopes, "p": slopes.p} | asdict(met) | {"verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
 
 
-def crossing_by_chance(leads: Sequence[float], covariance: np.ndarray, dof: float, replicates: int = 1) -> np.ndarray:
+def crossing_by_chance(
+    leads: Sequence[float], covariance: np.ndarray, dof: float, replicates: int = 1, draws: int = 100_000
+) -> np.ndarray:
     """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
 
-    Of 100,000 simulated ones. Deviations follow Student's law, since their covariance is an estimate.
+    Of so many simulated ones. Deviations follow Student's law, since their covariance is an estimate.
 
     Args:
         leads: differences of two losses, nats, of either sign.
@@ -145,7 +148,7 @@ def crossing_by_chance(leads: Sequence[float], covariance: np.ndarray, dof: floa
         dof: degrees of freedom that it has.
         replicates: of a study, which takes their mean.
     """
-    chance, draws = np.random.default_rng(0), 100_000
+    chance = np.random.default_rng(0)
     off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
     off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
     return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
@@ -158,7 +161,8 @@ def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl", lead: float
     both, and to scatter from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
 
     Columns: a, b, lead (nats, b − a), covariance and dof (as in `crossing_by_chance`), and estimates, the share of
-    studies of 1, 3 and 5 replicates that see a crossover.
+    studies of 1, 3 and 5 replicates that see a crossover, with intervals of what other covariances of as many
+    replicates would say (parametric bootstrap by Wishart's law).
     """
     rows = []
     for a, b, both in _compared(runs, column):
@@ -171,11 +175,13 @@ def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl", lead: float
         covariance, dof = gaps.cov().to_numpy(), len(gaps) - 1
         apart = gaps.to_numpy().mean() if lead is None else lead
         at = "" if lead is None else f"with a lead of {math.expm1(lead):.0%}".replace("%", " %")
+        others = stats.wishart(dof, covariance / dof, seed=0).rvs(500)
         shares = []
         for n in STUDIES:
             (share,) = crossing_by_chance([apart], covariance, dof, n)
+            ends = np.quantile([crossing_by_chance([apart], other, dof, n, 4000) for other in others], [0.025, 0.975])
             contrast = f"{a} and {b} cross by chance, {n} replicate{'s' * (n > 1)}"
-            shares.append(Estimate(contrast, at, share, None, None, 2 * n, n, None, (), "% of studies"))
+            shares.append(Estimate(contrast, at, share, *ends, 2 * n, n, dof, ("covariance",), "% of studies"))
         rows.append({"a": a, "b": b, "lead": apart, "covariance": covariance, "dof": dof, "estimates": shares})
     return pd.DataFrame(rows, columns=["a", "b", "lead", "covariance", "dof", "estimates"])
 
