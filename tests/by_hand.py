@@ -153,6 +153,8 @@ CONTRASTS = {
     "zeros − contexts, B, quick scale": (QUICK, ("stabilised-ablations", "B-zero"), ("stabilised-variance", "B")),
     "A − B with zeros, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-ablations", "B-zero")),
     "zeros − contexts, searched": (QUICK, ("searched-ablations", "without-contexts"), ("searched-ablations", "whole")),
+    "A − B, each by its own search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B")),
+    "A − B, both by A's search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B-as-A")),
     "KN-4 − A, stabilised, 183,620": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
 }
 """What is compared: at which size, and of either side the grid and the experiment."""
