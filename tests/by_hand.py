@@ -155,6 +155,7 @@ CONTRASTS = {
     "zeros − contexts, searched": (QUICK, ("searched-ablations", "without-contexts"), ("searched-ablations", "whole")),
     "A − B, each by its own search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B")),
     "A − B, both by A's search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B-as-A")),
+    "2 − 6 layers, each at its best": (QUICK, ("depth-best", "L2"), ("depth-best", "L6")),
     "KN-4 − A, stabilised, 183,620": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
 }
 """What is compared: at which size, and of either side the grid and the experiment."""
