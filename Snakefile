@@ -22,8 +22,9 @@ def read(run) -> tuple:
     return run.corpus, run.judged_corpus, run.embedding
 
 
+ASKED = str(config.get("grid", "quick"))
 try:
-    GRID = load_grid(str(config.get("grid", "quick")))
+    GRID = load_grid(ASKED)
     RUNS = GRID.runs
     DATA = {read(run): data_hash(run) for run in RUNS.values()}
 except (ConfigError, OSError) as error:
@@ -44,7 +45,7 @@ CORPORA = {"corpus" if len(KINDS) == 1 else f"corpus-{k}": run for k, run in enu
 
 # Cores are shared out among the runs, as whole runs side by side; with GPUs, at most one run to a GPU.
 CORES = workflow.cores or 1
-os.environ["CTXLM_GRID"] = str(config.get("grid", "quick"))  # for the lines that jobs print: in a rule it would run all anew
+os.environ["CTXLM_GRID"] = ASKED  # for the lines that jobs print: in a rule it would run all anew
 GPUS = len(visible_gpus())
 THREADS = config.get("threads", max(1, -(-CORES // GPUS) if GPUS else CORES // len(RUNS)))
 

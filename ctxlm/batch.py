@@ -85,11 +85,15 @@ def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
     wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
     metrics = json.loads(done.read_bytes())
     return (
-        wanted.is_that_of(metrics)
+        _is_todays(metrics, wanted)
         and wanted.dtype in ("auto", metrics["dtype"])
-        and metrics.get("code_hash") == code_hash(wanted.model)
         and metrics.get("data_hash") == data_hash(wanted)
     )
+
+
+def _is_todays(metrics: Mapping[str, Any], run: Experiment) -> bool:
+    """Whether a finished run has these parameters and today's code."""
+    return metrics.get("code_hash") == code_hash(run.model) and run.is_that_of(metrics)
 
 
 def visible_gpus() -> list[str]:
@@ -254,7 +258,7 @@ def _left(home: Path) -> str:
     for name, run in runs.items():
         done = home / name / "metrics.json"
         metrics = json.loads(done.read_bytes()) if done.exists() else {}
-        left += metrics.get("code_hash") != code_hash(run.model) or not run.is_that_of(metrics)
+        left += not _is_todays(metrics, run)
     return f", {left} of {len(runs)} runs left"
 
 

@@ -66,9 +66,10 @@ class Phase2:
         """Everything lies on one device; `dtype` is of the matrix products."""
         self.model, self.train, self.val, self.e, self.dtype = model, train, val, experiment, dtype
         if not experiment.phase2_freeze_embedding:
-            # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
-            model.context_embedding = model.embedding.detach()
-            model.embedding.data = model.embedding.detach().clone()
+            if model.context_embedding is None:  # not where a cell is run a second time
+                # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
+                model.context_embedding = model.embedding.detach()
+                model.embedding.data = model.embedding.detach().clone()
             model.embedding.requires_grad_(True)
         set_frequencies(model, train.tokens)
         kept = () if experiment.phase2_context_window else ("context_block.",)

@@ -139,7 +139,7 @@ def test_pages_are_short_have_regressions_in_sight_show_no_warning_and_describe_
     for name, page in pages.items():
         code = [cell for cell in page.cells if cell.cell_type == "code" and cell.id != "kernel"]
         assert len(code) <= 15 and max(len(cell.source.splitlines()) for cell in code) <= 16, name
-        assert any("smf." in cell.source and "summary(" in cell.source for cell in code), name
+        assert any("smf." in cell.source and "summary()" in cell.source for cell in code), name
         assert any(MIME in output.get("data", {}) for cell in code for output in cell.outputs), name
         for cell in code:
             figures = [data["image/png"] for o in cell.outputs if "image/png" in (data := o.get("data", {}))]
