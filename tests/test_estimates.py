@@ -623,7 +623,7 @@ def test_sites_that_agree_are_combined_by_their_precision_and_have_no_spread():
     sites = [site(-0.03, error, f"site {error}") for error in (0.01, 0.02, 0.04)]
     mean, spread, new = combined(sites, "A − B")
     assert mean.error == pytest.approx(1 / math.sqrt(sum(site.error**-2 for site in sites)))  # no less than they know
-    assert new.verdict == ""  # what is foretold is not tested
+    assert new.verdict == ""  # what is predicted is not tested
     assert [each.error for each in sites] == pytest.approx([0.01, 0.02, 0.04])
     assert mean.value == pytest.approx(-0.03) and spread.value == 0
     assert mean.dof == 2 and mean.over == ("sites",) and mean.n == 15

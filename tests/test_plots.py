@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 from ctxlm.analysis import plots, run_plots
-from ctxlm.analysis.estimates import Estimate, Estimates, paired
+from ctxlm.analysis.estimates import Estimate, Estimates
 from ctxlm.analysis.runs import read_histories, read_runs
 
 
@@ -59,15 +59,6 @@ def test_a_search_shows_every_trial_and_the_best_so_far():
     assert [*drawn["LSTM, best so far"].get_ydata()] == [9, 9, 6, 6]
     points = [value for line in axes.lines if line.get_linestyle() == "None" for value in line.get_ydata()]
     assert sorted(points) == sorted(trials["val_ppl"])
-
-
-def test_differences_are_where_the_estimates_are(runs):
-    result = paired(runs, {"experiment": "A"}, {"experiment": "B"})
-    (axes,) = plots.differences(result).axes
-    (drawn,) = axes.containers
-    np.testing.assert_allclose(drawn[0].get_ydata(), [e.in_unit[0] for e in result])
-    (bars,) = drawn[2]
-    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [e.in_unit[1:] for e in result])
 
 
 def test_curves_and_factors_are_drawn_a_panel_a_value(runs, histories):

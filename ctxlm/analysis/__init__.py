@@ -1,1 +1,1 @@
-"""What the runs of a grid say: power laws, crossover, over-fitting, and the report."""
+"""What finished runs say: tables, estimates with intervals, figures, the site, the playground."""

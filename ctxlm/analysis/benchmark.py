@@ -119,13 +119,13 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     steps = Experiment.from_mapping(experiment.model_dump(), {"phase1_max_iterations": 3, "phase2_epochs": 1})
     values = chunked(model, tokens).values
     with stage("phase1"):
-        phase1 = train_context_block(model, tokens, values, steps, dtype)
+        history = train_context_block(model, tokens, values, steps, dtype)
     del values
     with stage("recurrence"):
         contexts = chunked(model, tokens, keep=dtype)
     with stage("phase2"):
         phase2 = train_token_block(model, contexts, few, steps, dtype)
-    last = {(row["phase"], row["metric"]): row["value"] for row in phase1.history + phase2.history}
+    last = {(row["phase"], row["metric"]): row["value"] for row in history + phase2.history}
     seconds["phase1_step"] = last["phase1", "seconds"]
     seconds["phase2_epoch"] = last["phase2", "seconds"]
     part = chunked(model, tokens[: EVALUATED + 1], keep=dtype)

@@ -56,7 +56,7 @@ class Unit:
 
 UNITS = {
     "% of PPL": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %", comparison=True),
-    "% of PPL, foretold": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %"),
+    "% of PPL, predicted": Unit(lambda x: 100 * np.expm1(x), "{:+z.1f} %"),
     "PPL": Unit(np.exp, "{:.1f}"),
     "%": Unit(lambda x: 100 * np.expm1(x), "{:+z.0f} %"),
     "sd, % of PPL": Unit(lambda x: 100 * np.expm1(x), "{:.1f} %"),
@@ -88,7 +88,7 @@ class Estimate:
     replicates: int
     dof: float | None
     over: tuple[str, ...]
-    """What the interval covers: of seed, text, signs, samples; or residuals."""
+    """What the interval covers: of seed, text, signs, samples; or residuals, sites, a covariance."""
     unit: str = "% of PPL"
     """One of `UNITS`."""
 
@@ -434,7 +434,6 @@ def paired(
     at: Sequence[str] = ("train_tokens",),
     column: str = "log_ppl",
     contrast: str = "",
-    unit: str = "% of PPL",
     pooled: bool = False,
 ) -> Estimates:
     """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
@@ -444,7 +443,6 @@ def paired(
     Args:
         runs, a, b, at, column: as `pairs`.
         contrast: its name; by default the values of `a` and `b`.
-        unit: one of `UNITS`.
         pooled: one estimate over all places, each of which weighs alike, instead of one a place. Replicates that lack a
             place are left out.
 
@@ -466,7 +464,7 @@ def paired(
         by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
         means = by_place.groupby(level=0).mean().to_numpy()  # [replicates, samples]
         moments = crossed(means if tokens is None else means[..., None], rows, tokens)
-        result.append(moments.estimate([1.0], contrast, _place(at, key), unit))
+        result.append(moments.estimate([1.0], contrast, _place(at, key)))
     return result
 
 
@@ -497,7 +495,7 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     many degrees of freedom as sites less one.
 
     Returns:
-        the mean over sites; the standard deviation between them; and what a new site is foretold, with Student's
+        the mean over sites; the standard deviation between them; and the prediction for a new site, with Student's
         prediction interval (Higgins, Thompson & Spiegelhalter 2009).
 
     Raises:
@@ -513,12 +511,12 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     n, replicates, dof = sum(site.n for site in sites), min(site.replicates for site in sites), len(sites) - 1.0
     half = float(critical(dof)) * error
     half_of_new = float(critical(dof - 1)) * math.hypot(spread, error)
-    new, over, foretold = (mean, mean - half_of_new, mean + half_of_new), ("sites",), "% of PPL, foretold"
+    new, over = (mean, mean - half_of_new, mean + half_of_new), ("sites",)
     return Estimates(
         [
             Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, over),
             Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, replicates, None, (), "sd, % of PPL"),
-            Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, over, foretold),
+            Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, over, "% of PPL, predicted"),
         ]
     )
 

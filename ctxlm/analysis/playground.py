@@ -48,7 +48,7 @@ GRID = "playground"
 """The grid whose context models are the presets; trainings here go to `BY_HAND`."""
 READ = 8_000
 """Characters of a text that are read, its first."""
-MOST_NATS = 12
+MAX_NATS = 12
 """A surprise from which on the colour grows no deeper."""
 LARGE = dict.fromkeys(
     ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 14.5
@@ -161,7 +161,7 @@ def coloured(rows: Iterable[tuple[str, str, str, str]], what: str, legend: Mappi
         look = f"background:{colour};{ink};border-radius:3px" if colour else "background:none;font:inherit"
         tokens.append(f'<code title="{escape(visible(title))}" style="{look}">{escape(visible(text))}{small}</code>')
         tokens += ["<br>"] * text.endswith("\n")
-    legend = legend or {str(nats): heat(nats) for nats in range(0, MOST_NATS + 1, 3)}
+    legend = legend or {str(nats): heat(nats) for nats in range(0, MAX_NATS + 1, 3)}
     boxes = (f'<span style="background:{c};{ink};padding:2px 8px">{escape(name)}</span>' for name, c in legend.items())
     look = "white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;font:15px/2 sans-serif;max-width:60em"
     head = f'<p style="font:14px sans-serif;margin:.3em 0">{quoted(what)} {"".join(boxes)}</p>'
@@ -170,7 +170,7 @@ def coloured(rows: Iterable[tuple[str, str, str, str]], what: str, legend: Mappi
 
 def heat(nats: float) -> str:
     """The colour of a surprise, light enough for dark letters."""
-    return to_hex(plt.get_cmap("YlOrBr")(0.6 * min(max(nats, 0.0) / MOST_NATS, 1.0)))
+    return to_hex(plt.get_cmap("YlOrBr")(0.6 * min(max(nats, 0.0) / MAX_NATS, 1.0)))
 
 
 # Runs
@@ -324,7 +324,8 @@ def train(preset: str, change: str = "") -> str:
         if main:
             signal.signal(signal.SIGINT, before)
     curve.finish(rows)
-    if ended and known["epochs_run"] < e.phase2_epochs:
+    by_itself = known["epochs_run"] - known["best_epoch"] >= e.phase2_patience or known["epochs_run"] >= e.phase2_epochs
+    if ended and not by_itself:
         with atomic(path) as new:
             new.write_text(json.dumps(json.loads(path.read_bytes()) | {"stopped": True}, indent=1) + "\n")
     for kept in (model, contexts, _test):

@@ -5,7 +5,6 @@ means lines.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -31,7 +30,7 @@ from ctxlm.analysis.run_plots import (
     new_figure,
     steps_axis,
 )
-from ctxlm.analysis.scaling import STUDIES, crossing_by_chance
+from ctxlm.analysis.scaling import STUDIES, crossing_share
 
 
 def tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
@@ -49,18 +48,14 @@ def tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xlabel("training tokens (log)")
 
 
-def aside(position: int, count: int) -> float:
-    """The factor that sets `count` configurations side by side on a logarithmic axis, never far from their size."""
-    return 1 + min(0.024 * count, 0.12) * ((position + 0.5) / count - 0.5)
-
-
 def by_tokens(runs: pd.DataFrame) -> Figure:
     """Test PPL by training tokens: a point a run, a line through the means of the replicates that have most sizes."""
     figure, ((axes,),) = new_figure(height=3.7, width=NARROW)
     known = runs.dropna(subset=["log_ppl"])
     styles = line_styles(known["configuration"])
     for position, (name, rows) in enumerate(known.groupby("configuration")):
-        dodge = aside(position, len(styles))
+        # side by side, never far from their size
+        dodge = 1 + min(0.024 * len(styles), 0.12) * ((position + 0.5) / len(styles) - 0.5)
         sizes = rows.groupby("replicate")["train_tokens"].transform("nunique")
         whole = rows[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
         mean, look = np.exp(whole.groupby("train_tokens")["log_ppl"].mean()), styles[name]
@@ -72,29 +67,10 @@ def by_tokens(runs: pd.DataFrame) -> Figure:
     return _once(figure)
 
 
-def differences(estimates: Estimates) -> Figure:
-    """Differences in per cent by training tokens, with their intervals; a line a contrast."""
-    figure, ((axes,),) = new_figure(height=3.2, width=NARROW)
-    names = list(dict.fromkeys(e.contrast for e in estimates))
-    sizes = {e: int(re.search(r"([\d,]+) tokens", e.at)[1].replace(",", "")) for e in estimates}
-    for position, name in enumerate(names):
-        chosen = [e for e in estimates if e.contrast == name]
-        x = [sizes[e] * aside(position, len(names)) for e in chosen]
-        value, low, high = np.array([e.in_unit for e in chosen], float).T  # without an interval no bar is drawn
-        colour = COLOURS[position % len(COLOURS)]
-        axes.errorbar(x, value, [value - low, high - value], capsize=4, marker="o", color=colour, label=name)
-    axes.axhline(0, **REFERENCE)
-    tokens_axis(axes, list(sizes.values()))
-    axes.yaxis.set_major_formatter(PercentFormatter(decimals=None))
-    axes.set_ylabel("difference of PPL, 95 % interval")
-    legend(figure)
-    return _once(figure)
-
-
-def crossings_by_chance(table: pd.DataFrame) -> Figure | None:
+def crossings(table: pd.DataFrame) -> Figure | None:
     """How often studies would see curves cross that run side by side, by how far apart these are; 0 is a tie.
 
-    `table` is as `scaling.crossings_by_chance` gives it, and its first pair is drawn; None if it has none.
+    `table` is as `scaling.crossing_shares` gives it, and its first pair is drawn; None if it has none.
     """
     if table.empty:
         return None
@@ -102,7 +78,7 @@ def crossings_by_chance(table: pd.DataFrame) -> Figure | None:
     leads = np.linspace(0, max(0.1, 1.2 * abs(pair["lead"])), 60)
     figure, ((axes,),) = new_figure(height=3.2, width=NARROW)
     for n, line, colour in zip(STUDIES, cycle(LINES), COLOURS[2:], strict=False):
-        shares = crossing_by_chance(leads, pair["covariance"], pair["dof"], n)
+        shares = crossing_share(leads, pair["covariance"], pair["dof"], n)
         axes.plot(100 * np.expm1(leads), shares, linestyle=line, color=colour, label=f"{n} replicate{'s' * (n > 1)}")
     axes.axvline(100 * math.expm1(abs(pair["lead"])), **REFERENCE)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -26,7 +26,7 @@ READABLE = (2, PROTOCOL)
 """Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
 DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew and a pair has in common, and what each of them is arbitrary about."""
-ALIKE = {"experiment", "train_tokens", "train_samples", "device", "validations_per_epoch", *DRAWN}
+VARIED = {"experiment", "train_tokens", "train_samples", "device", "validations_per_epoch", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 TEXTS = "run experiment git_commit params_hash code_hash data_hash embedding_digest versions device_name".split()
 """Columns of runs.csv that pandas could take for numbers."""
@@ -190,7 +190,7 @@ def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:
 
     Of runs made `by_hand`, which no plan keeps apart, the experiment's label or, where it has unlike runs, the run's.
     """
-    label, kinds = runs["experiment"], [name for name in Experiment.model_fields if name in runs and name not in ALIKE]
+    label, kinds = runs["experiment"], [name for name in Experiment.model_fields if name in runs and name not in VARIED]
     for name in kinds:
         # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
         kind = ["experiment", *(["train_tokens", *DRAWN] if name == "dtype" else [])]

@@ -1,4 +1,4 @@
-"""Perplexity against training tokens: two laws, where two of them meet, and what they foretell."""
+"""Perplexity against training tokens: two laws, where two of them meet, and what they predict."""
 
 import itertools
 import math
@@ -21,27 +21,23 @@ from ctxlm.analysis.estimates import (
     pairs,
 )
 
-MOST_LOG = math.log(1e15)
+MAX_LOG_TOKENS = math.log(1e15)
 """Laws that meet beyond so many tokens, or below one, have slopes that hardly differ: that is no crossover."""
-BETAS = (0.01, 3.0)
-"""The exponents of the saturating law that are tried."""
 STUDIES = (1, 3, 5)
 """Replicates of the studies that are simulated."""
 
 
-def laws(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
+def laws(runs: pd.DataFrame) -> Estimates:
     """The exponent α of PPL = a · tokensᵅ (the form of Kaplan et al., 2020), a row a configuration.
 
-    Least squares of log PPL on log tokens. A configuration without a replicate of two sizes has no row.
+    Least squares of log test PPL on log tokens. A configuration without a replicate of two sizes has no row.
 
-    Args:
-        runs: as `runs.read_runs` gives them.
-        column: `log_ppl` (test) or `val_loss` (validation).
+    `runs` are as `runs.read_runs` gives them.
     """
     result = Estimates()
-    for label, rows in runs.dropna(subset=[column]).groupby("configuration"):
+    for label, rows in runs.dropna(subset=["log_ppl"]).groupby("configuration"):
         if rows.groupby("replicate")["train_tokens"].nunique().max() > 1:
-            fits = Coefficients(f"{column} ~ log_tokens", rows)
+            fits = Coefficients("log_ppl ~ log_tokens", rows)
             result.append(fits.estimate("log_tokens", f"α of {label}", unit="exponent"))
     return result
 
@@ -73,7 +69,7 @@ def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
     """
     shift, slope = moments.mean
     log_tokens = middle - shift / slope if abs(slope) > 1e-12 else math.inf
-    tokens = math.exp(log_tokens) if 0 <= log_tokens <= MOST_LOG else None
+    tokens = math.exp(log_tokens) if 0 <= log_tokens <= MAX_LOG_TOKENS else None
     at_infinity = np.array([0.0, 1.0])
     if not moments.parts or moments.variance(at_infinity)[0] <= 1e-20:
         return Crossover(tokens, "no error", None, None)
@@ -86,7 +82,7 @@ def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
     def at(x: np.ndarray) -> np.ndarray:
         return excess(np.stack([np.ones_like(x), x - middle], axis=-1))
 
-    tried = np.linspace(0, MOST_LOG, 2000)
+    tried = np.linspace(0, MAX_LOG_TOKENS, 2000)
     tried = tried if tokens is None else np.union1d(tried, log_tokens)
     significant = at(tried) > 0
     if significant.all() or not significant.any():
@@ -103,13 +99,13 @@ def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
     return Crossover(tokens, "bounded" if bounded else "outside", low, high)
 
 
-def _compared(runs: pd.DataFrame, column: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _compared(runs: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Of every two configurations a and b their pairs, with b − a as `difference`."""
     for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
-        yield a, b, pairs(runs, {"configuration": b}, {"configuration": a}, ["train_tokens"], column)
+        yield a, b, pairs(runs, {"configuration": b}, {"configuration": a}, ["train_tokens"], "log_ppl")
 
 
-def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
+def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
     """Of every two configurations: do their slopes differ, and where do their laws meet? A row a pair.
 
     Fitted to differences of runs of equal size and replicate, so that what a pair shares is no error: for equally many
@@ -118,13 +114,13 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
     Columns: a, b, slopes (an `Estimate`, b − a), p (Student's t), tokens, kind, low, high (as `Crossover`), verdict.
     """
     rows = []
-    for a, b, both in _compared(runs, column):
+    for a, b, both in _compared(runs):
         if not both.groupby("replicate")["train_tokens"].nunique().max() > 1:
             continue
         log_tokens = np.log(both["train_tokens"])
         middle = log_tokens.mean()
         both = both.assign(x=log_tokens - middle)
-        moments = Coefficients("difference ~ x", both, differences(runs, both, column)).moments
+        moments = Coefficients("difference ~ x", both, differences(runs, both, "log_ppl")).moments
         slopes = moments.estimate([0, 1], f"α of {b} − α of {a}", unit="difference of exponents")
         met = fieller(moments, middle)
         verdict = "none established"
@@ -135,37 +131,38 @@ def crossovers(runs: pd.DataFrame, column: str = "log_ppl") -> pd.DataFrame:
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
 
 
-def crossing_by_chance(
-    leads: Sequence[float], covariance: np.ndarray, dof: float, replicates: int = 1, draws: int = 100_000
+def crossing_share(
+    leads: Sequence[float], covariance: np.ndarray, dof: float | None, replicates: int = 1, draws: int = 100_000
 ) -> np.ndarray:
     """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
 
-    Of so many simulated ones. Deviations follow Student's law, since their covariance is an estimate.
+    Of so many simulated ones. Deviations are normal, or follow Student's law where their covariance is an estimate.
 
     Args:
         leads: differences of two losses, nats, of either sign.
         covariance: [2, 2], of that difference at the smaller and the larger size, from replicate to replicate.
-        dof: degrees of freedom that it has.
+        dof: degrees of freedom that it has; None: it is known.
         replicates: of a study, which takes their mean.
     """
     chance = np.random.default_rng(0)
     off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
-    off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
+    if dof is not None:
+        off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
     return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
 
 
-def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl", lead: float | None = None) -> pd.DataFrame:
+def crossing_shares(runs: pd.DataFrame, lead: float | None = None) -> pd.DataFrame:
     """Of every two configurations: how often would a study see their curves cross, if they ran side by side?
 
     Their difference is taken to be the same at the smallest and the largest size, `lead` (nats) or else the mean over
     both, and to scatter from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
 
-    Columns: a, b, lead (nats, b − a), covariance and dof (as in `crossing_by_chance`), and estimates, the share of
-    studies of 1, 3 and 5 replicates that see a crossover, with intervals of what other covariances of as many
-    replicates would say (parametric bootstrap by Wishart's law).
+    Columns: a, b, lead (nats, b − a), covariance and dof (as in `crossing_share`), and estimates, the share of studies
+    of 1, 3 and 5 replicates that see a crossover. Intervals hold 95 % of the covariances that may lie behind the one
+    observed (inverse Wishart, the posterior by Jeffreys' prior; Gelman et al. 2013, Bayesian Data Analysis, 3.6).
     """
     rows = []
-    for a, b, both in _compared(runs, column):
+    for a, b, both in _compared(runs):
         if both["train_tokens"].nunique() < 2:
             continue
         gaps = both.pivot_table(index="replicate", columns="train_tokens", values="difference")
@@ -175,57 +172,46 @@ def crossings_by_chance(runs: pd.DataFrame, column: str = "log_ppl", lead: float
         covariance, dof = gaps.cov().to_numpy(), len(gaps) - 1
         apart = gaps.to_numpy().mean() if lead is None else lead
         at = "" if lead is None else f"with a lead of {math.expm1(lead):.0%}".replace("%", " %")
-        others = stats.wishart(dof, covariance / dof, seed=0).rvs(500)
+        others = stats.invwishart(dof, covariance * dof, seed=0).rvs(500)
         shares = []
         for n in STUDIES:
-            (share,) = crossing_by_chance([apart], covariance, dof, n)
-            ends = np.quantile([crossing_by_chance([apart], other, dof, n, 4000) for other in others], [0.025, 0.975])
+            (share,) = crossing_share([apart], covariance, dof, n)
+            ends = np.quantile([crossing_share([apart], other, None, n, 4000) for other in others], [0.025, 0.975])
             contrast = f"{a} and {b} cross by chance, {n} replicate{'s' * (n > 1)}"
-            shares.append(Estimate(contrast, at, share, *ends, 2 * n, n, dof, ("covariance",), "% of studies"))
+            shares.append(
+                Estimate(contrast, at, share, *ends, len(gaps), len(gaps), dof, ("covariance",), "% of studies")
+            )
         rows.append({"a": a, "b": b, "lead": apart, "covariance": covariance, "dof": dof, "estimates": shares})
     return pd.DataFrame(rows, columns=["a", "b", "lead", "covariance", "dof", "estimates"])
 
 
 def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> tuple[float, float, float]:
-    """Least squares of the loss on a constant and tokens^(−beta), neither coefficient negative.
-
-    For a given beta the law is linear, so that only beta is searched (variable projection; Golub & Pereyra, 1973).
+    """Least squares of the loss on a constant and tokens^(−beta), of four sizes or more; no coefficient is negative.
 
     Returns:
-        floor, nats; scale; and beta, within `BETAS`. Of points that show no bend, floor or scale is 0.
-
-    Raises:
-        ValueError: fewer than four distinct sizes, or a value is not positive and finite.
+        floor, nats; scale; and beta, from 0.01 to 3. Of points that show no bend, floor or scale is near 0.
     """
-    sizes, y = np.asarray(tokens, float), np.asarray(log_ppl, float)
-    if not (np.isfinite(sizes) & (sizes > 0)).all() or not np.isfinite(y).all():
-        raise ValueError("a law needs positive finite tokens and finite losses: drop the runs without")
-    if np.unique(sizes).size < 4:
-        raise ValueError(f"a law that saturates needs runs of four sizes, but there are {np.unique(sizes).size}")
-    x = np.log(sizes)
-    middle = x.mean()
+    x, y = np.log(tokens), np.asarray(log_ppl, float)
+    middle = x.mean()  # about it floor and scale are of one size
 
-    def fitted(log_beta: float) -> tuple[np.ndarray, float]:
-        shape = np.exp(-math.exp(log_beta) * (x - middle))
-        return optimize.nnls(np.column_stack([np.ones_like(x), shape]), y)
+    def law(x: np.ndarray, floor: float, scale: float, beta: float) -> np.ndarray:
+        return floor + scale * np.exp(-beta * (x - middle))
 
-    tried = np.linspace(*map(math.log, BETAS), 60)
-    best = int(np.argmin([fitted(b)[1] for b in tried]))
-    around = (tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)])
-    result = optimize.minimize_scalar(lambda b: fitted(b)[1], bounds=around, method="bounded", options={"xatol": 1e-6})
-    floor, scale = fitted(result.x)[0]
-    beta = math.exp(result.x)
-    return float(floor), float(scale * math.exp(beta * middle)), beta
+    bounds = [0, 0, 0.01], [np.inf, np.inf, 3]
+    (floor, scale, beta), _ = optimize.curve_fit(
+        law, x, y, (y.min() / 2, y.min() / 2, 0.3), bounds=bounds, method="dogbox"
+    )
+    return float(floor), float(scale * math.exp(beta * middle)), float(beta)
 
 
-def forecasts(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
-    """What both laws, fitted without the largest size, foretell of it: predicted against measured PPL.
+def forecasts(runs: pd.DataFrame) -> Estimates:
+    """What both laws, fitted without the largest size, predict of it, against the measured PPL.
 
     In every replicate by itself; a law that the other sizes cannot fix (two for the power law, four for the saturating
     one) has no rows.
     """
     result = Estimates()
-    for label, rows in runs.dropna(subset=[column]).groupby("configuration"):
+    for label, rows in runs.dropna(subset=["log_ppl"]).groupby("configuration"):
         largest = rows["train_tokens"].max()
         for form, fewest in (("power law", 2), ("saturating law", 4)):
             values = []
@@ -234,11 +220,11 @@ def forecasts(runs: pd.DataFrame, column: str = "log_ppl") -> Estimates:
                 if rest["train_tokens"].nunique() < fewest or held.empty:
                     continue
                 if form == "power law":
-                    predicted = np.polyval(np.polyfit(rest["log_tokens"], rest[column], 1), math.log(largest))
+                    predicted = np.polyval(np.polyfit(rest["log_tokens"], rest["log_ppl"], 1), math.log(largest))
                 else:
-                    floor, scale, beta = saturating(rest["train_tokens"], rest[column])
+                    floor, scale, beta = saturating(rest["train_tokens"], rest["log_ppl"])
                     predicted = floor + scale * np.power(float(largest), -beta)
-                values.append(float(predicted) - held[column].mean())
+                values.append(float(predicted) - held["log_ppl"].mean())
             if values:
                 moments = crossed(np.array(values)[:, None], rows)
                 result.append(moments.estimate([1.0], f"{form} of {label}", f"{largest:,} tokens"))

@@ -94,7 +94,7 @@ def build(grid: str) -> Path:
     with _replaced(home / "report") as folder:
         common, answer = {"site": settings.title, "navigation": navigation}, []
         for name, notebook in notebooks.items():
-            body = tidy(cells_html(notebook, FINDING), navigation)
+            body = page_body(cells_html(notebook, FINDING), navigation)
             answer += body.select(".answer") + body.select(".main-figure")
             _write(folder / f"{name}.html", body=body, **common)
         common |= {"title": settings.title, "description": settings.description, "failure": failure}
@@ -133,10 +133,10 @@ def build_all() -> Path:
         navigation = {"index.html": "Index"} | {f"{name}.html": _label(name) for name in executed}
         navigation |= {"runs.html": "Runs", "method.html": "Method"}
         pages = {*navigation, *(f"{name}.html" for name in DOCS)}
-        bodies = {name: tidy(_document(name), pages) for name in ("index", *DOCS)}
+        bodies = {name: page_body(_document(name), pages) for name in ("index", *DOCS)}
         for name, notebook in executed.items():
             without = [FINDING] if PAGES[name][1] else []  # of other runs than the findings are about
-            bodies[name] = tidy(cells_html(notebook, *without), pages)
+            bodies[name] = page_body(cells_html(notebook, *without), pages)
         for image in bodies["index"]("img", title=True):  # it names the page and the tag of a figure's cell
             page, _, tag = image["title"].partition("#")
             if page in executed and (figure := bodies[page].select_one(f".{tag} img")):
@@ -186,7 +186,9 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
         # in that folder there are no runs, which in `outputs` would stand in for committed ones
         jobs = {page: pool.submit(_execute, *PAGES[page], folder / f"{page}.ipynb", folder) for page in PAGES}
         for page, job in jobs.items():
-            job.add_done_callback(lambda _, page=page: print(f"{page} is done", file=sys.stderr))
+            job.add_done_callback(
+                lambda job, page=page: print(page, "failed" if job.exception() else "is done", file=sys.stderr)
+            )
     if errors := [str(job.exception()) for job in jobs.values() if job.exception()]:
         raise ConfigError("; ".join(errors))
     return {page: job.result() for page, job in jobs.items()}
@@ -221,7 +223,7 @@ def cells_html(notebook: NotebookNode, *without: str) -> str:
     return exporter.from_notebook_node(notebook, {"cells_only": True})[0]
 
 
-def tidy(html: str, pages: Collection[str]) -> BeautifulSoup:
+def page_body(html: str, pages: Collection[str]) -> BeautifulSoup:
     """HTML of cells as a page shows it: nothing loads or runs anything, links lead to `pages`, what is wide scrolls."""
     html = re.sub("<!--.*?-->", "", html, flags=re.DOTALL)
     html = re.sub("(?<=[0-9>]) %", "\u00a0%", html)  # no line ends between the two

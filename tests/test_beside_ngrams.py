@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from ctxlm.analysis.order_gain import order_gain
-from ctxlm.config import Experiment
+from ctxlm.analysis.beside_ngrams import order_gain
 
 SIZES = {"train_tokens": 4000, "val_samples": 10, "development_samples": 10, "test_samples": 10}
 WORDS = [" red", " blue", " green", " black"]
@@ -18,7 +17,7 @@ def gain(path, lag):
             words.append(words[-lag] if draw.random() < 0.75 else draw.integers(0, 4))
         paragraphs.append("".join(WORDS[k] for k in words).strip())
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
-    return order_gain(Experiment.from_mapping(SIZES, {"corpus": str(path)}))
+    return order_gain(str(path), **SIZES)
 
 
 def test_a_text_that_must_be_read_further_back_gains_by_order(tmp_path):
