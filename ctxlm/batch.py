@@ -54,7 +54,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
             pass
         if is_finished(done, values):
             return ""
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_PROGRESS": "lines"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_BATCH": "1"}
         if values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney":
             environment |= free_gpu(held)
         command = f"{sys.executable} -m papermill --cwd . -k python3 --no-progress-bar --log-output".split()
@@ -84,16 +84,12 @@ def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
 
     wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
     metrics = json.loads(done.read_bytes())
-    return (
-        _is_todays(metrics, wanted)
-        and wanted.dtype in ("auto", metrics["dtype"])
-        and metrics.get("data_hash") == data_hash(wanted)
-    )
+    return _is_todays(metrics, wanted) and metrics.get("data_hash") == data_hash(wanted)
 
 
 def _is_todays(metrics: Mapping[str, Any], run: Experiment) -> bool:
     """Whether a finished run has these parameters and today's code."""
-    return metrics.get("code_hash") == code_hash(run.model) and run.is_that_of(metrics)
+    return run.is_that_of(metrics) and metrics.get("code_hash") == code_hash(run.model)
 
 
 def visible_gpus() -> list[str]:
@@ -227,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(given.check)
         elif given.status is not None:
             print("\n".join(status(given.status)))
+        elif given.notebook is None:
+            parser.error("name a notebook, or --check or --status a grid")
         else:
             return _carry_out(given)
     except (ConfigError, OSError) as error:

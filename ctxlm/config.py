@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctxlm.files import BY_HAND, ROOT, digest, find, resolve, source_hash
+from ctxlm.files import BY_HAND, ROOT, digest, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
@@ -48,8 +48,6 @@ DATA_PARAMETERS = {
     *("val_samples", "development_samples", "test_samples", "max_sample_tokens"),
 }
 """Parameters of what is read and judged, size and replicate apart."""
-RESOLVED = ("device", "dtype")
-"""Parameters of which a run holds what `auto` became."""
 RESERVED = ("site", "search", "reproduce", "benchmark", "gpu", "single", BY_HAND)
 """Folders of `outputs` that are no grid's."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
@@ -262,15 +260,10 @@ class Experiment(BaseModel):
             also: its parameters that are none of an experiment.
 
         Raises:
-            ConfigError: as `from_mapping`; a corpus's or an embedding's file is not there; another notebook is its
-                model's.
+            ConfigError: as `from_mapping`; or another notebook is its model's.
         """
         names = _parameters_given(namespace) - {*also}
         e = cls.from_mapping({name: namespace[name] for name in names | (cls.model_fields.keys() & namespace)})
-        for name in ("corpus", "judged_corpus", "embedding"):
-            value = getattr(e, name) or ""
-            if "." in value and not find(value).is_file():
-                raise ConfigError(f"{name} = {value!r} is no file at {find(value)}: check the name")
         if notebook and NOTEBOOKS[e.model] != notebook:
             raise ConfigError(f"model = {e.model!r} is run by {NOTEBOOKS[e.model]}, not by this notebook")
         if notebook:
@@ -302,7 +295,8 @@ class Experiment(BaseModel):
         for name, value in self.for_notebook().items():
             other = run.get(name, type(self).model_fields[name].default)  # of a run that is older than the parameter
             missing = other is None or other != other
-            if name not in (*RESOLVED, size) and (not missing if value is None else other != value):
+            # of what was `auto` a run holds what it became
+            if name != size and value != "auto" and (not missing if value is None else other != value):
                 return False
         return True
 
@@ -455,20 +449,15 @@ def load_grid(name: str) -> Grid:
     return Grid(name=path.stem, title=file.title, description=file.description, runs=runs)
 
 
-def names_of(line: str) -> list[str]:
-    """The parameters that one line of a sweep, or of a search's space, names."""
-    return [name.strip() for name in line.split(",")]
-
-
 def sweep(lines: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
-    """Every combination of a sweep's values: parameter → value."""
+    """Every combination of the values of a sweep, or of a search's space: parameter → value."""
     for combination in itertools.product(*lines.values()):
         step: dict[str, Any] = {}
         for line, value in zip(lines, combination, strict=True):
-            names = names_of(line)
+            names = [name.strip() for name in line.split(",")]
             values = value if len(names) > 1 else [value]
             if not isinstance(values, list) or len(values) != len(names):
-                raise ConfigError(f"'sweep' of '{line}' needs lists of {len(names)} values each, as [42, 0]")
+                raise ConfigError(f"'{line}' needs lists of {len(names)} values each, as [42, 0]")
             step |= dict(zip(names, values, strict=True))
         yield step
 

@@ -1,6 +1,5 @@
 """Text → samples → GPT-2 tokens → the streams of an experiment: training, validation, development and test."""
 
-import itertools
 import json
 import lzma
 import os
@@ -8,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -230,34 +229,21 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     Raises:
         ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
     """
-    read = cache(load_corpus)
-    texts: dict[tuple, dict[int, tuple[int, int]]] = {}  # of each text, data_seed → where its window starts, its length
-    sizes: dict[tuple, int] = {}
-    in_samples: dict[tuple, int] = {}
+    read, owners = cache(load_corpus), {}  # of each text, the data_seed whose window holds a token; -1: none
     for e in experiments:
         corpus = read(e.corpus, e.shuffle_samples)
         split(e, corpus)
         capacity, start, length = _window(corpus, e)
         text = (e.corpus, e.shuffle_samples, e.train_sample_tokens)
-        windows = texts.setdefault(text, {})
-        _, longest = windows.get(e.data_seed, (0, 0))
-        windows[e.data_seed] = start, max(length, longest)  # a shorter one is its beginning
-        sizes[text] = len(capacity)
-        if e.train_samples is not None:
-            in_samples[text] = e.train_samples
-    for text, windows in texts.items():
-        if len(windows) > 1 and text in in_samples:
-            raise ConfigError(
-                f"data_seed = {' and '.join(map(str, windows))} with train_samples = {in_samples[text]}: windows of so "
-                "many samples differ in tokens, so that no two can be compared: give train_tokens instead"
-            )
-        tokens = sizes[text]
-        for (one, (a, m)), (other, (b, n)) in itertools.combinations(windows.items(), 2):
-            if (b - a) % tokens < m or (a - b) % tokens < n:  # one that runs out goes on at the first token
-                raise ConfigError(
-                    f"data_seed = {one} and {other} have training tokens in common (windows of {m:,} and {n:,} of "
-                    f"{tokens:,}), so that they are no independent texts: choose others, or lower the number of tokens"
-                )
+        owner = owners.setdefault(text, np.full(len(capacity), -1))
+        # windows given in samples differ in tokens: none is to be compared with any other
+        window = np.arange(start, start + length) % len(capacity) if e.train_samples is None else slice(None)
+        if others := {*np.unique(owner[window]).tolist()} - {-1, e.data_seed}:
+            reason = "have training tokens in common: choose others, or lower train_tokens"
+            if e.train_samples is not None:
+                reason = f"with train_samples = {e.train_samples} differ in tokens: give train_tokens instead"
+            raise ConfigError(f"data_seed = {min(others)} and {e.data_seed} {reason}")
+        owner[window] = e.data_seed
 
 
 def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
@@ -324,10 +310,7 @@ def _tokenise(name: str, texts: list[str]) -> dict[str, np.ndarray]:
 
 def _package(name: str, path: str) -> Path:
     """A file of an installed package, which is not imported."""
-    try:
-        return Path(str(distribution(name).locate_file(path)))
-    except PackageNotFoundError:
-        raise ConfigError(f"the package {name} is not installed: pip install {name}") from None
+    return Path(str(distribution(name).locate_file(path)))
 
 
 def _chitchat_texts(_name: str, raw: bytes) -> list[str]:
@@ -407,10 +390,7 @@ def _parquet_texts(name: str, raw: bytes) -> list[str]:
 
 
 def _packed_texts(name: str, raw: bytes) -> list[str]:
-    try:
-        return _jsonl_texts(name, lzma.decompress(raw))
-    except (lzma.LZMAError, EOFError):
-        raise ConfigError(f"corpus = {name!r} is not whole in data/corpora: restore it by git") from None
+    return _jsonl_texts(name, lzma.decompress(raw))
 
 
 def _utf8(name: str, raw: bytes) -> str:

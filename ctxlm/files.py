@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BY_HAND = "interactive"
 """The grid of runs that are made by hand and named after what they are: it has no file."""
 PLUMBING = {f"ctxlm/{name}.py" for name in ("config", "files", "progress", "run")}
-"""Modules that no run's numbers depend on: parameters are held by value, files by content, `run` by the notebooks."""
+"""Modules left out of a run's code: parameters are compared by value, files by content; `run` does what notebooks 02
+and 03 spell out, which a test holds."""
 
 if not (ROOT / "params").is_dir():
     raise ImportError("ctxlm works from its repository: install it there with `pip install -e .`")
@@ -129,16 +130,14 @@ def source_hash(*names: str) -> str:
     Comments, docstrings and layout do not count; of a notebook only the code cells do. Left out is what merely moves,
     checks and names things (`PLUMBING`), and the analysis.
     """
-    syntax: dict[str, ast.AST] = {}
+    sources: dict[str, str] = {}
     wanted = list(names)
     while wanted:
         name = wanted.pop()
-        if name in syntax or name in PLUMBING or name.startswith("ctxlm/analysis/"):
-            continue
-        syntax[name] = _syntax(ROOT / name)
-        imported = [node.module for node in ast.walk(syntax[name]) if isinstance(node, ast.ImportFrom)]
-        wanted += [f"{module.replace('.', '/')}.py" for module in imported if module.startswith("ctxlm.")]
-    return digest(*(part for name in sorted(syntax) for part in (name, ast.unparse(syntax[name]))))
+        if name not in sources and name not in PLUMBING and not name.startswith("ctxlm/analysis/"):
+            sources[name], imported = _bare(ROOT / name)
+            wanted += imported
+    return digest(*(part for name in sorted(sources) for part in (name, sources[name])))
 
 
 class _Bare(ast.NodeTransformer):
@@ -150,9 +149,12 @@ class _Bare(ast.NodeTransformer):
 
 
 @cache
-def _syntax(path: Path) -> ast.AST:
+def _bare(path: Path) -> tuple[str, list[str]]:
+    """A source without what explains it, and the files of ctxlm that it imports."""
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         cells = [cell for cell in json.loads(source)["cells"] if cell["cell_type"] == "code"]
         source = "\n".join("".join(cell["source"]) for cell in cells)
-    return _Bare().visit(ast.parse(source))
+    syntax = _Bare().visit(ast.parse(source))
+    modules = [node.module for node in ast.walk(syntax) if isinstance(node, ast.ImportFrom)]
+    return ast.unparse(syntax), [f"{name.replace('.', '/')}.py" for name in modules if name.startswith("ctxlm.")]

@@ -333,7 +333,7 @@ def _text(held: list[int], token: int, last: bool) -> str:
     """The text that ends with `token`, after the tokens `held` back: none yet while it ends within a character."""
     held.append(token)
     text = decode(held)
-    if text.endswith("\ufffd") and len(held) < 4 and not last:  # no character has more bytes
+    if text.endswith("\ufffd") and not last:
         return ""
     held.clear()
     return text

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.device import generator
 
 
@@ -160,9 +160,7 @@ class EchoBlock(nn.Module):
         new = torch.tanh(self.from_context(context) + projections[0])
         return [(1 - self.leak) * context + self.leak * new] * len(self.widths)
 
-    def projections(self, inputs: Tensor) -> list[Tensor]:
-        """As the ContextBlock's."""
-        return [self.from_other[0](inputs)]
+    projections = ContextBlock.projections
 
 
 class TokenBlock(_Layers):
@@ -304,14 +302,11 @@ class ContextLM(nn.Module):
         """`embedding` is float32 [V, d]; weights are drawn from the experiment's seed, on the CPU."""
         super().__init__()
         e = experiment
-        if embedding.shape[1] != e.embed_dim:
-            raise ConfigError(
-                f"embed_dim = {e.embed_dim} does not fit the embedding of width {embedding.shape[1]}: make them equal"
-            )
         self.num_input_tokens = e.num_input_tokens
-        self.embedding = nn.Parameter(embedding, requires_grad=False)
-        # Once Phase 2 trains a copy of the embedding: Phase 1's own, which contexts keep reading.
-        self.register_buffer("context_embedding", None)
+        kept = embedding if e.phase2_freeze_embedding else embedding.clone()  # training must not change the caller's
+        self.embedding = nn.Parameter(kept, requires_grad=not e.phase2_freeze_embedding)
+        # What contexts are made from, also once Phase 2 has trained the embedding.
+        self.register_buffer("read_embedding", embedding, persistent=False)
         self.design = e.design
         self.context_block = EchoBlock(e) if e.design == "echo" else ContextBlock(e)
         self.token_block = TokenBlock(e, self.context_block.widths)
@@ -328,11 +323,6 @@ class ContextLM(nn.Module):
     def context_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """u_t of the ContextBlock: as `inputs`, from the embedding as it was in Phase 1."""
         return token_inputs(self.read_embedding, tokens, positions, self.num_input_tokens)
-
-    @property
-    def read_embedding(self) -> Tensor:
-        """What contexts are made from: the embedding as it was in Phase 1."""
-        return self.embedding if self.context_embedding is None else self.context_embedding
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the blocks, with the study's count of the TokenBlock beside the true one.
@@ -402,8 +392,5 @@ def load_own_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: the weights are another model's.
     """
-    if "context_embedding" in weights:  # a new model has none yet, and its embedding may be the caller's
-        model.context_embedding, trained = torch.empty_like(model.embedding), torch.empty_like(model.embedding)
-        model.embedding.data = trained
     model.load_state_dict({"embedding": model.embedding.detach()} | weights)
     model.eval()

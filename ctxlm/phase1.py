@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,20 +20,10 @@ from ctxlm.recurrence import chunked
 
 @dataclass(frozen=True)
 class Phase1:
-    """What Phase 1 leaves behind, beside the ContextBlock's weights."""
+    """What Phase 1 leaves behind, beside the ContextBlock's weights: computed, or out of the cache."""
 
-    tokens: int
-    iterations: int
-    converged_tokens: int
     history: list[dict]
     """Rows phase, step (iteration), metric, value."""
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """Phase 1 from the first contexts to the last, computed or out of the cache."""
-
-    phase1: Phase1
     spectra: dict[str, Tensor]
     """Singular values, float64 [C], of the contexts before Phase 1 (`init_er`) and in its last, noisy iteration
     (`train_er`)."""
@@ -41,12 +31,18 @@ class Shaped:
     seconds: float
     """What it took when it was computed."""
 
+    @property
+    def iterations(self) -> int:
+        """Of which the first one, the recurrence, has no history."""
+        return self.history[-1]["step"] if self.history else 1
+
     def summary(self) -> dict[str, float]:
         """The columns of metrics.json that Phase 1 gives."""
+        last = {row["metric"]: row["value"] for row in self.history}
         return {
-            "phase1_iterations": self.phase1.iterations,
-            "phase1_converged_tokens": self.phase1.converged_tokens,
-            "phase1_converged_ratio": self.phase1.converged_tokens / self.phase1.tokens,
+            "phase1_iterations": self.iterations,
+            "phase1_converged_tokens": last.get("converged_tokens", 0),
+            "phase1_converged_ratio": last.get("converged_ratio", 0.0),
             "phase1_cached": self.cached,
             "phase1_computed_seconds": self.seconds,
         }
@@ -54,7 +50,7 @@ class Shaped:
 
 def shape_contexts(
     model: ContextLM, tokens: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
-) -> Shaped:
+) -> Phase1:
     """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
 
     Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
@@ -80,26 +76,26 @@ def shape_contexts(
     def compute() -> dict[str, np.ndarray]:
         nonlocal cached
         cached = False
-        contexts = chunked(model, tokens, progress=True).values
+        contexts = chunked(model, tokens).values
         init_er = singular_values(contexts)
-        phase1 = train_context_block(model, tokens, contexts, experiment, dtype)
+        history = train_context_block(model, tokens, contexts, experiment, dtype)
         kept = {"init_er": init_er, "train_er": singular_values(contexts)} | block.state_dict()
-        record = {"phase1": asdict(phase1), "computed_seconds": time.perf_counter() - began}
+        record = {"history": history, "seconds": time.perf_counter() - began}
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()} | {"record": np.array(json.dumps(record))}
 
     arrays = cached_arrays(cache_dir() / f"phase1-{key}.npz", compute)
     record = json.loads(str(arrays["record"]))
     if cached:
         block.load_state_dict({name: torch.from_numpy(arrays[name]) for name in block.state_dict()})
-        say(f"Phase 1 was found in the cache; it took {record['computed_seconds']:.0f} s when it was computed")
+        say(f"Phase 1 was found in the cache; it took {record['seconds']:.0f} s when it was computed")
     spectra = {name: torch.from_numpy(arrays[name]) for name in ("init_er", "train_er")}
-    return Shaped(Phase1(**record["phase1"]), spectra, cached, record["computed_seconds"])
+    return Phase1(record["history"], spectra, cached, record["seconds"])
 
 
 def train_context_block(
     model: ContextLM, tokens: Tensor, contexts: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
-) -> Phase1:
-    """Train `model.context_block` in place.
+) -> list[dict]:
+    """Train `model.context_block` in place; returns its history.
 
     Iteration 1 is the recurrence, which `contexts` brings. Every further iteration is one Adam step over the whole
     stream: each token's context is computed from its predecessor's context of the iteration before (plus noise),
@@ -129,7 +125,6 @@ def train_context_block(
         distinct.places(torch.arange(start, stop, device=device)).unique(return_inverse=True) for start, stop in bounds
     ]
     history: list[dict] = []
-    converged, iteration = 0, 1
     for iteration in range(2, e.phase1_max_iterations + 1):
         began = time.perf_counter()
         optimiser.zero_grad()
@@ -187,4 +182,4 @@ def train_context_block(
         if iteration >= e.phase1_min_iterations and converged / total >= e.phase1_min_converged_ratio:
             break
     optimiser.zero_grad(set_to_none=True)
-    return Phase1(total, iteration, converged, history)
+    return history

@@ -65,12 +65,6 @@ class Phase2:
     def __init__(self, model: ContextLM, train: Contexts, val: Contexts, experiment: Experiment, dtype: torch.dtype):
         """Everything lies on one device; `dtype` is of the matrix products."""
         self.model, self.train, self.val, self.e, self.dtype = model, train, val, experiment, dtype
-        if not experiment.phase2_freeze_embedding:
-            if model.context_embedding is None:  # not where a cell is run a second time
-                # contexts keep reading Phase 1's, which may be the caller's too: what is trained is a copy
-                model.context_embedding = model.embedding.detach()
-                model.embedding.data = model.embedding.detach().clone()
-            model.embedding.requires_grad_(True)
         set_frequencies(model, train.tokens)
         kept = () if experiment.phase2_context_window else ("context_block.",)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -81,7 +75,7 @@ class Phase2:
     def batches(self, epoch: int) -> list[slice]:
         """The positions of each batch."""
         if self.window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
-            self.train.values.copy_(chunked(self.model, self.train.tokens, progress=epoch == 1).values)
+            self.train.values.copy_(chunked(self.model, self.train.tokens).values)
         return _slices(self.targets, self.e.phase2_batch_size)
 
     def loss(self, batch: slice) -> Losses:

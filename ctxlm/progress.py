@@ -14,17 +14,17 @@ def in_jupyter() -> bool:
     """Whether someone sits before this kernel, unlike under papermill, which would keep all states of a bar."""
     ipython = sys.modules.get("IPython")
     shell = ipython and ipython.get_ipython()
-    if not hasattr(shell, "kernel") or os.environ.get("CTXLM_PROGRESS") == "lines":  # the latter is of a batch
+    if not hasattr(shell, "kernel") or "CTXLM_BATCH" in os.environ:
         return False
     editor = "__vsc_ipynb_file__" in shell.user_ns  # VS Code's
     return editor or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
 
 
 def track(items: Iterable[T], what: str) -> Iterator[T]:
-    """The items, while a bar shows how far they are; it vanishes at the end."""
+    """The items, while a bar shows how far they are, of what takes more than a moment; it vanishes at the end."""
     hidden = not (in_jupyter() or sys.stderr.isatty())
     file = sys.stdout if in_jupyter() else sys.stderr  # Jupyter shows the latter as an error
-    yield from tqdm(items, what, leave=False, disable=hidden, file=file, mininterval=0.5)
+    yield from tqdm(items, what, leave=False, disable=hidden, file=file, mininterval=0.5, delay=0.5)
 
 
 def say(line: str) -> None:

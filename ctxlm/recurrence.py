@@ -85,13 +85,13 @@ class Contexts:
 
 
 @torch.no_grad()
-def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Contexts:
+def sequential(model: ContextLM, tokens: Tensor) -> Contexts:
     """Token by token, as defined. `tokens` is int64 [T]."""
     block, distinct = model.context_block, DistinctTokens(model, tokens)
     context = torch.zeros(1, block.context_dim, device=tokens.device)
     values = torch.empty(len(tokens), block.context_dim, device=tokens.device)
     positions = range(len(tokens))
-    for t in track(positions, "contexts, token by token") if progress else positions:
+    for t in track(positions, "contexts, token by token"):
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
         context = block(context, block.projections(inputs))[-1]
         values[t] = context[0]
@@ -99,7 +99,7 @@ def sequential(model: ContextLM, tokens: Tensor, progress: bool = False) -> Cont
 
 
 @torch.no_grad()
-def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torch.dtype | None = None) -> Contexts:
+def chunked(model: ContextLM, tokens: Tensor, keep: torch.dtype | None = None) -> Contexts:
     """The same contexts from chunks run side by side, certified at every joint.
 
     First every chunk runs from a zero context. Then every chunk but the first is run again from its
@@ -114,7 +114,6 @@ def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torc
     Args:
         model: the model, on the device of `tokens`.
         tokens: int64 [T].
-        progress: show how far it is.
         keep: keep the inner layers' contexts too, in this type, if that takes no more than `INNER_KEPT`.
     """
     total = len(tokens)
@@ -123,7 +122,7 @@ def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torc
     difference = math.inf
     while length < total:
         before = difference
-        contexts, difference = _chunks(model, tokens, length, progress, keep)
+        contexts, difference = _chunks(model, tokens, length, keep)
         if contexts is not None:
             return contexts
         if difference > before / 2 or 4 * length >= total:  # longer ones would be work for nothing
@@ -135,12 +134,10 @@ def chunked(model: ContextLM, tokens: Tensor, progress: bool = False, keep: torc
                 )
             break
         length *= 4
-    return sequential(model, tokens, progress)
+    return sequential(model, tokens)
 
 
-def _chunks(
-    model: ContextLM, tokens: Tensor, length: int, progress: bool, keep: torch.dtype | None
-) -> tuple[Contexts | None, float]:
+def _chunks(model: ContextLM, tokens: Tensor, length: int, keep: torch.dtype | None) -> tuple[Contexts | None, float]:
     """`chunked` with chunks of this length: the contexts, to either tolerance, or None, and the last difference."""
     total, block, device = len(tokens), model.context_block, tokens.device
     count = -(-total // length)
@@ -160,7 +157,7 @@ def _chunks(
         return context
 
     context = torch.zeros(count, block.context_dim, device=device)
-    for offset in track(range(length), f"contexts, {count} chunks") if progress else range(length):
+    for offset in track(range(length), f"contexts, {count} chunks"):
         context = step(context, 0, offset)
         values[:, offset] = context
     context, differences, met = values[:-1, -1].clone(), [], {}
@@ -179,6 +176,8 @@ def _chunks(
             residual = max(differences[warmup - 1 :])
             break
     else:
+        # Not within TOLERANCE, but perhaps as near as rounding lets them come: within ROUNDING over half the chunk, and
+        # no nearer by its last quarter.
         warmup, residual = met.get(ROUNDING, length), differences[-1]
         if length < 2 * warmup or residual < max(TOLERANCE, differences[3 * length // 4] / 2):
             return None, residual

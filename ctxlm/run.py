@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxlm import networks, ngrams
-from ctxlm.config import NOTEBOOKS, RESOLVED, ConfigError, Experiment, code_hash, read_yaml
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
@@ -96,7 +96,7 @@ class Run:
         else:
             folder = resolve(output_dir)
         # a batch does a run anew whose parameters its grid has changed
-        if os.environ.get("CTXLM_PROGRESS") != "lines" and _holds_another(folder, settings):
+        if "CTXLM_BATCH" not in os.environ and _holds_another(folder, settings):
             raise ConfigError(f"output_dir = {str(output_dir)!r} holds a run of other parameters: name another folder")
         self.settings, self.folder = settings, take_folder(folder)
         self.began, self.seconds = time.perf_counter(), defaultdict(float)
@@ -172,7 +172,7 @@ class Run:
             metrics |= loss_summary(part, torch.from_numpy(losses[part]), judged[part][1])
             metrics |= {f"{part}_bytes": int(table["bytes"].sum()), f"{part}_bits_per_byte": bits_per_byte(table)}
         if metrics.get("trained_params"):
-            metrics["tokens_per_parameter"] = metrics["train_tokens"] / metrics["trained_params"]
+            metrics["tokens_per_parameter"] = len(streams.train) / metrics["trained_params"]
         metrics |= self.seconds | {"total_seconds": time.perf_counter() - self.began}
         if bad := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise NonFiniteLoss(f"{bad[0]} = {metrics[bad[0]]} is not finite: the run is not written")
@@ -217,7 +217,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
     # the inner layers' contexts too, where Phase 2 reads them as they are
     keep = None if e.context_ablation != "none" or e.phase2_context_window else dtype
     with watch("phase2"):
-        train_contexts, val_contexts = (chunked(model, x, progress=True, keep=keep) for x in (train, val))
+        train_contexts, val_contexts = (chunked(model, x, keep) for x in (train, val))
         ablation = Ablation(model, train_contexts, e)
         read = ablation(train_contexts), ablation(val_contexts)
         phase2 = train_token_block(model, *read, e, dtype, on_epoch, **this.checkpoint)
@@ -231,7 +231,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
     judged = {"val": (phase2.val_losses, phase2.val_accuracy)}
     with watch("test"):
         for part, tokens in (("development", development), ("test", test)):
-            judged[part] = evaluate(predict, ablation(chunked(model, tokens, keep=keep)))
+            judged[part] = evaluate(predict, ablation(chunked(model, tokens, keep)))
     with watch("memory"):
         rates, after = reach(model.context_block, val_contexts)
         whole = e.context_ablation == "none" and not e.context_rank
@@ -239,14 +239,14 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
     columns = (
         {"embedding_digest": digest(vectors.tobytes())}
         | model.parameter_counts()
-        | model.cost(len(train), shaped.phase1.iterations, phase2.epochs_run)
+        | model.cost(len(train), shaped.iterations, phase2.epochs_run)
         | {f"{name}_pct": effective_rank_pct(values) for name, values in spectra.items()}
         | shaped.summary()
         | phase2.summary()
         | rates
         | {"recurrence_residual": train_contexts.residual, "recurrence_warmup": train_contexts.warmup}
     )
-    history = shaped.phase1.history + phase2.history + recent + before + after
+    history = shaped.history + phase2.history + recent + before + after
     return this.write(streams, judged, columns, history, own_weights(model))
 
 
@@ -341,11 +341,7 @@ def _name(values: dict[str, Any], longest: int) -> str:
 def _holds_another(folder: Path, settings: Experiment) -> bool:
     """Whether a folder holds a finished run of other parameters."""
     path = folder / "metrics.json"
-    if not path.exists():
-        return False
-    metrics = json.loads(path.read_bytes())
-    machine = {name: metrics[name] for name in RESOLVED if getattr(settings, name) == "auto"}
-    return settings.model_copy(update=machine).params_hash != metrics["params_hash"]
+    return path.exists() and not settings.is_that_of(json.loads(path.read_bytes()))
 
 
 def main(arguments: list[str]) -> int:

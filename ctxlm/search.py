@@ -32,7 +32,7 @@ from ctxlm.batch import free_gpu, is_finished, visible_gpus
 from ctxlm.config import ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep, validated
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
-from ctxlm.networks import NeuralLM
+from ctxlm.networks import BODIES
 
 TABLES = ROOT / "data" / "search"
 JUDGED = {"quick": "val", "full": "development"}
@@ -226,11 +226,10 @@ def width_of(e: Experiment, parameters: int) -> int:
     They are a quadratic of the width, which three narrow networks fix; a Transformer's divides among its heads.
     """
     step = e.num_heads if e.model == "transformer" else 1
-    plain = {"phase2_freeze_embedding": True, "output_bias": "none", "slow_decay": 0.0}
 
     def count(width: int) -> int:
-        model = NeuralLM(e.model_copy(update=plain | {"hidden_dim": width}), torch.zeros(1, e.embed_dim))
-        return sum(p.numel() for p in model.trained().values())
+        with torch.device("meta"):  # shapes alone
+            return sum(p.numel() for p in BODIES[e.model](e.model_copy(update={"hidden_dim": width})).parameters())
 
     widths = [step * k for k in (4, 8, 12)]
     a, b, c = np.polyfit(widths, [count(width) for width in widths], 2)
@@ -251,7 +250,7 @@ def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
         return json.loads(done.read_bytes())
     command = [sys.executable, "-m", "ctxlm.run", str(folder), yaml.safe_dump(experiment.for_notebook())]
     with ExitStack() as held:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_PROGRESS": "lines"} | free_gpu(held)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_BATCH": "1"} | free_gpu(held)
         process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if process.returncode == 0:
         return json.loads(done.read_bytes())

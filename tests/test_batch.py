@@ -86,7 +86,7 @@ def test_why_a_notebook_failed_is_kept_in_a_line_until_it_succeeds(folder, value
     assert why in reason and bool(reason) == bool(why) and "\n" not in reason
     assert failures(folder.parent, ["run"]) == ({"run": reason} if why else {})
     ((command, environment),) = calls
-    assert environment["OMP_NUM_THREADS"] == "3" and environment["CTXLM_PROGRESS"] == "lines"
+    assert environment["OMP_NUM_THREADS"] == "3" and environment["CTXLM_BATCH"] == "1"
     assert yaml.safe_load(command[-1]) == values
     assert carry_out(folder, values) == "" and failures(folder.parent, ["run"]) == {}
 

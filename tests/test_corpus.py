@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
 from ctxlm.analysis import corpus_plots
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import Experiment
 from ctxlm.corpus import (
     ULTRACHAT_SIZES,
     VOCABULARY,
@@ -99,12 +99,6 @@ def test_an_embedded_corpus_is_the_known_one(name, samples, tokens, known, monke
     assert (corpus.num_samples, len(corpus.tokens), corpus.region, corpus.digest) == (samples, tokens, 200, known)
     with lzma.open(ROOT / "data" / "corpora" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
         assert decode(corpus.stream(0, 1).tokens) == json.loads(file.readline())["text"]
-
-
-def test_an_embedded_corpus_that_is_not_whole_is_refused():
-    for raw in (b"version https://git-lfs.github.com", lzma.compress(b"{}")[:-9]):
-        with pytest.raises(ConfigError, match="corpus = 'sotu' is not whole"):
-            corpus_module._packed_texts("sotu", raw)
 
 
 def test_a_mixture_takes_a_sample_of_each_in_turn(monkeypatch):

@@ -159,11 +159,10 @@ def sources(tmp_path, monkeypatch):
     """A copy of the sources, which is hashed in place of the repository; what has not changed is read once."""
     for folder in ("ctxlm", "notebooks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    parse = files._syntax.__wrapped__
-    read = cache(lambda path, _content: parse(path))
+    bare = files._bare.__wrapped__
+    read = cache(lambda path, _content: bare(path))
     monkeypatch.setattr(files, "ROOT", tmp_path)
-    monkeypatch.setattr(files, "_syntax", lambda path: read(path, path.read_bytes()))
-    monkeypatch.setattr(files.ast, "unparse", cache(files.ast.unparse))
+    monkeypatch.setattr(files, "_bare", lambda path: read(path, path.read_bytes()))
     return tmp_path
 
 

@@ -65,8 +65,8 @@ def test_the_recurrence_and_phase1_are_the_cpus(design):
         model = tiny(V, design=design).to(device)
         contexts = chunked(model, tokens.to(device)).values
         before = contexts.clone()
-        result = train_context_block(model, tokens.to(device), contexts, e)
-        losses = [row["value"] for row in result.history if row["metric"].endswith("_loss")]
+        history = train_context_block(model, tokens.to(device), contexts, e)
+        losses = [row["value"] for row in history if row["metric"].endswith("_loss")]
         return [before, contexts, losses, singular_values(contexts)]
 
     agree(shaped)
@@ -78,8 +78,7 @@ def test_phase2_is_the_cpus(parameters):
     e, train, val = settings(**parameters), stream(1001, V), stream(400, V, 1)
 
     def trained(device):
-        rows = {name: value for name, value in parameters.items() if name in ("output_bias", "slow_decay")}
-        model = tiny(V, **rows).to(device)
+        model = tiny(V, **parameters).to(device)
         contexts = [chunked(model, tokens.to(device)) for tokens in (train, val)]
         result = train_token_block(model, *contexts, e)
         return [result.val_losses, [row["value"] for row in result.history if row["metric"] == "train_loss"]]
@@ -109,8 +108,7 @@ def test_no_update_waits_for_the_gpu(kind):
         task = Windows(model.to(device), tokens, tokens, e, torch.float32)
     else:
         e = settings(**({} if kind == "study" else RECIPE))
-        rows = {} if kind == "study" else {"slow_decay": 0.9, "dropout": 0.2}
-        model = tiny(V, **rows).to(device)
+        model = tiny(V, **({} if kind == "study" else RECIPE | {"dropout": 0.2})).to(device)
         task = Phase2(model, chunked(model, tokens), chunked(model, tokens), e, torch.float32)
     trainer = Trainer(task, e)
     trainer.run_epoch()  # once, so that everything lazy is made

@@ -111,7 +111,7 @@ def test_a_run_that_trains_its_contexts_is_judged_by_them(tmp_path, text):
 )
 def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path, text, notebook, bad, monkeypatch):
     """Nor what an earlier run has left, which a batch may do anew."""
-    monkeypatch.setenv("CTXLM_PROGRESS", "lines")
+    monkeypatch.setenv("CTXLM_BATCH", "1")
     folder, kept = tmp_path / "run", {"device": "cpu", "dtype": "float32", "params_hash": "other"}
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps(kept), encoding="utf-8")
@@ -158,7 +158,7 @@ def test_a_corpus_is_shown_as_text_whatever_it_holds(tmp_path, text):
     process, executed = papermill(tmp_path, "01_corpus", ROOT / "notebooks", corpus=str(path), **CORPUS)
     assert process.returncode == 0, process.stderr
     cells = site.cells_html(nbformat.read(executed, as_version=4))
-    for page in (HTMLExporter().from_filename(executed)[0], str(site.tidy(cells, pages=()))):
+    for page in (HTMLExporter().from_filename(executed)[0], str(site.page_body(cells, pages=()))):
         soup = BeautifulSoup(page, "html.parser")
         assert not CONTROL & set(page)
         assert "marked" not in re.sub(r"<(code|script|style)\b.*?</\1>", "", page, flags=re.DOTALL)  # nor are formulas

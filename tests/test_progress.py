@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import nbclient
 import nbformat
@@ -35,8 +36,8 @@ print(curve.rows // 4, "of 3 drawn")
 
 
 NOBODY = "import os; os.environ.pop('JPY_SESSION_NAME', None)"  # sits before it
-BATCH = "os.environ |= {'CTXLM_PROGRESS': 'lines', 'JPY_SESSION_NAME': 'someone'}"
-SOMEONE = "del os.environ['CTXLM_PROGRESS']"
+BATCH = "os.environ |= {'CTXLM_BATCH': '1', 'JPY_SESSION_NAME': 'someone'}"
+SOMEONE = "del os.environ['CTXLM_BATCH']"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,9 @@ class Screen(io.StringIO):
 def test_a_terminal_has_a_bar_and_a_file_none(stream, bar, monkeypatch, capsys):
     stderr = stream()
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert list(progress.track("abc", "letters")) == ["a", "b", "c"]
+    assert list(progress.track("abc", "at once")) == ["a", "b", "c"]
+    for _ in progress.track("abc", "letters"):
+        time.sleep(0.3)
     progress.say("all three")
-    assert ("letters" in stderr.getvalue()) == bar and capsys.readouterr().out == "all three\n"
+    assert ("letters" in stderr.getvalue()) == bar and "at once" not in stderr.getvalue()
+    assert capsys.readouterr().out == "all three\n"

@@ -128,7 +128,7 @@ def write(folder, settings=None, **columns):
     losses, shorter = torch.tensor([1.0, 2.0, 4.0]), Stream(STREAM.tokens[1:], STREAM.samples[1:])
     judged = {part: (losses if part == "val" else losses[1:], 0.5) for part in ("val", "development", "test")}
     rows = [{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}]
-    this = Run(settings or Experiment(device="cpu"), folder)
+    this = Run(settings or Experiment(device="cpu", train_tokens=4), folder)
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     return this.write(Split(STREAM, STREAM, shorter, shorter), judged, columns, rows, weights)
 
@@ -228,13 +228,21 @@ def test_a_folder_must_be_writable_and_is_one_process_own_till_it_dies(tmp_path)
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
+def test_a_run_older_than_a_parameter_is_of_its_default(tmp_path, without_text):
+    write(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_bytes())
+    del metrics["input_scale"]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"params_hash": "of other parameters"}))
+    assert Run(Experiment(device="cpu", train_tokens=4), tmp_path).folder == tmp_path
+
+
 def test_a_folder_that_holds_a_run_of_other_parameters_is_refused_by_hand(tmp_path, without_text, monkeypatch):
-    folder, e, other = tmp_path / "mine", Experiment(num_layers=3), Experiment()
+    folder, e, other = tmp_path / "mine", Experiment(num_layers=3, train_tokens=4), Experiment()
     write(folder, e)
     before = contents(folder)
     assert Run(e, folder).settings == e  # whatever `auto` became
     assert refusal(Run, other, folder).startswith(f"output_dir = {str(folder)!r} ")
-    monkeypatch.setenv("CTXLM_PROGRESS", "lines")  # a batch, whose grid has changed
+    monkeypatch.setenv("CTXLM_BATCH", "1")  # a batch, whose grid has changed
     assert Run(other, folder).settings == other and contents(folder) == before
 
 
@@ -266,12 +274,13 @@ def test_a_run_by_hand_is_named_after_what_differs_from_the_notebooks_defaults(o
 
 
 def test_a_run_of_other_parameters_stays_and_the_new_one_goes_beside_it(outputs, without_text):
-    settings, folder = by_hand(seed=43)
+    same = {"train_tokens": 4, "seed": 43}
+    settings, folder = by_hand(**same)
     write(folder, settings)
     before = contents(folder)
-    assert by_hand(seed=43) == (settings, folder)  # the same again
-    other, beside = by_hand("03_baseline", seed=43)
-    assert beside.name == "seed-43-2" and other.experiment == "KN-4"
+    assert by_hand(**same) == (settings, folder)  # the same again
+    other, beside = by_hand("03_baseline", **same)
+    assert beside.name == "train_tokens-4_seed-43-2" and other.experiment == "KN-4"
     write(beside, other)
-    assert by_hand("03_baseline", seed=43)[1] == beside and by_hand(seed=43)[1] == folder
+    assert by_hand("03_baseline", **same)[1] == beside and by_hand(**same)[1] == folder
     assert contents(folder) == before

@@ -48,11 +48,10 @@ def test_phase1_is_the_twins(shape, noise):
     values = settings.model_dump()
     twin, twin_contexts = literal.phase1(weights, tokens.tolist(), shape["num_input_tokens"], values, draws)
     contexts = sequential(model, tokens).values
-    ours = train_context_block(model, tokens, contexts, settings)
-    assert ours.iterations == twin[-1]["iteration"]
-    assert ours.converged_tokens == twin[-1]["converged_tokens"]
+    history = train_context_block(model, tokens, contexts, settings)
+    assert history[-1]["step"] == twin[-1]["iteration"]
     for record in twin[1:]:
-        values = {row["metric"]: row["value"] for row in ours.history if row["step"] == record["iteration"]}
+        values = {row["metric"]: row["value"] for row in history if row["step"] == record["iteration"]}
         for name in ("fixed_point_loss", "diversity_loss", "converged_tokens", "converged_ratio"):
             assert values[name] == pytest.approx(record[name], rel=1e-4, abs=1e-6), (name, record["iteration"])
     torch.testing.assert_close(contexts, twin_contexts, atol=2e-4, rtol=0)
@@ -64,10 +63,8 @@ def test_phase1_stops_as_soon_as_enough_tokens_converged():
     def ratios(**parameters):
         settings = Experiment.from_mapping({"embed_dim": 8, "context_dim": 12, "num_layers": 3}, parameters)
         model, tokens = tiny(), stream(300)
-        ours = train_context_block(model, tokens, sequential(model, tokens).values, settings)
-        rows = {row["step"]: row["value"] for row in ours.history if row["metric"] == "converged_ratio"}
-        assert [*rows] == [*range(2, ours.iterations + 1)]
-        return rows
+        history = train_context_block(model, tokens, sequential(model, tokens).values, settings)
+        return {row["step"]: row["value"] for row in history if row["metric"] == "converged_ratio"}
 
     whole = ratios(phase1_min_converged_ratio=1.0)
     for least in (3, 7):
@@ -92,7 +89,8 @@ def test_phase2_is_the_twins(shape, frozen, window):
         {"phase2_learning_rate": 0.003 if window else 0.01},
         shape,
     )
-    model, train, val = tiny(**shape), stream(70), stream(40, seed=1)
+    model = tiny(**shape, phase2_freeze_embedding=frozen)
+    train, val = stream(70), stream(40, seed=1)
     weights = literal.copied(model)
     twin = literal.phase2(weights, train.tolist(), val.tolist(), shape["num_input_tokens"], settings.model_dump())
 
