@@ -14,8 +14,7 @@ from ctxlm.config import Experiment, load_grid, read_yaml
 from ctxlm.corpus import VOCABULARY, check_data
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
-from ctxlm.run import run
-from tests.conftest import SMALL, refusal
+from tests.conftest import refusal
 
 MISSING, DIRECTORY, UNREADABLE = "missing", "directory", "unreadable"
 STATES = {what: what for what in (MISSING, DIRECTORY, UNREADABLE)} | {
@@ -143,14 +142,3 @@ def test_bad_parameter_and_grid_files_are_refused(home, refused, capsys, content
     assert batch.main(["--check", name]) == 1
     out, message = capsys.readouterr()
     assert not out and name in message and message.count("\n") == 1
-
-
-# What no run can be made of
-
-
-@pytest.mark.parametrize("values", [{"train_tokens": 10**6}, {"device": "cuda:7"}], ids=str)
-def test_too_little_text_and_what_is_not_here_are_refused_before_any_work(home, text, values):
-    e = Experiment.from_mapping(SMALL | {"corpus": str(text)}, values)
-    message = refusal(run, e, home / "outputs" / "A")
-    assert all(f"{name} = {value!r}" in message for name, value in values.items())
-    assert {path.name for path in home.glob("outputs/A/*")} <= {".lock"}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -57,29 +56,6 @@ def test_a_failing_block_or_replacement_leaves_what_was(tmp_path, monkeypatch):
             temporary.write_text("half")
             patch.setattr(files.os, "replace", full)
         assert [file.read_text() for file in tmp_path.iterdir()] == before
-
-
-STALL = """
-import signal, sys
-from pathlib import Path
-from ctxlm.files import atomic
-with atomic(Path(sys.argv[1])) as temporary:
-    temporary.write_text("half")
-    print("half written", flush=True)
-    signal.pause()
-"""
-
-
-def test_a_killed_writer_leaves_the_old_file_and_a_dot_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text("old")
-    process = child(STALL, path)
-    assert process.stdout.readline() == "half written\n"
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and path.read_text() == "old"
-    (left,) = set(tmp_path.iterdir()) - {path}
-    assert left.name.startswith(".") and left.read_text() == "half"
 
 
 def test_paths_are_taken_from_the_repository_and_input_also_from_the_current_folder(tmp_path, monkeypatch):

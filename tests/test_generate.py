@@ -27,6 +27,7 @@ from ctxlm.generate import (
     next_tokens,
     surprise,
 )
+from ctxlm.metrics import effective_rank_pct, singular_values
 from ctxlm.networks import Reader
 from ctxlm.ngrams import KneserNey
 from ctxlm.phase2 import Predictor
@@ -85,7 +86,10 @@ def test_read_token_by_token_a_run_has_the_losses_it_was_judged_by(name, runs, l
     metrics = json.loads((runs / name / "metrics.json").read_text(encoding="utf-8"))
     e = Experiment.from_mapping({key: metrics[key] for key in Experiment.model_fields})
     tokens = torch.from_numpy(split(e).val.tokens).long()
-    losses, _ = step_by_step(loaded[name], tokens)
+    losses, states = step_by_step(loaded[name], tokens)
+    if e.model == "context":  # what is written of contexts is of the ContextBlock as Phase 2 left it
+        rank = effective_rank_pct(singular_values(torch.cat([state.hidden[-1] for state in states[1:]])))
+        assert rank == pytest.approx(metrics["val_er_pct"], rel=1e-4)
     with np.load(runs / name / "val_losses.npz") as kept:
         np.testing.assert_allclose(losses[1:].numpy(), kept["loss"], atol=1e-4)
     assert losses[1:].mean().item() == pytest.approx(metrics["val_loss"], abs=1e-5)

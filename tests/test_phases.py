@@ -146,7 +146,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def shaped(tokens=None, embedding_scale=1.0, dtype=torch.float32, **parameters):
     settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4}, parameters)
-    model = tiny(**SHAPE, **{k: v for k, v in parameters.items() if k in ("seed", "design", "num_input_tokens")})
+    model = tiny(**SHAPE | parameters)
     with torch.no_grad():  # scaled and bent, since a mere scale is lost in LayerNorm
         model.embedding.copy_(model.embedding * embedding_scale + (embedding_scale - 1) * model.embedding**2)
     return model, shape_contexts(model, stream(200) if tokens is None else tokens, settings, dtype)
@@ -173,6 +173,8 @@ def test_another_phase1_is_not_taken_from_the_cache(empty_cache):
     others += [{"design": "arithmetic"}, {"num_input_tokens": 1}]
     for other in [*others, {"embedding_scale": 1.5}, {"dtype": torch.bfloat16}]:
         assert not shaped(**other)[1].cached, other
+    echo = {"design": "echo", "phase1_min_iterations": 1, "phase1_max_iterations": 1}
+    assert [shaped(**echo, leak=leak)[1].cached for leak in (1.0, 0.5, 0.5)] == [False, False, True]
 
 
 def test_a_phase1_that_is_no_longer_finite_is_stopped_and_not_kept(empty_cache):

@@ -15,7 +15,6 @@ from ctxlm.analysis.estimates import MIME
 from ctxlm.analysis.site import PAGES, build_all
 from ctxlm.files import ROOT
 from tests.browser import read_by_everyone
-from tests.conftest import run_cells
 
 BARRIERS = ("index.html", "06_contexts.html", "08_audit.html", "method.html", "runs.html")
 """Pages of every kind, on which a reader without eyes or mouse must find no barrier."""
@@ -159,14 +158,6 @@ def test_the_markers_are_read_as_they_are_meant():
         assert holds(right, estimate)
     for wrong in (["+6.4"], ["6.5"]):
         assert not holds(wrong, estimate)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("grid", ["ablations", "baselines"])
-def test_scaling_runs_on_grids_of_one_size_or_without_epochs(grid, tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    run_cells("notebooks/04_scaling.ipynb", {"grid": grid, "output_dir": str(tmp_path / "analysis")})
-    assert (tmp_path / "analysis" / "estimates.csv").exists()
 
 
 @pytest.mark.slow

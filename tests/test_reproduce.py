@@ -63,6 +63,15 @@ def test_what_is_drawn_is_todays_and_begins_alike(outputs, monkeypatch):
     assert "K = 1" in refusal(draw, 1, 0)  # nothing is published
 
 
+@pytest.mark.parametrize(("dtype", "within"), [("bfloat16", 0.005), ("float32", 1e-4)])
+def test_runs_agree_to_as_much_as_the_readme_says(dtype, within, outputs, monkeypatch):
+    values = {"val_ppl": 200.0, "test_ppl": 300.0}
+    row = pd.Series(Experiment().model_dump() | values | {"dtype": dtype, "run": "A", "grid": "g", "device_name": "x"})
+    for change, agrees in ((0.9 * within, True), (-0.9 * within, True), (1.1 * within, False), (-1.1 * within, False)):
+        monkeypatch.setattr(reproduce, "run_apart", lambda *_, c=change: values | {"test_ppl": 300 * (1 + c)})
+        assert reproduce.again(row)["agrees"] == agrees
+
+
 @pytest.mark.night
 def test_three_published_runs_at_the_quick_scale_come_out_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))

@@ -26,7 +26,11 @@ from tests.conftest import SMALL, held, refusal, run_cells
 COMMIT = "0" * 40
 SETTINGS = SMALL | {"device": "cpu", "dtype": "float32", "output_bias": "unigram"}
 NETWORK = {"hidden_dim": 16, "window": 8}
-MODELS = {"context": {}, "lstm": {"model": "lstm"} | NETWORK, "kneser-ney": {"model": "kneser-ney"}}
+MODELS = {
+    "context": {"phase2_context_window": 8},
+    "lstm": {"model": "lstm"} | NETWORK,
+    "kneser-ney": {"model": "kneser-ney"},
+}
 MAY_DIFFER = re.compile("seconds|phase1_cached|git_commit|resumed_after_epoch")
 """Metrics of what a run took, and of the tree that it was made from."""
 STREAM = Stream(np.array([11, 11, 257, 262], dtype=np.int32), np.array([7, 7, 7, 8], dtype=np.int32))

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from ctxlm.analysis.runs import (
     READABLE,
@@ -20,6 +22,7 @@ from ctxlm.analysis.runs import (
     read_runs,
     replicates,
 )
+from ctxlm.config import Experiment
 from ctxlm.files import ROOT, run_folders
 from tests.conftest import refusal
 from tests.planted import write
@@ -331,11 +334,17 @@ def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots):
 
 
 @pytest.mark.parametrize("grid", sorted(path.name for path in (ROOT / "data" / "results").iterdir()))
-def test_every_committed_grid_is_whole(tmp_path, monkeypatch, grid):
+def test_every_committed_grid_is_whole_and_its_runs_are_what_their_names_say(tmp_path, monkeypatch, grid):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
     runs, history, samples = load_runs(grid), load_table(grid, "history"), load_table(grid, "samples")
     assert len(runs) and runs["run"].is_unique and set(runs["source"]) == {"committed"}
     assert runs["protocol"].nunique() == 1 and set(runs["protocol"]) <= {*READABLE}
+    parameters = "|".join(sorted(Experiment.model_fields, key=len, reverse=True))
+    for run in runs.to_dict("records"):
+        label, *pairs = re.split(rf"_({parameters})-", run["run"])
+        assert label == run["experiment"]
+        for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+            assert run[name] == yaml.safe_load(value) or (value == "None" and run[name] != run[name])
     assert set(samples["run"]) == set(runs["run"])
     training = history[history["phase"] != "target_frequency"]  # which newer runs have, n-grams among them
     assert set(training["run"]) == set(runs.loc[runs["model"] != "kneser-ney", "run"])  # an n-gram is not trained
