@@ -12,21 +12,16 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 
-from ctxlm.batch import on_one_line, visible_gpus
+from ctxlm.batch import data_of, on_one_line, visible_gpus
 from ctxlm.config import DATA_PARAMETERS, NOTEBOOKS, ConfigError, code_hash, load_grid
-from ctxlm.embeddings import data_hash
-
-
-def read(run) -> tuple:
-    """What a run's data hash depends on."""
-    return run.corpus, run.judged_corpus, run.embedding
 
 
 ASKED = str(config.get("grid", "quick"))
 try:
     GRID = load_grid(ASKED)
     RUNS = GRID.runs
-    DATA = {read(run): data_hash(run) for run in RUNS.values()}
+    for run in RUNS.values():
+        data_of(run)
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have this file's lines printed around the sentence
 
@@ -85,7 +80,7 @@ rule corpus:
             CORPORA[wildcards.corpus].model_dump(include=DATA_PARAMETERS | {"train_tokens", "train_samples"})
             | {"output_dir": f"{HOME}/{wildcards.corpus}"}
         ),
-        data=lambda wildcards: DATA[read(CORPORA[wildcards.corpus])],
+        data=lambda wildcards: data_of(CORPORA[wildcards.corpus]),
     threads: CORES
     # Before all runs, which find its caches then. It is no input of theirs: of what a run depends on, all is in `params`.
     priority: 10**9
@@ -104,7 +99,7 @@ rule experiment:
             RUNS[wildcards.run].for_notebook() | {"output_dir": f"{HOME}/{wildcards.run}"}
         ),
         code=lambda wildcards: code_hash(RUNS[wildcards.run].model),
-        data=lambda wildcards: DATA[read(RUNS[wildcards.run])],
+        data=lambda wildcards: data_of(RUNS[wildcards.run]),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
     priority: lambda wildcards: tokens(RUNS[wildcards.run])

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,26 @@ def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
     """Whether a run's metrics.json is of these parameters, of today's code and of today's text."""
     if done.name != "metrics.json" or not done.exists():
         return False
-    from ctxlm.embeddings import data_hash  # not above: it takes a second, which every job would pay
-
     wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
     metrics = json.loads(done.read_bytes())
-    return _is_todays(metrics, wanted) and metrics.get("data_hash") == data_hash(wanted)
+    return _is_todays(metrics, wanted) and metrics.get("data_hash") == data_of(wanted)
+
+
+def data_of(run: Experiment) -> str:
+    """A run's `data_hash`, made once for all that read one text through one embedding.
+
+    Raises:
+        ConfigError: as `data_hash`.
+    """
+    return _data_hash(run.corpus, run.judged_corpus, run.embedding, run.embed_dim)
+
+
+@cache
+def _data_hash(corpus: str, judged_corpus: str | None, embedding: str, embed_dim: int) -> str:
+    from ctxlm.embeddings import data_hash  # not above: it takes a second, which every job would pay
+
+    run = Experiment(corpus=corpus, judged_corpus=judged_corpus, embedding=embedding, embed_dim=embed_dim)
+    return data_hash(run)
 
 
 def _is_todays(metrics: Mapping[str, Any], run: Experiment) -> bool:
