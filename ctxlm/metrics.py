@@ -99,7 +99,7 @@ def bits_per_byte(table: pd.DataFrame) -> float:
 
 
 @dataclass(frozen=True)
-class Alternative:
+class Baseline:
     """A model to set beside the context model, counted or trained: how it is judged, and what its run writes."""
 
     judge: Callable[[np.ndarray], tuple[np.ndarray, float]]

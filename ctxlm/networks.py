@@ -20,7 +20,7 @@ from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
-from ctxlm.metrics import Alternative
+from ctxlm.metrics import Baseline
 from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
 from ctxlm.trainer import OnEpoch, Trainer
 
@@ -286,7 +286,7 @@ def build(
     on_epoch: OnEpoch | None = None,
     checkpoint: Path | None = None,
     key: str = "",
-) -> Alternative:
+) -> Baseline:
     """The network of an experiment, trained on its training stream; the last three are as in `Trainer.run`.
 
     Raises:
@@ -316,4 +316,4 @@ def build(
         longer, _ = evaluate(reader, val, 2 * WARMUP)
         columns["warmup_residual"] = (longer - trained.val_losses).double().mean().item()
     known = trained.val_losses.cpu().numpy(), trained.val_accuracy
-    return Alternative(judge, known, columns, trained.history, own_weights(model))
+    return Baseline(judge, known, columns, trained.history, own_weights(model))

@@ -13,15 +13,15 @@ import numpy as np
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Split, load_corpus
-from ctxlm.metrics import Alternative
+from ctxlm.metrics import Baseline
 from ctxlm.progress import track
 
 
-def build(experiment: Experiment, streams: Split) -> Alternative:
+def build(experiment: Experiment, streams: Split) -> Baseline:
     """The n-gram of an experiment, counted on its training stream."""
     ngrams = kneser_ney(experiment, streams)
     columns = {"ngrams": sum(map(len, ngrams.keys)), "trained_params": 0}
-    return Alternative(ngrams.judge, ngrams.judge(streams.val.tokens), columns, [], {})
+    return Baseline(ngrams.judge, ngrams.judge(streams.val.tokens), columns, [], {})
 
 
 def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":

@@ -108,6 +108,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of the test's own; returns its folder."""
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A corpus of 60 short paragraphs."""

