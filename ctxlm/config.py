@@ -185,6 +185,12 @@ class Experiment(BaseModel):
         "auto", description="of the matrix products; auto: bfloat16 where the machine computes it natively"
     )
 
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_sentences(type(self), error)) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         def refuse(names: str, remedy: str) -> None:
@@ -347,7 +353,11 @@ def validated(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_sentence(kind, detail) for detail in error.errors()))) from None
+        raise ConfigError(_sentences(kind, error)) from None
+
+
+def _sentences(kind: type[BaseModel], error: ValidationError) -> str:
+    return "; ".join(dict.fromkeys(_sentence(kind, detail) for detail in error.errors()))
 
 
 def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
@@ -458,6 +468,8 @@ def sweep(lines: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
             values = value if len(names) > 1 else [value]
             if not isinstance(values, list) or len(values) != len(names):
                 raise ConfigError(f"'{line}' needs lists of {len(names)} values each, as [42, 0]")
+            if twice := step.keys() & {*names}:
+                raise ConfigError(f"{min(twice)} stands in two lines: give its values in one")
             step |= dict(zip(names, values, strict=True))
         yield step
 

@@ -44,6 +44,7 @@ def test_a_bad_value_is_refused_with_parameter_and_value(name):
 @pytest.mark.parametrize(("name", "meant"), [("num_layer", "num_layers"), ("SEED", "docs/parameters.md")])
 def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
     message = refusal(Experiment.from_mapping, {name: 3, "context_dim": 0})
+    assert message == refusal(Experiment, **{name: 3, "context_dim": 0})
     assert f"{name} = 3 " in message and meant in message and "context_dim = 0" in message
 
 
@@ -222,6 +223,7 @@ def test_a_grid_crosses_experiments_with_swept_values(grid, tmp_path):
         ({"common": {"num_layer": 3}}, "run A: num_layer = 3"),
         ({"sweep": {"seed": []}}, "sweep.seed = []"),
         ({"sweep": {"seed": [42, 43, 42]}}, "run A_seed-42: "),
+        ({"sweep": {"seed": [1, 2], "seed, data_seed": [[1, 0], [2, 30]]}}, "seed stands in two lines"),
         ({"sweep": {"seed, data_seed": [1, 2]}}, "'seed, data_seed'"),
         ({"sweep": {"seed, data_seed": [[1, 0], [2]]}}, "'seed, data_seed'"),
         ({"sweep": {"seed": [*range(40)], "data_seed": [*range(30)]}}, "1,000 runs"),

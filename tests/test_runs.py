@@ -258,12 +258,12 @@ def test_all_runs_of_a_folder_without_a_grid_file_are_read_and_told_apart(roots)
 # Published tables
 
 
-def plant(root, grid="quick", seed=1, **metrics):
+def plant(root, seed=1, label="A", **metrics):
     """A run of numbers that no short decimal equals, and of parameters that only some runs have."""
     drawn = np.random.default_rng(seed).normal(5, 1, 5)
     usual = {"git_commit": COMMIT, "code_hash": "0" * 16, "versions": {"torch": "2.13.0", "numpy": "2"}}
-    usual |= {"seed": seed, "horizon": drawn[4], "stopped": True} if seed % 2 else {"seed": seed, "train_samples": 7}
-    return write(root, grid, losses={"test": drawn, "val": drawn[:4]}, **usual | metrics)
+    usual |= {"horizon": drawn[4], "stopped": True} if seed % 2 else {"resumed_after_epoch": 7}
+    return write(root, "planted", label, {"test": drawn, "val": drawn[:4]}, seed=seed, **usual | metrics)
 
 
 def everything(grid):
@@ -284,12 +284,15 @@ def assert_alike(tables, others):
 
 
 def test_published_tables_give_every_value_back_and_later_runs_replace_their_rows_alone(roots, grid):
+    asked = {"A": {}, "K": {"model": "kneser-ney"}}
+    file = grid(asked, train_tokens=[20_000], seed=[1, 2, 3, 4])
     for seed in (3, 1, 2):
-        plant(roots[0], "planted", seed)
-    (plant(roots[0], "planted", seed=4, model="kneser-ney") / "history.csv").write_text("phase,step,metric,value\n")
+        plant(roots[0], seed)
+    (plant(roots[0], 4, "K", model="kneser-ney") / "history.csv").write_text("phase,step,metric,value\n")
     written = everything("planted")
+    plant(roots[0], 5)  # an earlier file's
     assert written["history"]["value"].map(type).eq(float).all()  # though an n-gram has none
-    published = publish(grid())
+    published = publish(file)
     assert {path.name for path in published.iterdir()} == {"runs.csv", "history.parquet", "samples.parquet"}
     assert published == roots[1] / "planted" and set(load_runs("planted")["source"]) == {"outputs"}
     shutil.rmtree(roots[0])
@@ -299,9 +302,9 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
     runs = read_runs("planted")  # whose file is none of the repository's
     assert set(runs["source"]) == {"committed"} and set(runs["planned"]) == {4} and len(runs) == 4
 
-    run = plant(roots[0], "planted", seed=2, val_loss=1.25, horizon_init=0.1).name
+    run = plant(roots[0], 2, val_loss=1.25, horizon_init=0.1).name
     changed = everything("planted")
-    publish(grid())
+    publish(file)
     shutil.rmtree(roots[0])
     after = everything("planted")
     assert load_runs("planted").set_index("run").loc[run, ["val_loss", "horizon_init"]].tolist() == [1.25, 0.1]
@@ -312,25 +315,26 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
         assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
 
 
-def test_a_published_label_is_a_text_whatever_it_says(roots):
-    for seed, label in enumerate(("NA", "2"), start=1):
-        plant(roots[0], seed=seed, experiment=label)
-    publish("quick")
+def test_a_published_label_is_a_text_whatever_it_says(roots, grid):
+    for label in ("NA", "2"):
+        plant(roots[0], label=label)
+    publish(grid({"NA": {}, "2": {}}, train_tokens=[20_000], seed=[1]))
     shutil.rmtree(roots[0])
-    assert {*load_runs("quick")["experiment"]} == {"NA", "2"}
+    assert {*load_runs("planted")["experiment"]} == {"NA", "2"}
 
 
-def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots):
+def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots, grid):
+    file = grid(train_tokens=[20_000], seed=[1, 2])
     plant(roots[1])
-    assert "GRID=quick" in refusal(publish, "quick")  # there are no runs of one's own
+    assert f"GRID={file}" in refusal(publish, file)  # there are no runs of one's own
     plant(roots[0], seed=1)
     for commit in (None, f"{COMMIT}-dirty"):
         run = plant(roots[0], seed=2, git_commit=commit).name
-        assert run in refusal(publish, "quick") and not (roots[1] / "quick" / "runs.csv").exists()
+        assert run in refusal(publish, file) and not (roots[1] / "planted" / "runs.csv").exists()
     plant(roots[0], seed=2)
-    publish("quick")
+    publish(file)
     plant(roots[0], seed=2, protocol=2)
-    assert "protocol" in refusal(publish, "quick")
+    assert "protocol" in refusal(publish, file)
 
 
 @pytest.mark.parametrize("grid", sorted(path.name for path in (ROOT / "data" / "results").iterdir()))

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from ctxlm.config import Experiment
-from ctxlm.corpus import VOCABULARY, Split, split
+from ctxlm.corpus import VOCABULARY, Split, load_corpus, split
 from ctxlm.metrics import perplexity
 from ctxlm.ngrams import KneserNey
 
@@ -26,12 +26,13 @@ def order_gain(corpus: str, **sizes: Any) -> float:
 
     Args:
         corpus: as the parameter.
-        sizes: parameters of the split, as `train_tokens`; the gain grows with it.
+        sizes: parameters of the split, as `train_tokens`; the gain grows with it. By default all development samples.
 
     Raises:
         ConfigError: as `corpus.split`.
     """
-    streams = split(Experiment.from_mapping({"corpus": corpus}, sizes))
+    usual = {"corpus": corpus, "val_samples": 1, "development_samples": load_corpus(corpus).region, "test_samples": 1}
+    streams = split(Experiment.from_mapping(usual, sizes))
     few, many = (KneserNey(streams.train.tokens, order, VOCABULARY) for order in (2, 4))
     judged = streams.development.tokens
     return float(few.losses(judged).mean() - many.losses(judged).mean())

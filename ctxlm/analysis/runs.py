@@ -83,15 +83,16 @@ def _parquet(path: Path, _changed: int) -> pd.DataFrame:
 
 
 def publish(grid: str) -> Path:
-    """Write a grid's finished runs in `outputs` into its published tables, over earlier rows of the same runs.
+    """Write the finished runs in `outputs` that a grid asks for into its tables, over earlier rows of the same runs.
 
     Raises:
         ConfigError: there is none, or one was made from a tree with changes, so that no commit says how.
     """
-    name = load_grid(grid).name
-    if "outputs" not in {source for _, source in run_folders(name).values()}:
+    plan = load_grid(grid)
+    name, runs = plan.name, load_planned(plan)
+    if runs.empty or "outputs" not in set(runs["source"]):
         raise ConfigError(f"grid {grid} has no finished run in {outputs_dir()}: run `make report GRID={grid}` first")
-    runs = load_runs(name).drop(columns="source")
+    runs = runs.drop(columns="source")
     if unclean := runs.loc[~runs["git_commit"].fillna("-dirty").str.fullmatch("[0-9a-f]+"), "run"].tolist():
         raise ConfigError(
             f"{len(unclean)} runs of grid {grid} were made from a tree with changes, as {unclean[0]}: commit them, "
@@ -99,6 +100,7 @@ def publish(grid: str) -> Path:
         )
     runs["versions"] = runs["versions"].map(json.dumps)
     tables = {table: load_table(name, table) for table in TABLES}
+    tables = {table: rows[rows["run"].isin(runs["run"])] for table, rows in tables.items()}
     folder = results_dir() / name
     if (folder / "runs.csv").exists():
         earlier, new = _read_published(folder / "runs.csv"), set(runs["run"])
