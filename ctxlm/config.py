@@ -64,10 +64,21 @@ class ConfigError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
-class Experiment(BaseModel):
-    """One run, of the two-phase context language model or another; by default as the study's (`params/base.yaml`)."""
+class Checked(BaseModel):
+    """A model that says what is wrong with its values in a `ConfigError`, one line, in pydantic's own words."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            sentences = dict.fromkeys(_sentence(type(self), detail) for detail in error.errors())
+            raise ConfigError("; ".join(sentences)) from None
+
+
+class Experiment(Checked):
+    """One run, of the two-phase context language model or another; by default as the study's (`params/base.yaml`)."""
 
     experiment: str = Field(
         "A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60, description="label of the configuration"
@@ -185,12 +196,6 @@ class Experiment(BaseModel):
         "auto", description="of the matrix products; auto: bfloat16 where the machine computes it natively"
     )
 
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_sentences(type(self), error)) from None
-
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         def refuse(names: str, remedy: str) -> None:
@@ -238,7 +243,7 @@ class Experiment(BaseModel):
         Raises:
             ConfigError: an unknown name, a wrong type, a value out of bounds; all in one line.
         """
-        return validated(cls, {str(name): value for layer in layers for name, value in layer.items()})
+        return cls(**{str(name): value for layer in layers for name, value in layer.items()})
 
     @classmethod
     def of_run(cls, run: Mapping[str, Any]) -> "Experiment":
@@ -344,22 +349,6 @@ def _assigned(cell: str) -> set[str]:
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def validated(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
-    """An instance of a model.
-
-    Raises:
-        ConfigError: with pydantic's own words, in one line.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_sentences(kind, error)) from None
-
-
-def _sentences(kind: type[BaseModel], error: ValidationError) -> str:
-    return "; ".join(dict.fromkeys(_sentence(kind, detail) for detail in error.errors()))
-
-
 def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     """One of pydantic's error details in a line: parameter, value, what is wrong."""
     if not detail["loc"]:  # raised by a validator of the whole, a sentence already
@@ -390,7 +379,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as YAML ({reason}): check it") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, but holds {type(content).__name__}")
-    return content
+    return {str(name): value for name, value in content.items()}
 
 
 Layers = str | dict[str, Any] | list[str | dict[str, Any]] | None
@@ -406,10 +395,8 @@ def _listed(layers: Layers) -> list[str | dict[str, Any]]:
     return layers if isinstance(layers, list) else [layers or {}]
 
 
-class GridFile(BaseModel):
+class GridFile(Checked):
     """What a file in `params/grids/` holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     description: str = ""
@@ -440,7 +427,7 @@ def load_grid(name: str) -> Grid:
     path, runs = _grid_file(name), {}
     where = str(path)
     try:
-        file: GridFile = validated(GridFile, {"title": path.stem} | read_yaml(path))
+        file = GridFile(**{"title": path.stem} | read_yaml(path))
         common = [read_yaml("params/base.yaml"), *read_layers(file.common)]
         for label, given in file.experiments.items():
             where = f"{path}, experiment {label}"

@@ -26,10 +26,10 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ctxlm.batch import free_gpu, is_finished, visible_gpus
-from ctxlm.config import ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep, validated
+from ctxlm.config import Checked, ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
 from ctxlm.networks import BODIES
@@ -43,10 +43,8 @@ AT_RANDOM = 8
 """Trials that the sampler must know before it chooses by them."""
 
 
-class SearchFile(BaseModel):
+class SearchFile(Checked):
     """What a file in `params/search/` holds. A line of its space may name several parameters, as one of a sweep."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     description: str = ""
@@ -69,7 +67,7 @@ class Search:
         """
         self.name, self.home = Path(path).stem, outputs_dir() / "search" / Path(path).stem
         try:
-            self.file: SearchFile = validated(SearchFile, read_yaml(path))
+            self.file = SearchFile(**read_yaml(path))
             quick = [read_yaml("params/base.yaml"), *read_layers(self.file.common)]
             self.layers = {"quick": quick, "full": [*quick, *read_layers(self.file.full)]}
             for line in self.file.space:
