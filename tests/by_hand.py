@@ -133,37 +133,70 @@ SMALL, LARGE, QUICK = 86_925, 183_620, 20_000
 """Training tokens."""
 CONTRASTS = {
     "A − B, stabilised, 86,925": (SMALL, ("stabilised", "A"), ("stabilised", "B")),
-    "A − B, stabilised, 183,620": (LARGE, ("stabilised", "A"), ("stabilised", "B")),
     "A − B, study, 86,925": (SMALL, ("study", "A"), ("study", "B")),
     "A − B, study, 183,620": (LARGE, ("study", "A"), ("study", "B")),
+    "A − B, stabilised, 183,620": (LARGE, ("stabilised", "A"), ("stabilised", "B")),
+    "A − B, stabilised, quick scale": (QUICK, ("stabilised-variance", "A"), ("stabilised-variance", "B")),
+    "A − B, stabilised, float32": (QUICK, ("dtype", "sound-A"), ("dtype", "sound-B")),
+    "A − B, study, float32": (QUICK, ("dtype", "A"), ("dtype", "B")),
     "A − B, stabilised, random embedding": (QUICK, ("random", "sound-A"), ("random", "sound-B")),
+    "A − B, study, random embedding": (QUICK, ("random", "A"), ("random", "B")),
+    "A − B, stabilised, rotated embedding": (10_000, ("rotation", "sound-A"), ("rotation", "sound-B")),
+    "A − B, study, rotated embedding": (10_000, ("rotation", "A"), ("rotation", "B")),
+    "A − B, searched, quick scale": (QUICK, ("searched-depth", "L6-C128"), ("searched-depth", "L3-C256")),
     "A, stabilised − searched, 86,925": (SMALL, ("stabilised", "A"), ("searched", "A-searched")),
     "stabilised − study, A, 86,925": (SMALL, ("stabilised", "A"), ("study", "A")),
+    "stabilised − study, B, 86,925": (SMALL, ("stabilised", "B"), ("study", "B")),
     "zeros − contexts, A, stabilised": (SMALL, ("stabilised-ablations-full", "A-zero"), ("stabilised", "A")),
     "zeros − contexts, B, stabilised": (SMALL, ("stabilised-ablations-full", "B-zero"), ("stabilised", "B")),
+    "zeros − contexts, A, study": (SMALL, ("ablations-full", "A-zero"), ("study", "A")),
+    "zeros − contexts, B, study": (SMALL, ("ablations-full", "B-zero"), ("study", "B")),
+    "zeros − contexts, A, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-variance", "A")),
+    "zeros − contexts, B, quick scale": (QUICK, ("stabilised-ablations", "B-zero"), ("stabilised-variance", "B")),
     "A − B with zeros, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-ablations", "B-zero")),
+    "zeros − contexts, searched": (QUICK, ("searched-ablations", "without-contexts"), ("searched-ablations", "whole")),
     "A − B, each by its own search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B")),
     "A − B, both by A's search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B-as-A")),
     "2 − 6 layers, each at its best": (QUICK, ("depth-best", "L2"), ("depth-best", "L6")),
     "KN-4 − A, stabilised, 183,620": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
 }
 """What is compared: at which size, and of either side the grid and the experiment."""
+POOLED = {
+    "context 256 − 128, stabilised": ("depth", 2, "context_dim", 256, 128),
+    "1 layer − 6 layers, stabilised": ("depth", 2, "num_layers", 1, 6),
+    "2 layers − 6 layers, one token": ("depth", 1, "num_layers", 2, 6),
+    "context 256 − 128, searched": ("searched-depth", 1, "context_dim", 256, 128),
+    "2 layers − 6 layers, searched": ("searched-depth", 1, "num_layers", 2, 6),
+}
+"""Means over all widths or all layers: the grid, how many tokens are read at a time, and the column that differs."""
+PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}
+"""Over what the mean is taken where a column differs."""
+
+
 TEXTS, EMBEDDINGS = ("chitchat", "sotu", "docstrings"), ("ppmi", "smollm2")
 SITES = {f"A − B, {text} × {embedding}": (text, [embedding]) for text in TEXTS for embedding in EMBEDDINGS}
 TEXTWISE = {f"A − B, {text}": (text, EMBEDDINGS) for text in TEXTS}
 """A − B at a site, and of a text the mean over both embeddings."""
-EVERY = (*CONTRASTS, *SITES, *TEXTWISE)
+EVERY = (*CONTRASTS, *POOLED, *SITES, *TEXTWISE)
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
+    if name in SITES | TEXTWISE:
+        text, embeddings = (SITES | TEXTWISE)[name]
+        where = [{"corpus": text, "embedding": embedding} for embedding in embeddings]
+        return [(read("sites", experiment="A", **at), read("sites", experiment="B", **at)) for at in where]
     if name in CONTRASTS:
         size, *both = CONTRASTS[name]
         a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)
         return [(a, b)]
-    text, embeddings = (SITES | TEXTWISE)[name]
-    where = [{"corpus": text, "embedding": embedding} for embedding in embeddings]
-    return [(read("sites", experiment="A", **at), read("sites", experiment="B", **at)) for at in where]
+    grid, read_at_once, column, *values = POOLED[name]
+    over, places = PLACES[column]
+    pairs = []
+    for place in places:
+        a, b = (read(grid, num_input_tokens=read_at_once, **{column: value, over: place}) for value in values)
+        pairs.append((a, b))
+    return pairs
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ def projects_own(name: str) -> Estimate:
         runs = read(*dict.fromkeys(grid for grid, _ in both))
         a, b = ({"grid": grid, "experiment": label} for grid, label in both)
         (estimate,) = paired(runs[runs["train_tokens"] == size], a, b)
+    elif name in by_hand.POOLED:
+        grid, read_at_once, column, a, b = by_hand.POOLED[name]
+        runs = read(grid)
+        runs = runs[runs["num_input_tokens"] == read_at_once]
+        (estimate,) = paired(runs, {column: a}, {column: b}, at=[by_hand.PLACES[column][0]], pooled=True)
     else:
         text, embeddings = (by_hand.SITES | by_hand.TEXTWISE)[name]
         runs = read("sites")

@@ -225,9 +225,13 @@ def test_planted_saturating_law_is_recovered(floor, beta):
 
 def test_a_saturating_law_neither_rises_nor_falls_below_zero():
     sizes = np.array([10_000, 20_000, 40_000, 80_000])
-    floor, scale, beta = saturating(sizes, [5.0, 5.1, 5.2, 5.3])
-    assert 0 <= scale * sizes[0] ** -beta < 1e-3 and floor == pytest.approx(5.15, abs=2e-3)
-    assert 0 <= saturating(sizes, 400 * sizes**-0.5 - 0.5)[0] < 1e-6
+    assert saturating(sizes, [5.0, 5.1, 5.2, 5.3])[:2] == (pytest.approx(5.15), 0)
+    assert saturating(sizes, 400 * sizes**-0.5 - 0.5)[0] == 0
+    for wrong in ([0, *sizes[1:]], [math.nan, *sizes[1:]]):
+        with np.errstate(divide="ignore"), pytest.raises(ValueError, match="infs or NaNs"):
+            saturating(wrong, [5.0, 4.9, 4.8, 4.7])
+    with pytest.raises(ValueError, match="four sizes"):
+        saturating([*sizes[:3]] * 2, [5.0, 4.5, 4.2] * 2)
 
 
 def test_the_law_that_was_planted_predicts_the_largest_size():

@@ -189,9 +189,14 @@ def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> tuple[float
     """Least squares of the loss on a constant and tokens^(−beta), of four sizes or more; no coefficient is negative.
 
     Returns:
-        floor, nats; scale; and beta, from 0.01 to 3. Of points that show no bend, floor or scale is near 0.
+        floor, nats; scale; and beta, from 0.01 to 3. Of points that show no bend, floor or scale is 0.
+
+    Raises:
+        ValueError: fewer than four distinct sizes, or a value is not positive and finite.
     """
     x, y = np.log(tokens), np.asarray(log_ppl, float)
+    if np.unique(x).size < 4:
+        raise ValueError(f"a law that saturates needs runs of four sizes, but there are {np.unique(x).size}")
     middle = x.mean()  # about it floor and scale are of one size
 
     def law(x: np.ndarray, floor: float, scale: float, beta: float) -> np.ndarray:
