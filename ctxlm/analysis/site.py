@@ -48,6 +48,8 @@ FINDING = "finding"
 """Tag of cells that say what committed runs showed: they have no place on a page of other runs."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 """What the article is printed by, the first that there is."""
+SHARED = ("corpus", "embedding", "embed_dim", "dtype", "device")
+"""What a report says once of all its runs, where it is the same for them."""
 ANALYSIS = "04_scaling"
 """The notebook that is run on every grid."""
 PAGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,6 +100,8 @@ def build(grid: str) -> Path:
             answer += body.select(".answer") + body.select(".main-figure")
             _write(folder / f"{name}.html", body=body, **common)
         common |= {"title": settings.title, "description": settings.description, "failure": failure}
+        settings_of_all = runs.reindex(columns=SHARED).convert_dtypes()
+        common |= {"shared": {n: c.dropna().iloc[0] for n, c in settings_of_all.items() if c.nunique() == 1}}
         listed = _listed(runs, load_table(settings.name, "history"))
         _write(folder / "index.html", "runs.html", answer=answer, runs=listed, missing=missing, **common)
     for line in reasons:
