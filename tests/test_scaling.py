@@ -285,6 +285,8 @@ def test_curves_side_by_side_cross_by_chance_as_often_as_two_coins_fall():
         stats.norm.cdf(2) * stats.norm.sf(2), abs=0.002
     )
     assert crossing_share([1], np.eye(2), dof=2)[0] > both  # a covariance of three replicates
+    far = 1 - (2 * stats.norm.cdf(2 / np.sqrt(2)) - 1) ** 2  # of ties, those that move by two: u > |v|, u > √2
+    assert crossing_share([0], np.eye(2), None, swing=2)[0] == pytest.approx(far / 4, abs=0.002)
     never = np.full((2, 2), 1.0)  # what is off at one size is off at the other
     assert crossing_share([0, 1], never, 4).tolist() == [0, 0]
 
@@ -304,7 +306,10 @@ def test_the_lead_and_its_scatter_are_those_of_the_pairs(judged):
     (given,) = crossing_shares(runs, lead=0.02).itertuples()
     assert given.estimates[0].at == "with a lead of 2 %"
     assert given.estimates[0].value == crossing_share([0.02], row.covariance, 3)[0] != shares[0]
-    for e in [*row.estimates, *given.estimates]:
+    (as_far,) = crossing_shares(runs, lead=0.02, swing=0.03).itertuples()
+    assert as_far.estimates[0].at == "with a lead of 2 %, a swing of 3 %"
+    assert 0 < as_far.estimates[0].value < given.estimates[0].value
+    for e in [*row.estimates, *given.estimates, *as_far.estimates]:
         assert e.low <= e.value <= e.high and e.over == ("covariance",) and e.dof == 3
     assert crossing_shares(runs[runs["replicate"] < 2]).empty and crossing_shares(runs[:0]).empty
 

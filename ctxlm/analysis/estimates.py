@@ -38,7 +38,7 @@ MIME = "application/vnd.ctxlm.estimates+json"
 """Under this type a displayed table carries its estimates as data: the site and the tests read them there."""
 NOTHING, UNKNOWN = "no significant difference", "one replicate: chance is not known"
 """Verdicts on a difference, beside lower and higher."""
-SAMPLES = "samples"
+SAMPLES, SITES = "samples", ("sites",)
 RESIDUALS = "residuals"
 """What an interval covers where there is a single replicate, and the regression's own residuals are its error."""
 LOSSES = {"log_ppl": "test", "val_loss": "val"}
@@ -168,8 +168,11 @@ class Estimates(list[Estimate]):
         return table[filled].style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
 
     def adjusted(self) -> dict[Estimate, float]:
-        """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several."""
-        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN]
+        """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several.
+
+        A mean over sites is none of them: it says again what they say.
+        """
+        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN and e.over != SITES]
         if len(tested) < 2:
             return {}
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
@@ -511,12 +514,12 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     n, replicates, dof = sum(site.n for site in sites), min(site.replicates for site in sites), len(sites) - 1.0
     half = float(critical(dof)) * error
     half_of_new = float(critical(dof - 1)) * math.hypot(spread, error)
-    new, over = (mean, mean - half_of_new, mean + half_of_new), ("sites",)
+    new = mean, mean - half_of_new, mean + half_of_new
     return Estimates(
         [
-            Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, over),
+            Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, SITES),
             Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, replicates, None, (), "sd, % of PPL"),
-            Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, over, "% of PPL, predicted"),
+            Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, SITES, "% of PPL, predicted"),
         ]
     )
 

@@ -132,7 +132,12 @@ def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def crossing_share(
-    leads: Sequence[float], covariance: np.ndarray, dof: float | None, replicates: int = 1, draws: int = 100_000
+    leads: Sequence[float],
+    covariance: np.ndarray,
+    dof: float | None,
+    replicates: int = 1,
+    draws: int = 100_000,
+    swing: float = 0.0,
 ) -> np.ndarray:
     """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
 
@@ -143,19 +148,22 @@ def crossing_share(
         covariance: [2, 2], of that difference at the smaller and the larger size, from replicate to replicate.
         dof: degrees of freedom that it has; None: it is known.
         replicates: of a study, which takes their mean.
+        swing: by which the difference moves from one size to the other, at least; nats.
     """
     chance = np.random.default_rng(0)
     off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
     if dof is not None:
         off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
-    return np.array([((off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
+    far = off[:, 1] - off[:, 0] >= swing
+    return np.array([(far & (off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
 
 
-def crossing_shares(runs: pd.DataFrame, lead: float | None = None) -> pd.DataFrame:
+def crossing_shares(runs: pd.DataFrame, lead: float | None = None, swing: float = 0.0) -> pd.DataFrame:
     """Of every two configurations: how often would a study see their curves cross, if they ran side by side?
 
     Their difference is taken to be the same at the smallest and the largest size, `lead` (nats) or else the mean over
     both, and to scatter from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
+    With a `swing` (nats) only crossovers count in which the difference moves as far.
 
     Columns: a, b, lead (nats, b − a), covariance and dof (as in `crossing_share`), and estimates, the share of studies
     of 1, 3 and 5 replicates that see a crossover. Intervals hold 95 % of the covariances that may lie behind the one
@@ -171,12 +179,14 @@ def crossing_shares(runs: pd.DataFrame, lead: float | None = None) -> pd.DataFra
             continue
         covariance, dof = gaps.cov().to_numpy(), len(gaps) - 1
         apart = gaps.to_numpy().mean() if lead is None else lead
-        at = "" if lead is None else f"with a lead of {math.expm1(lead):.0%}".replace("%", " %")
+        conditions = [(lead, "with a lead of"), (swing or None, "a swing of")]
+        at = ", ".join(f"{words} {100 * math.expm1(x):.0f} %" for x, words in conditions if x is not None)
         others = stats.invwishart(dof, covariance * dof, seed=0).rvs(500)
         shares = []
         for n in STUDIES:
-            (share,) = crossing_share([apart], covariance, dof, n)
-            ends = np.quantile([crossing_share([apart], other, None, n, 4000) for other in others], [0.025, 0.975])
+            (share,) = crossing_share([apart], covariance, dof, n, swing=swing)
+            drawn = [crossing_share([apart], other, None, n, 4000, swing) for other in others]
+            ends = np.quantile(drawn, [0.025, 0.975])
             contrast = f"{a} and {b} cross by chance, {n} replicate{'s' * (n > 1)}"
             shares.append(
                 Estimate(contrast, at, share, *ends, len(gaps), len(gaps), dof, ("covariance",), "% of studies")
