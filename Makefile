@@ -54,10 +54,10 @@ $(VENV)/.made: pyproject.toml
 env: $(VENV)/.tested  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
-	@$(BIN)/python -m ctxlm.batch --check '$(GRID)'
 	@# What each run says itself is enough. The report is of what there is, also where runs have failed.
-	@$(BIN)/snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(JOBS)) \
-	  --quiet all --config 'grid=$(GRID)'; \
+	@anew=$$($(BIN)/python -m ctxlm.batch --check '$(GRID)') || exit 1; eval "set -- $$anew"; \
+	  $(BIN)/snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(JOBS)) \
+	  --quiet all --config 'grid=$(GRID)' $${1:+--forcerun "$$@"}; \
 	  code=$$?; $(BIN)/python -m ctxlm.analysis.site --grid '$(GRID)' && exit $$code
 
 status: $(VENV)/.ready  ## print how far a grid is, also while it runs

@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 
-from ctxlm.batch import data_of, on_one_line, visible_gpus
+from ctxlm.batch import data_of, home_of, on_one_line, visible_gpus
 from ctxlm.config import DATA_PARAMETERS, NOTEBOOKS, ConfigError, code_hash, load_grid
 
 ASKED = str(config.get("grid", "quick"))
@@ -24,7 +24,7 @@ try:
 except (ConfigError, OSError) as error:
     sys.exit(str(error))  # an exception would have this file's lines printed around the sentence
 
-HOME = f"{os.path.expanduser(os.environ.get('CTXLM_OUTPUTS') or 'outputs')}/{GRID.name}"
+HOME = home_of(GRID.name)
 
 
 def tokens(run) -> int:

@@ -3,7 +3,7 @@
     python -m ctxlm.batch NOTEBOOK EXECUTED --done FILE --values YAML
 
 is what `Snakefile` runs for a corpus and for each run, here or on a cluster's node; `--check GRID` says what is wrong
-with a grid before any work, and `--status GRID` how far it is.
+with a grid before any work, and which of its results are to be made anew; and `--status GRID` how far it is.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,15 +93,15 @@ def data_of(run: Experiment) -> str:
     Raises:
         ConfigError: as `data_hash`.
     """
-    return _data_hash(run.corpus, run.judged_corpus, run.embedding, run.embed_dim)
+    return _data_hash(run.corpus, run.judged_corpus, run.embedding)
 
 
 @cache
-def _data_hash(corpus: str, judged_corpus: str | None, embedding: str, embed_dim: int) -> str:
+def _data_hash(corpus: str, judged_corpus: str | None, embedding: str) -> str:
     from ctxlm.embeddings import data_hash  # not above: it takes a second, which every job would pay
 
-    run = Experiment(corpus=corpus, judged_corpus=judged_corpus, embedding=embedding, embed_dim=embed_dim)
-    return data_hash(run)
+    read = {"corpus": corpus, "judged_corpus": judged_corpus, "embedding": embedding}
+    return data_hash(Experiment.model_construct(**read))
 
 
 def _is_todays(metrics: Mapping[str, Any], run: Experiment) -> bool:
@@ -129,8 +130,17 @@ def free_gpu(held: ExitStack) -> dict[str, str]:
     return {}
 
 
-def check(grid: str) -> None:
+def home_of(grid: str) -> str:
+    """A grid's folder as Snakemake names it, which runs keep: relative where it lies in the repository."""
+    return f"{os.path.expanduser(os.environ.get('CTXLM_OUTPUTS') or 'outputs')}/{grid}"
+
+
+def check(grid: str) -> list[str]:
     """See that a grid can be run: its file, its devices, its text, its embeddings.
+
+    Returns:
+        results in its folder that are of other parameters, code or text. Snakemake, whose memory of them ends with a
+        failure or with its own folder, is told to make them anew.
 
     Raises:
         ConfigError: what is wrong, in a sentence.
@@ -139,13 +149,17 @@ def check(grid: str) -> None:
     from ctxlm.device import resolve_device
     from ctxlm.embeddings import load_embedding
 
-    runs = load_grid(grid).runs.values()
+    plan = load_grid(grid)
+    runs = plan.runs.values()
     for run in runs:
         resolve_device(run)
     check_data(runs)
-    for run in {(run.embedding, run.embed_dim): run for run in runs}.values():
+    for run in {(run.embedding, run.embed_dim): run for run in runs if run.model != "kneser-ney"}.values():
         if run.embedding not in ("ppmi", "ppmi-train", "random"):  # those that may be missing
             load_embedding(run)
+    results = {f"{home_of(plan.name)}/{name}/metrics.json": run for name, run in plan.runs.items()}
+    there = {path: run for path, run in results.items() if resolve(path).exists()}
+    return [path for path, run in there.items() if not is_finished(resolve(path), run.for_notebook())]
 
 
 def on_one_line(values: Mapping[str, Any]) -> str:
@@ -236,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.check is not None:
-            check(given.check)
+            print(shlex.join(check(given.check)))
         elif given.status is not None:
             print("\n".join(status(given.status)))
         elif given.notebook is None:
@@ -260,7 +274,10 @@ def _carry_out(given: argparse.Namespace) -> int:
     if reason:
         say(f"{folder.name}: failed: {reason}")
         return 1
-    say(f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s{_left(folder.parent)}")
+    line = f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s"
+    with suppress(Exception):  # of a grid or a source that is being edited: this run is finished all the same
+        line += _left(folder.parent)
+    say(line)
     return 0
 
 

@@ -81,7 +81,10 @@ class Experiment(Checked):
     """One run, of the two-phase context language model or another; by default as the study's (`params/base.yaml`)."""
 
     experiment: str = Field(
-        "A", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60, description="label of the configuration"
+        "A",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=60,
+        description="label of the configuration: letters, digits, _.-",
     )
     # What is read
     corpus: str = Field(
@@ -221,7 +224,7 @@ class Experiment(Checked):
         window = "phase2_context_window" if self.model == "context" else "window"
         if self.model != "kneser-ney" and getattr(self, window) and self.phase2_batch_size % getattr(self, window):
             refuse(f"phase2_batch_size {window}", "the first must be a multiple of the second")
-        if self.train_tokens:  # how many tokens samples have is seen later, by the trainer
+        if self.train_tokens:  # how many tokens samples have is seen later, by `corpus.split`
             self.check_validations(self.train_tokens - self.held_out_tokens - 1)
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
@@ -291,7 +294,7 @@ class Experiment(Checked):
             )
 
     def check_read(self, names: Iterable[str]) -> None:
-        """Refuse, by a ConfigError, parameters that were given by name and that the model does not read."""
+        """Refuse, by a ConfigError, parameters that were given by name and that the model's notebook has not."""
         if unread := sorted({*names} - self.for_notebook().keys()):
             value = getattr(self, unread[0], None)
             raise ConfigError(f"{unread[0]} = {value!r}: model = {self.model!r} does not read it: leave it out")
@@ -364,6 +367,16 @@ def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     return f"{name} = {value} is unknown: {f'did you mean {close[0]}?' if close else 'see docs/parameters.md'}"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := {str(name) for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; relative paths are taken from the repository's root.
 
@@ -371,7 +384,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no mapping.
     """
     try:
-        content = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
+        content = yaml.load(resolve(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} is not there: check the name") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -480,7 +493,10 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
     if run in ("report", "analysis") or run.startswith("corpus"):
         raise ConfigError("the report, the analysis and the corpus are called so: rename it")
     if not re.fullmatch(NAME, run) or len(run) > MAX_NAME:  # a path among the swept values, say
-        raise ConfigError(f"that cannot name a folder of at most {MAX_NAME} letters: give it under 'experiments'")
+        raise ConfigError(
+            f"a folder is called so: use letters, digits and _.+- alone, at most {MAX_NAME}, and give others, as of a "
+            "path, in a label's values"
+        )
     if run in others or len(others) >= MAX_RUNS:
         raise ConfigError(f"it is there twice, or is one of more than {MAX_RUNS:,} runs: give fewer values")
 

@@ -187,7 +187,8 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     validation.
 
     Raises:
-        ConfigError: more is asked of a part than it has, or a part is left a single token.
+        ConfigError: more is asked of a part than it has, or a part is left a single token, or training fewer updates
+            an epoch than validations.
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
     of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
@@ -218,6 +219,7 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
             raise ConfigError(
                 f"{name} = {getattr(e, name)} leaves a single token, and nothing to predict from it: raise it"
             )
+    e.check_validations(len(train) - 1)
     return Split(train, *judged.values())
 
 

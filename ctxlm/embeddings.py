@@ -276,7 +276,9 @@ def _wte(path: Path, name: str, dim: int) -> np.ndarray:
                 raise ConfigError(f"embedding = {name!r} holds no wte.weight: name a file of GPT-2's weights")
             embedding = file.get_tensor(keys[0])
     except (SafetensorError, OSError, TypeError) as error:  # the last: numpy has no such numbers
-        raise ConfigError(f"embedding = {name!r} is not readable as safetensors ({error}): fetch it again") from None
+        raise ConfigError(
+            f"embedding = {name!r} is not readable as safetensors ({error}): fetch it again, or save it as float32"
+        ) from None
     if embedding.shape != (VOCABULARY, dim):
         raise ConfigError(
             f"embedding = {name!r} is {list(embedding.shape)}, not [{VOCABULARY}, embed_dim = {dim}]: change embed_dim"

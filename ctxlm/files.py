@@ -127,8 +127,8 @@ def digest(*parts: str | bytes) -> str:
 def source_hash(*names: str) -> str:
     """Digest of sources, named relative to the repository's root, and of all of ctxlm that they import.
 
-    Comments, docstrings and layout do not count; of a notebook only the code cells do. Left out is what merely moves,
-    checks and names things (`PLUMBING`), and the analysis.
+    Comments, docstrings and layout do not count; of a notebook only the code cells do, parameters apart. Left out is
+    what merely moves, checks and names things (`PLUMBING`), and the analysis.
     """
     sources: dict[str, str] = {}
     wanted = list(names)
@@ -141,11 +141,18 @@ def source_hash(*names: str) -> str:
 
 
 class _Bare(ast.NodeTransformer):
-    """Drops strings that stand alone, which explain and do nothing."""
+    """Drops strings that stand alone, which do nothing; takes f-strings apart, whose quotes vary with Python."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         return None if alone else self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        return ast.Tuple([self.visit(part) for part in node.values], ast.Load())
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.AST:
+        form = [self.visit(node.format_spec)] if node.format_spec else []
+        return ast.Tuple([self.visit(node.value), ast.Constant(node.conversion), *form], ast.Load())
 
 
 @cache
@@ -154,6 +161,7 @@ def _bare(path: Path) -> tuple[str, list[str]]:
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         cells = [cell for cell in json.loads(source)["cells"] if cell["cell_type"] == "code"]
+        cells = [cell for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
         source = "\n".join("".join(cell["source"]) for cell in cells)
     syntax = _Bare().visit(ast.parse(source))
     modules = [node.module for node in ast.walk(syntax) if isinstance(node, ast.ImportFrom)]

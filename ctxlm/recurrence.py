@@ -130,7 +130,7 @@ def chunked(model: ContextLM, tokens: Tensor, keep: torch.dtype | None = None) -
                 warnings.warn(
                     f"the ContextBlock does not forget for certain within {length} tokens (two runs still differ by "
                     f"{difference:.1e}): its contexts are computed token by token",
-                    stacklevel=2,
+                    stacklevel=3,  # above no_grad
                 )
             break
         length *= 4

@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import optuna
 import pandas as pd
 import torch
 import yaml
+from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -53,7 +54,7 @@ class SearchFile(Checked):
     trials: int = Field(ge=1, le=999)
     seed: Seed
     """Of the sampler, which with several jobs draws by chance all the same."""
-    space: dict[str, list[Any] | dict[str, Any]] = Field(min_length=1)
+    space: dict[str, Annotated[list[Any], Field(min_length=1)] | dict[str, float | bool]] = Field(min_length=1)
 
 
 class Search:
@@ -88,7 +89,13 @@ class Search:
     def _ends(self, line: str) -> list[Any]:
         """The values of a line of the space, or the ends of its range."""
         given = self.file.space[line]
-        return [given["low"], given["high"]] if isinstance(given, dict) else given
+        if isinstance(given, list):
+            return given
+        try:
+            between = FloatDistribution(**given)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"space, {line}: {error}") from None
+        return [between.low, between.high]
 
     def point(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """What is drawn, line → value (or values), by parameter."""
@@ -127,7 +134,7 @@ class Search:
         study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
         code = code_hash(self.experiment(self.first, "quick").model)
         asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.seed]), code)
-        if study.user_attrs.get("asked", asked) != asked:
+        if study.trials and study.user_attrs["asked"] != asked:
             raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
         study.set_user_attr("asked", asked)
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -159,7 +166,8 @@ class Search:
         for line, given in self.file.space.items():
             if isinstance(given, dict):
                 value = float(f"{trial.suggest_float(line, **given):.3g}")
-                drawn[line] = min(max(value, given["low"]), given["high"])
+                low, high = self._ends(line)
+                drawn[line] = min(max(value, low), high)
             else:
                 drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
         trial.set_user_attr("drawn", drawn)
@@ -252,7 +260,8 @@ def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
         process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if process.returncode == 0:
         return json.loads(done.read_bytes())
-    reason = (process.stderr.strip() or "it was killed").splitlines()[-1]
+    printed = process.stderr.strip() if process.returncode > 0 else ""  # what is killed had only warned
+    reason = (printed or "it was killed").splitlines()[-1]
     if reason.startswith("NonFiniteLoss"):
         return {}
     raise ConfigError(f"{folder}: {reason}")

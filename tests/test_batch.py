@@ -14,7 +14,7 @@ from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ctxlm import batch
-from ctxlm.batch import FAILURE, execute, failures, is_finished, main, status
+from ctxlm.batch import FAILURE, check, execute, failures, is_finished, main, status
 from ctxlm.config import Experiment, code_hash, load_grid
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
@@ -183,6 +183,22 @@ def test_a_line_counts_the_runs_that_are_left_as_they_are_asked_for_today(
     files = [str(folder / "experiment.ipynb"), "--done", str(folder / "metrics.json")]
     assert main(["x.ipynb", *files, "--values", yaml.safe_dump(values)]) == 0
     assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "3 of 5 runs left" in printed
+    file.write_text("title: {")  # it is being edited: that is no failure of a run
+    assert main(["x.ipynb", *files, "--values", yaml.safe_dump(values)]) == 0
+    assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "left" not in printed
+
+
+def test_results_of_other_parameters_code_or_text_are_to_be_made_anew(values, outputs, tmp_path, capsys):
+    values.pop("output_dir")
+    file, labels = tmp_path / "grid.yaml", {"same": {}, "other-code": {"seed": 2}, "changed": {"seed": 3}, "absent": {}}
+    file.write_text(yaml.safe_dump({"title": "t", "common": values, "experiments": labels}))
+    asked = {name: run.for_notebook() for name, run in load_grid(str(file)).runs.items()}
+    write_result(outputs / "grid" / "same", asked["same"])
+    write_result(outputs / "grid" / "other-code", asked["other-code"], code_hash="other")
+    write_result(outputs / "grid" / "changed", asked["changed"] | {"seed": 9})
+    anew = [f"{outputs}/grid/{name}/metrics.json" for name in ("other-code", "changed")]
+    assert sorted(check(str(file))) == sorted(anew)
+    assert main(["--check", str(file)]) == 0 and {*capsys.readouterr().out.split()} == {*anew}
 
 
 @pytest.mark.slow

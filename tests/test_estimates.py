@@ -471,7 +471,7 @@ def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
     reach = [stats.norm.isf(0.025) if dof is None else stats.t.isf(0.025, dof) for dof in dofs]
     tested = [one(-x, -x - r, -x + r, dof=dof) for x, r, dof in zip(t, reach, dofs, strict=True)]
     mean = combined(tested[:3], "their mean")[0]  # says again what they say
-    others = [one(0.1, None, None, dof=None), one(1.0, 0.5, 1.5, unit="PPL"), mean]  # nor what has no interval or is no difference
+    others = [one(0.1, None, None, dof=None), one(1.0, 0.5, 1.5, unit="PPL"), mean]  # no interval, no difference
     table = Estimates([*tested, *others]).table().data
     p = [verdict.partition(", p ")[2] for verdict in table["verdict"]]
     assert p == ["0.005", "0.039", "0.039", "0.039", "0.500", "", "", ""]

@@ -117,9 +117,11 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """A grid that was carried out, of three runs, of which one fails."""
+    """A grid that was carried out, of three runs, of which one fails and one had a result of other parameters."""
     grid = Grid(tmp_path_factory.mktemp("pipeline"))
     grid.plan("A", "K", "C")
+    (grid.home / "K").mkdir(parents=True)
+    (grid.home / "K" / "metrics.json").write_text('{"model": "kneser-ney", "ngram_order": 3}')
     code, output = grid.run()
     assert code != 0 and "NonFiniteLoss" in output, output
     return grid
@@ -137,7 +139,7 @@ def test_a_wrong_grid_is_refused_before_any_work(tmp_path, capsys):
 
 
 def test_a_grid_gives_runs_and_a_report(grid):
-    assert set(grid.results()) == {"A", "K"}
+    assert set(grid.results()) == {"A", "K"} and json.loads(grid.results()["K"])["ngram_order"] == 2
     pages = {path.name: path.read_text(encoding="utf-8") for path in grid.home.glob("report/*.html")}
     assert set(pages) == {"index.html", "04_scaling.html", "corpus.html"}
     assert "Tiny {with} braces {0}" in pages["index.html"] and (grid.home / "estimates.csv").exists()

@@ -240,12 +240,13 @@ def test_held_out_tokens_are_the_windows_last_and_replace_validation(case, data)
         (40, {"train_tokens": None, "train_samples": 1, "train_sample_tokens": 1}, "train_samples"),
         (40, {"train_tokens": 5, "max_sample_tokens": 1}, "val_samples"),
         (40, {"train_tokens": 5, "held_out_tokens": 4}, "held_out_tokens"),
+        (40, {"train_tokens": None, "train_samples": 3, "validations_per_epoch": 2}, "validations_per_epoch"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameters, names):
     corpus, e = counting([10] * samples), of_samples(**parameters)
     message = refusal(split, e, corpus)
-    assert message.startswith(f"{names} = {getattr(e, names)} ")
+    assert message.startswith(f"{names} = {getattr(e, names)}")
     with given_as(corpus):
         assert refusal(check_data, [e]) == message  # and before a grid's first run
 

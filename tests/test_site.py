@@ -134,7 +134,8 @@ def repository(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     write(folder, {"mini.yaml": json.dumps(settings | {"sweep": {"seed": [1, 2, 3, 4]}})})
     home = folder / "outputs" / "mini"
     write(home, {"A_seed-3/failure.txt": f"NonFiniteLoss {HOSTILE}", "corpus/corpus.ipynb": CORPUS})
-    for seed, changed in ((1, {}), (2, {"test_ppl": None, "device": "cuda"}), (9, {})):  # the grid does not ask for the last
+    # the grid does not ask for the last
+    for seed, changed in ((1, {}), (2, {"test_ppl": None, "device": "cuda"}), (9, {})):
         metrics = json.dumps(METRICS | {"seed": seed} | changed)
         write(home / f"A_seed-{seed}", {"metrics.json": metrics, "history.csv": HISTORY.to_csv(index=False)})
     ngram = METRICS | {"run": "KN-4", "experiment": "KN-4", "model": "kneser-ney", "best_epoch": None}
@@ -214,7 +215,8 @@ def test_the_index_of_a_grid_has_its_answer_its_figure_its_runs_and_why_others_a
     soup, corpus = (soup_of(built["grid"].with_name(name)) for name in ("index.html", "corpus.html"))
     assert soup.h1.get_text() == soup.title.get_text() == TITLE and "A <small> grid." in soup.get_text()
     answer, runs = soup("table")
-    assert "All of them: corpus chitchat, embedding ppmi, embed_dim 768, dtype auto. The" in soup.get_text()  # not the device
+    shared = "All of them: corpus chitchat, embedding ppmi, embed_dim 768, dtype auto. The"  # not the device
+    assert shared in soup.get_text()
     assert "A is better" in answer.get_text() and f"data:image/png;base64,{PICTURE}" in soup.img["src"]
     assert "secret_call" not in soup.get_text() and not soup("details")
     first, second = rows_of(runs)  # and not A_seed-9

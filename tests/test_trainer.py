@@ -243,10 +243,6 @@ def test_an_epochs_rows_are_known():
 # Faults
 
 
-def test_more_validations_than_updates_are_refused():
-    assert "validations_per_epoch = 4" in refusal(scripted, batches=3, validations_per_epoch=4)
-
-
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3000.0])  # e to the last is no number either
 def test_a_loss_that_is_not_finite_stops_training_where_it_is_validated(loss):
     task, one = scripted(losses=[1.0, loss, 1.0], phase2_learning_rate=0.5)
