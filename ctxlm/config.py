@@ -388,7 +388,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} is not there: check the name") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason, mark = " ".join(str(error).split()), getattr(error, "problem_mark", None)
+        reason = f"line {mark.line + 1}: {error.problem}" if mark else reason
         raise ConfigError(f"{path} cannot be read as YAML ({reason}): check it") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, but holds {type(content).__name__}")
@@ -497,8 +498,10 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
             f"a folder is called so: use letters, digits and _.+- alone, at most {MAX_NAME}, and give others, as of a "
             "path, in a label's values"
         )
-    if run in others or len(others) >= MAX_RUNS:
-        raise ConfigError(f"it is there twice, or is one of more than {MAX_RUNS:,} runs: give fewer values")
+    if run in others:
+        raise ConfigError("a value of 'sweep' is given twice: leave one out")
+    if len(others) >= MAX_RUNS:
+        raise ConfigError(f"the grid has more than {MAX_RUNS:,} runs: give fewer values")
 
 
 def parameters_table() -> str:

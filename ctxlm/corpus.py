@@ -241,7 +241,8 @@ def check_data(experiments: Iterable[Experiment]) -> None:
         # windows given in samples differ in tokens: none is to be compared with any other
         window = np.arange(start, start + length) % len(capacity) if e.train_samples is None else slice(None)
         if others := {*np.unique(owner[window]).tolist()} - {-1, e.data_seed}:
-            reason = "have training tokens in common: choose others, or lower train_tokens"
+            apart = -(-WINDOWS * length // len(capacity)) + 1  # one more: windows begin at the nearest sample
+            reason = f"have training tokens in common: choose seeds {apart} apart, or lower train_tokens"
             if e.train_samples is not None:
                 reason = f"with train_samples = {e.train_samples} differ in tokens: give train_tokens instead"
             raise ConfigError(f"data_seed = {min(others)} and {e.data_seed} {reason}")
@@ -328,7 +329,7 @@ def _ultrachat_texts(name: str, _split: bytes) -> list[str]:
         import datasets  # slow to import, and an optional extra
     except ImportError:
         raise ConfigError(
-            f"corpus = 'ultrachat' needs the package datasets: pip install 'ctxlm[hub]', or {choices}"
+            f"corpus = 'ultrachat' needs the package datasets: pip install -e '.[hub]', or {choices}"
         ) from None
     try:
         check_hub(ULTRACHAT, "dataset")

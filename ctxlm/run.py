@@ -59,7 +59,8 @@ WEIGHTS, LOSSES = "model.safetensors", "val_losses.npz"
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 """In a run's folder while it is made: its state after the last epoch, and whose it is."""
 REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
-"""Parameters that an experiment's label leaves out: runs that differ in no other are of one configuration."""
+REPLICATED |= {"val_samples", "development_samples", "test_samples", "max_sample_tokens"}
+"""Parameters that an experiment's label leaves out: size, replicate, and how much is judged."""
 
 
 def run(settings: Experiment, output_dir: str | Path | None = None, on_epoch: OnEpoch | None = None) -> pd.Series:
@@ -78,6 +79,8 @@ def run(settings: Experiment, output_dir: str | Path | None = None, on_epoch: On
         NonFiniteLoss: a loss is no longer finite.
         OSError: the disk is full or not writable.
     """
+    usual = Experiment.model_fields
+    settings.check_read(name for name in settings.model_fields_set if getattr(settings, name) != usual[name].default)
     this = Run(settings, output_dir)
     return (_context if this.settings.model == "context" else _baseline)(this, on_epoch)
 

@@ -229,7 +229,7 @@ def test_a_hub_that_cannot_be_asked_is_one_sentence(hub, monkeypatch):
         assert "corpus = 'ultrachat' " in refusal(load_corpus, "ultrachat")
     assert len(calls) == 1 and asked == [("HuggingFaceH4/ultrachat_200k", "dataset", 10)]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'ctxlm[hub]'" in refusal(load_corpus, "ultrachat")
+    assert "pip install -e '.[hub]'" in refusal(load_corpus, "ultrachat")
 
 
 # The cache

@@ -22,7 +22,7 @@ from ctxlm.analysis import site
 from ctxlm.analysis.run_plots import new_figure
 from ctxlm.analysis.runs import write_tables
 from ctxlm.analysis.site import build, build_all, main
-from ctxlm.config import ConfigError
+from ctxlm.config import ConfigError, load_grid
 from ctxlm.files import ROOT
 from tests.browser import read_by_everyone
 
@@ -232,6 +232,12 @@ def test_the_index_of_a_grid_has_its_answer_its_figure_its_runs_and_why_others_a
         assert x.tolist() == [1, 2, 3] and np.allclose(y, -np.log(PPL[metric]), atol=6e-4)
     # the corpus is text, of which nothing is active
     assert corpus.get_text().count(HOSTILE) == 2 and "left" in corpus.get_text() and not corpus("img")
+
+
+def test_what_tells_the_experiments_of_a_grid_apart():
+    table = site._compared(load_grid("quick"))
+    assert table.to_dict("list") == {"experiment": ["A", "B"], "num_layers": ["6", "3"], "context_dim": ["128", "256"]}
+    assert list(site._compared(load_grid("baselines"))) == ["experiment", "ngram_order", "ngram_second_half"]
 
 
 def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where_there_is_one(grid, root):

@@ -16,7 +16,7 @@ from ctxlm.networks import NeuralLM, Windows
 from ctxlm.phase2 import Phase2
 from ctxlm.recurrence import sequential
 from ctxlm.trainer import Trainer
-from tests.conftest import refusal, stream
+from tests.conftest import stream
 
 VOCABULARY = 40
 COMMON = {"embed_dim": 8, "num_layers": 2, "phase2_batch_size": 32, "phase2_epochs": 4, "phase2_patience": 4}

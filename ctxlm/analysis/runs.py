@@ -57,7 +57,10 @@ def load_runs(grid: str, committed: bool = False) -> pd.DataFrame:
 
 def load_planned(plan: Grid) -> pd.DataFrame:
     """As `load_runs`, of the runs that a grid asks for, with these parameters: others are an earlier file's."""
-    runs = load_runs(plan.name)
+    return _asked(plan, load_runs(plan.name))
+
+
+def _asked(plan: Grid, runs: pd.DataFrame) -> pd.DataFrame:
     asked = [row["run"] in plan.runs and plan.runs[row["run"]].is_that_of(row) for _, row in runs.iterrows()]
     return runs[asked] if len(runs) else runs
 
@@ -83,7 +86,7 @@ def _parquet(path: Path, _changed: int) -> pd.DataFrame:
 
 
 def publish(grid: str) -> Path:
-    """Write the finished runs in `outputs` that a grid asks for into its tables, over earlier rows of the same runs.
+    """Write the finished runs in `outputs` that a grid asks for into its tables, beside earlier ones that it asks for.
 
     Raises:
         ConfigError: there is none, or one was made from a tree with changes, so that no commit says how.
@@ -108,10 +111,11 @@ def publish(grid: str) -> Path:
             raise ConfigError(
                 f"{folder} holds runs of another protocol, which are not read beside these: delete it first"
             )
-        runs = pd.concat([earlier[~earlier["run"].isin(new)], runs])
+        earlier = _asked(plan, earlier[~earlier["run"].isin(new)])
+        runs = pd.concat([earlier, runs])
         for table, rows in tables.items():
             before = pd.read_parquet(folder / f"{table}.parquet")
-            tables[table] = pd.concat([before[~before["run"].isin(new)], rows])
+            tables[table] = pd.concat([before[before["run"].isin(earlier["run"])], rows])
     write_tables(folder, runs, tables)
     return folder
 

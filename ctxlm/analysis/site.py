@@ -38,7 +38,7 @@ from nbformat import NotebookNode
 
 from ctxlm.analysis.runs import load_planned, load_runs, load_table
 from ctxlm.batch import failures, say
-from ctxlm.config import ConfigError, load_grid
+from ctxlm.config import ConfigError, Grid, load_grid
 from ctxlm.files import ROOT, atomic, outputs_dir, results_dir
 from ctxlm.run import git_commit
 
@@ -102,6 +102,7 @@ def build(grid: str) -> Path:
         common |= {"title": settings.title, "description": settings.description, "failure": failure}
         settings_of_all = runs.reindex(columns=SHARED).convert_dtypes()
         common |= {"shared": {n: c.dropna().iloc[0] for n, c in settings_of_all.items() if c.nunique() == 1}}
+        common["compared"] = _compared(settings)
         listed = _listed(runs, load_table(settings.name, "history"))
         _write(folder / "index.html", "runs.html", answer=answer, runs=listed, missing=missing, **common)
     for line in reasons:
@@ -309,6 +310,14 @@ def _templates() -> Environment:
     environment.globals |= {"script": Markup(script), "digest": digest, "commit": git_commit() or "unknown"}
     environment.globals["written"] = f"{datetime.now().astimezone():%d %B %Y, %H:%M %Z}"
     return environment
+
+
+def _compared(grid: Grid) -> pd.DataFrame:
+    """What tells a grid's experiments apart: a row each, and a column a parameter that all read and each has one of."""
+    runs = pd.DataFrame([run.for_notebook() for run in grid.runs.values()]).dropna(axis=1).astype(str)
+    groups = runs.groupby("experiment")
+    apart = [name for name in runs if runs[name].nunique() > 1 and groups[name].nunique().max() == 1]
+    return groups[[name for name in apart if name != "experiment"]].first().reset_index()
 
 
 def _listed(runs: pd.DataFrame, history: pd.DataFrame) -> list[dict[str, Any]]:
