@@ -205,7 +205,7 @@ class Estimates(list[Estimate]):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         verdicts = self.verdicts
         data = [asdict(e) | {"verdict": v, "in_unit": e.in_unit} for e, v in zip(self, verdicts, strict=True)]
-        html = self.table().to_html() if self else "<p>There are no such runs.</p>"
+        html = self.table().to_html() if self else "<p>No estimate: it takes further runs, sizes or replicates.</p>"
         return {"text/html": html, "text/plain": self.frame().to_string(), MIME: data}
 
     def save(self, path: Any) -> None:
