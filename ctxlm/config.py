@@ -495,8 +495,8 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
         raise ConfigError("the report, the analysis and the corpus are called so: rename it")
     if not re.fullmatch(NAME, run) or len(run) > MAX_NAME:  # a path among the swept values, say
         raise ConfigError(
-            f"a folder is called so: use letters, digits and _.+- alone, at most {MAX_NAME}, and give others, as of a "
-            "path, in a label's values"
+            f"a run's name is its folder's: at most {MAX_NAME} letters, digits and _.+-; give a path, say, under "
+            "'experiments', among a label's values"
         )
     if run in others:
         raise ConfigError("a value of 'sweep' is given twice: leave one out")

@@ -79,8 +79,6 @@ def run(settings: Experiment, output_dir: str | Path | None = None, on_epoch: On
         NonFiniteLoss: a loss is no longer finite.
         OSError: the disk is full or not writable.
     """
-    usual = Experiment.model_fields
-    settings.check_read(name for name in settings.model_fields_set if getattr(settings, name) != usual[name].default)
     this = Run(settings, output_dir)
     return (_context if this.settings.model == "context" else _baseline)(this, on_epoch)
 

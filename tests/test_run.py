@@ -268,6 +268,7 @@ def by_hand(notebook="02_experiment", **changed):
         ("02_experiment", {"train_tokens": 5000, "seed": 43}, "train_tokens-5000_seed-43", "A"),  # a size and replicate
         ("02_experiment", {"experiment": "mine", "num_layers": 3}, "mine_num_layers-3", "mine"),
         ("02_experiment", {"corpus": "texts/my own.txt"}, "corpus-texts-my-own.txt", "corpus-texts-my-own.txt"),
+        ("02_experiment", {"val_samples": 9, "num_layers": 3}, "val_samples-9_num_layers-3", "num_layers-3"),
         ("03_baseline", {}, "KN-4", "KN-4"),
         ("03_baseline", {"model": "lstm", "seed": 1, "window": 8}, "lstm_window-8_seed-1", "lstm_window-8"),
     ],

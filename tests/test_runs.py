@@ -314,6 +314,11 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
         assert_alike({name: earlier}, {name: table.loc[~mine, [*earlier]].reset_index(drop=True)})
         assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
 
+    plant(roots[0], 2)
+    publish(grid({"A": {}}, train_tokens=[20_000], seed=[1, 2]))  # what it no longer asks for goes
+    shutil.rmtree(roots[0])
+    assert [table["run"].nunique() for table in everything("planted").values()] == [2, 2, 2]
+
 
 def test_a_published_label_is_a_text_whatever_it_says(roots, grid):
     for label in ("NA", "2"):
