@@ -158,8 +158,8 @@ def check(grid: str) -> list[str]:
         if run.embedding not in ("ppmi", "ppmi-train", "random"):  # those that may be missing
             load_embedding(run)
     results = {f"{home_of(plan.name)}/{name}/metrics.json": run for name, run in plan.runs.items()}
-    there = {path: run for path, run in results.items() if resolve(path).exists()}
-    return [path for path, run in there.items() if not is_finished(resolve(path), run.for_notebook())]
+    existing = {path: run for path, run in results.items() if resolve(path).exists()}
+    return [path for path, run in existing.items() if not is_finished(resolve(path), run.for_notebook())]
 
 
 def on_one_line(values: Mapping[str, Any]) -> str:

@@ -58,8 +58,10 @@ WEIGHTS, LOSSES = "model.safetensors", "val_losses.npz"
 """A run's files of its weights, and of every validation token's loss."""
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 """In a run's folder while it is made: its state after the last epoch, and whose it is."""
-REPLICATED = {"experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"}
-REPLICATED |= {"val_samples", "development_samples", "test_samples", "max_sample_tokens"}
+REPLICATED = {
+    *("experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"),
+    *("val_samples", "development_samples", "test_samples", "max_sample_tokens"),
+}
 """Parameters that an experiment's label leaves out: size, replicate, and how much is judged."""
 
 

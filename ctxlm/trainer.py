@@ -32,8 +32,6 @@ class Task(Protocol):
     model: nn.Module
     weights: dict[str, nn.Parameter]
     """What is trained, by name, on one device."""
-    targets: int
-    """Tokens that an epoch predicts, in batches of `phase2_batch_size` or less."""
 
     def batches(self, epoch: int) -> Iterable[Any]:
         """The batches of an epoch, from 1."""
