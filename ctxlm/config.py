@@ -26,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
 
-CORPORA = ("chitchat", "sotu", "docstrings", "ultrachat")
+CORPORA = ("chitchat", "sotu", "docstrings", "prompts", "ultrachat")
 """Corpora that have a name."""
 CORPUS = r"^(({0})(\+({0}))*|[^\p{{Cc}}]+\.(?i:txt|jsonl|parquet))$".format("|".join(CORPORA))
 MODULES = {"context": ("phase1", "phase2", "memory"), "kneser-ney": ("ngrams",)}
@@ -90,8 +90,8 @@ class Experiment(Checked):
     corpus: str = Field(
         "chitchat",
         pattern=CORPUS,
-        description="chitchat, sotu, docstrings or ultrachat, several of them in turn (chitchat+sotu), or a .txt, "
-        ".jsonl or .parquet file",
+        description="chitchat, sotu, docstrings, prompts or ultrachat, several of them in turn (chitchat+sotu), or a "
+        ".txt, .jsonl or .parquet file",
     )
     judged_corpus: str | None = Field(None, pattern=CORPUS, description="another corpus to be judged on; null: none")
     shuffle_samples: bool = Field(False, description="take the samples of a corpus in random order, always the same")

