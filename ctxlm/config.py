@@ -45,7 +45,7 @@ CONTEXT_ALONE = {
 """Parameters that no other model reads."""
 DATA_PARAMETERS = {
     *("corpus", "judged_corpus", "shuffle_samples", "embedding", "embed_dim", "train_sample_tokens"),
-    *("val_samples", "development_samples", "test_samples", "max_sample_tokens"),
+    *("train_piece_tokens", "val_samples", "development_samples", "test_samples", "max_sample_tokens"),
 }
 """Parameters of what is read and judged, size and replicate apart."""
 RESERVED = ("site", "search", "reproduce", "benchmark", "gpu", "single", BY_HAND)
@@ -112,6 +112,9 @@ class Experiment(Checked):
     train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
     train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
     train_sample_tokens: Count | None = Field(None, description="first tokens read of a training sample; null: all")
+    train_piece_tokens: Count | None = Field(
+        None, description="training text is read in pieces of so many tokens, in random order; null: as it stands"
+    )
     data_seed: int = Field(
         0, ge=0, lt=60, description="the training window begins at so many sixtieths of the training capacity"
     )

@@ -198,7 +198,8 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
     `data_seed` k it begins at the sample nearest to k sixtieths of it, and goes on at its first when it runs out.
     With `held_out_tokens`, so many of its last tokens are cut off, within a sample if need be, and take the place of
-    validation.
+    validation. With `train_piece_tokens`, the samples that are left are cut into pieces of so many tokens, the last one
+    shorter, which stand in a random order that is always the same.
 
     Raises:
         ConfigError: more is asked of a part than it has, or a part is left a single token, or training fewer updates
@@ -226,6 +227,8 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     if e.held_out_tokens:
         window, held_out = np.split(window, [-e.held_out_tokens])
         judged["val_samples"] = Stream(capacity.tokens[held_out], capacity.samples[held_out])
+    if e.train_piece_tokens:
+        window = window[_in_pieces(capacity.samples[window], e.train_piece_tokens)]
     train = Stream(capacity.tokens[window], capacity.samples[window])
     size = "train_tokens" if e.train_samples is None else "train_samples"
     for name, part in {size: train, **judged}.items():
@@ -285,6 +288,15 @@ def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
             "two or more itself (0: none are held out)"
         )
     return capacity, int(starts[first]), length
+
+
+def _in_pieces(samples: np.ndarray, longest: int) -> np.ndarray:
+    """The order [N] in which tokens of samples [N] are read where pieces of samples are."""
+    places = np.arange(len(samples))
+    first = np.flatnonzero(np.diff(samples, prepend=-1))
+    place = places - np.repeat(first, np.diff(first, append=len(samples)))  # in its sample
+    pieces = np.split(places, np.flatnonzero(place % longest == 0)[1:])
+    return np.concatenate([pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))])
 
 
 def _cached_corpus(name: str, raw: bytes, read: Callable[[str, bytes], list[str]]) -> Corpus:

@@ -17,7 +17,8 @@ from tests.conftest import refusal
 
 GRIDS = sorted(path.stem for path in (ROOT / "params" / "grids").glob("*.yaml"))
 PARTS = ("val", "development", "test")
-DATA = ["train_tokens", "train_samples", "train_sample_tokens", "data_seed", "max_sample_tokens", "held_out_tokens"]
+DATA = ["train_tokens", "train_samples", "train_sample_tokens", "train_piece_tokens", "data_seed", "max_sample_tokens"]
+DATA += ["held_out_tokens"]
 DATA += [f"{part}_samples" for part in PARTS]
 
 
@@ -226,6 +227,26 @@ def test_held_out_tokens_are_the_windows_last_and_replace_validation(case, data)
         for part in ("development", "test"):
             assert np.array_equal(getattr(getattr(held, part), name), getattr(getattr(whole, part), name))
     assert len(held.val) == held_out
+
+
+@given(cases(least=2), st.integers(1, 40))
+def test_pieces_are_the_same_training_text_in_another_order(case, longest):
+    whole, read_in_pieces = read(case), read(case, train_piece_tokens=longest)
+    pieces, run = [], []  # of the whole window, by hand
+    for token, sample, before in zip(whole.train.tokens, whole.train.samples, [-1, *whole.train.samples], strict=False):
+        if sample != before or len(run) == longest:
+            pieces.append(run := [])
+        run.append(int(token))
+    order, tokens = {piece[0]: piece for piece in pieces}, read_in_pieces.train.tokens.tolist()
+    while tokens:  # every piece once, whole
+        piece = order.pop(tokens[0])
+        assert tokens[: len(piece)] == piece
+        tokens = tokens[len(piece) :]
+    assert not order and dict(zip(read_in_pieces.train.tokens, read_in_pieces.train.samples, strict=True)) == dict(
+        zip(whole.train.tokens, whole.train.samples, strict=True)
+    )
+    assert all(np.array_equal(getattr(whole, part).tokens, getattr(read_in_pieces, part).tokens) for part in PARTS)
+    assert len(pieces) < 8 or read_in_pieces.train.tokens.tolist() != whole.train.tokens.tolist()
 
 
 # What is refused
