@@ -120,8 +120,8 @@ class Corpus:
         tokens = self.tokens[self.starts[first] : self.starts[last]]
         if longest is None:
             return Stream(tokens, samples)
-        place = np.arange(len(tokens)) - np.repeat(self.starts[first:last] - self.starts[first], lengths)
-        return Stream(tokens[place < longest], samples[place < longest])
+        read = places(samples) < longest
+        return Stream(tokens[read], samples[read])
 
 
 @cache
@@ -290,12 +290,15 @@ def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
     return capacity, int(starts[first]), length
 
 
+def places(samples: np.ndarray) -> np.ndarray:
+    """The place of each token in its sample, from 0, where samples [N] are told by a number each."""
+    first = np.flatnonzero(np.diff(samples, prepend=-1))
+    return np.arange(len(samples)) - np.repeat(first, np.diff(first, append=len(samples)))
+
+
 def _in_pieces(samples: np.ndarray, longest: int) -> np.ndarray:
     """The order [N] in which tokens of samples [N] are read where pieces of samples are."""
-    places = np.arange(len(samples))
-    first = np.flatnonzero(np.diff(samples, prepend=-1))
-    place = places - np.repeat(first, np.diff(first, append=len(samples)))  # in its sample
-    pieces = np.split(places, np.flatnonzero(place % longest == 0)[1:])
+    pieces = np.split(np.arange(len(samples)), np.flatnonzero(places(samples) % longest == 0)[1:])
     return np.concatenate([pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))])
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError
-from ctxlm.corpus import VOCABULARY, Stream, token_bytes
+from ctxlm.corpus import VOCABULARY, Stream, places, token_bytes
 from ctxlm.device import generator
 
 MAX_ROWS = 10_000
 """The effective rank of a longer context matrix is that of so many of its rows, always the same ones."""
-OCCURRENCES = (0, 1, 6, 51, 501)
-"""Where classes of tokens begin, by how often they occur in the training text."""
+REPEATED = (0, 2, 3, 5, 8)
+"""Where classes of targets begin, by how many of the tokens right before them stand together in the training text."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -72,8 +72,8 @@ def losses_by_sample(losses: np.ndarray, stream: Stream) -> pd.DataFrame:
     return by_sample.agg(loss_sum=("loss", "sum"), tokens=("loss", "count"), bytes=("bytes", "sum")).reset_index()
 
 
-def losses_by_frequency(losses: np.ndarray, stream: Stream, train: Stream) -> list[dict]:
-    """The mean loss of targets that are rare or frequent in the training text, in classes that begin at `OCCURRENCES`.
+def losses_by_repeat(losses: np.ndarray, stream: Stream, train: Stream) -> list[dict]:
+    """The mean loss where what was just read is new, or repeats the training text, in classes that begin at `REPEATED`.
 
     Args:
         losses: as `losses_by_sample`.
@@ -81,16 +81,30 @@ def losses_by_frequency(losses: np.ndarray, stream: Stream, train: Stream) -> li
         train: the training text.
 
     Returns:
-        Rows of history.csv: phase `target_frequency`, step (occurrences, at least), metrics `targets` and `nats`.
+        Rows of history.csv: phase `repeated`, step (tokens, at least), metrics `targets` and `nats`.
     """
-    occurrences = np.bincount(train.tokens, minlength=VOCABULARY)[stream.tokens[1:]]
-    kinds = np.searchsorted(OCCURRENCES, occurrences, side="right") - 1
+    kinds = np.searchsorted(REPEATED, repeated(stream, train), side="right") - 1
     rows = []
-    for kind, least in enumerate(OCCURRENCES):
+    for kind, least in enumerate(REPEATED):
         nats = losses[kinds == kind].astype(np.float64)
         values = {"targets": len(nats)} | ({"nats": nats.mean()} if len(nats) else {})
-        rows += [{"phase": "target_frequency", "step": least, "metric": m, "value": v} for m, v in values.items()]
+        rows += [{"phase": "repeated", "step": least, "metric": m, "value": v} for m, v in values.items()]
     return rows
+
+
+def repeated(stream: Stream, train: Stream) -> np.ndarray:
+    """Of every target [T - 1], how many of the tokens right before it, in its sample, stand together in `train`.
+
+    At most the last of `REPEATED`; of a sample's first token 0.
+    """
+    tokens, trained = np.concatenate([train.tokens, stream.tokens]).astype(np.int64), len(train)
+    place, length, runs = places(stream.samples), np.zeros(len(stream), int), tokens
+    for k in range(1, REPEATED[-1] + 1):
+        if k > 1:  # a number for every run of k tokens, where it ends: of the run of k - 1 before, and the token
+            _, runs = np.unique(np.roll(runs, 1) * VOCABULARY + tokens, return_inverse=True)
+        known = np.isin(runs[trained:], runs[k - 1 : trained])
+        length[known & (place >= k - 1) & (length == k - 1)] = k
+    return np.where(place > 0, np.roll(length, 1), 0)[1:]
 
 
 def bits_per_byte(table: pd.DataFrame) -> float:

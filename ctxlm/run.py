@@ -44,7 +44,7 @@ from ctxlm.metrics import (
     bits_per_byte,
     effective_rank_pct,
     loss_summary,
-    losses_by_frequency,
+    losses_by_repeat,
     losses_by_sample,
     singular_values,
 )
@@ -179,7 +179,7 @@ class Run:
         metrics |= self.seconds | {"total_seconds": time.perf_counter() - self.began}
         if bad := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise NonFiniteLoss(f"{bad[0]} = {metrics[bad[0]]} is not finite: the run is not written")
-        history = history + losses_by_frequency(losses["development"], streams.development, streams.train)
+        history = history + losses_by_repeat(losses["val"], streams.val, streams.train)
         rows = pd.DataFrame(history, columns=["phase", "step", "metric", "value"])
         samples, val = pd.concat(tables, names=["part"]).reset_index(level=0), streams.val.samples[1:]
         writers = {

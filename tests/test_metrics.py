@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.corpus import Stream
-from ctxlm.metrics import MAX_ROWS, effective_rank_pct, loss_summary, losses_by_frequency, perplexity, singular_values
+from ctxlm.metrics import (
+    MAX_ROWS,
+    effective_rank_pct,
+    loss_summary,
+    losses_by_repeat,
+    perplexity,
+    repeated,
+    singular_values,
+)
 from tests import literal
 
 
@@ -54,13 +62,28 @@ def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
     assert loss_summary("val", torch.tensor([1.0, 3.0]), 0.25) == expected  # the mean over tokens
 
 
-def test_losses_are_counted_by_how_often_their_target_occurs_in_training():
-    train = np.repeat([7, 8, 9], [1, 6, 60]).astype(np.int32)  # 5 never
-    judged = np.array([9, 5, 7, 8, 9, 9], np.int32)
-    of = (Stream(tokens, np.zeros_like(tokens)) for tokens in (judged, train))
-    rows = losses_by_frequency(np.array([4.0, 3.0, 2.0, 1.0, 0.5], np.float32), *of)
+def test_losses_are_counted_by_how_much_of_what_was_just_read_repeats_the_training_text():
+    train, judged = (np.array(tokens, np.int32) for tokens in ([*range(20), 5], [9, 3, 4, 5, 6, 30, 0, 1, 2, 3, 5, 6]))
+    streams = [Stream(judged, np.repeat([7, 8], [6, 6]).astype(np.int32)), Stream(train, np.zeros_like(train))]
+    before = repeated(*streams)  # the first of a sample has nothing before it, and nothing is known behind a 30
+    assert before.tolist() == [1, 1, 2, 3, 4, 0, 1, 2, 3, 4, 1]
+    rows = losses_by_repeat(np.arange(11, dtype=np.float32), *streams)
     values = {(row["step"], row["metric"]): row["value"] for row in rows}
     assert values == {
-        **{(0, "targets"): 1, (0, "nats"): 4.0, (1, "targets"): 1, (1, "nats"): 3.0, (6, "targets"): 1},
-        **{(6, "nats"): 2.0, (51, "targets"): 2, (51, "nats"): 0.75, (501, "targets"): 0},
+        **{(0, "targets"): 5, (0, "nats"): 22 / 5, (2, "targets"): 2, (2, "nats"): 4.5, (3, "targets"): 4},
+        **{(3, "nats"): 24 / 4, (5, "targets"): 0, (8, "targets"): 0},
     }
+
+
+@given(*[st.lists(st.integers(0, 2), min_size=2, max_size=40)] * 2, st.data())
+def test_repeats_are_those_of_a_plain_search(train, judged, data):
+    samples = np.cumsum(data.draw(st.lists(st.integers(0, 1), min_size=len(judged), max_size=len(judged))))
+    streams = [
+        Stream(np.array(t, np.int32), s.astype(np.int32)) for t, s in ((judged, samples), (train, np.zeros(len(train))))
+    ]
+    for target, length in enumerate(repeated(*streams), start=1):
+        first = samples.tolist().index(samples[target])
+        runs = [judged[target - k : target] for k in range(min(8, target - first) + 1)]
+        assert length == max(
+            len(run) for run in runs if any(train[i : i + len(run)] == run for i in range(len(train) + 1))
+        )

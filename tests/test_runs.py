@@ -355,7 +355,7 @@ def test_every_committed_grid_is_whole_and_its_runs_are_what_their_names_say(tmp
         for name, value in zip(pairs[::2], pairs[1::2], strict=True):
             assert run[name] == yaml.safe_load(value) or (value == "None" and run[name] != run[name])
     assert set(samples["run"]) == set(runs["run"])
-    training = history[history["phase"] != "target_frequency"]  # which newer runs have, n-grams among them
+    training = history[history["phase"] != "repeated"]  # which newer runs have, n-grams among them
     assert set(training["run"]) == set(runs.loc[runs["model"] != "kneser-ney", "run"])  # an n-gram is not trained
     assert set(history["run"]) <= set(runs["run"])
     assert history.notna().all(axis=None) and not samples.duplicated(["run", "part", "sample"]).any()
