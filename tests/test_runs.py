@@ -314,9 +314,14 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
         assert_alike({name: earlier}, {name: table.loc[~mine, [*earlier]].reset_index(drop=True)})
         assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
 
-    plant(roots[0], 2)
-    publish(grid({"A": {}}, train_tokens=[20_000], seed=[1, 2]))  # what it no longer asks for goes
-    shutil.rmtree(roots[0])
+    file = grid({"A": {}}, train_tokens=[20_000], seed=[1, 2])  # what it no longer asks for goes
+    for seed in (1, 2, 2):
+        plant(roots[0], seed)
+        publish(file)
+        shutil.rmtree(roots[0])
+        if seed == 1:  # a run that is older than a parameter stays
+            table = published / "runs.csv"
+            pd.read_csv(table).drop(columns="leak").to_csv(table, index=False)
     assert [table["run"].nunique() for table in everything("planted").values()] == [2, 2, 2]
 
 

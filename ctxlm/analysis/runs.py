@@ -47,12 +47,16 @@ def load_runs(grid: str, committed: bool = False) -> pd.DataFrame:
         runs = _read_published(published).assign(source="committed")
     else:
         return pd.DataFrame()
+    return _with_defaults(runs).sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
+
+
+def _with_defaults(runs: pd.DataFrame) -> pd.DataFrame:
     younger = {name: field.default for name, field in Experiment.model_fields.items() if name not in runs}
     runs = runs.assign(**younger).copy()  # in one piece, which so many columns are not at once
     for name, field in Experiment.model_fields.items():
         if type(None) not in get_args(field.annotation) and runs[name].isna().any():  # else null says something
             runs[name] = runs[name].where(runs[name].notna(), field.default).astype(type(field.default))
-    return runs.sort_values(["experiment", "train_tokens", "seed", "run"], ignore_index=True)
+    return runs
 
 
 def load_planned(plan: Grid) -> pd.DataFrame:
@@ -61,8 +65,8 @@ def load_planned(plan: Grid) -> pd.DataFrame:
 
 
 def _asked(plan: Grid, runs: pd.DataFrame) -> pd.DataFrame:
-    asked = [row["run"] in plan.runs and plan.runs[row["run"]].is_that_of(row) for _, row in runs.iterrows()]
-    return runs[asked] if len(runs) else runs
+    rows = _with_defaults(runs).to_dict("records")
+    return runs[[row["run"] in plan.runs and plan.runs[row["run"]].is_that_of(row) for row in rows]] if rows else runs
 
 
 def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:
