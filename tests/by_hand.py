@@ -51,7 +51,8 @@ def read(grid: str, **wanted) -> Side:
     """The finished runs of a grid with these values in runs.csv, and their losses on the test text."""
     runs, samples = tables(grid)
     side: Side = {}
-    for run, metrics in runs[(runs[[*wanted]] == pd.Series(wanted)).all(axis=1)].iterrows():
+    alike = [runs[name].isna() if value is None else runs[name] == value for name, value in wanted.items()]
+    for run, metrics in runs[np.all(alike, axis=0)].iterrows():
         replicate = tuple(metrics[name] for name in DRAWN)
         if replicate in side:
             raise ValueError(f"grid {grid} has two runs of replicate {replicate} with {wanted}")
@@ -177,7 +178,11 @@ TEXTS, EMBEDDINGS = ("chitchat", "sotu", "docstrings"), ("ppmi", "smollm2")
 SITES = {f"A − B, {text} × {embedding}": (text, [embedding]) for text in TEXTS for embedding in EMBEDDINGS}
 TEXTWISE = {f"A − B, {text}": (text, EMBEDDINGS) for text in TEXTS}
 """A − B at a site, and of a text the mean over both embeddings."""
-EVERY = (*CONTRASTS, *POOLED, *SITES, *TEXTWISE)
+PROMPTS = {
+    "A − B, user prompts": ("prompts", {"embedding": "smollm2", "train_sample_tokens": None}),
+    "A − B, user prompts in pieces": ("prompts-order", {"train_piece_tokens": 256}),
+}
+EVERY = (*CONTRASTS, *POOLED, *SITES, *TEXTWISE, *PROMPTS)
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
@@ -186,6 +191,9 @@ def sides(name: str) -> list[tuple[Side, Side]]:
         text, embeddings = (SITES | TEXTWISE)[name]
         where = [{"corpus": text, "embedding": embedding} for embedding in embeddings]
         return [(read("sites", experiment="A", **at), read("sites", experiment="B", **at)) for at in where]
+    if name in PROMPTS:
+        grid, wanted = PROMPTS[name]
+        return [(read(grid, experiment="A", **wanted), read(grid, experiment="B", **wanted))]
     if name in CONTRASTS:
         size, *both = CONTRASTS[name]
         a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)

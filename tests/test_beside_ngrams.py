@@ -1,27 +1,21 @@
-"""Words that hang on the one before them need no higher order, words that hang on the one before that do."""
+"""How much of a text repeats what is trained on, where that is known."""
 
-import numpy as np
+from ctxlm.analysis.beside_ngrams import repeat_shares
 
-from ctxlm.analysis.beside_ngrams import order_gain
-
-SIZES = {"train_tokens": 4000, "val_samples": 10, "development_samples": 10, "test_samples": 10}
-WORDS = [" red", " blue", " green", " black"]
+SIZES = {"train_tokens": 400, "val_samples": 20, "development_samples": 1, "test_samples": 1}
+DIGITS = " zero one two three four five six seven eight nine".split()
 
 
-def gain(path, lag):
-    """Of a text in which three words in four repeat the one `lag` words before."""
-    draw, paragraphs = np.random.default_rng(0), []
-    for _ in range(400):
-        words = [*draw.integers(0, 4, 2)]
-        while len(words) < 40:
-            words.append(words[-lag] if draw.random() < 0.75 else draw.integers(0, 4))
-        paragraphs.append("".join(WORDS[k] for k in words).strip())
-    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
-    return order_gain(str(path), **SIZES)
+def shares(path, paragraph):
+    path.write_text("\n\n".join(paragraph(k) for k in range(400)), encoding="utf-8")
+    return repeat_shares(str(path), **SIZES)
 
 
-def test_a_text_that_must_be_read_further_back_gains_by_order(tmp_path):
-    near, far = (gain(tmp_path / f"{lag}.txt", lag) for lag in (1, 2))
-    assert abs(near) < 0.05
-    p = np.array([0.75 + 0.25 / 4, *[0.25 / 4] * 3])  # of the word that is repeated, and of each other one
-    assert abs(far - (np.log(4) + (p * np.log(p)).sum())) < 0.1  # a bigram sees four words that are alike
+def test_a_text_of_one_line_repeats_it_and_one_of_new_numbers_repeats_nothing_long(tmp_path):
+    line = "".join(f" {word}" for word in DIGITS)  # ten tokens: its second target follows one, and so on
+    same = shares(tmp_path / "same.txt", lambda _: line.strip())
+    first = 1 / (20 * len(DIGITS) - 1)  # the last target of the 20 lines is the first of none
+    assert abs(same.sum() - 1) < 1e-12
+    assert abs(same[8] - 2 / 10) < 2 * first and abs(same[5] - 3 / 10) < 2 * first and abs(same[0] - 2 / 10) < 2 * first
+    other = shares(tmp_path / "other.txt", lambda k: " ".join(DIGITS[int(d)] for d in f"{k * 7919 % 10**8:08d}"))
+    assert other[5] + other[8] < 0.05 < other[0]

@@ -31,6 +31,12 @@ def projects_own(name: str) -> Estimate:
         runs = read(grid)
         runs = runs[runs["num_input_tokens"] == read_at_once]
         (estimate,) = paired(runs, {column: a}, {column: b}, at=[by_hand.PLACES[column][0]], pooled=True)
+    elif name in by_hand.PROMPTS:
+        grid, wanted = by_hand.PROMPTS[name]
+        runs = read(grid)
+        for column, value in wanted.items():
+            runs = runs[runs[column].isna() if value is None else runs[column] == value]
+        (estimate,) = paired(runs, {"experiment": "A"}, {"experiment": "B"})
     else:
         text, embeddings = (by_hand.SITES | by_hand.TEXTWISE)[name]
         runs = read("sites")

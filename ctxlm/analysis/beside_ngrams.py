@@ -1,12 +1,13 @@
-"""What n-grams tell: how well a run predicts beside them, and how far back a text must be read."""
+"""What is counted in a text: n-grams, to set beside a run, and how much of it repeats what is trained on."""
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Split, load_corpus, split
-from ctxlm.metrics import perplexity
+from ctxlm.metrics import REPEATED, perplexity, repeated
 from ctxlm.ngrams import KneserNey
 
 
@@ -19,20 +20,19 @@ def compare_test_ppl(settings: Experiment, test_ppl: float, streams: Split) -> p
     return pd.DataFrame({"test PPL": rows | {"uniform": float(VOCABULARY)}}).round(1)
 
 
-def order_gain(corpus: str, **sizes: Any) -> float:
-    """What a Kneser-Ney 4-gram gains on a bigram, nats a token of the development text.
+def repeat_shares(corpus: str, **sizes: Any) -> pd.Series:
+    """How much of a text repeats what is trained on: shares of its validation targets, by the classes of `REPEATED`.
 
-    About 0 where the next token hangs on the one before it alone. A second, without a model or an embedding.
+    A second, without a model or an embedding. The index is named `step`, as in histories.
 
     Args:
         corpus: as the parameter.
-        sizes: parameters of the split, as `train_tokens`; the gain grows with it. By default all development samples.
+        sizes: parameters of the split, as `train_tokens`; more of it repeats more. By default all validation samples.
 
     Raises:
         ConfigError: as `corpus.split`.
     """
-    usual = {"corpus": corpus, "val_samples": 1, "development_samples": load_corpus(corpus).region, "test_samples": 1}
+    usual = {"corpus": corpus, "val_samples": load_corpus(corpus).region, "development_samples": 1, "test_samples": 1}
     streams = split(Experiment.from_mapping(usual, sizes))
-    few, many = (KneserNey(streams.train.tokens, order, VOCABULARY) for order in (2, 4))
-    judged = streams.development.tokens
-    return float(few.losses(judged).mean() - many.losses(judged).mean())
+    kinds = np.searchsorted(REPEATED, repeated(streams.val, streams.train), side="right") - 1
+    return pd.Series(np.bincount(kinds, minlength=len(REPEATED)) / len(kinds), pd.Index(REPEATED, name="step"))

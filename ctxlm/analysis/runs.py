@@ -228,6 +228,25 @@ def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
     return tables.merge(runs, on=["grid", "run"])
 
 
+def by_repeat(runs: pd.DataFrame, least: int = 5) -> pd.DataFrame:
+    """What each of `runs` loses where the text just read is new, and where it repeats the training text.
+
+    Args:
+        least: so many tokens right before a target, or more, stand together in the training text where it `repeats`;
+            where a class of `metrics.REPEATED` begins.
+
+    Returns:
+        Two rows a run, whose own columns they have: `read` (new, repeats) and `nats`, a token of the validation text.
+        A run that does not know it has none.
+    """
+    rows = read_histories(runs).query("phase == 'repeated'")
+    classes = rows.pivot(index=["id", "step"], columns="metric", values="value").reset_index()
+    classes["read"] = np.where(classes["step"] < least, "new", "repeats")
+    classes["nats"] *= classes["targets"]
+    sums = classes.groupby(["id", "read"])[["nats", "targets"]].sum()
+    return runs.merge((sums["nats"] / sums["targets"]).rename("nats").reset_index(), on="id")
+
+
 def loss_sums(runs: pd.DataFrame, part: str = "test") -> tuple[np.ndarray, np.ndarray] | None:
     """Sums of the losses, nats [runs, samples], on every judged sample of `part`, and the samples' tokens [samples].
 
