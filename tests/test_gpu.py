@@ -12,7 +12,6 @@ import torch
 
 from ctxlm.analysis import benchmark
 from ctxlm.config import Experiment
-from ctxlm.device import generator
 from ctxlm.metrics import singular_values
 from ctxlm.networks import NeuralLM, Windows
 from ctxlm.phase1 import train_context_block
@@ -120,16 +119,6 @@ def test_no_update_waits_for_the_gpu(kind):
             trainer.optimiser.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@gpu_test
-def test_noise_and_order_come_from_seed_and_purpose_on_a_gpu_too():
-    first, again, other = (
-        torch.randn(50, device="cuda", generator=generator(42, purpose, 1, device="cuda"))
-        for purpose in ("noise", "noise", "order")
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert abs(torch.randn(10**6, device="cuda", generator=generator(1, device="cuda")).mean().item()) < 0.01
 
 
 # Without one: on the device `meta`

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ctxlm.config import Experiment
-from ctxlm.metrics import NonFiniteLoss
-from ctxlm.model import ContextLM, load_own_weights, own_weights
+from ctxlm.metrics import NonFiniteLoss, singular_values
+from ctxlm.model import ContextLM
 from ctxlm.phase1 import shape_contexts, train_context_block
-from ctxlm.phase2 import Predictor, evaluate, train_token_block
+from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
 from tests.conftest import stream, tiny
 
@@ -45,29 +44,6 @@ def test_a_trained_embedding_is_the_models_own_and_contexts_keep_theirs():
         train_token_block(model, train, val, settings)
         assert torch.equal(given, before) and not torch.equal(model.embedding, before)
         assert torch.equal(model.read_embedding, before)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize(("window", "slow"), [(0, 0.0), (8, 0.9)])
-def test_contexts_made_after_phase2_are_those_it_was_trained_on(frozen, window, slow):
-    parameters = {"phase2_freeze_embedding": frozen, "phase2_context_window": window, "slow_decay": slow}
-    settings, model, train, val = prepared(**parameters)
-    before = model.embedding.clone()
-    phase2 = train_token_block(model, train, val, settings)
-    assert torch.equal(model.embedding, before) == frozen
-    new = ContextLM(settings, before.clone())
-    load_own_weights(new, own_weights(model))
-    assert not changed(new, model.state_dict())
-    assert ("embedding" in own_weights(model)) == (not frozen)
-    if slow:  # made from the embedding before training, whatever became of it
-        s, rows = torch.zeros(8), []
-        for token in val.tokens:
-            s = slow * s + model.slow.weights[token] * F.layer_norm(before[token], (8,))
-            rows.append(s)
-        torch.testing.assert_close(Predictor(new, torch.float32).score.slow_contexts(val.tokens), torch.stack(rows))
-    for one in (new, model):
-        losses, _ = evaluate(Predictor(one, torch.float32), sequential(one, val.tokens), batch_size=7)
-        torch.testing.assert_close(losses, phase2.val_losses)
 
 
 def test_dropout_takes_its_share_of_new_activations_in_training_alone():
@@ -151,12 +127,15 @@ def test_phase1_is_computed_once_for_runs_that_differ_in_phase2(empty_cache):
     again, second = shaped(phase2_learning_rate=0.5, phase2_batch_size=7, dropout=0.2, val_samples=3, experiment="b")
     plain, contexts = tiny(**SHAPE), sequential(tiny(**SHAPE), stream(200)).values
     settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4})
+    before = contexts.clone()
     expected = train_context_block(plain, stream(200), contexts, settings)
     timeless = [[row for row in history if row["metric"] != "seconds"] for history in (first.history, expected)]
     assert timeless[0] == timeless[1] and first.iterations == expected[-1]["step"] > 1
     assert second.history == first.history and (first.cached, second.cached) == (False, True)
     assert second.summary() == first.summary() | {"phase1_cached": True}
-    assert all(torch.equal(first.spectra[name], second.spectra[name]) for name in ("init_er", "train_er"))
+    for name, values in {"init_er": before, "train_er": contexts}.items():  # the latter noisy, of the last iteration
+        torch.testing.assert_close(first.spectra[name], singular_values(values), rtol=1e-4, atol=1e-4)
+        assert torch.equal(first.spectra[name], second.spectra[name])
     assert not changed(again, model.state_dict()) and not changed(plain, model.state_dict())
     assert not shape_contexts(model, stream(200), settings).cached  # which would go on from trained weights
 

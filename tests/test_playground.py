@@ -1,7 +1,5 @@
 """The playground: its views against known answers, hostile text, its committed runs, and the notebook as it is."""
 
-import json
-import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from bs4 import BeautifulSoup
 from IPython.display import HTML
@@ -24,7 +21,7 @@ from nbconvert import HTMLExporter
 
 from ctxlm.analysis import playground as play
 from ctxlm.analysis.site import cells_html
-from ctxlm.config import ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import decode, split
 from ctxlm.files import ROOT, run_folders
 from ctxlm.generate import changed, load_run, next_tokens, surprise
@@ -40,7 +37,6 @@ RUNS = {
 }
 TEXT = "the cat saw a big dog\nand then it ran from the house"
 HOSTILE = "<script>alert(1)</script> $x$ **b** \x1b[31m \u202e \\(y\\) 'q' \"r\""
-PATH = HOSTILE.replace("\x1b", "") + ".txt"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +80,6 @@ HOSTILE_VIEWS = {
     "ask": lambda: play.ask(HOSTILE, A, B, KN, top=1),
     "continued": lambda: play.continued(A, HOSTILE, 3),
     "table": lambda: play.table_of(pd.DataFrame({"<script>": [HOSTILE], "text": [HOSTILE]}), ["text"], HOSTILE),
-    "commands": lambda: play.commands("A", f"corpus: {json.dumps(PATH)}"),
 }
 
 
@@ -117,13 +112,6 @@ def test_tokens_stand_in_their_order_with_their_surprise_what_was_likelier_and_t
     assert f"{(first['nats'] - second['nats']).mean():+.2f} nats a token" in text_of(html.data)
 
 
-def test_of_a_long_text_the_beginning_is_read_and_of_a_long_prompt_the_end_shown(monkeypatch):
-    monkeypatch.setattr(play, "READ", 9)
-    assert all(0 < len(titles_of(html)) <= 9 for html in (play.reading(TEXT, A), play.against(TEXT, A, B)))
-    asked = text_of(play.ask("begin " + "x" * 1000 + " end", A, B, KN, top=1).to_html())
-    assert " end" in asked and "begin" not in asked
-
-
 # Runs
 
 
@@ -146,13 +134,12 @@ def test_the_difference_is_that_of_the_mean_losses_with_an_interval_over_convers
     assert estimate.over == ("samples",) and estimate.low < estimate.value < estimate.high
 
 
-def test_the_conversations_that_differ_most_and_are_read_best_and_worst_come_with_their_text(runs):
-    nats = [by_sample(runs / name).eval("loss_sum / tokens") for name in "AB"]
-    gap, test = nats[0] - nats[1], split(Experiment.of_run(play.metrics(A))).test
-    for table, order in ((play.most_different(A, B, 1).data, gap), (play.extremes(A, 1).data, nats[0])):
-        assert table["conversation"].tolist() == [order.argmin(), order.argmax()]
-        assert table["text"][0].startswith(decode(test.tokens[test.samples == order.idxmin()])[:100])
-    assert table["PPL"].tolist() == [f"{np.exp(x):,.0f}" for x in (nats[0].min(), nats[0].max())]
+def test_the_conversations_that_differ_most_come_with_their_text(runs):
+    gap = by_sample(runs / "A").eval("loss_sum / tokens") - by_sample(runs / "B").eval("loss_sum / tokens")
+    table, test = play.most_different(A, B, 1).data, split(Experiment.of_run(play.metrics(A))).test
+    assert table["conversation"].tolist() == [gap.argmin(), gap.argmax()]
+    for text, sample in zip(table["text"], (gap.idxmin(), gap.idxmax()), strict=True):
+        assert text.startswith(decode(test.tokens[test.samples == sample])[:100])
 
 
 @pytest.mark.parametrize(
@@ -210,7 +197,7 @@ def test_perplexities_are_the_histories(runs):
 
 
 def test_the_nearest_contexts_are_of_other_conversations_and_in_order():
-    table, (_, test, states) = play.neighbours(A, 1, 5, count=3).data, play.contexts(A)
+    table, (test, states) = play.neighbours(A, 1, 5, count=3).data, play.contexts(A)
     here = np.flatnonzero(test.samples == np.unique(test.samples)[1])[5]
     distances = (states.values - states.values[here]).norm(dim=1)
     nearest = int(torch.where(torch.from_numpy(test.samples != test.samples[here]), distances, torch.inf).argmin())
@@ -221,23 +208,6 @@ def test_the_nearest_contexts_are_of_other_conversations_and_in_order():
     assert shares[:2] == [0, round(100 * float(distances[nearest] / distances.mean()))]
     spectrum = torch.linalg.svdvals(states.values - states.values.mean(0)).square()
     assert f"{spectrum[0] / spectrum.sum():.0%}" in play.space(A, 0).axes[0].get_xlabel()
-
-
-def test_with_its_own_contexts_a_conversation_has_the_losses_it_was_judged_by(runs):
-    judged = by_sample(runs / "A")
-    for place, sample in enumerate(judged.index):
-        losses = play.replaced(A, place)
-        assert losses["contexts"].sum() == pytest.approx(judged["loss_sum"][sample], rel=1e-4)
-        assert len(losses) == judged["tokens"][sample]
-    # with zeros the TokenBlock is all that speaks
-    (network, test, _), at = play.contexts(A), torch.tensor([3])
-    layers = [torch.zeros(1, width) for width in network.context_block.widths]
-    tokens = torch.from_numpy(test.tokens).long()
-    h = network.token_block(network.inputs(tokens, at), layers)
-    expected = F.cross_entropy(F.linear(network.logit_scale * h, network.embedding, network.output_bias), tokens[4:5])
-    assert play.replaced(A, 0)["zeros"][3] == pytest.approx(expected.item(), abs=1e-4)
-    zeros = play.what_if(A, 0).axes[0].lines[0].get_ydata()
-    assert zeros[-1] == pytest.approx(play.replaced(A, 0).eval("zeros - contexts").sum(), rel=1e-4)
 
 
 # Controls
@@ -267,18 +237,15 @@ def test_views_are_shown_of_first_values_and_anew_when_a_control_is_moved(monkey
 
 @pytest.fixture
 def live(monkeypatch):
-    """The small run A as the only preset, of 3 epochs; the list has the curve at the end, and what to do at each."""
+    """The small run A as the only preset, of 3 epochs; the list has the history at the end, and what to do at each."""
 
     class Live:
-        def __init__(self, draw):
-            self.draw = draw
-
         def __call__(self, history):
             for do in live:
                 do()
 
         def finish(self, history):
-            live[:] = [self.draw(pd.DataFrame(history))]
+            live[:] = [pd.DataFrame(history)]
 
     live = []
     known = {"A": Experiment.of_run(play.metrics(A)).model_copy(update={"phase2_epochs": 3})}
@@ -302,8 +269,7 @@ def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_ask
     thread = threading.Thread(target=play.model, args=(A,))
     thread.start()
     thread.join()
-    (curve,) = live
-    assert curve.axes[0].get_title(loc="left").startswith("epoch 3 of at most 3, the best so far ")
+    assert live[0]["step"].max() == 3
     assert f"{A} is trained first" in capsys.readouterr().out
     trained = "interactive/A"
     known = play.metrics(trained)
@@ -336,19 +302,6 @@ def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(l
     with pytest.raises(KeyboardInterrupt):
         play.train("A", "seed: 6")
     assert not list(runs.parent.glob("interactive/A_seed-6/metrics.json"))
-
-
-def test_the_grid_to_copy_is_one_and_the_command_trains_what_is_changed(tmp_path):
-    page = text_of(play.commands("tuned-A", "num_layers: 2\nlogit_scale: 0.3").data)
-    command, grid = re.match(r"(source.*?)(title:.*)", page, flags=re.DOTALL).groups()
-    (tmp_path / "my-own.yaml").write_text(grid, encoding="utf-8")
-    planned, preset = load_grid(str(tmp_path / "my-own.yaml")).runs, load_grid("playground").runs["tuned-A"]
-    both = {(preset.num_layers, preset.logit_scale), (2, 0.3)}
-    assert len(planned) == 6 and {(r.num_layers, r.logit_scale) for r in planned.values()} == both
-    assert {(r.slow_decay, r.train_tokens) for r in planned.values()} == {(preset.slow_decay, preset.train_tokens)}
-    given = yaml.safe_load(re.search(r"-y '(.*?)'", command, flags=re.DOTALL)[1])
-    asked = Experiment.from_mapping(read_yaml("params/notebooks/02_experiment.yaml"), given)
-    assert asked == preset.model_copy(update={"num_layers": 2, "logit_scale": 0.3})
 
 
 # The committed runs and the notebook

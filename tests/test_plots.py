@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
@@ -47,25 +46,6 @@ def test_perplexity_by_tokens_shows_every_run_and_the_means(runs):
     for shown, count in ((axes, len(runs)), (plots.by_tokens(known).axes[0], len(runs) - 1)):
         points = [line for line in shown.lines if line.get_linestyle() == "None"]
         assert sum(len(line.get_ydata()) for line in points) == count
-
-
-def test_a_search_shows_every_trial_and_the_best_so_far():
-    result = {"A": [5.0, 3.0, 4.0, 2.0], "LSTM": [9.0, 9.5, 6.0, 7.0]}
-    rows = [(model, trial, ppl) for model, values in result.items() for trial, ppl in enumerate(values)]
-    trials = pd.DataFrame(rows, columns=["model", "trial", "val_ppl"])
-    (axes,) = plots.searches(trials.sample(frac=1, random_state=0)).axes
-    drawn = lines(axes)
-    assert [*drawn["A, best so far"].get_ydata()] == [5, 3, 3, 2]
-    assert [*drawn["LSTM, best so far"].get_ydata()] == [9, 9, 6, 6]
-    points = [value for line in axes.lines if line.get_linestyle() == "None" for value in line.get_ydata()]
-    assert sorted(points) == sorted(trials["val_ppl"])
-
-
-def test_curves_and_factors_are_drawn_a_panel_a_value(runs, histories):
-    sizes = sorted(runs["train_tokens"].unique())
-    by_factor = plots.groups(runs, "num_layers", "context_dim", "train_tokens")
-    for figure, form in ((plots.learning_curves(histories), "{:,} tokens"), (by_factor, "train_tokens {}")):
-        assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [form.format(size) for size in sizes]
 
 
 def test_learning_curves_go_by_epochs_however_often_one_is_validated(histories):

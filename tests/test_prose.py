@@ -8,12 +8,15 @@ import math
 import re
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from ctxlm.analysis.estimates import MIME
 from ctxlm.analysis.site import PAGES, build_all
 from ctxlm.files import ROOT
+from tests import by_hand
 from tests.browser import read_by_everyone
 
 BARRIERS = ("index.html", "06_contexts.html", "08_audit.html", "method.html", "runs.html")
@@ -110,6 +113,35 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
             elif not holds(numbers, estimates[key]):
                 wrong.append(f"{where}: {numbers} is not {estimates[key]['in_unit']} of {key}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", by_hand.EVERY)
+def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
+    """From which runs, too: by hand they are chosen anew.
+
+    Points are the same sums. Intervals are made in another way: by hand conversations are jackknife pseudo-values, of
+    which each counts once; in the project they are sums, which weigh as many tokens, and Kish's effective number of
+    conversations. Ends agree to 3 % of the half-width.
+    """
+    sums, tokens = by_hand.by_sample(*by_hand.sides(name))
+    mean, low, high = by_hand.interval(sums, tokens)
+    e = estimates[re.fullmatch(r"(\S+): (.+) @ (.*)", name).groups()]
+    assert e["replicates"] == len(sums) and e["value"] == pytest.approx(mean, rel=1e-6)
+    assert (e["low"], e["high"]) == pytest.approx((low, high), abs=0.03 * (high - low) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sites", "contrast"),
+    [(by_hand.SITES, "A − B, stabilised"), (by_hand.TEXTWISE, "A − B, both embeddings, stabilised")],
+)
+def test_sites_are_combined_as_by_hand(sites, contrast, estimates):
+    rows = [estimates[re.fullmatch(r"(\S+): (.+) @ (.*)", name).groups()] for name in sites]
+    errors = [(e["high"] - e["low"]) / 2 / stats.t.ppf(0.975, e["dof"]) for e in rows]
+    by_us = by_hand.over_sites(np.array([e["value"] for e in rows]), np.array(errors))
+    combined = estimates["04_sites", contrast, "86,925 tokens"]
+    assert (combined["value"], combined["low"], combined["high"]) == pytest.approx(by_us, rel=1e-5)
 
 
 @pytest.mark.slow

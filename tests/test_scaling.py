@@ -1,11 +1,10 @@
-"""Laws, crossovers and forecasts against planted parameters, pooled formulas, brute force and textbook formulas."""
+"""Laws and crossovers against planted parameters, pooled formulas, brute force and textbook formulas."""
 
 import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import statsmodels.formula.api as smf
 from hypothesis import example, given, settings
@@ -20,11 +19,8 @@ from ctxlm.analysis.scaling import (
     crossing_shares,
     crossovers,
     fieller,
-    forecasts,
     laws,
-    saturating,
 )
-from ctxlm.files import ROOT
 from tests.planted import MEETS, MIDDLE, SIZES, Planted, inside
 
 CHANCE = {"text": 0.05, "own": 0.01, "tilt": 0.01, "hard": 0.05, "liked": 0.01, "noise": 0.01}
@@ -51,7 +47,6 @@ def test_one_size_or_no_loss_has_no_law(judged):
     assert len(laws(alternating)) == len(crossovers(alternating)) == 0
     missing = runs.assign(log_ppl=runs["log_ppl"].where(runs["configuration"] == "A"))
     assert len(laws(missing)) == 1 and len(crossovers(missing)) == len(laws(missing.iloc[:0])) == 0
-    assert len(forecasts(missing)) == 2
     alone = laws(judged({"A": (-0.3, 6.0)}, SIZES[:2], replicates=1).runs)
     assert (alone[0].low, alone[0].over) == (None, ()) and alone[0].value == pytest.approx(-0.3)
 
@@ -141,17 +136,6 @@ def test_without_error_there_is_no_set():
     assert (parallel.tokens, parallel.kind) == (None, "unbounded")
 
 
-def test_no_text_has_fewer_than_one_token_or_more_than_ten_to_the_fifteenth():
-    for power in (-1, 1, 14, 16):
-        gap = 0.1 * (MIDDLE - power * math.log(10))
-        result = fieller(Moments(np.array([gap, 0.1]), [(np.diag([1e-6, 1e-8]), 7.0)], 8, 8, ()), MIDDLE)
-        if power in (1, 14):
-            assert result.kind == "bounded" and result.low < 10**power < result.high
-            assert result.tokens == pytest.approx(10**power)
-        else:
-            assert (result.kind, result.tokens) == ("nowhere", None)
-
-
 def test_planted_crossovers_come_back_and_what_a_pair_shares_does_not_blur_them(judged):
     for replicates in (1, 4):
         shared = {"text": 1.0, "hard": 1.0}
@@ -209,72 +193,7 @@ def test_every_two_configurations_are_compared(judged):
     assert few["a"].tolist() == ["A"] and len(crossovers(runs[runs["configuration"] == "A"])) == 0
 
 
-# Laws that bend
-
-
-@pytest.mark.parametrize("floor", [3.2, 0.0])
-@pytest.mark.parametrize("beta", [0.3, 1.2])
-def test_planted_saturating_law_is_recovered(floor, beta):
-    sizes = np.geomspace(10_000, 1_000_000, 8)
-    planted = floor + 40 * (sizes / 1000) ** -beta
-    fitted, scale, exponent = saturating(sizes, planted)
-    assert (fitted, exponent) == pytest.approx((floor, beta), rel=1e-3, abs=1e-3)
-    assert scale == pytest.approx(40 * 1000**beta, rel=1e-2)
-    assert fitted + scale * sizes**-exponent == pytest.approx(planted, rel=1e-4)
-
-
-def test_a_saturating_law_neither_rises_nor_falls_below_zero():
-    sizes = np.array([10_000, 20_000, 40_000, 80_000])
-    assert saturating(sizes, [5.0, 5.1, 5.2, 5.3])[:2] == (pytest.approx(5.15), 0)
-    assert saturating(sizes, 400 * sizes**-0.5 - 0.5)[0] == 0
-    for wrong in ([0, *sizes[1:]], [math.nan, *sizes[1:]]):
-        with np.errstate(divide="ignore"), pytest.raises(ValueError, match="infs or NaNs"):
-            saturating(wrong, [5.0, 4.9, 4.8, 4.7])
-    with pytest.raises(ValueError, match="four sizes"):
-        saturating([*sizes[:3]] * 2, [5.0, 4.5, 4.2] * 2)
-
-
-def test_the_law_that_was_planted_predicts_the_largest_size():
-    runs = Planted(sizes=(*SIZES, 80_000)).runs
-    straight = {e.contrast: e for e in forecasts(runs)}
-    assert len(straight) == 4 and all(e.at == "80,000 tokens" for e in straight.values())
-    for label in "AB":
-        e = straight[f"power law of {label}"]
-        assert (e.value, e.low, e.high) == pytest.approx((0, 0, 0), abs=1e-9) and (e.n, e.replicates) == (24, 4)
-    curved = runs[runs["configuration"] == "A"]
-    curved = curved.assign(log_ppl=4 + 400 * curved["train_tokens"] ** -0.6 + 0.1 * curved["replicate"])
-    power, saturated = forecasts(curved)
-    assert saturated.value == pytest.approx(0, abs=1e-4) and power.value < -0.02 and power.verdict == "lower"
-    rest = curved[curved["train_tokens"] < 80_000]
-    law = np.polyfit(rest["log_tokens"], rest["log_ppl"], 1)
-    largest = curved.loc[curved["train_tokens"] == 80_000, "log_ppl"].mean()
-    assert power.value == pytest.approx(np.polyval(law, math.log(80_000)) - largest)
-
-
-def test_a_law_that_the_other_sizes_cannot_fix_predicts_nothing():
-    runs = Planted().runs
-    assert [e.contrast for e in forecasts(runs[runs["train_tokens"] > 10_000])] == ["power law of A", "power law of B"]
-    assert len(forecasts(runs[runs["train_tokens"] > 20_000])) == 0
-    lacking = runs[(runs["replicate"] > 0) | (runs["train_tokens"] < 40_000)]  # a replicate without the largest size
-    assert {e.replicates for e in forecasts(lacking)} == {3}
-    unjudged = runs.assign(log_ppl=runs["log_ppl"].where(runs["train_tokens"] != 14_000))
-    assert all(e.value == pytest.approx(0, abs=1e-9) for e in forecasts(unjudged))
-
-
 # The published runs
-
-
-def test_the_published_exponents_and_crossover_come_back():
-    published = pd.read_csv(ROOT / "data/reference/l4-2025-11-28/results.csv")
-    runs = published.assign(log_ppl=np.log(published["val_ppl"]), log_tokens=np.log(published["train_tokens"]))
-    runs = runs.assign(configuration=runs["experiment"], seed=42, data_seed=0, embedding_seed=0, replicate=0)
-    runs = runs.assign(grid="published", run=runs["experiment"] + runs["train_tokens"].astype(str))
-    runs = runs.assign(id="published/" + runs["run"])
-    a, b = laws(runs)
-    assert (a.value, b.value) == pytest.approx((-0.287, -0.385), abs=1e-3) and a.low is None and b.low is None
-    (row,) = crossovers(runs).to_dict("records")
-    assert row["slopes"].value == pytest.approx(b.value - a.value) and row["slopes"].low is row["p"] is None
-    assert row["kind"] == "no error" and row["tokens"] > 0 and row["verdict"] == "none established"
 
 
 def test_curves_side_by_side_cross_by_chance_as_often_as_two_coins_fall():

@@ -7,7 +7,6 @@ gpu` does after the device tests, without a network and without Jupyter.
 """
 
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ctxlm.config import ConfigError, Experiment, load_grid
@@ -33,9 +31,8 @@ from ctxlm.phase2 import Predictor, evaluate, train_token_block
 from ctxlm.recurrence import chunked
 from ctxlm.run import run
 
-REFERENCE_TOKENS = 183_620
-"""The study's larger size, which headline figures are given for."""
-SIZES = (86_925, REFERENCE_TOKENS)
+SIZES = (86_925, 183_620)
+"""The study's."""
 EVALUATED = 20_000
 """Tokens that the evaluation is timed on, at most."""
 
@@ -203,48 +200,6 @@ def literal_seconds(literal: ModuleType, experiment: Experiment, count: int) -> 
     literal.phase2(weights, tokens, tokens[:2], experiment.num_input_tokens, settings)
     epoch = time.perf_counter() - began - recurrence * (len(tokens) + 2)  # it makes the contexts first
     return {"recurrence": recurrence, "phase2_epoch": epoch / (len(tokens) - 1)}
-
-
-def summarise(runs: pd.DataFrame, stages: pd.DataFrame, literal_times: pd.DataFrame) -> tuple[dict, pd.DataFrame]:
-    """What benchmark.json holds, and the stages of one size as a table.
-
-    The headline figures are those of the size nearest to the study's larger one, and of the worse configuration.
-
-    Args:
-        runs: what `measure` gives beside its stages, indexed by (experiment, tokens).
-        stages: the rows of all stages.
-        literal_times: seconds a token, stage by experiment, from `literal_seconds`.
-    """
-    size = min(stages["tokens"].unique(), key=lambda tokens: abs(math.log(tokens / REFERENCE_TOKENS)))
-    table = stages[stages["tokens"] == size].drop(columns="tokens").set_index(["experiment", "stage"])
-    literal = literal_times.unstack().reindex(table.index)
-    table["speedup_over_literal"] = literal * table["tokens_per_second"]
-    share, speedup = (table[name].unstack("experiment") for name in ("share_of_floor", "speedup_over_literal"))
-    once = stages[stages["stage"].isin(["recurrence", "phase1_step", "phase2_epoch"])]
-    totals = once.groupby(["experiment", "tokens"])["seconds"].sum()
-    exponents: dict[str, float | None] = {}
-    for label, part in totals.groupby(level="experiment"):
-        tokens = part.index.get_level_values("tokens")
-        exponents[label] = float(np.polyfit(np.log(tokens), np.log(part), 1)[0]) if len(part) > 1 else None
-    memory = runs["peak_rss_gib"].astype(float).groupby(level="tokens").max()
-    summary = {
-        "device": runs["device"].iloc[0],
-        "threads": int(runs["threads"].iloc[0]),
-        "torch": torch.__version__,
-        "tokens": int(size),
-        "peak_gflops_float32": float(runs["peak_gflops_float32"].max()),
-        "peak_gflops_bfloat16": float(runs["peak_gflops_bfloat16"].max()),
-        "phase2_epoch_share_of_floor": float(share.loc["phase2_epoch"].min()),
-        "phase2_epoch_speedup_over_literal": float(speedup.loc["phase2_epoch"].min()),
-        "recurrence_speedup_over_literal": float(speedup.loc["recurrence"].min()),
-        "recurrence_residual": float(runs["recurrence_residual"].max()),
-        "phase1_step_share_of_floor": float(share.loc["phase1_step"].min()),
-        "time_growth_exponent": max(exponents.values(), key=lambda b: abs((b or 1) - 1)),
-        "time_growth_exponents": exponents,
-        "peak_rss_gib": {str(tokens): round(peak, 3) for tokens, peak in memory.items()},
-        "stages": stages.to_dict("records"),
-    }
-    return summary, table
 
 
 def _now(device: torch.device) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ctxlm.analysis.run_plots import COLOURS, REFERENCE, legend, new_figure
+from ctxlm.analysis.run_plots import COLOURS, NARROW, legend, new_figure
 from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
 
 COMMON = 5000
@@ -29,11 +29,6 @@ def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
     table["tokens a sample"] = (table["tokens"] / table["samples"]).round(1)
     table["different tokens"] = [len(np.unique(part.tokens)) for part in parts.values()]
     return table
-
-
-def unseen_share(train: Stream, val: Stream, tokens: int) -> float:
-    """Share of the validation stream's tokens that do not occur among the first `tokens` of training."""
-    return float(np.isin(val.tokens, train.tokens[:tokens], invert=True).mean())
 
 
 def examples(stream: Stream, samples: int, length: int = 160) -> pd.Series:
@@ -128,47 +123,17 @@ def _median(name: str, lengths: np.ndarray) -> str:
     return f"{name}: {len(lengths):,} samples, median {np.median(lengths):,.0f} tokens"
 
 
-def plot_frequencies(corpus: Corpus, streams: Split) -> Figure:
-    """Left: frequency by rank, against Zipf's law. Right: what validation holds that training has not shown."""
-    figure, ((left, right),) = new_figure(1, 2, 3.4)
-    parts = (("corpus", corpus.tokens), ("training", streams.train.tokens), ("validation", streams.val.tokens))
-    for (name, tokens), line in zip(parts, ("-", "--", ":"), strict=True):
-        counts = np.sort(np.bincount(tokens))[::-1]
-        shares = 100 * counts[counts > 0] / len(tokens)
-        left.plot(np.arange(1, len(shares) + 1), shares, line, label=name)
-    ends = np.array([10, VOCABULARY])
-    left.plot(ends, 10 / ends, color="0.5", linewidth=1, label="Zipf: slope −1")
-    left.set(xscale="log", xlabel="rank of a token (log)", yscale="log", ylabel="share of all tokens (%, log)")
-    left.yaxis.set_major_formatter("{x:g}")
-    left.legend()
+def plot_unseen(corpus: Corpus, streams: Split) -> Figure:
+    """The share of validation tokens that do not occur in training, by how long that is."""
     train = corpus.stream(0, corpus.capacity) if streams.train.samples[0] == 0 else streams.train
-    steps = np.unique(np.geomspace(min(1000, len(train)), len(train), 25).astype(int))
-    right.plot(steps, [100 * unseen_share(train, streams.val, step) for step in steps], color="0.5")
-    here = 100 * unseen_share(streams.train, streams.val, len(streams.train))
+    steps = np.unique(np.geomspace(min(1000, len(train)), len(train), 25).astype(int)).tolist()
+    shares = {n: 100 * np.isin(streams.val.tokens, train.tokens[:n], invert=True).mean() for n in steps}
+    here = 100 * np.isin(streams.val.tokens, streams.train.tokens, invert=True).mean()
+    figure, ((axes,),) = new_figure(height=3.2, width=NARROW)
+    axes.plot([*shares], [*shares.values()], color="0.5")
     label = f"this run: {here:.1f} % at {len(streams.train):,} tokens"
-    right.plot(len(streams.train), here, "o", color=COLOURS[1], label=label)
-    right.set(xscale="log", xlabel="training tokens (log)", ylim=(0, None), ylabel="validation tokens never seen (%)")
-    right.legend()
-    for axes in (left, right):
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    return figure
-
-
-def plot_embedding(embedding: np.ndarray) -> Figure:
-    """Singular values of the embedding [V, d]; equal ones would use all its dimensions alike."""
-    figure, ((axes,),) = new_figure(height=3)
-    values = np.sqrt(np.linalg.eigvalsh(embedding.T @ embedding).clip(0))[::-1]
-    axes.plot(np.arange(1, len(values) + 1), values, label="the embedding")
-    alike = float(np.sqrt(np.square(values).mean()))
-    axes.axhline(alike, label="of the same size, all dimensions alike", **REFERENCE)
-    axes.set(xlabel="number of the singular value", ylim=(0, None), ylabel="singular value")
+    axes.plot(len(streams.train), here, "o", color=COLOURS[1], label=label)
+    axes.set(xscale="log", xlabel="training tokens (log)", ylim=(0, None), ylabel="validation tokens never seen (%)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     return figure
-
-
-def spread(embedding: np.ndarray, corpus: Corpus, streams: Split) -> pd.DataFrame:
-    """Root mean square of the embedding's entries, over all tokens and over those that occur in a part."""
-    parts = {"training": streams.train.tokens, "validation": streams.val.tokens, "corpus": corpus.tokens}
-    kinds = {name: np.unique(tokens) for name, tokens in parts.items()} | {"vocabulary": np.arange(len(embedding))}
-    rows = {name: (len(ids), float(np.sqrt(np.square(embedding[ids]).mean()))) for name, ids in kinds.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["different tokens", "root mean square"]).round(4)

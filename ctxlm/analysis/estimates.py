@@ -499,14 +499,12 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
 
     Returns:
         the mean over sites; the standard deviation between them; and the prediction for a new site, with Student's
-        prediction interval (Higgins, Thompson & Spiegelhalter 2009).
-
-    Raises:
-        ValueError: fewer than three sites have an interval.
+        prediction interval (Higgins, Thompson & Spiegelhalter 2009). Nothing of fewer than three sites with an interval
+        over replicates, which cannot tell their spread.
     """
-    sites = [site for site in sites if site.error]
+    sites = [site for site in sites if site.error and site.replicates > 1]
     if len(sites) < 3:
-        raise ValueError(f"{contrast}: {len(sites)} sites have an interval, and three are needed to tell their spread")
+        return Estimates()
     values, variances = np.array([(site.value, site.error**2) for site in sites]).T
     result = combine_effects(values, variances, method_re="iterated")
     mean, spread = result.mean_effect_re, math.sqrt(max(result.tau2, 0))

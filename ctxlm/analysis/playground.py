@@ -9,7 +9,6 @@ import functools
 import inspect
 import json
 import re
-import shlex
 import signal
 import textwrap
 import threading
@@ -17,7 +16,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -34,15 +32,13 @@ from ctxlm import run as running
 from ctxlm.analysis import run_plots as plots
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.estimates import Estimates, paired
-from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, load_grid, read_yaml
+from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import Stream, decode, split
 from ctxlm.files import BY_HAND, atomic, outputs_dir, results_dir, run_folders
 from ctxlm.generate import ContextSpeaker, Speaker, changed, generate, load_run, next_tokens, surprise
 from ctxlm.metrics import NonFiniteLoss
-from ctxlm.model import ContextLM
-from ctxlm.phase2 import Predictor
 from ctxlm.progress import in_jupyter
-from ctxlm.recurrence import Ablation, Contexts, chunked
+from ctxlm.recurrence import Contexts, chunked
 
 GRID = "playground"
 """The grid whose context models are the presets; trainings here go to `BY_HAND`."""
@@ -299,11 +295,6 @@ def train(preset: str, change: str = "") -> str:
         print(f"{run} is finished: to train it anew, delete {path.parent}")
         return run
 
-    def draw(history: pd.DataFrame) -> Figure:
-        loss = plots.by_epoch(history, "val_loss")
-        title = f"epoch {loss.index[-1]:g} of at most {e.phase2_epochs}, the best so far {loss.idxmin():g}"
-        return lines({"PPL (log)": _ppl(run, history)}, "epoch", title)
-
     def press(*_: Any) -> None:
         signal.signal(signal.SIGINT, before)
         pressed.append(True)
@@ -315,7 +306,7 @@ def train(preset: str, change: str = "") -> str:
         ended[:] = pressed
         return bool(ended)
 
-    curve, rows, pressed, ended = plots.Live(draw), [], [], []
+    curve, rows, pressed, ended = plots.Live(), [], [], []
     main = threading.current_thread() is threading.main_thread()  # which alone takes signals
     before = signal.signal(signal.SIGINT, press) if main else None
     try:
@@ -331,28 +322,6 @@ def train(preset: str, change: str = "") -> str:
     for kept in (model, contexts, _test):
         kept.cache_clear()
     return run
-
-
-def commands(preset: str, change: str) -> HTML:
-    """The papermill command that trains a preset with a change, and a grid that repeats both over replicates."""
-    e, name = changed_experiment(preset, change)
-    notebook, plan = Path(NOTEBOOKS[e.model]), read_yaml(f"params/grids/{GRID}.yaml")
-    usual = Experiment.from_mapping(read_yaml(f"params/notebooks/{notebook.stem}.yaml"))
-    given = {key: value for key, value in e.for_notebook().items() if value != getattr(usual, key)}
-    command = ["papermill", str(notebook), f"outputs/{BY_HAND}/{name}.ipynb", "--cwd", ".", "-k", "python3"]
-    command += ["-y", yaml.safe_dump(given, default_flow_style=True, width=10**6).strip()]
-    layers = plan["experiments"][preset]
-    layers = layers if isinstance(layers, list) else [layers]
-    grid = {
-        "title": f"{preset}, and with a change",
-        "common": plan["common"],
-        "experiments": {preset: layers, "changed": [*layers, yaml.safe_load(change) or {}]},
-        "sweep": {"seed, data_seed, embedding_seed": [[42, 0, 1], [43, 20, 2], [44, 40, 3]]},
-    }
-    typed = f"source .venv/bin/activate\nmkdir -p outputs/{BY_HAND}\n{shlex.join(command)}"
-    look = "white-space:pre-wrap;overflow-wrap:anywhere;padding:.6em;border:1px solid #8888;border-radius:4px"
-    parts = (escape(part) for part in (typed, yaml.safe_dump(grid, sort_keys=False)))
-    return HTML("".join(f'<pre style="{look}">{part}</pre>' for part in parts))
 
 
 # Two runs side by side
@@ -398,24 +367,14 @@ def difference(a: str, b: str) -> Estimates:
 
 
 def most_different(a: str, b: str, count: int = 3) -> Styler:
-    """The test conversations that speak most for `a`, and those that speak most for `b`; nats a token."""
+    """The test conversations that speak most for `a`, and those that speak most for `b`, with their text; nats."""
     difference(a, b)  # refuses what cannot be compared
     nats = {run: _nats(run) for run in (a, b)}
-    gap = nats[a] - nats[b]
-    each = {f"nats, {run}": values.map("{:.2f}".format) for run, values in nats.items()}
-    return _ends(a, gap, count, {"difference": gap.map("{:+.2f}".format)} | each)
-
-
-def extremes(run: str, count: int = 4) -> Styler:
-    """The test conversations that a run reads best, and worst; nats a token."""
-    nats = _nats(run)
-    return _ends(run, nats, count, {"PPL": np.exp(nats).map("{:,.0f}".format), "nats": nats.map("{:.2f}".format)})
-
-
-def _ends(run: str, order: pd.Series, count: int, columns: Mapping[str, pd.Series]) -> Styler:
-    """The first and the last test conversations in an order: their text, and columns."""
-    test, ranked = _test(run), order.sort_values().index
-    frame = pd.DataFrame(columns).loc[[*ranked[:count], *ranked[-count:]]].rename_axis("conversation").reset_index()
+    gap, test = (nats[a] - nats[b]).sort_values(), _test(a)
+    columns = {"difference": gap.map("{:+.2f}".format)}
+    columns |= {f"nats, {run}": values.map("{:.2f}".format) for run, values in nats.items()}
+    frame = pd.DataFrame(columns).loc[[*gap.index[:count], *gap.index[-count:]]]
+    frame = frame.rename_axis("conversation").reset_index()
     tokens = [test.tokens[_positions(test, k)] for k in frame["conversation"]]
     frame.insert(0, "text", [decode(some[:80]) + " …" * (len(some) > 80) for some in tokens])
     return table_of(frame, ["text"])
@@ -548,8 +507,8 @@ def recent(a: str, b: str) -> Figure:
 
 
 @functools.lru_cache(4)
-def contexts(run: str) -> tuple[ContextLM, Stream, Contexts]:
-    """A run's model, the test text, and its contexts there.
+def contexts(run: str) -> tuple[Stream, Contexts]:
+    """The test text, and a run's contexts there.
 
     Raises:
         ConfigError: it is no context model.
@@ -557,13 +516,13 @@ def contexts(run: str) -> tuple[ContextLM, Stream, Contexts]:
     speaker, test = model(run), _test(run)
     if not isinstance(speaker, ContextSpeaker):
         raise ConfigError(f"run = {run!r} has no contexts: choose a context model, as {GRID}/A")
-    return speaker.model, test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
+    return test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
 
 
 @plt.rc_context(LARGE)
 def space(run: str, conversation: int) -> Figure:
     """The path of a conversation's contexts in the plane of the test contexts' two principal dimensions."""
-    _, test, states = contexts(run)
+    test, states = contexts(run)
     values = states.values - states.values.mean(0)
     eigenvalues, axes_of = torch.linalg.eigh(values.T @ values)
     plane, shares = (values @ axes_of[:, [-1, -2]]).numpy(), (eigenvalues.flip(0) / eigenvalues.sum()).tolist()
@@ -582,7 +541,7 @@ def space(run: str, conversation: int) -> Figure:
 
 def neighbours(run: str, conversation: int, position: int, count: int = 6) -> Styler:
     """The test contexts nearest to one, each in another conversation: distance, and the text that led there."""
-    _, test, states = contexts(run)
+    test, states = contexts(run)
     path = _positions(test, conversation)
     here = path[min(position, len(path) - 1)]
     distances = (states.values - states.values[here]).norm(dim=1).numpy()
@@ -592,27 +551,3 @@ def neighbours(run: str, conversation: int, position: int, count: int = 6) -> St
     shown["distance"] = [f"{100 * x / distances.mean():.0f} %" for x in shown["distance"]]
     shown.insert(0, "text up to there", [decode(test.tokens[max(k - 11, 0) : k + 1]) for k in shown.index])
     return table_of(shown, ["text up to there"], "the first is the context itself; 100 % is the mean distance")
-
-
-def what_if(run: str, conversation: int) -> Figure:
-    """How the loss on a conversation grows if zeros, or contexts of shuffled text, stand in place of its contexts.
-
-    The sum over tokens so far of the loss so, minus the loss with its own contexts: above 0, the contexts help.
-    """
-    losses = replaced(run, conversation)
-    gaps = {name: losses[name] - losses["contexts"] for name in ("zeros", "shuffled")}
-    sums = {(name, f"{gap.mean():+.2f} a token"): gap.cumsum() for name, gap in gaps.items()}
-    return lines({"nats lost so far": pd.DataFrame(sums)}, f"token of conversation {conversation}")
-
-
-@torch.no_grad()
-def replaced(run: str, conversation: int) -> pd.DataFrame:
-    """The loss of each token of a conversation, nats, with its contexts, with zeros, and with shuffled text's."""
-    network, test, states = contexts(run)
-    positions = torch.from_numpy(_positions(test, conversation))
-    positions = positions[positions > 0] - 1  # the token before predicts it
-    predict, columns, own = Predictor(network, torch.float32), {}, Experiment.of_run(metrics(run))
-    for name, ablation in (("contexts", "none"), ("zeros", "zero"), ("shuffled", "random_tokens")):
-        e = own.model_copy(update={"context_ablation": ablation})  # also where no run could be trained so
-        columns[name] = predict(Ablation(network, states, e)(states), positions)[1].numpy()
-    return pd.DataFrame(columns)

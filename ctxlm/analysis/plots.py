@@ -116,20 +116,6 @@ def waterfall(parts: Estimates, label: str) -> Figure:
     return _once(figure)
 
 
-def searches(trials: pd.DataFrame) -> Figure:
-    """What each trial of a search found, and the best so far as a line, from their `model`, `trial` and `val_ppl`."""
-    figure, ((axes,),) = new_figure(height=4.2)
-    styles = line_styles(trials["model"])
-    for name, rows in trials.sort_values("trial").groupby("model"):
-        axes.plot(rows["trial"], rows["val_ppl"], **styles[name] | {"linestyle": "none"}, alpha=0.4)
-        best = {"label": f"{name}, best so far", "marker": "", "drawstyle": "steps-post"}
-        axes.plot(rows["trial"], rows["val_ppl"].cummin(), **styles[name] | best)
-    steps_axis(axes, "trial")
-    log_axis(axes, "PPL on held-out training text (log)")
-    legend(figure)
-    return _once(figure)
-
-
 def learning_curves(histories: pd.DataFrame) -> Figure | None:
     """Training (dotted) and validation PPL by epoch, a panel a size: a faint line a run, their mean thick.
 
@@ -187,60 +173,4 @@ def groups(runs: pd.DataFrame, x: str, hue: str, panel: str) -> Figure:
 def _once(figure: Figure) -> Figure:
     """What a cell returns is shown; open, it would be shown a second time."""
     plt.close(figure)
-    return figure
-
-
-# The benchmark's figures
-
-STAGES = {
-    "recurrence": "recurrence",
-    "phase1_step": "Phase 1, one step",
-    "phase2_epoch": "Phase 2, one epoch",
-    "evaluation": "evaluation",
-}
-
-
-def plot_shares(table: pd.DataFrame) -> Figure:
-    """Share of the matrix-product floor of every stage: by definition (bar) and of its own products (tick)."""
-    labels = list(table.index.unique("experiment"))
-    figure, ((axes,),) = new_figure(height=1 + 0.45 * len(STAGES) * len(labels) / 2)
-    thick, styles = 0.8 / len(labels), line_styles(labels)
-    for position, label in enumerate(labels):
-        rows = table.loc[label].reindex(list(STAGES))
-        y = np.arange(len(STAGES)) + (position - (len(labels) - 1) / 2) * thick
-        axes.barh(y, rows["share_of_floor"], 0.9 * thick, color=styles[label]["color"], alpha=0.75, label=label)
-        axes.plot(rows["share_of_own_products"], y, "|", color="0.1", markersize=13, markeredgewidth=2)
-    axes.plot([], [], "|", color="0.1", markersize=13, markeredgewidth=2, label="of the products that are left to do")
-    axes.axvline(1, **REFERENCE)
-    axes.set_yticks(range(len(STAGES)), [f"{STAGES[s]} ({table['dtype'].xs(s, level=1).iloc[0]})" for s in STAGES])
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("share of the floor (100 %: as fast as the products of the algorithm as defined)")
-    legend(figure)
-    return figure
-
-
-def plot_growth(stages: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """Seconds of each stage, and peak memory, against the number of tokens."""
-    figure, ((left, right),) = new_figure(columns=2, height=4)
-    styles, sizes = line_styles(stages["experiment"]), sorted(stages["tokens"].unique())
-    for (stage, label), rows in stages[stages["stage"] != "evaluation"].groupby(["stage", "experiment"], sort=False):
-        look = styles[label] | {"linestyle": LINES[list(STAGES).index(stage)]}
-        left.plot(rows["tokens"], rows["seconds"], **look)
-    for label, rows in runs.groupby(level="experiment"):
-        right.plot(rows.index.get_level_values("tokens"), rows["peak_rss_gib"].astype(float), **styles[label])
-    for axes in (left, right):
-        tokens_axis(axes, sizes)
-        axes.tick_params(axis="x", rotation=30)
-        axes.set_xlabel("tokens (log)")
-    log_axis(left, "seconds (log)")
-    right.set_ylabel("peak memory, GiB")
-    right.set_ylim(0)
-    keys = [Line2D([], [], **(styles[label] | {"linestyle": "-"}), label=label) for label in styles]
-    keys += [
-        Line2D([], [], color="0.4", linestyle=line, label=name)
-        for line, name in zip(LINES, list(STAGES.values())[:3], strict=False)
-    ]
-    legend(figure, keys)
     return figure

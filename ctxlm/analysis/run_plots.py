@@ -7,7 +7,6 @@ seconds. `history` is long: phase, step, metric, value. Importing the module set
 import colorsys
 import math
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -46,8 +45,6 @@ MARKERS, LINES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 REFERENCE = {"color": "0.35", "linewidth": 1, "linestyle": ":"}
 WIDTH, NARROW = 8.5, 4.9
 """Of a figure, inches. One of the second width can be read on a phone as it is; one of the first scrolls there."""
-DRAWING, FIRST_DRAWING = 0.05, 0.3
-"""The share of a training's time that its figure may take, and what the first one is taken to take, seconds."""
 FIRST = {"A": COLOURS[0], "B": COLOURS[1]}
 """The colours of the two that the study compares."""
 RANKS = {
@@ -178,11 +175,10 @@ class Live:
     def __init__(self, plot: Callable[[pd.DataFrame], Figure] = plot_phase2):
         self.plot, self.rows = plot, 0
         self.handle: DisplayHandle | None = None
-        self.ended, self.cost = time.perf_counter(), FIRST_DRAWING
 
     def __call__(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Draw the history so far, unless that would take more than `DRAWING` of the time."""
-        if in_jupyter() and DRAWING * (time.perf_counter() - self.ended) > self.cost:
+        """Draw the history so far."""
+        if in_jupyter():
             self._draw(history)
 
     def finish(self, history: Sequence[Mapping[str, Any]]) -> None:
@@ -193,15 +189,13 @@ class Live:
             self._draw(history)
 
     def _draw(self, history: Sequence[Mapping[str, Any]]) -> None:
-        began = time.perf_counter()
         figure = self.plot(pd.DataFrame(history))
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:
             self.handle.update(figure)
         plt.close(figure)  # else it would be shown once more at the cell's end
-        self.rows, self.ended = len(history), time.perf_counter()
-        self.cost = self.ended - began
+        self.rows = len(history)
 
 
 def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:

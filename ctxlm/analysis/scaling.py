@@ -1,4 +1,4 @@
-"""Perplexity against training tokens: two laws, where two of them meet, and what they predict."""
+"""Perplexity against training tokens: a power law, and where two of them meet."""
 
 import itertools
 import math
@@ -16,7 +16,6 @@ from ctxlm.analysis.estimates import (
     Estimates,
     Moments,
     critical,
-    crossed,
     differences,
     pairs,
 )
@@ -193,54 +192,3 @@ def crossing_shares(runs: pd.DataFrame, lead: float | None = None, swing: float 
             )
         rows.append({"a": a, "b": b, "lead": apart, "covariance": covariance, "dof": dof, "estimates": shares})
     return pd.DataFrame(rows, columns=["a", "b", "lead", "covariance", "dof", "estimates"])
-
-
-def saturating(tokens: Sequence[float], log_ppl: Sequence[float]) -> tuple[float, float, float]:
-    """Least squares of the loss on a constant and tokens^(−beta), of four sizes or more; no coefficient is negative.
-
-    Returns:
-        floor, nats; scale; and beta, from 0.01 to 3. Of points that show no bend, floor or scale is 0.
-
-    Raises:
-        ValueError: fewer than four distinct sizes, or a value is not positive and finite.
-    """
-    x, y = np.log(tokens), np.asarray(log_ppl, float)
-    if np.unique(x).size < 4:
-        raise ValueError(f"a law that saturates needs runs of four sizes, but there are {np.unique(x).size}")
-    middle = x.mean()  # about it floor and scale are of one size
-
-    def law(x: np.ndarray, floor: float, scale: float, beta: float) -> np.ndarray:
-        return floor + scale * np.exp(-beta * (x - middle))
-
-    bounds = [0, 0, 0.01], [np.inf, np.inf, 3]
-    (floor, scale, beta), _ = optimize.curve_fit(
-        law, x, y, (y.min() / 2, y.min() / 2, 0.3), bounds=bounds, method="dogbox"
-    )
-    return float(floor), float(scale * math.exp(beta * middle)), float(beta)
-
-
-def forecasts(runs: pd.DataFrame) -> Estimates:
-    """What both laws, fitted without the largest size, predict of it, against the measured PPL.
-
-    In every replicate by itself; a law that the other sizes cannot fix (two for the power law, four for the saturating
-    one) has no rows.
-    """
-    result = Estimates()
-    for label, rows in runs.dropna(subset=["log_ppl"]).groupby("configuration"):
-        largest = rows["train_tokens"].max()
-        for form, fewest in (("power law", 2), ("saturating law", 4)):
-            values = []
-            for _, part in rows.groupby("replicate"):
-                rest, held = part[part["train_tokens"] < largest], part[part["train_tokens"] == largest]
-                if rest["train_tokens"].nunique() < fewest or held.empty:
-                    continue
-                if form == "power law":
-                    predicted = np.polyval(np.polyfit(rest["log_tokens"], rest["log_ppl"], 1), math.log(largest))
-                else:
-                    floor, scale, beta = saturating(rest["train_tokens"], rest["log_ppl"])
-                    predicted = floor + scale * np.power(float(largest), -beta)
-                values.append(float(predicted) - held["log_ppl"].mean())
-            if values:
-                moments = crossed(np.array(values)[:, None], rows)
-                result.append(moments.estimate([1.0], f"{form} of {label}", f"{largest:,} tokens"))
-    return result
