@@ -26,14 +26,8 @@ except (ConfigError, OSError) as error:
 
 HOME = home_of(GRID.name)
 
-
-def tokens(run) -> int:
-    """Training tokens, about."""
-    return run.train_tokens or 250 * run.train_samples
-
-
 # The corpora of the grid, usually one: runs that read the same tokens through the same embedding share it.
-KINDS = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in sorted(RUNS.values(), key=tokens)}.values())
+KINDS = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in sorted(RUNS.values(), key=lambda run: run.train_tokens)}.values())
 CORPORA = {"corpus" if len(KINDS) == 1 else f"corpus-{k}": run for k, run in enumerate(KINDS, 1)}
 
 # Cores are shared out among the runs, as whole runs side by side; with GPUs, at most one run to a GPU.
@@ -75,7 +69,7 @@ rule corpus:
     params:
         notebook="notebooks/01_corpus.ipynb",
         values=lambda wildcards: on_one_line(
-            CORPORA[wildcards.corpus].model_dump(include=DATA_PARAMETERS | {"train_tokens", "train_samples"})
+            CORPORA[wildcards.corpus].model_dump(include=DATA_PARAMETERS | {"train_tokens"})
             | {"output_dir": f"{HOME}/{wildcards.corpus}"}
         ),
         data=lambda wildcards: data_of(CORPORA[wildcards.corpus]),
@@ -100,11 +94,11 @@ rule experiment:
         data=lambda wildcards: data_of(RUNS[wildcards.run]),
     threads: THREADS
     # The longest runs first, so that no core waits for a long last one.
-    priority: lambda wildcards: tokens(RUNS[wildcards.run])
+    priority: lambda wildcards: RUNS[wildcards.run].train_tokens
     # What a cluster's job asks for: some three times what was measured (docs/speed.md), and more when it is tried again.
     resources:
-        mem_mb=lambda wildcards, attempt: attempt * (4000 + tokens(RUNS[wildcards.run]) // 250),
-        runtime=lambda wildcards, attempt: attempt * (30 + tokens(RUNS[wildcards.run]) // 1000),
+        mem_mb=lambda wildcards, attempt: attempt * (4000 + RUNS[wildcards.run].train_tokens // 250),
+        runtime=lambda wildcards, attempt: attempt * (30 + RUNS[wildcards.run].train_tokens // 1000),
         gres=config.get("gres", ""),
     shell:
         EXECUTE

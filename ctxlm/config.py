@@ -109,8 +109,7 @@ class Experiment(Checked):
     embedding_turned: Natural | None = Field(
         None, description="the embedding's dimension that changes sign; null: none"
     )
-    train_tokens: Count | None = Field(86_925, description="training tokens, cut exactly (or give train_samples)")
-    train_samples: Count | None = Field(None, description="training samples, whole (or give train_tokens)")
+    train_tokens: Count = Field(86_925, description="training tokens, cut exactly")
     train_sample_tokens: Count | None = Field(None, description="first tokens read of a training sample; null: all")
     train_piece_tokens: Count | None = Field(
         None, description="training text is read in pieces of so many tokens, in random order; null: as it stands"
@@ -208,8 +207,6 @@ class Experiment(Checked):
             values = " and ".join(f"{name} = {getattr(self, name)!r}" for name in names.split())
             raise ValueError(f"{values}: {remedy}")
 
-        if (self.train_tokens is None) == (self.train_samples is None):
-            refuse("train_tokens train_samples", "give exactly one, and null (papermill: None) for the other")
         if self.embedding_turned is not None and self.embedding_turned >= self.embed_dim:
             refuse("embedding_turned embed_dim", "the embedding has no such dimension")
         if self.model != "kneser-ney" and self.embedding == "gpt2" and self.embed_dim != 768:
@@ -227,8 +224,9 @@ class Experiment(Checked):
         window = "phase2_context_window" if self.model == "context" else "window"
         if self.model != "kneser-ney" and getattr(self, window) and self.phase2_batch_size % getattr(self, window):
             refuse(f"phase2_batch_size {window}", "the first must be a multiple of the second")
-        if self.train_tokens:  # how many tokens samples have is seen later, by `corpus.split`
-            self.check_validations(self.train_tokens - self.held_out_tokens - 1)
+        updates = max(1, math.ceil((self.train_tokens - self.held_out_tokens - 1) / self.phase2_batch_size))
+        if self.validations_per_epoch > updates:
+            refuse("validations_per_epoch phase2_batch_size", f"an epoch has {updates} updates: lower one of them")
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
         if self.context_rank and self.phase2_context_window:
@@ -260,8 +258,6 @@ class Experiment(Checked):
         """
         given = {name: run[name] for name in cls.model_fields if name in run}
         given = {name: None if value != value else value for name, value in given.items()}  # a row has nan for null
-        if given.get("train_samples") is not None:  # a run also says how many tokens these were
-            given["train_tokens"] = None
         return cls.from_mapping(given, {"device": "cpu", "dtype": "float32"})
 
     @classmethod
@@ -287,15 +283,6 @@ class Experiment(Checked):
             e.check_read(names)
         return e
 
-    def check_validations(self, targets: int) -> None:
-        """Refuse, by a ConfigError, more validations than an epoch of so many targets has updates."""
-        updates = max(1, math.ceil(targets / self.phase2_batch_size))
-        if self.validations_per_epoch > updates:
-            raise ConfigError(
-                f"validations_per_epoch = {self.validations_per_epoch}: an epoch of {targets:,} targets has {updates} "
-                f"updates: lower it, or phase2_batch_size = {self.phase2_batch_size}"
-            )
-
     def check_read(self, names: Iterable[str]) -> None:
         """Refuse, by a ConfigError, parameters that were given by name and that the model's notebook has not."""
         if unread := sorted({*names} - self.for_notebook().keys()):
@@ -308,12 +295,11 @@ class Experiment(Checked):
 
     def is_that_of(self, run: Mapping[str, Any]) -> bool:
         """Whether a finished run, its metrics.json or a row, has these parameters, as far as its model reads them."""
-        size = "train_samples" if self.train_samples is None else "train_tokens"  # what follows from the other one
         for name, value in self.for_notebook().items():
             other = run.get(name, type(self).model_fields[name].default)  # of a run that is older than the parameter
             missing = other is None or other != other
             # of what was `auto` a run holds what it became
-            if name != size and value != "auto" and (not missing if value is None else other != value):
+            if value != "auto" and (not missing if value is None else other != value):
                 return False
         return True
 

@@ -195,15 +195,14 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     `development_samples` or `test_samples` are read, so that no run's test text is another's validation text, each cut
     to its first `max_sample_tokens`, so that no long one outweighs the others.
 
-    Training is the first `train_samples` samples, or exactly the first `train_tokens` tokens, of the capacity; with
-    `data_seed` k it begins at the sample nearest to k sixtieths of it, and goes on at its first when it runs out.
-    With `held_out_tokens`, so many of its last tokens are cut off, within a sample if need be, and take the place of
-    validation. With `train_piece_tokens`, the samples that are left are cut into pieces of so many tokens, the last one
-    shorter, which stand in a random order that is always the same.
+    Training is exactly the first `train_tokens` tokens of the capacity; with `data_seed` k it begins at the sample
+    nearest to k sixtieths of it, and goes on at its first when it runs out. With `held_out_tokens`, so many of its last
+    tokens are cut off, within a sample if need be, and take the place of validation. With `train_piece_tokens`, the
+    samples that are left are cut into pieces of so many tokens, the last one shorter, which stand in a random order
+    that is always the same.
 
     Raises:
-        ConfigError: more is asked of a part than it has, or a part is left a single token, or training fewer updates
-            an epoch than validations.
+        ConfigError: more is asked of a part than it has, or a part is left a single token.
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
     of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
@@ -214,7 +213,7 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         if getattr(e, name) > of.region
     ]
     try:
-        capacity, start, length = _window(corpus, e)
+        capacity, start = _window(corpus, e)
     except ConfigError as error:
         refused.append(str(error))
     if refused:
@@ -223,20 +222,18 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     for i, name in enumerate(names):
         first = of.capacity + i * of.region
         judged[name] = of.stream(first, first + getattr(e, name), e.max_sample_tokens)
-    window = np.arange(start, start + length) % len(capacity)
+    window = np.arange(start, start + e.train_tokens) % len(capacity)
     if e.held_out_tokens:
         window, held_out = np.split(window, [-e.held_out_tokens])
         judged["val_samples"] = Stream(capacity.tokens[held_out], capacity.samples[held_out])
     if e.train_piece_tokens:
         window = window[_in_pieces(capacity.samples[window], e.train_piece_tokens)]
     train = Stream(capacity.tokens[window], capacity.samples[window])
-    size = "train_tokens" if e.train_samples is None else "train_samples"
-    for name, part in {size: train, **judged}.items():
+    for name, part in {"train_tokens": train, **judged}.items():
         if len(part) < 2:
             raise ConfigError(
                 f"{name} = {getattr(e, name)} leaves a single token, and nothing to predict from it: raise it"
             )
-    e.check_validations(len(train) - 1)
     return Split(train, *judged.values())
 
 
@@ -246,48 +243,42 @@ def check_data(experiments: Iterable[Experiment]) -> None:
     Windows are to be independent texts of equal size, and whatever is computed over them takes them for that.
 
     Raises:
-        ConfigError: as `split`, or two windows of one corpus share tokens or are given in samples, of any length.
+        ConfigError: as `split`, or two windows of one corpus share tokens.
     """
     read, owners = cache(load_corpus), {}  # of each text, the data_seed whose window holds a token; -1: none
     for e in experiments:
         corpus = read(e.corpus, e.shuffle_samples)
         split(e, corpus)
-        capacity, start, length = _window(corpus, e)
+        capacity, start = _window(corpus, e)
         text = (e.corpus, e.shuffle_samples, e.train_sample_tokens)
         owner = owners.setdefault(text, np.full(len(capacity), -1))
-        # windows given in samples differ in tokens: none is to be compared with any other
-        window = np.arange(start, start + length) % len(capacity) if e.train_samples is None else slice(None)
+        window = np.arange(start, start + e.train_tokens) % len(capacity)
         if others := {*np.unique(owner[window]).tolist()} - {-1, e.data_seed}:
-            apart = -(-WINDOWS * length // len(capacity)) + 1  # one more: windows begin at the nearest sample
-            reason = f"have training tokens in common: choose seeds {apart} apart, or lower train_tokens"
-            if e.train_samples is not None:
-                reason = f"with train_samples = {e.train_samples} differ in tokens: give train_tokens instead"
-            raise ConfigError(f"data_seed = {min(others)} and {e.data_seed} {reason}")
+            apart = -(-WINDOWS * e.train_tokens // len(capacity)) + 1  # one more: windows begin at the nearest sample
+            raise ConfigError(
+                f"data_seed = {min(others)} and {e.data_seed} have training tokens in common: choose seeds {apart} "
+                "apart, or lower train_tokens"
+            )
         owner[window] = e.data_seed
 
 
-def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int, int]:
-    """What may be trained on, and where in it the training window starts, and how many tokens it has."""
+def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int]:
+    """What may be trained on, and where in it the training window starts."""
     capacity = corpus.stream(0, corpus.capacity, e.train_sample_tokens)
-    starts = np.searchsorted(capacity.samples, np.arange(corpus.capacity + 1))  # of samples; the last is the end
-    unit = "tokens" if e.train_samples is None else "samples"
-    asked, most = getattr(e, f"train_{unit}"), int(starts[-1]) if unit == "tokens" else len(starts) - 1
-    if asked > most:
+    starts = np.searchsorted(capacity.samples, np.arange(corpus.capacity))  # of samples
+    if e.train_tokens > len(capacity):
         raise ConfigError(
-            f"train_{unit} = {asked} is more than the training capacity of {most:,} {unit} ({corpus.name} has "
-            f"{corpus.num_samples:,} samples; the second half is for the test and embeddings, and {2 * corpus.region} "
-            "samples of the first are kept for judging): lower it, or use a longer corpus"
+            f"train_tokens = {e.train_tokens} is more than the training capacity of {len(capacity):,} tokens "
+            f"({corpus.name} has {corpus.num_samples:,} samples; the second half is for the test and embeddings, and "
+            f"{2 * corpus.region} of the first are kept for judging): lower it, or use a longer corpus"
         )
-    first = int(np.abs(starts[:-1] - starts[-1] * e.data_seed / WINDOWS).argmin())
-    length = asked
-    if unit == "samples":
-        length = int(np.diff(starts)[np.arange(first, first + asked) % (len(starts) - 1)].sum())
-    if e.held_out_tokens and not 2 <= e.held_out_tokens <= length - 2:
+    first = int(np.abs(starts - len(capacity) * e.data_seed / WINDOWS).argmin())
+    if e.held_out_tokens and not 2 <= e.held_out_tokens <= e.train_tokens - 2:
         raise ConfigError(
-            f"held_out_tokens = {e.held_out_tokens} of {length:,} training tokens: it must leave two or more, and hold "
-            "two or more itself (0: none are held out)"
+            f"held_out_tokens = {e.held_out_tokens} of {e.train_tokens:,} training tokens: it must leave two or more, "
+            "and hold two or more itself (0: none are held out)"
         )
-    return capacity, int(starts[first]), length
+    return capacity, int(starts[first])
 
 
 def places(samples: np.ndarray) -> np.ndarray:

@@ -59,7 +59,7 @@ WEIGHTS, LOSSES = "model.safetensors", "val_losses.npz"
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 """In a run's folder while it is made: its state after the last epoch, and whose it is."""
 REPLICATED = {
-    *("experiment", "train_tokens", "train_samples", "seed", "data_seed", "embedding_seed"),
+    *("experiment", "train_tokens", "seed", "data_seed", "embedding_seed"),
     *("val_samples", "development_samples", "test_samples", "max_sample_tokens"),
 }
 """Parameters that an experiment's label leaves out: size, replicate, and how much is judged."""

@@ -64,8 +64,7 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
 @pytest.mark.parametrize(
     "values",
     [
-        {"train_tokens": 20_000, "train_samples": 50},
-        {"train_tokens": None, "train_samples": None},
+        {"validations_per_epoch": 50, "phase2_batch_size": 4096},
         {"phase1_min_iterations": 5, "phase1_max_iterations": 4},
         {"phase2_batch_size": 512, "phase2_context_window": 7},
         {"context_ablation": "zero", "phase2_context_window": 8},
@@ -93,7 +92,7 @@ def test_values_that_contradict_each_other_are_refused(values):
 
 
 def test_experiments_survive_json_and_yaml_in_any_order_and_every_parameter_counts():
-    changed = {"corpus": "texts/mine.txt", "train_tokens": None, "train_samples": 5, "phase2_learning_rate": 1e-05}
+    changed = {"corpus": "texts/mine.txt", "train_tokens": 5, "judged_corpus": None, "phase2_learning_rate": 1e-05}
     experiment = Experiment.from_mapping(changed)
     backwards = dict(reversed(experiment.model_dump().items()))
     for reread in (json.loads(json.dumps(backwards)), yaml.safe_load(yaml.safe_dump(backwards, sort_keys=False))):
@@ -107,8 +106,8 @@ def test_experiments_survive_json_and_yaml_in_any_order_and_every_parameter_coun
 
 
 def test_a_finished_run_has_its_experiment_again():
-    e = Experiment(train_tokens=None, train_samples=50, device="cuda", dtype="bfloat16", judged_corpus="sotu")
-    row = e.model_dump() | {"train_tokens": 7_000, "embedding_turned": math.nan, "test_ppl": 2.0}  # as a table has it
+    e = Experiment(train_tokens=7_000, device="cuda", dtype="bfloat16", judged_corpus="sotu")
+    row = e.model_dump() | {"embedding_turned": math.nan, "test_ppl": 2.0}  # as a table has it
     assert Experiment.of_run(row) == e.model_copy(update={"device": "cpu", "dtype": "float32"})
 
 
@@ -139,7 +138,7 @@ def test_what_papermill_puts_into_a_notebook_is_read_and_refused_if_unknown(valu
 )
 def test_a_misspelt_name_is_refused_however_it_is_assigned_and_without_a_record_of_cells(line):
     assert "num_layers" in refusal(Experiment.from_namespace, in_jupyter(f"{PARAMETERS}\n{line}", num_layer=3), CONTEXT)
-    names = {"_": "", "json": json, "num_layers": 3, "train_samples": None, "output_dir": "outputs/x"}
+    names = {"_": "", "json": json, "num_layers": 3, "judged_corpus": None, "output_dir": "outputs/x"}
     assert Experiment.from_namespace(names, CONTEXT) == Experiment(num_layers=3)
     assert "num_layers" in refusal(Experiment.from_namespace, names | {"num_layer": 3}, CONTEXT)
 

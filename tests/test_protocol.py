@@ -17,7 +17,7 @@ from tests.conftest import refusal
 
 GRIDS = sorted(path.stem for path in (ROOT / "params" / "grids").glob("*.yaml"))
 PARTS = ("val", "development", "test")
-DATA = ["train_tokens", "train_samples", "train_sample_tokens", "train_piece_tokens", "data_seed", "max_sample_tokens"]
+DATA = ["train_tokens", "train_sample_tokens", "train_piece_tokens", "data_seed", "max_sample_tokens"]
 DATA += ["held_out_tokens"]
 DATA += [f"{part}_samples" for part in PARTS]
 
@@ -147,10 +147,7 @@ def cases(draw, least=1):
         "train_sample_tokens": longest,
         "data_seed": draw(st.integers(0, WINDOWS - 1)),
     }
-    if draw(st.booleans()):
-        parameters |= {"train_samples": draw(st.integers(1, corpus.capacity)), "train_tokens": None}
-    else:
-        parameters["train_tokens"] = draw(st.integers(least, sum(map(len, capacity(corpus, longest)))))
+    parameters["train_tokens"] = draw(st.integers(least, sum(map(len, capacity(corpus, longest)))))
     return corpus, judged or corpus, Experiment(**parameters)
 
 
@@ -179,8 +176,7 @@ def test_a_split_is_exact_and_overlaps_nowhere(case):
     # The window begins at the sample nearest to its share of the capacity, is exact, and goes on at the first one.
     distances = [abs(60 * int(start) - len(stream) * e.data_seed) for start in starts[:-1]]
     first = distances.index(min(distances))
-    length = e.train_tokens or sum(len(samples[(first + i) % len(samples)]) for i in range(e.train_samples))
-    expected = [[stream[(starts[first] + i) % len(stream)] for i in range(length)]]
+    expected = [[stream[(starts[first] + i) % len(stream)] for i in range(e.train_tokens)]]
     for i, part in enumerate(PARTS):
         at = judged.capacity + i * judged.region, getattr(e, f"{part}_samples")
         expected.append([*chain(*cut(judged, *at, e.max_sample_tokens))])
@@ -194,7 +190,7 @@ def test_a_split_is_exact_and_overlaps_nowhere(case):
         assert part.tokens.tolist() == tokens and len(part.samples) == len(part) == len(tokens)
         of = judged if i else corpus
         assert np.array_equal(np.searchsorted(of.starts, part.tokens - of.tokens[0], side="right") - 1, part.samples)
-    assert len(set(expected[0])) == length and max(streams.train.samples) < corpus.capacity
+    assert len(set(expected[0])) == e.train_tokens and max(streams.train.samples) < corpus.capacity
     for before, after in pairwise([streams.val, streams.development, streams.test, judged.second_half]):
         assert max(before.samples) < min(after.samples)
     assert judged.capacity <= min(streams.val.samples)
@@ -246,12 +242,10 @@ def test_pieces_are_the_same_training_text_in_another_order(case, longest):
     ("samples", "parameters", "names"),
     [
         (40, {"train_tokens": 161}, "train_tokens"),
-        (40, {"train_tokens": None, "train_samples": 17}, "train_samples"),
         (40, {"train_tokens": 5, "test_samples": 3}, "test_samples"),
-        (40, {"train_tokens": None, "train_samples": 1, "train_sample_tokens": 1}, "train_samples"),
+        (40, {"train_tokens": 1}, "train_tokens"),
         (40, {"train_tokens": 5, "max_sample_tokens": 1}, "val_samples"),
         (40, {"train_tokens": 5, "held_out_tokens": 4}, "held_out_tokens"),
-        (40, {"train_tokens": None, "train_samples": 3, "validations_per_epoch": 2}, "validations_per_epoch"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused_in_one_sentence(samples, parameters, names):
@@ -276,7 +270,7 @@ def test_windows_that_share_a_token_are_refused(case, one, other):
     pair = [e.model_copy(update={"data_seed": seed}) for seed in (one, other)]
     shared = set.intersection(*(set(read(case, data_seed=seed).train.tokens.tolist()) for seed in (one, other)))
     with given_as(corpus, judged):
-        if one == other or (not shared and e.train_samples is None):
+        if one == other or not shared:
             return check_data(pair)
         with pytest.raises(ConfigError, match=f"data_seed = {one} and {other} "):
             check_data(pair)

@@ -77,13 +77,6 @@ def test_a_run_of_other_parameters_than_the_file_gives_it_is_not_read(roots, gri
     assert read_runs(grid({"A": other}, **sizes))["train_tokens"].tolist() == [30_000]
 
 
-def test_a_size_may_be_asked_for_in_samples(roots, grid):
-    folder = write(roots[0], "planted", train_samples=25, train_tokens=4321)
-    folder.rename(folder.with_name("A_seed-42"))
-    asked = {"A": {"train_samples": 25, "train_tokens": None}}
-    assert read_runs(grid(asked, seed=[42]))["train_tokens"].tolist() == [4321]
-
-
 def test_a_run_that_is_older_than_a_parameter_has_its_default(roots, grid):
     write(roots[1], "planted")
     write(roots[1], "planted", train_tokens=30_000, without=["output_bias"])

@@ -220,7 +220,7 @@ def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[
     report: dict[str, Any] = {"card": card, "torch": str(torch.__version__), "stages": [], "runs": []}
     for size in sizes:
         for e in {e.experiment: e for e in reversed(runs.values())}.values():
-            report["stages"] += measure(e.model_copy(update={"train_tokens": size, "train_samples": None}))["stages"]
+            report["stages"] += measure(e.model_copy(update={"train_tokens": size}))["stages"]
     columns = ("train_tokens", "dtype", "epochs_run", "phase1_iterations", "val_ppl", "test_ppl")
     for name, e in runs.items():
         metrics = run(e, folder / name)

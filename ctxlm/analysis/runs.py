@@ -26,7 +26,7 @@ READABLE = (2, PROTOCOL)
 """Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
 DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew and a pair has in common, and what each of them is arbitrary about."""
-VARIED = {"experiment", "train_tokens", "train_samples", "device", "validations_per_epoch", *DRAWN}
+VARIED = {"experiment", "train_tokens", "device", "validations_per_epoch", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
 TEXTS = "run experiment git_commit params_hash code_hash data_hash embedding_digest versions device_name".split()
 """Columns of runs.csv that pandas could take for numbers."""
