@@ -66,7 +66,8 @@ def losses(label: str, folder: Path) -> dict[str, float]:
     return measured | {name: metrics[name] for name in ("val_loss", "development_loss", "test_loss")}
 
 
-AT_NIGHT = ("arithmetic-A", "window-B")  # the longest: the one holds to 5 % only, the other goes trained-A's way
+AT_NIGHT = ("arithmetic-A", "window-B", "arithmetic-zeros-A", "zeros-B", "random_tokens-A", "rank-A", "three_tokens-B")
+"""What the twin's tests hold by day."""
 
 
 @pytest.mark.slow

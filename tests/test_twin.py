@@ -78,10 +78,24 @@ BEYOND = {"output_bias": "unigram", "logit_scale": 0.5, "slow_decay": 0.9, "weig
 """What the study does not have."""
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, SHAPES[0] | BEYOND])
-@pytest.mark.parametrize(("frozen", "window"), [(True, 0), (False, 0), (False, 1), (True, 8)])
-def test_phase2_is_the_twins(shape, frozen, window):
+FROZEN, TRAINED, RECURRENT, WINDOWED = (True, 0), (False, 0), (False, 1), (True, 8)
+"""Whether the embedding is frozen, and the tokens that contexts are trained through."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "trains"),
+    [
+        *((SHAPES[0], trains) for trains in (FROZEN, RECURRENT)),
+        *((SHAPES[1], trains) for trains in (TRAINED, WINDOWED)),
+        *((SHAPES[2], trains) for trains in (FROZEN, WINDOWED)),
+        *((SHAPES[3], trains) for trains in (TRAINED, WINDOWED)),
+        *((SHAPES[4], trains) for trains in (FROZEN, RECURRENT)),
+        *((SHAPES[0] | BEYOND, trains) for trains in (TRAINED, RECURRENT)),
+    ],
+)
+def test_phase2_is_the_twins(shape, trains):
     """Every update, epoch and weight."""
+    frozen, window = trains
     # through a ContextBlock that trains, 0.01 makes rounding grow until the twin's float32 and float64 part ways
     settings = Experiment.from_mapping(
         {"embed_dim": 8, "phase2_batch_size": 16, "phase2_epochs": 3, "phase2_patience": 1},
