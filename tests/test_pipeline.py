@@ -150,12 +150,15 @@ def test_a_grid_gives_runs_and_a_report(grid):
 
 
 def test_a_dry_run_names_what_is_to_do_and_changes_nothing(grid, monkeypatch):
-    """A changed run, one that failed, and a new one."""
+    """A changed run, one that failed, and a new one; and all where the text has changed."""
     before = {path: path.stat().st_mtime_ns for path in grid.home.rglob("*")}
     monkeypatch.setitem(RUNS, "K", NGRAM | {"ngram_order": 3})
     grid.plan("A", "K", "L", "C")
     code, output = grid.run(*grid.without_report("--dry-run"))
     assert code == 0 and to_do(output) == {"K", "L", "C"}, output
+    with (grid.folder / "text.txt").open("a") as text:
+        text.write("\n\none more\n")
+    assert "A" in to_do(grid.run(*grid.without_report("--dry-run"))[1])
     assert {path: path.stat().st_mtime_ns for path in grid.home.rglob("*")} == before
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import ctxlm.files
 from ctxlm.analysis.runs import (
     READABLE,
     TABLES,
@@ -331,6 +333,28 @@ def test_losses_where_text_repeats_and_where_it_does_not_are_means_over_targets(
     runs = by_repeat(every)
     assert dict(zip(runs["read"], runs["nats"], strict=True)) == {"under 5": 36 / 8, "5 or more": 10 / 4}
     assert set(runs["train_tokens"]) == {20_000} and by_repeat(every[every["train_tokens"] == 30_000]).empty
+
+
+def test_publishing_that_is_stopped_midway_is_made_good_by_the_next(roots, grid, monkeypatch):
+    file, replace, order = grid(train_tokens=[20_000], seed=[1, 2]), os.replace, []
+
+    def stopped(source, target):
+        order.append(target.name)
+        if target.name == "runs.csv":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    plant(roots[0], seed=1)
+    publish(file)
+    plant(roots[0], seed=2)
+    whole = everything("planted")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ctxlm.files.os, "replace", stopped)
+        publish(file)
+    assert order[-1] == "runs.csv" and len(order) == 3
+    publish(file)
+    shutil.rmtree(roots[0])
+    assert_alike(whole, everything("planted"))
 
 
 def test_a_published_label_is_a_text_whatever_it_says(roots, grid):
