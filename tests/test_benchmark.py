@@ -1,5 +1,9 @@
 """The benchmark counts what torch multiplies."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,3 +66,20 @@ def test_looked_up_tokens_leave_the_products_with_the_contexts():
 )
 def test_what_the_floor_does_not_count_is_refused(name, value):
     assert refusal(benchmark.measure_apart, Experiment.from_mapping({name: value})).startswith(f"{name} = {value!r}")
+
+
+@pytest.mark.parametrize(("stderr", "last"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])
+def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, last, monkeypatch):
+    ends = {"code": 0, "stdout": 'a warning\n{"threads": 2}\n'}
+
+    def answer(command, **_):
+        assert command[:-1] == [sys.executable, "-m", "ctxlm.analysis.benchmark"]
+        assert Experiment.from_mapping(json.loads(command[-1])) == e
+        return subprocess.CompletedProcess(command, ends["code"], ends["stdout"], stderr)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", answer)
+    e = Experiment(num_layers=3)
+    assert benchmark.measure_apart(e) == {"threads": 2}
+    ends |= {"code": -9, "stdout": ""}
+    with pytest.raises(RuntimeError, match=f"^{last}$"):
+        benchmark.measure_apart(e)

@@ -134,12 +134,12 @@ def meta(monkeypatch):
 
 
 def meta_task(kind, e, model, device):
-    tokens = torch.empty(200, dtype=torch.int64, device=device)
+    tokens, dtype = torch.empty(200, dtype=torch.int64, device=device), torch.bfloat16
     if kind in NETWORKS:
-        return Windows(model.to(device), tokens, tokens, e, torch.float32)
+        return Windows(model.to(device), tokens, tokens, e, dtype)
     *inner, last = (torch.empty(200, width, device=device) for width in model.context_block.widths)
     contexts = Contexts(tokens, last, None, 0.0, 0, inner=inner)
-    return Phase2(model.to(device), contexts, contexts, e, torch.float32)
+    return Phase2(model.to(device), contexts, contexts, e, dtype)
 
 
 @pytest.mark.parametrize("kind", ["constant", "arithmetic", *NETWORKS])

@@ -62,10 +62,10 @@ def planted(monkeypatch):
 class Planted:
     """In place of `run_apart`: a loss that is known, the least at rate 0.001, spread 0.5, dropout 0.1, decay 0.1."""
 
-    def __init__(self, fails=lambda e: False, stops=None):
-        """`fails`: which experiments do not learn; `stops`: at which run all ends."""
+    def __init__(self, fails=lambda e: False, stops=None, together=1):
+        """`fails`: which experiments do not learn; `stops`: at which run all ends; `together`: so many run at once."""
         self.ran, self.fails, self.stops = {}, fails, stops
-        self.lock = threading.Lock()
+        self.barrier, self.lock = threading.Barrier(together), threading.Lock()
 
     @staticmethod
     def loss(e):
@@ -80,6 +80,7 @@ class Planted:
             assert folder.name not in self.ran
             self.ran[folder.name] = e
             number = len(self.ran)
+        self.barrier.wait(timeout=60)
         if number == self.stops:
             raise ConfigError(f"{folder}: it was killed")
         if self.fails(e):
@@ -136,6 +137,12 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(file, planted, table, ca
     more = planted()
     assert main([file(trials=12)]) == 0 and not more.ran
     assert main([file(trials=14)]) == 0 and len(more.ran) == 2
+
+
+def test_two_run_at_a_time(file, planted, table):
+    one = planted(together=2)  # each waits for another
+    assert main([file(trials=6), "--jobs", "2"]) == 0
+    assert sorted(one.ran) == [f"quick-00{k}" for k in range(6)] and len(table()) == 6
 
 
 def test_the_best_are_run_at_full_size(file, planted, table, capsys):

@@ -367,7 +367,7 @@ def difference(a: str, b: str) -> Estimates:
 
 
 def most_different(a: str, b: str, count: int = 3) -> Styler:
-    """The test conversations that speak most for `a`, and those that speak most for `b`, with their text; nats."""
+    """The test conversations that speak most for `a`, and those that speak most for `b`; nats a token."""
     difference(a, b)  # refuses what cannot be compared
     nats = {run: _nats(run) for run in (a, b)}
     gap, test = (nats[a] - nats[b]).sort_values(), _test(a)
