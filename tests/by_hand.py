@@ -199,7 +199,7 @@ TEXTWISE = {
 """A − B at a site, and of a text the mean over both embeddings: of a grid, runs with these values."""
 OTHERS = {
     f"04_sites: A − B @ {text} × smollm2, 183,620 tokens": [("sites-large", {"corpus": text, "embedding": "smollm2"})]
-    for text in ("sotu", "docstrings")
+    for text in TEXTS
 } | {
     "04_sites: A − B @ user prompts, trained": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
     "04_sites: A − B @ user prompts in pieces, trained": [("prompts-order", {"train_piece_tokens": 256})],
