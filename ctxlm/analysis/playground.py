@@ -46,10 +46,6 @@ READ = 8_000
 """Characters of a text that are read, its first."""
 MAX_NATS = 12
 """A surprise from which on the colour grows no deeper."""
-LARGE = dict.fromkeys(
-    ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 14.5
-)
-"""Letters that are 9 pixels high and more where a figure is 390 wide."""
 
 
 # How a notebook shows views
@@ -103,26 +99,25 @@ def _show(view: Callable[..., Any], **values: Any) -> None:
         plt.close(shown)  # else Jupyter would show it once more
 
 
-@plt.rc_context(LARGE)
 def lines(panels: Mapping[str, pd.DataFrame], x: str, title: str = "") -> Figure:
     """Panels below one another, from label → table: over its index a line for every column (run, what).
 
     The first run is blue and the second orange; a second line of a run is dotted.
     """
-    figure, axes = plots.new_figure(len(panels), height=1.4 + 3 * len(panels), sharex=True)
+    figure, axes = plots.new_figure(len(panels), height=0.8 + 1.8 * len(panels), width=plots.NARROW, sharex=True)
     for panel, (label, frame) in zip(axes[:, 0], panels.items(), strict=True):
         first: dict[str, str] = {}
         for run, what in frame:
             line, k, values = "-" if first.setdefault(run, what) == what else ":", [*first].index(run), frame[run, what]
             look = {"color": plots.COLOURS[k], "marker": plots.MARKERS[k] if len(values) < 60 else ""}
-            name = textwrap.fill(f"{run}, {what}" if what else run, 58)
+            name = textwrap.fill(f"{run}, {what}" if what else run, 48)
             panel.plot(values.dropna(), label=name, linestyle=line, **look)
         if "(log)" in label:
             plots.log_axis(panel, label)
         else:
             panel.set(ylabel=label, ylim=(min(0, panel.get_ylim()[0]), None))
     plots.steps_axis(axes[-1, 0], x)
-    axes[0, 0].set_title(textwrap.fill(title, 58), loc="left", parse_math=False)
+    axes[0, 0].set_title(textwrap.fill(title, 48), loc="left", parse_math=False)
     handles, names = axes[0, 0].get_legend_handles_labels()
     columns = 1 if max(map(len, names)) > 26 else 2
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
@@ -519,7 +514,6 @@ def contexts(run: str) -> tuple[Stream, Contexts]:
     return test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
 
 
-@plt.rc_context(LARGE)
 def space(run: str, conversation: int) -> Figure:
     """The path of a conversation's contexts in the plane of the test contexts' two principal dimensions."""
     test, states = contexts(run)
@@ -527,10 +521,10 @@ def space(run: str, conversation: int) -> Figure:
     eigenvalues, axes_of = torch.linalg.eigh(values.T @ values)
     plane, shares = (values @ axes_of[:, [-1, -2]]).numpy(), (eigenvalues.flip(0) / eigenvalues.sum()).tolist()
     path, others = _positions(test, conversation), np.linspace(0, len(plane) - 1, 2000).astype(int)
-    figure, ((axes,),) = plots.new_figure(height=6.2)
-    axes.plot(*plane[others].T, ".", color="0.75", markersize=3, zorder=1)
+    figure, ((axes,),) = plots.new_figure(height=3.7, width=plots.NARROW)
+    axes.plot(*plane[others].T, ".", color="0.75", markersize=1.5, zorder=1)
     axes.plot(*plane[path].T, color="0.5", linewidth=0.5, zorder=2)
-    dots = axes.scatter(*plane[path].T, c=np.arange(len(path)), cmap="viridis", s=36, zorder=3)
+    dots = axes.scatter(*plane[path].T, c=np.arange(len(path)), cmap="viridis", s=14, zorder=3)
     look = {"parse_math": False, "zorder": 4, "bbox": {"fc": "w", "ec": "none", "alpha": 0.7, "pad": 1}}
     for position in path[:: max(len(path) // 8, 1)]:
         axes.annotate(visible(decode([test.tokens[position]]), True), plane[position], **look)
