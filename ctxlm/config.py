@@ -226,7 +226,7 @@ class Experiment(Checked):
             refuse(f"phase2_batch_size {window}", "the first must be a multiple of the second")
         updates = max(1, math.ceil((self.train_tokens - self.held_out_tokens - 1) / self.phase2_batch_size))
         if self.validations_per_epoch > updates:
-            refuse("validations_per_epoch phase2_batch_size", f"an epoch has fewer updates, {updates}: lower one of them")
+            refuse("validations_per_epoch phase2_batch_size", f"an epoch has fewer updates, {updates}: lower one")
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
         if self.context_rank and self.phase2_context_window:
