@@ -195,6 +195,10 @@ TEXTWISE = {
         ("sites", {"corpus": text, "embedding": embedding}) for embedding in EMBEDDINGS
     ]
     for text in TEXTS
+} | {
+    "04_sites: A − B, both embeddings @ prompts": [
+        ("prompts", {"embedding": embedding, "train_sample_tokens": None}) for embedding in EMBEDDINGS
+    ]
 }
 """A − B at a site, and of a text the mean over both embeddings: of a grid, runs with these values."""
 OTHERS = {
