@@ -184,11 +184,12 @@ POOLED = {
 """Means over all widths or all layers: the grid, how many tokens are read at a time, and the column that differs."""
 PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}
 """Over what the mean is taken where a column differs."""
-TEXTS, EMBEDDINGS = ("chitchat", "sotu", "docstrings"), ("ppmi", "smollm2")
+TEXTS = {"chitchat": "conversations", "sotu": "speeches", "docstrings": "technical text"}
+EMBEDDINGS = {"ppmi": "counted", "smollm2": "trained"}
 SITES = {
-    f"04_sites: A − B @ {text} × {embedding}, 86,925 tokens": [("sites", {"corpus": text, "embedding": embedding})]
-    for text in TEXTS
-    for embedding in EMBEDDINGS
+    f"04_sites: A − B @ {words}, {through}": [("sites", {"corpus": text, "embedding": embedding})]
+    for text, words in TEXTS.items()
+    for embedding, through in EMBEDDINGS.items()
 }
 TEXTWISE = {
     f"04_sites: A − B, both embeddings @ {text}": [
