@@ -27,7 +27,8 @@ except (ConfigError, OSError) as error:
 HOME = home_of(GRID.name)
 
 # The corpora of the grid, usually one: runs that read the same tokens through the same embedding share it.
-KINDS = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in sorted(RUNS.values(), key=lambda run: run.train_tokens)}.values())
+BY_SIZE = sorted(RUNS.values(), key=lambda run: run.train_tokens)
+KINDS = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in BY_SIZE}.values())
 CORPORA = {"corpus" if len(KINDS) == 1 else f"corpus-{k}": run for k, run in enumerate(KINDS, 1)}
 
 # Cores are shared out among the runs, as whole runs side by side; with GPUs, at most one run to a GPU.
