@@ -193,7 +193,7 @@ def test_every_two_configurations_are_compared(judged):
     assert few["a"].tolist() == ["A"] and len(crossovers(runs[runs["configuration"] == "A"])) == 0
 
 
-# The published runs
+# Crossovers by chance
 
 
 def test_curves_side_by_side_cross_by_chance_as_often_as_two_coins_fall():
