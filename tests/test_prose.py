@@ -1,7 +1,7 @@
 """The site of what is committed, and numbers in prose: every one is held against the estimate it is of.
 
-In Markdown a number is followed by `<!--= PAGE: CONTRAST @ AT -->`, which names an estimate that the page shows. The
-number before it is its value; where a bracket closes before it, value, low and high.
+In Markdown a number is followed by `<!--=PAGE:CONTRAST@AT-->`, spaces written as "_", which names an estimate that the
+page shows. The number before it is its value; where a bracket closes before it, value, low and high.
 """
 
 import math
@@ -21,7 +21,7 @@ from tests.browser import read_by_everyone
 
 BARRIERS = ("index.html", "06_contexts.html", "08_audit.html", "method.html", "runs.html")
 """Pages of every kind, on which a reader without eyes or mouse must find no barrier."""
-MARKER = re.compile(r"<!--= (?P<page>\S+): (?P<contrast>.+?) @ ?(?P<at>.*?) ?-->")
+MARKER = re.compile(r"<!--=(?P<page>\w+):(?P<contrast>\S+?)@(?P<at>\S*?)-->")
 NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 DOCUMENTS = ["README.md", "README.ja.md", "docs/index.md", "docs/index.ja.md", "docs/literature.md"]
 
@@ -62,6 +62,11 @@ def prose():
                 yield path.name, cell.source
 
 
+def key_of(marker):
+    """(page, contrast, at) of the estimate that a marker names."""
+    return marker["page"], *(marker[name].replace("_", " ") for name in ("contrast", "at"))
+
+
 COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 
 
@@ -69,7 +74,7 @@ def replicates_stated(text):
     """(how many replicates a sentence says, key of the number before that) wherever it says so."""
     for count in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
         if before := [*MARKER.finditer(text, 0, count.start())]:
-            yield COUNTS[count[1]], before[-1].groups()
+            yield COUNTS[count[1]], key_of(before[-1])
 
 
 def stated(text):
@@ -107,7 +112,7 @@ def test_every_stated_number_is_the_one_that_its_page_computes(estimates):
     wrong = []
     for where, text in prose():
         for places, marker in stated(text):
-            numbers, key = [place[0] for place in places], marker.groups()
+            numbers, key = [place[0] for place in places], key_of(marker)
             if key not in estimates:
                 wrong.append(f"{where}: no estimate {key}")
             elif not holds(numbers, estimates[key]):
@@ -180,8 +185,8 @@ def test_pages_are_short_have_regressions_in_sight_show_no_warning_and_describe_
 
 
 def test_the_markers_are_read_as_they_are_meant():
-    text = "A is **6.4 % lower** (1.8 to 10.7)<!--= 04: A − B @ 28,000 tokens --> and 3<!--= 08: claims @ -->."
-    assert [([place[0] for place in places], marker.groups()) for places, marker in stated(text)] == [
+    text = "A is **6.4 % lower** (1.8 to 10.7)<!--=04:A_−_B@28,000_tokens--> and 3<!--=08:claims@-->."
+    assert [([place[0] for place in places], key_of(marker)) for places, marker in stated(text)] == [
         (["6.4", "1.8", "10.7"], ("04", "A − B", "28,000 tokens")),
         (["3"], ("08", "claims", "")),
     ]

@@ -70,7 +70,7 @@ def analysis(words: str = "A is better") -> str:
         text("# Of a grid", "notebook-only"),
         text(f"# Depth or width?\n\nBy [the audit](08_audit.ipynb#in-short). {HOSTILE[:4]} 5 % of it."),
         printing("UserWarning: old", "stderr"),
-        text("## Which is better?\n\n2.6<!--= 04_scaling: A − B @ 28,000 tokens --> % it is."),
+        text("## Which is better?\n\n2.6<!--=04_scaling:A_−_B@28,000_tokens--> % it is."),
         ran("plot();", FIGURE, tags=["main-figure"], alt="PPL by tokens"),
         ran("better", SORTABLE.replace(">a<", f">{words}<"), tags=["answer"]),
         text("## The `law`"),
@@ -90,7 +90,7 @@ HISTORY = pd.DataFrame(STEPS, columns=["phase", "step", "metric", "value"])
 MISSING = [f"A_seed-3: NonFiniteLoss {HOSTILE}", "A_seed-4: was not begun"]
 INDEX = """# Deep or wide?
 
-A is 2.6 %<!--= 04_scaling: A − B @ 28,000 tokens --> better (0.4 to 4.7 %). [日本語](index.ja.md)
+A is 2.6 %<!--=04_scaling:A_−_B@28,000_tokens--> better (0.4 to 4.7 %). [日本語](index.ja.md)
 
 ![PPL of A and B by tokens](images/answer.png "04_scaling#main-figure")
 
