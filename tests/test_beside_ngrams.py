@@ -1,9 +1,26 @@
 """How much of a text repeats what is trained on, where that is known."""
 
-from ctxlm.analysis.beside_ngrams import repeat_shares
+import numpy as np
+import pytest
+
+from ctxlm.analysis.beside_ngrams import compare_test_ppl, repeat_shares
+from ctxlm.config import Experiment
+from ctxlm.corpus import VOCABULARY, Split, Stream
+from ctxlm.metrics import perplexity
+from ctxlm.ngrams import KneserNey
+from tests.conftest import stream
 
 SIZES = {"train_tokens": 400, "val_samples": 20, "development_samples": 1, "test_samples": 1}
 DIGITS = " zero one two three four five six seven eight nine".split()
+
+
+def test_n_grams_beside_a_run_are_counted_on_its_training_text_and_judged_on_its_test_text():
+    train, val, development, test = (
+        Stream(stream(n, 40, seed=n).numpy(), np.zeros(n, np.int32)) for n in (300, 20, 30, 60)
+    )
+    table = compare_test_ppl(Experiment(), 12.34, Split(train, val, development, test))["test PPL"]
+    counted = [perplexity(KneserNey(train.tokens, n, VOCABULARY).losses(test.tokens).mean()) for n in (4, 1)]
+    assert table.tolist() == pytest.approx([12.3, *counted, VOCABULARY], abs=0.06)
 
 
 def shares(path, paragraph):

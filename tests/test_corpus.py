@@ -272,7 +272,7 @@ def test_a_hub_that_cannot_be_asked_is_one_sentence(hub, monkeypatch):
 # The cache
 
 
-def test_the_cache_goes_by_content_and_kind_not_by_name(tmp_path, empty_cache, monkeypatch):
+def test_the_cache_goes_by_content_kind_and_code_not_by_name(tmp_path, empty_cache, monkeypatch):
     path, copy = tmp_path / "small.txt", tmp_path / "copy.txt"
     path.write_text("\n\n".join(f"sample {n} says hello" for n in range(50)))
     cold = load_corpus(str(path))
@@ -283,6 +283,9 @@ def test_the_cache_goes_by_content_and_kind_not_by_name(tmp_path, empty_cache, m
             warm = load_corpus(str(again))
             assert cold.digest == warm.digest
             assert cold.tokens.dtype == warm.tokens.dtype and cold.starts.dtype == warm.starts.dtype
+        patch.setattr(corpus_module, "source_hash", lambda *_: "of other code")
+        with pytest.raises(pytest.fail.Exception, match="tokenised again"):
+            load_corpus(str(path))
     path.write_text(path.read_text() + "!")
     assert len(load_corpus(str(path)).tokens) == len(cold.tokens) + 1
     assert len(list(empty_cache.glob("*.npz"))) == 2

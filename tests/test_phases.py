@@ -140,7 +140,7 @@ def test_phase1_is_computed_once_for_runs_that_differ_in_phase2(empty_cache):
     assert not shape_contexts(model, stream(200), settings).cached  # which would go on from trained weights
 
 
-def test_another_phase1_is_not_taken_from_the_cache(empty_cache):
+def test_another_phase1_is_not_taken_from_the_cache(empty_cache, monkeypatch):
     shaped()
     others = [{"seed": 7}, {"phase1_learning_rate": 0.01}, {"dist_reg_weight": 0.4}, {"tokens": stream(200, seed=5)}]
     others += [{"design": "arithmetic"}, {"num_input_tokens": 1}]
@@ -148,6 +148,8 @@ def test_another_phase1_is_not_taken_from_the_cache(empty_cache):
         assert not shaped(**other)[1].cached, other
     echo = {"design": "echo", "phase1_min_iterations": 1, "phase1_max_iterations": 1}
     assert [shaped(**echo, leak=leak)[1].cached for leak in (1.0, 0.5, 0.5)] == [False, False, True]
+    monkeypatch.setattr("ctxlm.phase1.source_hash", lambda *_: "of other code")
+    assert not shaped()[1].cached
 
 
 def test_a_phase1_that_is_no_longer_finite_is_stopped_and_not_kept(empty_cache):

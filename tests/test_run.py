@@ -133,15 +133,17 @@ def test_the_cells_of_a_notebook_give_what_run_gives(made, model, text, tmp_path
 def write(folder, settings=None, **columns):
     """Write a run of three predictions that nothing has computed."""
     losses, shorter = torch.tensor([1.0, 2.0, 4.0]), Stream(STREAM.tokens[1:], STREAM.samples[1:])
-    judged = {part: (losses if part == "val" else losses[1:], 0.5) for part in ("val", "development", "test")}
+    judged = {"val": (losses, 0.5), "development": (losses[1:], 0.25), "test": (losses[1:], 0.75)}
     rows = [{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}]
     this = Run(settings or Experiment(device="cpu", train_tokens=4), folder)
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     return this.write(Split(STREAM, STREAM, shorter, shorter), judged, columns, rows, weights)
 
 
-def test_a_run_is_of_the_code_that_it_began_with(tmp_path, without_text, monkeypatch):
+def test_a_run_is_of_the_code_and_the_machine_that_it_began_with(tmp_path, without_text, monkeypatch):
     this = Run(Experiment(), tmp_path / "run")
+    machine = [this.device.type, str(this.dtype).removeprefix("torch.")]
+    assert [this.provenance["device"].partition(":")[0], this.provenance["dtype"]] == machine and "auto" not in machine
     for name in ("code_hash", "git_commit"):
         monkeypatch.setattr(f"ctxlm.run.{name}", lambda *_: "edited since")
     assert "edited since" not in this.provenance.values()
@@ -150,6 +152,7 @@ def test_a_run_is_of_the_code_that_it_began_with(tmp_path, without_text, monkeyp
 def test_what_is_judged_by_sample_is_written_part_by_part(tmp_path, without_text):
     metrics = write(tmp_path / "A")
     assert (metrics["val_loss"], metrics["test_bytes"], metrics["train_tokens"]) == (pytest.approx(7 / 3), 6, 4)
+    assert [metrics[f"{part}_accuracy"] for part in ("val", "development", "test")] == [0.5, 0.25, 0.75]
     assert pd.read_csv(tmp_path / "A" / "samples.csv").values.tolist() == [
         ["val", 7, 3.0, 2, 3],
         ["val", 8, 4.0, 1, 4],
