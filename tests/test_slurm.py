@@ -69,20 +69,6 @@ def grid(tmp_path_factory):
         subprocess.run([script, "stop", grid.folder], check=True)
 
 
-def test_a_cancelled_job_and_one_that_ran_out_of_time_are_said(grid):
-    python = grid.folder / "sleeps" / "python"
-    python.parent.mkdir()
-    script = f'#!/bin/sh\ncase "$*" in *ctxlm.batch*0[23]_*) exec sleep 600;; esac\nexec "{sys.executable}" "$@"\n'
-    python.write_text(script)
-    python.chmod(0o755)
-    options = ["--retries", "0", "--set-resources", "experiment:runtime=1"]
-    process = grid.start(*options, first=str(python.parent))
-    waiting = grid.wait_for_both(process)
-    grid.slurm("scancel", waiting)
-    assert process.wait() != 0 and not grid.results()
-    assert f"'{waiting}'" in grid.printed and "CANCELLED" in grid.printed and "TIMEOUT" in grid.printed, grid.printed
-
-
 def test_runs_of_jobs_that_outlive_their_command_are_not_done_again(grid):
     process = grid.start()
     grid.wait_for_both(process)
