@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import statsmodels.api as sm
 import statsmodels.formula.api as smf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +45,8 @@ fixed = partial(pytest.approx, rel=1e-9, abs=1e-12)
 
 def moments(sums, tokens=None) -> Moments:
     drawn = pd.DataFrame({name: range(len(sums)) for name in ("seed", "data_seed", "embedding_seed")})
-    return crossed(np.asarray(sums, float), drawn, tokens)
+    sums = np.asarray(sums, float)
+    return crossed(sums[:, None] if tokens is None else sums, drawn, np.ones(1) if tokens is None else tokens)
 
 
 def ends(estimate: Estimate) -> tuple[float, float]:
@@ -370,9 +370,6 @@ def test_a_libraries_fit_keeps_its_own_interval():
     assert (result.dof, result.n, result.over) == (6, 10, ("residuals",))
     test = fit.t_test(f"log_tokens + {name} = 0")
     assert all_of(from_fit(fit, f"log_tokens + {name}")) == fixed((test.effect.item(), *test.conf_int()[0]))
-    normal = sm.GLM(runs["log_ppl"], sm.add_constant(runs["log_tokens"])).fit()
-    result = from_fit(normal, "log_tokens")
-    assert result.dof is None and ends(result) == fixed(tuple(normal.conf_int().loc["log_tokens"]))
     with np.errstate(all="ignore"):
         exact = from_fit(smf.ols("log_ppl ~ log_tokens", runs.iloc[:2]).fit(), "log_tokens")
     assert (exact.low, exact.high, exact.verdict) == (None, None, "no interval")

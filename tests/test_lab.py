@@ -113,7 +113,7 @@ def section(lab: Browser, heading: str):
 def test_the_playground_answers(lab, copy):
     path = copy / "notebooks" / "09_playground.ipynb"
     small = path.read_text().replace("train_now = False", "train_now = True")
-    path.write_text(small.replace("num_layers: 3", r"train_tokens: 1000\\nphase2_epochs: 2"))
+    path.write_text(small.replace(r"\"num_layers\": 3", r"\"train_tokens\": 1000, \"phase2_epochs\": 2"))
     run_all(lab, path.name)
     trained = section(lab, "Train a small one")
     trained.get_by_role("cell", name="phase2_epochs", exact=True).wait_for()

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import VOCABULARY, split
@@ -37,53 +38,43 @@ EVALUATED = 20_000
 """Tokens that the evaluation is timed on, at most."""
 
 
-def flops_per_token(experiment: Experiment, distinct: float = 1.0, kept: bool = False) -> dict[str, float]:
+def flops_per_token(experiment: Experiment) -> dict[str, float]:
     """Floating-point operations a token in the matrix products of each stage, from their shapes alone.
 
     A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
     weight's gradient, and of the gradients that pass from layer to layer. Of the `constant` design with a frozen
     embedding.
-
-    Args:
-        experiment: supplies L, C, d and n.
-        distinct: distinct tokens per token. 1 counts the algorithm as it is defined; below 1, what is left when each
-            distinct token is projected once.
-        kept: leave out the contexts in Phase 2 and evaluation, which read those that the recurrence kept.
     """
     layers, c, d = experiment.num_layers, experiment.context_dim, experiment.embed_dim
     inputs = experiment.num_input_tokens * d
     context_part = 2 * layers * c * c
-    contexts = context_part + 2 * layers * c * inputs * distinct
+    contexts = context_part + 2 * layers * c * inputs
     token_block = 2 * d * (c + inputs) + (layers - 1) * 2 * d * (c + d)
     head = 2 * d * VOCABULARY
-    again = 0 if kept else contexts
     return {
         "recurrence": contexts,
         # forward, weight gradients, and what passes back through all layers but the first
         "phase1_step": 2 * contexts + context_part * (layers - 1) / layers,
         # contexts again; the block's forward pass, weight gradients and what passes back; the head there and back
-        "phase2_epoch": again + 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
-        "evaluation": again + token_block + head,
+        "phase2_epoch": contexts + 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
+        "evaluation": contexts + token_block + head,
     }
 
 
-def peak_gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.4) -> float:
-    """The fastest matrix product this machine does now in `dtype`, 10⁹ operations a second.
+def peak_gflops(dtype: torch.dtype, device: torch.device) -> float:
+    """The fastest matrix product this machine does now in `dtype`, of a small one and three of the study's shapes.
 
-    The best of repeated products, a small one and three of the study's own shapes, but for those that would take
-    several times the `seconds` (in bfloat16, where it is emulated).
+    Returns:
+        10⁹ operations a second.
     """
-    best, together = 0.0, 1 if device.type == "cpu" else 20  # a GPU is not asked to wait after every product
+    best = 0.0
     for a, b, c in ((256, 768, 768), (4096, 2304, 768), (4096, 1536, 1536), (512, 768, VOCABULARY)):
-        if 2 * a * b * c > 3 * seconds * best * 1e9 > 0:
-            continue
-        left, right = torch.randn(a, b, device=device).to(dtype), torch.randn(c, b, device=device).to(dtype)
-        ends = time.perf_counter() + seconds / 4
-        while time.perf_counter() < ends:
-            began = _now(device)
-            for _ in range(together):
-                left @ right.T
-            best = max(best, together * 2 * a * b * c / (_now(device) - began) / 1e9)
+        factors = {
+            "left": torch.randn(a, b, device=device).to(dtype),
+            "right": torch.randn(c, b, device=device).to(dtype),
+        }
+        timer = Timer("left @ right.T", globals=factors, num_threads=torch.get_num_threads())
+        best = max(best, 2 * a * b * c / min(timer.blocked_autorange(min_run_time=0.1).times) / 1e9)
     return best
 
 
@@ -95,7 +86,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     """
     device = resolve_device(experiment)
     dtype = resolve_dtype(experiment, device)
-    peaks = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    peaks = {torch.float32: 0.0, dtype: 0.0}
     seconds: dict[str, float] = {}
 
     def update_peaks():
@@ -128,7 +119,6 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     part = chunked(model, tokens[: EVALUATED + 1], keep=dtype)
     with stage("evaluation"):
         evaluate(Predictor(model, dtype), part)
-    left = flops_per_token(experiment, len(contexts.distinct.rows) / len(tokens), kept=contexts.inner is not None)
     unit = 1 if sys.platform == "darwin" else 1024  # of what the kernel says
     rows = []
     for name, plain in flops_per_token(experiment).items():
@@ -145,7 +135,6 @@ def measure(experiment: Experiment) -> dict[str, Any]:
                 "tokens_per_second": count / seconds[name],
                 "mflop_per_token": plain / 1e6,
                 "share_of_floor": plain * floor / seconds[name],
-                "share_of_own_products": left[name] * floor / seconds[name],
             }
         )
     return {
@@ -153,8 +142,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
         "distinct_tokens": len(contexts.distinct.rows) - 1,
         "recurrence_residual": contexts.residual,
         "recurrence_warmup": contexts.warmup,
-        "peak_gflops_float32": peaks[torch.float32],
-        "peak_gflops_bfloat16": peaks[torch.bfloat16],
+        **{f"peak_gflops_{str(kind).removeprefix('torch.')}": peak for kind, peak in peaks.items()},
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Split, load_corpus, split
-from ctxlm.metrics import losses_by_repeat, perplexity
+from ctxlm.metrics import REPEATED, perplexity, repeated
 from ctxlm.ngrams import KneserNey
 
 
@@ -34,6 +34,5 @@ def repeat_shares(corpus: str, **sizes: Any) -> pd.Series:
     """
     usual = {"corpus": corpus, "val_samples": load_corpus(corpus).region, "development_samples": 1, "test_samples": 1}
     streams = split(Experiment.from_mapping(usual, sizes))
-    rows = losses_by_repeat(np.zeros(len(streams.val) - 1), streams.val, streams.train)
-    targets = pd.Series({row["step"]: row["value"] for row in rows if row["metric"] == "targets"})
-    return (targets / targets.sum()).rename_axis("step")
+    kinds = np.searchsorted(REPEATED, repeated(streams.val, streams.train), side="right") - 1
+    return pd.Series(np.bincount(kinds, minlength=len(REPEATED)) / len(kinds), pd.Index(REPEATED, name="step"))

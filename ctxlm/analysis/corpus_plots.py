@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ctxlm.analysis.run_plots import COLOURS, NARROW, legend, new_figure
-from ctxlm.corpus import VOCABULARY, Corpus, Split, Stream, decode
+from ctxlm.corpus import Corpus, Split, Stream, decode
 
 COMMON = 5000
 """Neighbours are sought among so many of the corpus's most frequent tokens: rare ones are embedded by chance."""
@@ -63,8 +63,8 @@ def neighbours(embedding: np.ndarray, corpus: Corpus, tokens: Sequence[int], cou
 
 def _by_frequency(corpus: Corpus) -> np.ndarray:
     """The tokens that occur in the corpus, most frequent first."""
-    counts = np.bincount(corpus.tokens, minlength=VOCABULARY)
-    return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    tokens, counts = np.unique(corpus.tokens, return_counts=True)
+    return tokens[np.argsort(-counts, kind="stable")]
 
 
 def plot_split(corpus: Corpus, streams: Split, second_half: bool, judged: bool = True) -> Figure:

@@ -40,7 +40,7 @@ NOTHING, UNKNOWN = "no significant difference", "one replicate: chance is not kn
 """Verdicts on a difference, beside lower and higher."""
 SAMPLES, SITES = "samples", ("sites",)
 RESIDUALS = "residuals"
-"""What an interval covers where there is a single replicate, and the regression's own residuals are its error."""
+"""What an interval covers where the regression's residuals are its error, as with a single replicate."""
 LOSSES = {"log_ppl": "test", "val_loss": "val"}
 """Columns that are means of losses, nats, and the text they are of."""
 
@@ -105,7 +105,7 @@ class Estimate:
 
     @property
     def error(self) -> float | None:
-        """The standard error, of which the interval is Student's; None without an interval."""
+        """The standard error of a Student's interval; None without one. Of an asymmetric one it is half its width."""
         return None if self.low is None else (self.high - self.low) / 2 / float(critical(self.dof or math.inf))
 
     @property
@@ -263,23 +263,19 @@ class Moments:
         return Estimate(contrast, at, value, low, high, self.n, self.replicates, dof, over, unit)
 
 
-def crossed(sums: np.ndarray, runs: pd.DataFrame, tokens: np.ndarray | None = None) -> Moments:
+def crossed(sums: np.ndarray, runs: pd.DataFrame, tokens: np.ndarray) -> Moments:
     """Means of p quantities that are known in replicates and, perhaps, on samples, with their errors.
 
     The variance over replicates, the first part, holds what samples and replicates do together, the third; the variance
     over samples, the second, holds it too.
 
     Args:
-        sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated. Without
-            `tokens`, [replicates, p], and samples are not drawn.
+        sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated.
         runs: those that the quantities are of, or pairs of runs.
-        tokens: [samples], the samples' weights.
+        tokens: [samples], the samples' weights; a single one is no draw.
     """
     m = len(sums)
     over = tuple(name for column, name in tidy.DRAWN.items() if m > 1 and runs[column].nunique() > 1)
-    if tokens is None:
-        parts = [(np.atleast_2d(np.cov(sums.T)) / m, m - 1.0)] if m > 1 else []
-        return Moments(sums.mean(0), parts, len(runs), m, over)
     n, whole = len(tokens), tokens.sum()
     means = sums.sum((0, 1)) / m / whole
     errors = (sums - means * tokens[:, None]) / whole / m  # [m, n, p]
@@ -344,11 +340,10 @@ class Coefficients:
             (fit,) = fits
             parts = [(fit.cov_params(), float(fit.df_resid))] if fit.df_resid > 0 else []
             self.moments = Moments(fit.params, parts, len(used), 1, (RESIDUALS,))
-        elif judged is None:
-            self.moments = crossed(self.by_replicate.to_numpy(), used)
         else:
-            sums = [(np.linalg.pinv(model.exog[rows]) @ judged[0][rows]).T for rows in members.values()]  # [samples, p]
-            self.moments = crossed(np.stack(sums), used, judged[1])
+            values, tokens = judged or (model.endog[:, None], np.ones(1))
+            sums = [(np.linalg.pinv(model.exog[rows]) @ values[rows]).T for rows in members.values()]  # [samples, p]
+            self.moments = crossed(np.stack(sums), used, tokens)
 
     def estimate(
         self, term: str | Mapping[str, float], contrast: str = "", at: str = "", unit: str = "% of PPL"
@@ -365,11 +360,9 @@ class Coefficients:
 def from_fit(result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL") -> Estimate:
     """A linear combination of a statsmodels result's coefficients, by its own `t_test`: "x", or "x + 2 * y"."""
     test = result.t_test(hypothesis)
-    low, high = (float(x) if math.isfinite(x) else None for x in np.ravel(test.conf_int(1 - LEVEL)))
-    dof = getattr(test, "df_denom", None)  # of Student's law, which not every model takes
-    dof = dof if dof and math.isfinite(dof) else None
-    value, n, over = float(np.ravel(test.effect)[0]), int(result.nobs), () if low is None else (RESIDUALS,)
-    return Estimate(contrast or hypothesis, at, value, low, high, n, 0, dof, over, unit)
+    low, high = (float(x) if math.isfinite(x) else None for x in test.conf_int(1 - LEVEL)[0])
+    dof, over = (None, ()) if low is None else (float(test.df_denom), (RESIDUALS,))
+    return Estimate(contrast or hypothesis, at, test.effect.item(), low, high, int(result.nobs), 0, dof, over, unit)
 
 
 def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str = "") -> Estimate:
@@ -382,7 +375,7 @@ def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str
     if rows.empty:
         raise ValueError(f"none of {len(runs)} runs has {column}: there is no mean of it")
     values = rows.groupby("replicate")[column].mean().to_numpy()
-    return crossed(values[:, None], rows).estimate([1.0], contrast, at, unit)
+    return crossed(values[:, None, None], rows, np.ones(1)).estimate([1.0], contrast, at, unit)
 
 
 def pairs(
@@ -462,11 +455,11 @@ def paired(
         return Estimates()
     result = Estimates()
     for key, rows in [((), matched)] if pooled or not at else matched.groupby(list(at), dropna=False):
-        judged = differences(runs, rows, column)
-        values, tokens = judged or (rows["difference"].to_numpy(float)[:, None], None)
+        difference = rows["difference"].to_numpy(float)[:, None]
+        values, tokens = differences(runs, rows, column) or (difference, np.ones(1))
         by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
         means = by_place.groupby(level=0).mean().to_numpy()  # [replicates, samples]
-        moments = crossed(means if tokens is None else means[..., None], rows, tokens)
+        moments = crossed(means[..., None], rows, tokens)
         result.append(moments.estimate([1.0], contrast, _place(at, key)))
     return result
 

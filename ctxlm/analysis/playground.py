@@ -22,7 +22,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from IPython.display import HTML, display
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -84,7 +83,7 @@ def _widget(name: str, control: Any) -> Any:
         least, most, first = control
         slider = ipywidgets.FloatSlider if isinstance(most, float) else ipywidgets.IntSlider
         return slider(min=least, max=most, value=first, continuous_update=False, **look)
-    kind = ipywidgets.Textarea if name in ("text", "change") else ipywidgets.Text
+    kind = ipywidgets.Textarea if name == "text" else ipywidgets.Text
     return kind(value=control, continuous_update=False, **look)
 
 
@@ -137,7 +136,7 @@ def quoted(text: Any) -> str:
 
 
 def table_of(frame: pd.DataFrame, texts: Sequence[str] = (), caption: str = "") -> Styler:
-    """A table; the columns `texts`, which may be long, stand on the left."""
+    """A table; the columns `texts`, which may be long, are left-aligned."""
     look = {"text-align": "left", "min-width": "13em", "overflow-wrap": "anywhere"}
     heads = {name: [{"selector": "th", "props": "text-align:left"}] for name in texts}
     style = frame.style.hide(axis="index").format(quoted).format_index(quoted, axis=1).set_table_styles(heads)
@@ -253,38 +252,21 @@ def presets() -> dict[str, Experiment]:
     return {name: e for name, e in load_grid(GRID).runs.items() if e.model == "context"}
 
 
-def changed_experiment(preset: str, change: str) -> tuple[Experiment, str]:
-    """A preset with parameters changed, as YAML, and a name for it.
-
-    Raises:
-        ConfigError: there is no such preset, or the change is no mapping of parameters, or not possible.
-    """
-    known = presets()
-    if preset not in known:
-        raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
-    try:
-        given = yaml.safe_load(change) or {}
-    except yaml.YAMLError:
-        given = change
-    if not isinstance(given, dict):
-        raise ConfigError(f"change = {change!r} is no list of parameters: write one a line, as num_layers: 3")
-    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *(f"{key}-{value}" for key, value in given.items())]))
-    e = Experiment.from_mapping(known[preset].model_dump(), given)
-    e.check_read(given)
-    return e, name
-
-
-def train(preset: str, change: str = "") -> str:
-    """Train a preset with a change, its curve live, and write it; returns its name, "interactive/<preset>_<change>".
+def train(preset: str, **change: Any) -> str:
+    """Train a preset with parameters changed, its curve live, and write it; returns "interactive/<preset>_<change>".
 
     One that is finished is not trained again. Jupyter's stop button (Ctrl-C) ends it after its epoch: the best epoch so
     far is kept and judged, and metrics.json says `stopped`. Pressed twice, it ends at once and nothing is written.
 
     Raises:
-        ConfigError: as `changed_experiment` and `ctxlm.run.run`.
+        ConfigError: there is no such preset, or as `ctxlm.run.run`.
         NonFiniteLoss: the change does not let it learn.
     """
-    e, name = changed_experiment(preset, change)
+    if preset not in (known := presets()):
+        raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
+    e = Experiment.from_mapping(known[preset].model_dump(), change)
+    e.check_read(change)
+    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *(f"{key}-{value}" for key, value in change.items())]))
     run, path = f"{BY_HAND}/{name}", outputs_dir() / BY_HAND / name / "metrics.json"
     if path.exists() and e.is_that_of(metrics(run)):
         print(f"{run} is finished: to train it anew, delete {path.parent}")
@@ -305,12 +287,13 @@ def train(preset: str, change: str = "") -> str:
     main = threading.current_thread() is threading.main_thread()  # which alone takes signals
     before = signal.signal(signal.SIGINT, press) if main else None
     try:
-        known = running.run(e, path.parent, follow)
+        result = running.run(e, path.parent, follow)
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
     curve.finish(rows)
-    by_itself = known["epochs_run"] - known["best_epoch"] >= e.phase2_patience or known["epochs_run"] >= e.phase2_epochs
+    patience = result["epochs_run"] - result["best_epoch"]
+    by_itself = patience >= e.phase2_patience or result["epochs_run"] >= e.phase2_epochs
     if ended and not by_itself:
         with atomic(path) as new:
             new.write_text(json.dumps(json.loads(path.read_bytes()) | {"stopped": True}, indent=1) + "\n")
@@ -383,10 +366,8 @@ def _nats(run: str) -> pd.Series:
 
 @functools.lru_cache(4)
 def _test(run: str) -> Stream:
-    """The text that a run's test is of: by protocol 2 it was what is development now."""
-    known = metrics(run)
-    streams = split(Experiment.of_run(known))
-    return streams.development if known["protocol"] == 2 else streams.test
+    """The text that a run's test is of."""
+    return split(Experiment.of_run(metrics(run))).test
 
 
 def _positions(test: Stream, conversation: int) -> np.ndarray:

@@ -1,13 +1,13 @@
 """The style of all figures, and those that the notebooks of one run draw.
 
-Every run imports this module, and nothing that only the analysis of many runs needs: seaborn and statsmodels take
-seconds. `history` is long: phase, step, metric, value. Importing the module sets the common style.
+A run's notebook imports this module, and nothing that only the analysis of many runs needs: seaborn and statsmodels
+take seconds. `history` is long: phase, step, metric, value. Importing the module sets the common style.
 """
 
 import colorsys
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -20,7 +20,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from matplotlib_inline.config import InlineBackend
 
@@ -84,7 +83,7 @@ def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
 
 
 def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each label; a variant of A or B ("A-zero") has its colour, lighter or darker."""
+    """Colour, marker and line of each label; a variant of A or B ("A-zero") has its colour, lighter."""
     styles, others, kin = {}, cycle(COLOURS[2:]), dict.fromkeys(FIRST, 0)
     for label, marker, line in zip(sorted(set(labels)), cycle(MARKERS), cycle(LINES), strict=False):
         base = label.split("-")[0].split(",")[0]
@@ -167,35 +166,25 @@ def plot_phase2(history: pd.DataFrame) -> Figure:
 
 
 class Live:
-    """The figure of a training that is drawn anew, in its place, while the training goes on: give it as `on_epoch`.
+    """The figure of a training, drawn anew in its place while the training goes on: give it as `on_epoch`."""
 
-    Where nothing can be updated in place, only `finish` draws.
-    """
-
-    def __init__(self, plot: Callable[[pd.DataFrame], Figure] = plot_phase2):
-        self.plot, self.rows = plot, 0
-        self.handle: DisplayHandle | None = None
+    handle: DisplayHandle | None = None
 
     def __call__(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Draw the history so far."""
+        """Draw the history so far, where a figure can be updated."""
         if in_jupyter():
-            self._draw(history)
+            self.finish(history)
 
     def finish(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Leave the figure of the whole training."""
-        if self.handle is None and history:
-            self.plot(pd.DataFrame(history))  # which Jupyter shows at the cell's end
-        elif len(history) > self.rows:
-            self._draw(history)
-
-    def _draw(self, history: Sequence[Mapping[str, Any]]) -> None:
-        figure = self.plot(pd.DataFrame(history))
-        if self.handle is None:
-            self.handle = display(figure, display_id=True)
-        else:
+        if not history:
+            return
+        figure = plot_phase2(pd.DataFrame(history))
+        if self.handle:
             self.handle.update(figure)
+        else:
+            self.handle = display(figure, display_id=True)
         plt.close(figure)  # else it would be shown once more at the cell's end
-        self.rows = len(history)
 
 
 def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
@@ -227,8 +216,12 @@ def plot_memory(histories: pd.DataFrame) -> Figure:
     shares = histories[(histories["metric"] == "share_left") & (histories["value"] > 0)]
     for (name, phase), rows in shares.groupby(["configuration", "phase"]):
         mean = np.exp(np.log(rows["value"]).groupby(rows["step"]).mean())
-        left.plot(100 * mean, **styles[name] | FORGETTING[phase][1])
+        what, style = FORGETTING[phase]
+        left.plot(100 * mean, label=f"{name}, {what}", **styles[name] | style)
     floor = 100 * float(np.finfo(np.float32).eps)
+    left.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE)
+    rounding = "rounding of 32-bit numbers: less cannot be seen"
+    left.axhline(floor, label=rounding, **REFERENCE | {"linestyle": "-."})
     left.set(yscale="log", ylabel="disturbance that is left, % (log)", ylim=(floor / 3, 200))
     steps_axis(left, "tokens read since")
     recent = recent_tokens(histories)
@@ -241,16 +234,7 @@ def plot_memory(histories: pd.DataFrame) -> Figure:
         right.set_axis_off()
     else:
         recent_axis(right, recent["k"])
-    keys: list[Artist] = [
-        Line2D([], [], label=f"{name}, {what}", **look | style | {"markevery": None})
-        for name, look in styles.items()
-        for what, style in FORGETTING.values()
-    ]
-    keys += [
-        left.axhline(100 * FORGOTTEN, label=f"forgotten: {FORGOTTEN:.0%} is left", **REFERENCE),
-        left.axhline(floor, label="rounding of 32-bit numbers: less cannot be seen", **REFERENCE | {"linestyle": "-."}),
-    ]
-    legend(figure, keys)
+    legend(figure)
     return figure
 
 

@@ -5,7 +5,6 @@ While you work, a run is a folder (`ctxlm.run`). What is published is three file
 where there is no folder of a run of the grid.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -15,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.corpus import PROTOCOL
@@ -144,16 +144,9 @@ def read_runs(*grids: str) -> pd.DataFrame:
     Of a grid that has a file, only runs that it asks for with the parameters that they have are read; others are an
     earlier file's. Of one without, all: of runs made by hand, as in `interactive`, and of published ones whose
     parameters the code no longer has (their commit does).
-    Beside the content of metrics.json there are
-
-    - `grid`, `run`, and `id`, which joins both;
-    - `configuration`: the experiment's label and, where its runs differ in more than size and replicate, in what; of
-      runs made by hand then the run's name;
-    - `replicate`, as `replicates` numbers them over all grids;
-    - `log_ppl` (nats, of the test text; `val_loss` is of validation), `log_tokens`, `log2_tokens`;
-    - `log_over_fitting`: log of the last epoch's validation PPL over the best one's; nan where training ended by the
-      limit of epochs, not by an early stop, and has no over-fitting to show yet;
-    - `planned`: how many runs the grid's file asks for.
+    Beside the content of metrics.json there are the columns that docs/results.md names; `replicate` as `replicates`
+    numbers them over all grids, `log_over_fitting` nan where training ended by the limit of epochs, not by an early
+    stop, and has no over-fitting to show yet.
 
     Raises:
         ConfigError: a grid has no finished run, or runs were judged by two protocols, or by one no longer read.
@@ -196,7 +189,7 @@ def _plan(grid: str) -> Grid | None:
 
 
 def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:
-    """Of every run its experiment's label and, where that has unlike runs, in what they differ.
+    """Of every run its experiment's label and, where a label has unlike runs, in what they differ.
 
     Of runs made `by_hand`, which no plan keeps apart, the experiment's label or, where it has unlike runs, the run's.
     """
@@ -228,20 +221,17 @@ def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
     return tables.merge(runs, on=["grid", "run"])
 
 
-def by_repeat(runs: pd.DataFrame, least: int = 5) -> pd.DataFrame:
-    """What each of `runs` loses where much of what was just read repeats the training text, and where little does.
-
-    Args:
-        least: how many tokens right before a target are much: where a class of `metrics.REPEATED` begins.
+def by_repeat(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each of `runs` loses where five tokens or more right before a target repeat the training text, and else.
 
     Returns:
-        Two rows a run, whose own columns they have: `read` ("5 or more", "under 5") and `nats`, a token of the
-        validation text. A run that does not know it has none.
+        Two rows a run, with its columns: `read` ("5 or more", "under 5") and `nats`, a token of the validation text. A
+        run whose history lacks it has none.
     """
     rows = read_histories(runs).query("phase == 'repeated'")
     classes = rows.pivot(index=["id", "step"], columns="metric", values="value").reset_index()
     classes = classes.reindex(columns=["id", "step", "nats", "targets"]).dropna()  # of no targets there is no mean
-    classes["read"] = np.where(classes["step"] < least, f"under {least}", f"{least} or more")
+    classes["read"] = np.where(classes["step"] < 5, "under 5", "5 or more")
     classes["nats"] *= classes["targets"]
     sums = classes.groupby(["id", "read"])[["nats", "targets"]].sum()
     return runs.merge((sums["nats"] / sums["targets"]).rename("nats").reset_index(), on="id")
@@ -267,15 +257,9 @@ def replicates(runs: pd.DataFrame) -> pd.Series:
     Of `DRAWN` those count that vary: runs that have a value of one of them in common, or each with a third run, are of
     one replicate. Seeds crossed with texts are thus a single one, from which nothing can be concluded beyond them.
     """
-    varied = [runs[name] for name in DRAWN if runs[name].nunique() > 1]
-    if not varied:
-        return pd.Series(0, runs.index)
-    before, now = None, pd.Series(range(len(runs)), runs.index)
-    while not now.equals(before):
-        before = now
-        for values in varied:
-            now = now.groupby(values).transform("min")  # of all that share a value, the number of the first
-    return pd.Series(pd.factorize(now)[0], runs.index)
+    varied = [runs[name].to_numpy() for name in DRAWN if runs[name].nunique() > 1]
+    shared = np.any([v[:, None] == v for v in varied], axis=0) if varied else np.ones((len(runs), len(runs)))
+    return pd.Series(connected_components(shared)[1], runs.index)
 
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
@@ -311,16 +295,8 @@ def _check_protocols(runs: pd.DataFrame) -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Publish the finished runs of a grid as tables in data/results.")
-    parser.add_argument("grid")
-    try:
-        print(publish(parser.parse_args(arguments).grid))
-    except (ConfigError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        print(publish(sys.argv[1]))
+    except (ConfigError, OSError) as error:
+        sys.exit(str(error))

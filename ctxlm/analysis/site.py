@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
@@ -35,6 +34,7 @@ from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePreprocessor
 from nbformat import NotebookNode
+from tqdm.contrib.concurrent import thread_map
 
 from ctxlm.analysis.runs import load_planned, load_runs, load_table
 from ctxlm.batch import failures, say
@@ -119,10 +119,7 @@ def _analyse(grid: str, home: Path) -> str:
         with atomic(home / f"{ANALYSIS}.ipynb") as target:
             _execute(ANALYSIS, {"grid": grid, "output_dir": str(home)}, target, home.parent)
     except ConfigError as error:
-        status = ["git", "status", "--porcelain", "--", f"notebooks/{ANALYSIS}.ipynb"]
-        changed = subprocess.run(status, cwd=ROOT, capture_output=True).stdout
-        hint = f"; it differs from the commit: `git checkout notebooks/{ANALYSIS}.ipynb` puts it back"
-        return f"{error}{hint if changed else ''}"
+        return str(error)
     return ""
 
 
@@ -184,19 +181,15 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
     """Run the notebooks of `PAGES`, two at a time, into a folder. Returns page → executed notebook.
 
     Raises:
-        ConfigError: some failed: a sentence for each.
+        ConfigError: as `_execute`, of the first that failed.
     """
     folder.mkdir()
-    with ThreadPoolExecutor(2) as pool:
-        # in that folder there are no runs, which in `outputs` would stand in for committed ones
-        jobs = {page: pool.submit(_execute, *PAGES[page], folder / f"{page}.ipynb", folder) for page in PAGES}
-        for page, job in jobs.items():
-            job.add_done_callback(
-                lambda job, page=page: print(page, "failed" if job.exception() else "is done", file=sys.stderr)
-            )
-    if errors := [str(job.exception()) for job in jobs.values() if job.exception()]:
-        raise ConfigError("; ".join(errors))
-    return {page: job.result() for page, job in jobs.items()}
+
+    # in that folder there are no runs, which in `outputs` would stand in for committed ones
+    def job(page: str) -> NotebookNode:
+        return _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
+
+    return dict(zip(PAGES, thread_map(job, PAGES, max_workers=2, desc="pages", leave=False), strict=True))
 
 
 def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Path) -> NotebookNode:
@@ -208,9 +201,6 @@ def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Pa
     if process.returncode == 0:
         return nbformat.read(target, as_version=4)
     why = (process.stderr.strip().splitlines() or ["no word of why"])[-1]
-    with suppress(OSError, ValueError):  # where it failed before its first cell, nothing is written
-        results = [output for cell in nbformat.read(target, as_version=4).cells for output in cell.get("outputs", ())]
-        why = next((f"{o.ename} ({' '.join(o.evalue.split())})" for o in results if o.output_type == "error"), why)
     raise ConfigError(f"notebooks/{name}.ipynb ended in {why}: open it and run it to see where")
 
 
