@@ -11,6 +11,7 @@ where, from what is asked for to what is written:
 - `networks`, `ngrams`: what a user would otherwise pick;
 - `metrics`, `memory`: perplexity, bits per byte, effective rank; how far back a context reaches;
 - `run`: one run from settings to a written folder; `generate`: ask a finished one in words;
+- `device`, `files`, `progress`: generators and types of products; paths, locks and the cache; a line of progress;
 - `search`: hyper-parameters by Optuna; `batch`: what Snakemake runs;
 - `analysis`: tables of finished runs, estimates with intervals, figures, the site, the playground.
 """

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -173,18 +173,6 @@ def say(line: str) -> None:
         print(f"{line}\n", end="", flush=True)  # one piece: others write there, too
 
 
-def failures(home: Path, runs: Iterable[str]) -> dict[str, str]:
-    """Why runs have no result in a grid's folder: name → a line."""
-    reasons = {}
-    for name in runs:
-        failure = home / name / FAILURE
-        if failure.exists():
-            reasons[name] = failure.read_text(encoding="utf-8").strip()
-        elif not (home / name / "metrics.json").exists():
-            reasons[name] = "was stopped" if (home / name).is_dir() else "was not begun"
-    return reasons
-
-
 def status(grid: str) -> list[str]:
     """A grid's runs in `outputs`, a line each: what came of it, or how far it is; and a line on top for all.
 
@@ -193,13 +181,13 @@ def status(grid: str) -> list[str]:
     """
     plan = load_grid(grid)
     home, width = outputs_dir() / plan.name, max(map(len, plan.runs))
-    states = {name: _state(home / name, run) for name, run in sorted(plan.runs.items())}
-    counted = Counter(state for state, _ in states.values()).most_common()
+    states = {name: state(home / name, run) for name, run in sorted(plan.runs.items())}
+    counted = Counter(word for word, _ in states.values()).most_common()
     head = f"Grid {plan.name}: {len(plan.runs)} runs, " + ", ".join(f"{count} {state}" for state, count in counted)
-    return [head, *(f"{name:{width}}  {state:8}  {rest}".rstrip() for name, (state, rest) in states.items())]
+    return [head, *(f"{name:{width}}  {word:8}  {rest}".rstrip() for name, (word, rest) in states.items())]
 
 
-def _state(folder: Path, run: Experiment) -> tuple[str, str]:
+def state(folder: Path, run: Experiment) -> tuple[str, str]:
     """What has become of a run, in a word; and what else there is to say."""
     done = folder / "metrics.json"
     for lock in (LOCK, ".lock"):  # the latter is of its kernel, or of a run by hand

@@ -224,6 +224,8 @@ class Experiment(Checked):
         window = "phase2_context_window" if self.model == "context" else "window"
         if self.model != "kneser-ney" and getattr(self, window) and self.phase2_batch_size % getattr(self, window):
             refuse(f"phase2_batch_size {window}", "the first must be a multiple of the second")
+        if self.held_out_tokens and not 2 <= self.held_out_tokens <= self.train_tokens - 2:
+            refuse("held_out_tokens train_tokens", "the first must hold, and leave, two or more (0: none)")
         updates = max(1, math.ceil((self.train_tokens - self.held_out_tokens - 1) / self.phase2_batch_size))
         if self.validations_per_epoch > updates:
             refuse("validations_per_epoch phase2_batch_size", f"an epoch has fewer updates, {updates}: lower one")
@@ -290,7 +292,7 @@ class Experiment(Checked):
             raise ConfigError(f"{unread[0]} = {value!r}: model = {self.model!r} does not read it: leave it out")
 
     def for_notebook(self) -> dict[str, Any]:
-        """The parameters that its model reads, which are those of the notebook that runs it: name → value."""
+        """The parameters of the notebook that runs its model: name → value."""
         return self.model_dump(exclude=BASELINES_ALONE if self.model == "context" else CONTEXT_ALONE)
 
     def is_that_of(self, run: Mapping[str, Any]) -> bool:

@@ -175,31 +175,23 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
         path, read = ROOT / "data" / "corpora" / f"{name}.jsonl.xz", _packed_texts
     else:
         path = find(name)
-        read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
-    if read is None or not path.is_file():
-        known = ", ".join(CORPORA)
-        raise ConfigError(f"corpus = {name!r} has no text at {path}: check the name, or choose one of {known}")
+        read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}[path.suffix.lower()]
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"corpus = {name!r} cannot be read ({error.strerror}): name another file") from None
+        message = f"corpus = {name!r} cannot be read at {path} ({error.strerror}): check the name"
+        raise ConfigError(f"{message}, or choose one of {', '.join(CORPORA)}") from None
     return _cached_corpus(name, raw, read)
 
 
 def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     """The streams of an experiment, by protocol 3. They depend on its data parameters alone.
 
-    Behind the training capacity lie three regions of equal numbers of samples: validation, which chooses the epoch, and
-    development, on which settings are chosen, end the corpus's first half; the test, by which nothing is chosen, opens
-    the second, and the rest of that makes the `ppmi` embedding. Of each region the first `val_samples`,
-    `development_samples` or `test_samples` are read, so that no run's test text is another's validation text, each cut
-    to its first `max_sample_tokens`, so that no long one outweighs the others.
-
-    Training is exactly the first `train_tokens` tokens of the capacity; with `data_seed` k it begins at the sample
-    nearest to k sixtieths of it, and goes on at its first when it runs out. With `held_out_tokens`, so many of its last
-    tokens are cut off, within a sample if need be, and take the place of validation. With `train_piece_tokens`, the
-    samples that are left are cut into pieces of so many tokens, the last one shorter, which stand in a random order
-    that is always the same.
+    docs/method.md says where each part lies. Training is exactly the first `train_tokens` tokens of the capacity; with
+    `data_seed` k it begins at the sample nearest to k sixtieths of it, and goes on at its first when it runs out. With
+    `held_out_tokens`, so many of its last tokens are cut off, within a sample if need be, and take the place of
+    validation. With `train_piece_tokens`, the samples that are left are cut into pieces of so many tokens, the last one
+    shorter, which stand in a random order that is always the same.
 
     Raises:
         ConfigError: more is asked of a part than it has, or a part is left a single token.
@@ -273,16 +265,11 @@ def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int]:
             f"{2 * corpus.region} of the first are kept for judging): lower it, or use a longer corpus"
         )
     first = int(np.abs(starts - len(capacity) * e.data_seed / WINDOWS).argmin())
-    if e.held_out_tokens and not 2 <= e.held_out_tokens <= e.train_tokens - 2:
-        raise ConfigError(
-            f"held_out_tokens = {e.held_out_tokens} of {e.train_tokens:,} training tokens: it must leave two or more, "
-            "and hold two or more itself (0: none are held out)"
-        )
     return capacity, int(starts[first])
 
 
 def places(samples: np.ndarray) -> np.ndarray:
-    """The place of each token in its sample, from 0, where samples [N] are told by a number each."""
+    """The place of each token in its sample, from 0, where samples [N] have a number each."""
     first = np.flatnonzero(np.diff(samples, prepend=-1))
     return np.arange(len(samples)) - np.repeat(first, np.diff(first, append=len(samples)))
 

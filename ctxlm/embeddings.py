@@ -201,7 +201,7 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     approximation on chitchat (LOG.md).
 
     The embedding must not depend on how many threads made it: sums of two threads are others in their last bits, and
-    24 of 38 million entries of chitchat's differed after rounding (`GRAIN`). So it is made by one, in double precision,
+    24 entries of chitchat's 38 million differed after rounding (`GRAIN`). So it is made by one, in double precision,
     and every vector's largest entry is made positive.
     """
     columns = min(*matrix.shape, rank + max(32, rank // 8))

@@ -320,12 +320,9 @@ def _draw(log_probs: Tensor, temperature: float, top_k: int, draws: torch.Genera
 
 def _tokens(name: str, text: str, least: int = 0) -> list[int]:
     """The tokens of the parameter `name`, `least` or more."""
-    try:
-        tokens = tokenizer().encode(text).ids
-    except (TypeError, ValueError):  # no text, or one with half a surrogate pair, which has no bytes
-        tokens = None
-    if tokens is None or len(tokens) < least:
-        raise ConfigError(f"{name} = {text!r} is not possible: give a text{' that is not empty' * least}")
+    tokens = tokenizer().encode(text).ids
+    if len(tokens) < least:
+        raise ConfigError(f"{name} = {text!r} is not possible: give a text that is not empty")
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""Effective rank, perplexity, over-fitting, and what is measured of a model."""
+"""Effective rank, perplexity, losses by sample and where text repeats, and one shape of judging for all models."""
 
 import math
 from collections.abc import Callable

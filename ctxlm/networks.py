@@ -7,7 +7,7 @@ read side by side, W positions of each, d embed_dim, H hidden_dim.
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Baseline
 from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
-from ctxlm.trainer import OnEpoch, Trainer
+from ctxlm.trainer import Trainer
 
 State = tuple[Tensor, ...]
 """What a recurrent network hands on from token to token."""
@@ -280,14 +280,8 @@ class Windows:
         return evaluate(self.reader, self.val)
 
 
-def build(
-    experiment: Experiment,
-    streams: Split,
-    on_epoch: OnEpoch | None = None,
-    checkpoint: Path | None = None,
-    key: str = "",
-) -> Baseline:
-    """The network of an experiment, trained on its training stream; the last three are as in `Trainer.run`.
+def build(experiment: Experiment, streams: Split, **training: Any) -> Baseline:
+    """The network of an experiment, trained on its training stream; `training` are arguments of `Trainer.run`.
 
     Raises:
         NonFiniteLoss: as `Trainer.run`.
@@ -297,7 +291,7 @@ def build(
     train, val, *_ = tokens_on(device, streams)
     vectors = load_embedding(experiment)
     model = NeuralLM(experiment, torch.from_numpy(vectors)).to(device)
-    trained = Trainer(Windows(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)
+    trained = Trainer(Windows(model, train, val, experiment, dtype), experiment).run(**training)
     reader = Reader(model, dtype)
 
     def judge(tokens: np.ndarray) -> tuple[np.ndarray, float]:

@@ -1,7 +1,5 @@
 """Phase 2: freeze the contexts (or train them on) and train the TokenBlock to predict the next token."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,6 @@ from ctxlm.device import autocast
 from ctxlm.loss import Losses, Score
 from ctxlm.model import ContextLM, set_frequencies
 from ctxlm.recurrence import Contexts, chunked
-from ctxlm.trainer import OnEpoch, Trained, Trainer
 
 
 class Predictor:
@@ -91,23 +88,3 @@ class Phase2:
         """Every validation target's loss and the accuracy, as `evaluate`, from contexts of the weights as they are."""
         contexts = chunked(self.model, self.val.tokens, keep=self.dtype) if self.window else self.val
         return evaluate(self.predict, contexts)
-
-
-def train_token_block(
-    model: ContextLM,
-    train: Contexts,
-    val: Contexts,
-    experiment: Experiment,
-    dtype: torch.dtype = torch.float32,
-    on_epoch: OnEpoch | None = None,
-    checkpoint: Path | None = None,
-    key: str = "",
-) -> Trained:
-    """Train `model.token_block`, and what else `Phase2` says, in place; the best epoch's weights are kept.
-
-    The last three are as in `Trainer.run`.
-
-    Raises:
-        NonFiniteLoss: as `Trainer.run`.
-    """
-    return Trainer(Phase2(model, train, val, experiment, dtype), experiment).run(on_epoch, checkpoint, key)

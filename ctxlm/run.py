@@ -15,7 +15,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -50,9 +49,9 @@ from ctxlm.metrics import (
 )
 from ctxlm.model import ContextLM, own_weights
 from ctxlm.phase1 import shape_contexts
-from ctxlm.phase2 import Predictor, evaluate, train_token_block
+from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import Ablation, chunked
-from ctxlm.trainer import OnEpoch
+from ctxlm.trainer import OnEpoch, Trainer
 
 WEIGHTS, LOSSES = "model.safetensors", "val_losses.npz"
 """A run's files of its weights, and of every validation token's loss."""
@@ -223,7 +222,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         train_contexts, val_contexts = (chunked(model, x, keep) for x in (train, val))
         ablation = Ablation(model, train_contexts, e)
         read = ablation(train_contexts), ablation(val_contexts)
-        phase2 = train_token_block(model, *read, e, dtype, on_epoch, **this.checkpoint)
+        phase2 = Trainer(Phase2(model, *read, e, dtype), e).run(on_epoch, **this.checkpoint)
         if e.phase2_context_window:  # the ContextBlock has moved on
             train_contexts, val_contexts = (chunked(model, x) for x in (train, val))
     spectra = shaped.spectra | {
@@ -262,7 +261,7 @@ def _baseline(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         if e.model == "kneser-ney":
             baseline = ngrams.build(e, streams)
         else:
-            baseline = networks.build(e, streams, on_epoch, **this.checkpoint)
+            baseline = networks.build(e, streams, on_epoch=on_epoch, **this.checkpoint)
     judged = {"val": baseline.val}
     with watch("test"):
         judged |= {part: baseline.judge(getattr(streams, part).tokens) for part in ("development", "test")}
@@ -299,13 +298,11 @@ def take_folder(folder: Path) -> Path:
         ConfigError: nothing can be written there, or another process is at it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        taken = take(folder / LOCK)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written to ({reason}): name another") from None
-    if not take(folder / LOCK):
+    if not taken:
         raise ConfigError(
             f"output_dir = {str(folder)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"

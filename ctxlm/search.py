@@ -97,11 +97,6 @@ class Search:
             raise ConfigError(f"space, {line}: {error}") from None
         return [between.low, between.high]
 
-    def point(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
-        """What is drawn, line → value (or values), by parameter."""
-        (point,) = sweep({line: [value] for line, value in drawn.items()})
-        return point
-
     def experiment(self, drawn: Mapping[str, Any], scale: str) -> Experiment:
         """What is drawn, at a scale.
 
@@ -112,7 +107,7 @@ class Search:
             ConfigError: it is no experiment.
         """
         point: dict[str, Any] = {}
-        for layer in (*self.layers[scale], self.point(drawn)):
+        for layer in (*self.layers[scale], _by_parameter(drawn)):
             point |= layer
         spread, parameters = point.pop("logit_spread", None), point.pop("trained_params", None)
         e = Experiment.from_mapping(point)
@@ -211,7 +206,7 @@ class Search:
         """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
         for trial in self.study.get_trials(states=OVER):
-            point, seconds = self.point(trial.user_attrs["drawn"]), trial.user_attrs.get("seconds")
+            point, seconds = _by_parameter(trial.user_attrs["drawn"]), trial.user_attrs.get("seconds")
             done = self.folder(trial, "full") / "metrics.json"
             judged = {"quick": (trial.value, seconds)}
             if done.exists():
@@ -224,6 +219,11 @@ class Search:
         table = pd.DataFrame(rows).sort_values(["scale", "trial"], ascending=[False, True])
         with atomic(TABLES / f"{self.name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")
+
+
+def _by_parameter(drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """What is drawn, line → value (or values), by parameter."""
+    return next(sweep({line: [value] for line, value in drawn.items()}))
 
 
 def width_of(e: Experiment, parameters: int) -> int:

@@ -119,7 +119,7 @@ class Trainer:
         return Trained(*epochs, best["losses"], best["accuracy"], self.last_loss, self.history, self.resumed)
 
     def run_epoch(self, on_epoch: OnEpoch | None = None) -> bool:
-        """One pass over the training stream, validated `validations_per_epoch` times; whether `on_epoch` ended it.
+        """One pass over the training stream, validated `validations_per_epoch` times; whether training ends within it.
 
         Raises:
             NonFiniteLoss: as `run`.

@@ -22,6 +22,8 @@ from hypothesis import settings
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import ROOT
 from ctxlm.model import ContextLM
+from ctxlm.phase2 import Phase2
+from ctxlm.trainer import Trained, Trainer
 
 matplotlib.use("Agg")
 
@@ -49,6 +51,11 @@ def tiny(vocabulary: int = 60, **parameters) -> ContextLM:
 def stream(length: int, vocabulary: int = 60, seed: int = 0) -> torch.Tensor:
     """Random tokens, int64 [length]."""
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def train_token_block(model, train, val, e: Experiment, dtype=torch.float32) -> Trained:
+    """Phase 2, of contexts that are there."""
+    return Trainer(Phase2(model, train, val, e, dtype), e).run()
 
 
 def short_paragraphs(path: Path, count: int = 60, length: int = 40, power: int = 1) -> Path:

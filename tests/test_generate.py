@@ -269,8 +269,6 @@ SAID = Fixed(SIX)
     ("call", "start"),
     [
         *((lambda t=t: list(generate(SAID, "", 1, t)), f"temperature = {t!r} ") for t in (-1, math.nan, math.inf)),
-        (lambda: list(generate(SAID, "\ud800", 1)), "prompt = '\\ud800' "),
-        (lambda: next_tokens(SAID, 3), "prompt = 3 "),
         (lambda: surprise(SAID, ""), "text = '' "),
         (lambda: changed(SAID, TEXT, " the cat", 0), "token = ' the cat' "),
     ],

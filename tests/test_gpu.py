@@ -15,10 +15,10 @@ from ctxlm.config import Experiment
 from ctxlm.metrics import singular_values
 from ctxlm.networks import NeuralLM, Windows
 from ctxlm.phase1 import train_context_block
-from ctxlm.phase2 import Phase2, train_token_block
+from ctxlm.phase2 import Phase2
 from ctxlm.recurrence import Contexts, chunked
 from ctxlm.trainer import Trainer
-from tests.conftest import SMALL, short_paragraphs, stream, tiny
+from tests.conftest import SMALL, short_paragraphs, stream, tiny, train_token_block
 
 V = 300
 NETWORKS = {kind: {"model": kind, "num_layers": 2, "hidden_dim": 24, "window": 16} for kind in ("lstm", "mingru")}

@@ -9,9 +9,9 @@ import torch
 
 from ctxlm.config import Experiment
 from ctxlm.memory import RECENT, forgetting, horizon, lyapunov, recent_tokens
-from ctxlm.phase2 import Predictor, train_token_block
+from ctxlm.phase2 import Predictor
 from ctxlm.recurrence import Ablation, sequential
-from tests.conftest import stream, tiny
+from tests.conftest import stream, tiny, train_token_block
 
 
 def test_forgetting_is_that_of_two_contexts_run_side_by_side():

@@ -7,9 +7,8 @@ from ctxlm.config import Experiment
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM
 from ctxlm.phase1 import shape_contexts, train_context_block
-from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
-from tests.conftest import stream, tiny
+from tests.conftest import stream, tiny, train_token_block
 
 SHAPE = {"num_layers": 2, "context_dim": 12, "embed_dim": 8}
 

@@ -7,10 +7,9 @@ import ctxlm.loss
 from ctxlm.config import Experiment
 from ctxlm.device import generator
 from ctxlm.phase1 import train_context_block
-from ctxlm.phase2 import train_token_block
 from ctxlm.recurrence import sequential
 from tests import literal
-from tests.conftest import stream, tiny
+from tests.conftest import stream, tiny, train_token_block
 
 SHAPES = [
     {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2},

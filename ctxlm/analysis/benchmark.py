@@ -28,9 +28,10 @@ from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT, atomic, resolve
 from ctxlm.model import ContextLM
 from ctxlm.phase1 import train_context_block
-from ctxlm.phase2 import Predictor, evaluate, train_token_block
+from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import chunked
 from ctxlm.run import run
+from ctxlm.trainer import Trainer
 
 SIZES = (86_925, 183_620)
 """The study's."""
@@ -112,7 +113,7 @@ def measure(experiment: Experiment) -> dict[str, Any]:
     with stage("recurrence"):
         contexts = chunked(model, tokens, keep=dtype)
     with stage("phase2"):
-        phase2 = train_token_block(model, contexts, few, steps, dtype)
+        phase2 = Trainer(Phase2(model, contexts, few, steps, dtype), steps).run()
     last = {(row["phase"], row["metric"]): row["value"] for row in history + phase2.history}
     seconds["phase1_step"] = last["phase1", "seconds"]
     seconds["phase2_epoch"] = last["phase2", "seconds"]

@@ -37,7 +37,7 @@ from nbformat import NotebookNode
 from tqdm.contrib.concurrent import thread_map
 
 from ctxlm.analysis.runs import load_planned, load_runs, load_table
-from ctxlm.batch import failures, say
+from ctxlm.batch import say, state
 from ctxlm.config import ConfigError, Grid, load_grid
 from ctxlm.files import ROOT, atomic, outputs_dir, results_dir
 from ctxlm.run import git_commit
@@ -80,8 +80,9 @@ def build(grid: str) -> Path:
     """
     settings, outputs = load_grid(grid), outputs_dir()
     home, runs = outputs / settings.name, load_planned(settings)
-    absent = [name for name in settings.runs if name not in set(runs.get("run", ()))]
-    missing = dict.fromkeys(absent, "what is there is of other parameters") | failures(home, absent)
+    committed = {*runs["run"][runs["source"] == "committed"]} if len(runs) else set()
+    states = {name: state(home / name, run) for name, run in settings.runs.items() if name not in committed}
+    missing = {name: ": ".join(filter(None, words)) for name, words in states.items() if words[0] != "finished"}
     reasons = [f"{name}: {why}" for name, why in missing.items()]
     if runs.empty:
         raise ConfigError(f"no run of grid {settings.name} is finished: {'; '.join(reasons)}")
