@@ -190,7 +190,7 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
     def job(page: str) -> NotebookNode:
         return _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
 
-    return dict(zip(PAGES, thread_map(job, PAGES, max_workers=2, desc="pages", leave=False), strict=True))
+    return dict(zip(PAGES, thread_map(job, PAGES, max_workers=2, desc="pages", leave=False, disable=None), strict=True))
 
 
 def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Path) -> NotebookNode:
