@@ -495,15 +495,14 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
         raise ConfigError(f"the grid has more than {MAX_RUNS:,} runs: give fewer values")
 
 
-def parameters_table() -> str:
+def parameters_list() -> str:
     """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
-    rows = ["# Parameters", "", "Generated from `ctxlm.config.Experiment` by `make docs`; edit them there.", ""]
-    rows += ["| parameter | default | meaning |", "|---|---|---|"]
+    rows = ["# Parameters", "", "Name (default): meaning. Generated from `ctxlm.config.Experiment` by `make docs`.", ""]
     for name, field in Experiment.model_fields.items():
         default = json.dumps(field.default).strip('"')
-        rows.append(f"| `{name}` | {default} | {field.description} |")
+        rows.append(f"- `{name}` ({default}): {field.description}")
     return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "parameters.md").write_text(parameters_table(), encoding="utf-8")
+    (ROOT / "docs" / "parameters.md").write_text(parameters_list(), encoding="utf-8")

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from ctxlm.config import NOTEBOOKS, Experiment, load_grid, parameters_table, read_yaml
+from ctxlm.config import NOTEBOOKS, Experiment, load_grid, parameters_list, read_yaml
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
@@ -162,10 +162,10 @@ def test_base_files_hold_what_their_models_read_with_its_defaults():
         assert set(read_yaml(path)) <= set(others)
 
 
-def test_the_table_of_parameters_is_the_written_one():
-    table = parameters_table()
-    assert (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8") == table
-    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(FIELDS)
+def test_the_list_of_parameters_is_the_written_one():
+    listed = parameters_list()
+    assert (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8") == listed
+    assert re.findall(r"^- `(\w+)` \(", listed, re.M) == list(FIELDS)
     assert all(field.description for field in FIELDS.values())
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from ctxlm.config import Experiment, load_grid, read_yaml
 from ctxlm.files import ROOT
@@ -67,13 +66,6 @@ def test_every_grid_is_listed_with_its_runs():
     published = {path.name for path in (ROOT / "data" / "results").iterdir()}  # of some the file is gone
     text = prose(ROOT / "docs" / "grids.md")
     assert listed == planned and [name for name in published if f"`{name}`" not in text] == []
-
-
-def test_the_grid_that_is_shown_is_the_quick_one():
-    text = (ROOT / "docs" / "grids.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    quick = read_yaml("params/grids/quick.yaml")
-    assert yaml.safe_load(shown) == {name: quick[name] for name in ("common", "experiments", "sweep")}
 
 
 def test_the_table_of_parameters_is_that_of_the_models():

@@ -30,7 +30,7 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.meta_analysis import combine_effects
 
 from ctxlm.analysis import runs as tidy
-from ctxlm.analysis.run_plots import REFERENCE, WIDTH, new_figure
+from ctxlm.analysis.run_plots import COLOURS, REFERENCE, WIDTH, new_figure
 from ctxlm.files import atomic, resolve
 
 LEVEL = 0.95
@@ -178,7 +178,7 @@ class Estimates(list[Estimate]):
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
     def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
-        """Every estimate with its interval, from top to bottom; hollow without a verdict. None of none."""
+        """Every estimate with its interval; blue below 0, orange above, hollow without a verdict. None of none."""
         if not self:
             return None
         unit = UNITS[self[0].unit]
@@ -186,7 +186,7 @@ class Estimates(list[Estimate]):
         for row, (e, verdict) in enumerate(zip(self, self.verdicts, strict=True)):
             value, low, high = e.in_unit
             significant = verdict in ("lower", "higher") or not unit.comparison
-            colour = "#0173b2" if significant else "0.45"
+            colour = COLOURS[verdict == "higher"] if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
             axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
