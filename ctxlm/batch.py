@@ -65,7 +65,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
         before, log = _changed(done), executed.with_suffix(".log")
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-        if _changed(done) != before:  # papermill's own word is not trusted, neither for good nor for ill
+        if _changed(done) != before:  # what papermill reports is not trusted, neither for good nor for ill
             return ""
         printed = log.read_text(encoding="utf-8", errors="replace").strip()
         reason = printed.splitlines()[-1].strip() if printed else f"papermill ended with {code} and printed nothing"
@@ -167,7 +167,7 @@ def on_one_line(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), default_flow_style=True, width=10**6).strip()
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line, if there is still somebody to read it: whoever started this may have been killed."""
     with suppress(OSError):  # a closed pipe, a terminal that is gone, a log on a full disk
         print(f"{line}\n", end="", flush=True)  # one piece: others write there, too
@@ -257,15 +257,15 @@ def _carry_out(given: argparse.Namespace) -> int:
     """Execute a notebook; each line that is printed begins with its folder's name."""
     done, began = resolve(given.done), time.monotonic()
     folder = done.parent
-    say(f"{folder.name}: begins")
+    print_line(f"{folder.name}: begins")
     reason = execute(given.notebook, resolve(given.executed), done, yaml.safe_load(given.values), given.threads)
     if reason:
-        say(f"{folder.name}: failed: {reason}")
+        print_line(f"{folder.name}: failed: {reason}")
         return 1
     line = f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s"
     with suppress(Exception):  # of a grid or a source that is being edited: this run is finished all the same
         line += _left(folder.parent)
-    say(line)
+    print_line(line)
     return 0
 
 

@@ -42,7 +42,7 @@ PROTOCOL = 3
 """How runs are judged (`split`); results of two protocols are not compared."""
 REGION = 200
 """Samples of each judged region, at most: an eighth of a corpus's first half."""
-LEAST_SAMPLES = 6
+MIN_SAMPLES = 6
 """With fewer, no sample is left to train on, or for the embedding, beside one for each judged region."""
 WINDOWS = 60
 """Places where a training window may begin; it has many divisors, so that 2 to 6, 10 or 12 windows lie evenly."""
@@ -302,9 +302,9 @@ def _joined(name: str, samples: list[np.ndarray]) -> Corpus:
 def _tokenise(name: str, texts: list[str]) -> dict[str, np.ndarray]:
     """`tokens` and `starts` of a `Corpus`, from those texts that have a token, or as many as chitchat's need."""
     count = sum(map(bool, texts))
-    if count < LEAST_SAMPLES:  # refused at once: a line of 50 MB takes minutes to tokenise
+    if count < MIN_SAMPLES:  # refused at once: a line of 50 MB takes minutes to tokenise
         raise ConfigError(
-            f"corpus = {name!r} has {count} sample(s), and takes {LEAST_SAMPLES} or more to be split: separate them "
+            f"corpus = {name!r} has {count} sample(s), and takes {MIN_SAMPLES} or more to be split: separate them "
             "by blank lines (.txt), or give each a line or row of its own"
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, a later fork would print a warning

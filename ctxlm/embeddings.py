@@ -28,7 +28,7 @@ GRAIN = 2.0**-20
 WINDOW = 4
 """Co-occurrence reaches so many tokens to either side, within a sample."""
 
-LARGEST = 1e4
+MAX_ENTRY = 1e4
 """The largest entry that an embedding can have: a number above it is a damaged one, and training would overflow."""
 
 NOISE = 0.05
@@ -255,6 +255,8 @@ def _wte(path: Path, name: str, dim: int) -> np.ndarray:
         raise ConfigError(
             f"embedding = {name!r} is {list(embedding.shape)}, not [{VOCABULARY}, embed_dim = {dim}]: change embed_dim"
         )
-    if embedding.dtype.kind != "f" or not np.abs(embedding).max() <= LARGEST:  # nan is not, either
-        raise ConfigError(f"embedding = {name!r} has entries that are no numbers up to {LARGEST:g}: name another file")
+    if embedding.dtype.kind != "f" or not np.abs(embedding).max() <= MAX_ENTRY:  # nan is not, either
+        raise ConfigError(
+            f"embedding = {name!r} has entries that are no numbers up to {MAX_ENTRY:g}: name another file"
+        )
     return embedding.astype(np.float32, copy=False)

@@ -24,7 +24,7 @@ from ctxlm.corpus import decode, split, tokenizer
 from ctxlm.device import generator
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import run_folders
-from ctxlm.model import ContextLM, load_own_weights
+from ctxlm.model import ContextLM, load_weights
 from ctxlm.networks import NeuralLM, Reader
 from ctxlm.ngrams import KneserNey, kneser_ney
 from ctxlm.phase2 import Predictor, evaluate
@@ -33,7 +33,7 @@ from ctxlm.run import LOSSES, WEIGHTS
 
 CHECKED, TOLERANCE = 128, 0.2
 """A loaded run gives so many of its validation losses again, to so many nats on average (bfloat16 rounds)."""
-AGAIN = "train it anew, with its grid by `make report` or alone by papermill (README.md)"
+REMEDY = "train it anew, with its grid by `make report` or alone by papermill (README.md)"
 
 
 class State(NamedTuple):
@@ -190,7 +190,7 @@ def load_run(grid: str, run: str) -> Speaker:
         losses = speaker.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
         same = not path.exists() or np.abs(losses - np.load(path)["loss"][:CHECKED]).mean() < TOLERANCE
     if not same:
-        raise ConfigError(f"{name} is not what it was, for its text, its embedding or the code has changed: {AGAIN}")
+        raise ConfigError(f"{name} is not what it was, for its text, its embedding or the code has changed: {REMEDY}")
     return speaker
 
 
@@ -278,7 +278,7 @@ def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
     """The model of an experiment, with the weights in its run's folder."""
     path = folder / WEIGHTS
     if not path.exists():
-        raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {AGAIN}")
+        raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {REMEDY}")
     embedding = torch.from_numpy(load_embedding(e))
     if e.model == "context":
         model, judge, speaker = ContextLM(e, embedding), Predictor, ContextSpeaker
@@ -286,9 +286,9 @@ def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
         model, judge = NeuralLM(e, embedding), Reader
         speaker = RecurrentSpeaker if model.recurrent else TransformerSpeaker
     try:
-        load_own_weights(model, load_file(path))
+        load_weights(model, load_file(path))
     except (RuntimeError, SafetensorError):
-        raise ConfigError(f"{name}: {path.name} is damaged, or of another version of the code: {AGAIN}") from None
+        raise ConfigError(f"{name}: {path.name} is damaged, or of another version of the code: {REMEDY}") from None
     model.requires_grad_(False)
     return speaker(model, judge(model, torch.float32))
 

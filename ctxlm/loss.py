@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 TILE = 2**20
 """Logits of a tile on a CPU, 4 MiB in float32: 2,048 tokens for 512 rows. Elsewhere the vocabulary is one tile."""
-NARROWEST = 512
+MIN_TILE = 512
 """Tokens of a tile at least, however many the rows: every tile costs a pass over the gradient of h."""
 
 Losses = tuple[Tensor, Tensor, Tensor]
@@ -28,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, vocabulary, device = h.shape[0], weight.shape[0], h.device
         for_h, for_weight, for_bias = (backward and needed for needed in ctx.needs_input_grad[:3])
         keep = for_weight or for_bias
-        tile = min(max(TILE // max(rows, 1), NARROWEST), vocabulary) if device.type == "cpu" else vocabulary
+        tile = min(max(TILE // max(rows, 1), MIN_TILE), vocabulary) if device.type == "cpu" else vocabulary
         tiles = [slice(first, min(first + tile, vocabulary)) for first in range(0, vocabulary, tile)]
         # Rows in the order of their targets, so that those whose target lies in a tile are a slice. With one tile
         # nothing is asked of the device, and nothing waits for it.
@@ -135,7 +135,7 @@ def linear_cross_entropy(
     Returns:
         The mean loss in nats (differentiable), every row's loss [B], and whether its target had the largest logit [B].
     """
-    # Inside a Function gradients are always off, so it is told whether they are wanted.
+    # Inside a Function gradients are always off, so an argument says whether they are wanted.
     return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, torch.is_grad_enabled())
 
 

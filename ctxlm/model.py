@@ -378,7 +378,7 @@ def forward_flops(model: nn.Module) -> int:
     return 2 * sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != added)
 
 
-def own_weights(model: nn.Module) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """What training made of a model: every weight but a frozen embedding, which its own cache holds."""
     kept = model.state_dict()
     if not model.embedding.requires_grad:
@@ -386,8 +386,8 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def load_own_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a new model of the same experiment and embedding what `own_weights` left of a trained one.
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a new model of the same experiment and embedding what `trained_weights` left of a trained one.
 
     Raises:
         RuntimeError: the weights are another model's.

@@ -21,7 +21,7 @@ from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
 from ctxlm.loss import Losses, Score
 from ctxlm.metrics import Baseline
-from ctxlm.model import SlowContext, forward_flops, own_weights, set_frequencies, token_inputs
+from ctxlm.model import SlowContext, forward_flops, set_frequencies, token_inputs, trained_weights
 from ctxlm.trainer import Trainer
 
 State = tuple[Tensor, ...]
@@ -310,4 +310,4 @@ def build(experiment: Experiment, streams: Split, **training: Any) -> Baseline:
         longer, _ = evaluate(reader, val, 2 * WARMUP)
         columns["warmup_residual"] = (longer - trained.val_losses).double().mean().item()
     known = trained.val_losses.cpu().numpy(), trained.val_accuracy
-    return Baseline(judge, known, columns, trained.history, own_weights(model))
+    return Baseline(judge, known, columns, trained.history, trained_weights(model))

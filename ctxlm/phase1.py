@@ -87,7 +87,7 @@ def shape_contexts(
     record = json.loads(str(arrays["record"]))
     if cached:
         block.load_state_dict({name: torch.from_numpy(arrays[name]) for name in block.state_dict()})
-        say(f"Phase 1 was found in the cache; it took {record['seconds']:.0f} s when it was computed")
+        say(f"Phase 1 comes from the cache; it took {record['seconds']:.0f} s when it was computed")
     spectra = {name: torch.from_numpy(arrays[name]) for name in ("init_er", "train_er")}
     return Phase1(record["history"], spectra, cached, record["seconds"])
 

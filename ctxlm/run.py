@@ -47,7 +47,7 @@ from ctxlm.metrics import (
     losses_by_sample,
     singular_values,
 )
-from ctxlm.model import ContextLM, own_weights
+from ctxlm.model import ContextLM, trained_weights
 from ctxlm.phase1 import shape_contexts
 from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import Ablation, chunked
@@ -123,7 +123,7 @@ class Run:
         card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
         packages = ("numpy", "scipy", "tokenizers", "pandas", "pydantic", "safetensors")
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-        # torch's own word says which build it is; the package's metadata may leave "+cu132" out
+        # torch reports which build it is; the package's metadata may leave "+cu132" out
         versions["torch"] = str(torch.__version__)
         return resolved.model_dump() | {
             "protocol": PROTOCOL,
@@ -249,7 +249,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         | {"recurrence_residual": train_contexts.residual, "recurrence_warmup": train_contexts.warmup}
     )
     history = shaped.history + phase2.history + recent + before + after
-    return this.write(streams, judged, columns, history, own_weights(model))
+    return this.write(streams, judged, columns, history, trained_weights(model))
 
 
 def _baseline(this: Run, on_epoch: OnEpoch | None) -> pd.Series:

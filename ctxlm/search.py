@@ -38,7 +38,7 @@ from ctxlm.networks import BODIES
 TABLES = ROOT / "data" / "search"
 JUDGED = {"quick": "val", "full": "development"}
 """By which text settings are chosen: at the quick scale validation is held-out training text."""
-OVER = (TrialState.COMPLETE, TrialState.PRUNED)
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of a trial that has ended; pruned is one whose loss is not finite."""
 AT_RANDOM = 8
 """Trials that the sampler must know before it chooses by them."""
@@ -134,14 +134,14 @@ class Search:
         study.set_user_attr("asked", asked)
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
-        seed = self.file.seed + len(study.get_trials(states=OVER))
+        seed = self.file.seed + len(study.get_trials(states=ENDED))
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_RANDOM)
         return study
 
     @property
     def left(self) -> int:
         """Trials that have not ended yet."""
-        return self.file.trials - len(self.study.get_trials(states=OVER))
+        return self.file.trials - len(self.study.get_trials(states=ENDED))
 
     def carry_out(self, jobs: int) -> None:
         """Run the trials that are left, so many at a time."""
@@ -205,7 +205,7 @@ class Search:
     def write_table(self) -> None:
         """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
-        for trial in self.study.get_trials(states=OVER):
+        for trial in self.study.get_trials(states=ENDED):
             point, seconds = _by_parameter(trial.user_attrs["drawn"]), trial.user_attrs.get("seconds")
             done = self.folder(trial, "full") / "metrics.json"
             judged = {"quick": (trial.value, seconds)}

@@ -136,7 +136,7 @@ def test_what_another_process_does_is_waited_for_and_not_done_again(folder, valu
 @pytest.mark.parametrize("opened", [os.openpty, os.pipe])
 def test_nobody_who_reads_is_no_reason_to_stop(opened):
     """The lines go to a terminal that is gone, or to a pipe whose reader was killed."""
-    script = "import sys; from ctxlm.batch import say; sys.stdin.read(); say('a'); say('b'); import os; os._exit(7)"
+    script = "import os, sys; from ctxlm.batch import print_line as p; sys.stdin.read(); p('a'); p('b'); os._exit(7)"
     reader, writer = opened()
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=writer) as process:
         os.close(writer)

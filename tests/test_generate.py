@@ -262,15 +262,15 @@ def test_an_n_gram_forgets_what_it_does_not_read(loaded):
 # What is refused
 
 
-SAID = Fixed(SIX)
+SPEAKER = Fixed(SIX)
 
 
 @pytest.mark.parametrize(
     ("call", "start"),
     [
-        *((lambda t=t: list(generate(SAID, "", 1, t)), f"temperature = {t!r} ") for t in (-1, math.nan, math.inf)),
-        (lambda: surprise(SAID, ""), "text = '' "),
-        (lambda: changed(SAID, TEXT, " the cat", 0), "token = ' the cat' "),
+        *((lambda t=t: list(generate(SPEAKER, "", 1, t)), f"temperature = {t!r} ") for t in (-1, math.nan, math.inf)),
+        (lambda: surprise(SPEAKER, ""), "text = '' "),
+        (lambda: changed(SPEAKER, TEXT, " the cat", 0), "token = ' the cat' "),
     ],
 )
 def test_bad_values_are_refused(call, start):

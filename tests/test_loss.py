@@ -26,7 +26,7 @@ def tiles_of(tokens):
     """Several tiles, whatever the number of rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctxlm.loss, "TILE", 1)
-        patch.setattr(ctxlm.loss, "NARROWEST", tokens)
+        patch.setattr(ctxlm.loss, "MIN_TILE", tokens)
         yield
 
 

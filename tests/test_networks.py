@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.config import Experiment, read_yaml
-from ctxlm.model import forward_flops, load_own_weights, own_weights
+from ctxlm.model import forward_flops, load_weights, trained_weights
 from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts
 from ctxlm.trainer import Trainer
 from tests.conftest import stream
@@ -122,7 +122,7 @@ def test_what_was_trained_is_the_equations_and_so_are_its_gradients(kind, frozen
     (e, model), (_, new) = small(kind, **more), small(kind, **more)
     read, tokens, positions = model.embedding.detach().clone(), stream(150, VOCABULARY), torch.arange(8)[None]
     train(model, tokens, stream(60, VOCABULARY, seed=1), e)
-    assert torch.equal(read, model.embedding) == frozen == ("embedding" not in own_weights(model))
+    assert torch.equal(read, model.embedding) == frozen == ("embedding" not in trained_weights(model))
 
     model.zero_grad()
     loss, losses, _ = Reader(model, torch.float32)(tokens, positions, positions >= 0)
@@ -145,7 +145,7 @@ def test_what_was_trained_is_the_equations_and_so_are_its_gradients(kind, frozen
         torch.testing.assert_close(gradients[name], weight.grad, atol=1e-6, rtol=1e-3)
         assert gradients[name].abs().max() > 0, name
 
-    load_own_weights(new, own_weights(model))
+    load_weights(new, trained_weights(model))
     torch.testing.assert_close(Reader(new, torch.float32)(tokens, positions, positions >= 0)[1], losses)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
 from ctxlm.config import ConfigError, Experiment, load_grid
-from ctxlm.corpus import LEAST_SAMPLES, PROTOCOL, REGION, WINDOWS, Corpus, check_data, load_corpus, split
+from ctxlm.corpus import MIN_SAMPLES, PROTOCOL, REGION, WINDOWS, Corpus, check_data, load_corpus, split
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
@@ -173,7 +173,7 @@ def test_a_corpus_is_a_capacity_three_equal_regions_and_what_the_embedding_reads
     assert corpus.region == min(200, max(1, samples // 2 // 8))
     assert corpus.capacity == samples // 2 - 2 * corpus.region
     assert (corpus.region == REGION) == (samples >= 3200)
-    if samples >= LEAST_SAMPLES:
+    if samples >= MIN_SAMPLES:
         assert corpus.capacity > 0 and len(corpus.second_half) == samples - samples // 2 - corpus.region > 0
 
 

@@ -87,7 +87,7 @@ def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
     if significant.all() or not significant.any():
         return Crossover(tokens, "nowhere" if significant.all() else "unbounded", None, None)
     bounded = excess(at_infinity) > 0
-    # With other degrees of freedom elsewhere there may be several gaps: told is what holds all of the set.
+    # With other degrees of freedom elsewhere there may be several gaps: reported is what holds all of the set.
     runs = np.split(np.arange(len(tried)), np.flatnonzero(significant[1:] != significant[:-1]) + 1)
     span = np.flatnonzero(~significant) if bounded else max((rows for rows in runs if significant[rows[0]]), key=len)
     first, last = span[0], span[-1]

@@ -37,7 +37,7 @@ from nbformat import NotebookNode
 from tqdm.contrib.concurrent import thread_map
 
 from ctxlm.analysis.runs import load_planned, load_runs, load_table
-from ctxlm.batch import say, state
+from ctxlm.batch import print_line, state
 from ctxlm.config import ConfigError, Grid, load_grid
 from ctxlm.files import ROOT, atomic, outputs_dir, results_dir
 from ctxlm.run import git_commit
@@ -107,7 +107,7 @@ def build(grid: str) -> Path:
         listed = _listed(runs, load_table(settings.name, "history"))
         _write(folder / "index.html", "runs.html", answer=answer, runs=listed, missing=missing, **common)
     for line in reasons:
-        say(line)
+        print_line(line)
     index = home / "report" / "index.html"
     if failure:
         raise ConfigError(f"{failure}\nThe report has the runs, and what an earlier analysis said of them: {index}")
@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="the site of everything that is committed, instead")
     options = parser.parse_args(arguments)
     try:
-        say(str(build_all() if options.all else build(options.grid)))
+        print_line(str(build_all() if options.all else build(options.grid)))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
