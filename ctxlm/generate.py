@@ -320,9 +320,9 @@ def _draw(log_probs: Tensor, temperature: float, top_k: int, draws: torch.Genera
 
 def _tokens(name: str, text: str, least: int = 0) -> list[int]:
     """The tokens of the parameter `name`, `least` or more."""
-    tokens = tokenizer().encode(text).ids
-    if len(tokens) < least:
-        raise ConfigError(f"{name} = {text!r} is not possible: give a text that is not empty")
+    tokens = tokenizer().encode(text).ids if isinstance(text, str) else None
+    if tokens is None or len(tokens) < least:
+        raise ConfigError(f"{name} = {text!r} is not possible: give a text{' that is not empty' * least}")
     return tokens
 
 

@@ -238,6 +238,12 @@ def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content,
     assert message.startswith(file) and words in message
 
 
+def test_a_grid_file_without_experiments_is_not_printed_whole(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: Mine\nexperiment: {A: {}}\n")
+    message = refusal(load_grid, str(tmp_path / "mine.yaml"))
+    assert "did you mean experiments?" in message and "experiments is missing" in message and "Mine" not in message
+
+
 def test_a_name_that_is_given_twice_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("title: Mine\nexperiments:\n  A: {seed: 1}\n  A: {seed: 2}\n")
     assert "A is given twice" in refusal(load_grid, str(tmp_path / "mine.yaml"))

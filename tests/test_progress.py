@@ -27,6 +27,7 @@ for step in (1, 2, 3):
     names = ("train_loss", "val_loss", "train_ppl", "val_ppl")
     history += [{"phase": "phase2", "step": step, "metric": name, "value": 9.0 - step} for name in names]
     curve(history)
+assert curve.handle  # drawn while it went on
 curve.finish(history)
 """
 

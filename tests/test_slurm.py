@@ -31,7 +31,7 @@ class OnSlurm(Grid):
     """A grid of two runs, on a cluster that has room for one of them at a time."""
 
     def start(self, *options, first=""):
-        """The command of docs/grids.md; a run takes both cores of the node, and its GPU."""
+        """The command of README.md; a run takes both cores of the node, and its GPU."""
         command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--set-threads", "experiment=2"]
         command += ["--slurm-init-seconds-before-status-checks", "5", "--slurm-logdir", str(self.folder / "logs")]
         command += [*options, "--config", f"grid={self.file}", "gres=gpu:1"]
@@ -67,6 +67,20 @@ def grid(tmp_path_factory):
         yield grid
     finally:
         subprocess.run([script, "stop", grid.folder], check=True)
+
+
+def test_a_cancelled_job_and_one_that_ran_out_of_time_are_said(grid):
+    python = grid.folder / "sleeps" / "python"
+    python.parent.mkdir()
+    script = f'#!/bin/sh\ncase "$*" in *ctxlm.batch*0[23]_*) exec sleep 600;; esac\nexec "{sys.executable}" "$@"\n'
+    python.write_text(script)
+    python.chmod(0o755)
+    options = ["--retries", "0", "--set-resources", "experiment:runtime=1"]
+    process = grid.start(*options, first=str(python.parent))
+    waiting = grid.wait_for_both(process)
+    grid.slurm("scancel", waiting)
+    assert process.wait() != 0 and not grid.results()
+    assert f"'{waiting}'" in grid.printed and "CANCELLED" in grid.printed and "TIMEOUT" in grid.printed, grid.printed
 
 
 def test_runs_of_jobs_that_outlive_their_command_are_not_done_again(grid):

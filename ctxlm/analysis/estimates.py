@@ -177,8 +177,8 @@ class Estimates(list[Estimate]):
             return {}
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
-    def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
-        """Every estimate with its interval; blue below 0, orange above, hollow without a verdict. None of none."""
+    def forest(self, title: str = "", width: float = WIDTH, above: str = COLOURS[0]) -> Figure | None:
+        """Every estimate with its interval; `above` colours those above 0; hollow without a verdict. None of none."""
         if not self:
             return None
         unit = UNITS[self[0].unit]
@@ -186,7 +186,7 @@ class Estimates(list[Estimate]):
         for row, (e, verdict) in enumerate(zip(self, self.verdicts, strict=True)):
             value, low, high = e.in_unit
             significant = verdict in ("lower", "higher") or not unit.comparison
-            colour = COLOURS[verdict == "higher"] if significant else "0.45"
+            colour = (above if verdict == "higher" else COLOURS[0]) if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
             axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
