@@ -9,6 +9,7 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -339,6 +340,17 @@ def test_notebooks_are_run_on_committed_results_and_one_that_fails_is_named(tmp_
         site._execute_all(tmp_path / "executed")
     executed = nbformat.read(tmp_path / "executed" / "04_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "7\n"
+
+
+def test_a_kernel_that_does_not_start_is_started_once_more(tmp_path, monkeypatch):
+    (tmp_path / "done.ipynb").write_text(notebook(text("# Done")))
+    died = subprocess.CompletedProcess([], 1, "", "RuntimeError: Kernel died before replying to kernel_info")
+    starts = Mock(side_effect=[died, subprocess.CompletedProcess([], 0), died, died])
+    monkeypatch.setattr(site.subprocess, "run", starts)
+    assert site._execute("04_scaling", {}, tmp_path / "done.ipynb", tmp_path).cells[0].source == "# Done"
+    with pytest.raises(ConfigError, match="RuntimeError: Kernel died before replying"):
+        site._execute("04_scaling", {}, tmp_path / "done.ipynb", tmp_path)
+    assert starts.call_count == 4
 
 
 # In a browser

@@ -198,9 +198,12 @@ def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Pa
     command = [sys.executable, "-m", "papermill", "--cwd", ROOT, "-k", "python3", "--no-progress-bar"]
     command += [f"notebooks/{name}.ipynb", os.path.relpath(target, ROOT), "-y", json.dumps(parameters)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_OUTPUTS": str(outputs)}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if process.returncode == 0:
-        return nbformat.read(target, as_version=4)
+    for _ in range(2):
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if process.returncode == 0:
+            return nbformat.read(target, as_version=4)
+        if "Kernel died before replying" not in process.stderr:  # as where two that start at once take the same port
+            break
     why = (process.stderr.strip().splitlines() or ["no word of why"])[-1]
     with suppress(OSError, ValueError):  # where it failed before its first cell, nothing is written
         results = [output for cell in nbformat.read(target, as_version=4).cells for output in cell.get("outputs", ())]
