@@ -202,14 +202,15 @@ TEXTWISE = {
     ]
 }
 """A − B at a site, and of a text the mean over both embeddings: of a grid, runs with these values."""
+TWICE = {
+    f"04_sites: A − B @ {text} × {through}, 183,620 tokens": [("sites-large", {"corpus": text, "embedding": through})]
+    for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
+}
 OTHERS = {
-    f"04_sites: A − B @ {text} × smollm2, 183,620 tokens": [("sites-large", {"corpus": text, "embedding": "smollm2"})]
-    for text in TEXTS
-} | {
     "04_sites: A − B @ user prompts, trained": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
     "04_sites: A − B @ user prompts in pieces, trained": [("prompts-order", {"train_piece_tokens": 256})],
 }
-SHAPES = SITES | TEXTWISE | OTHERS
+SHAPES = SITES | TEXTWISE | TWICE | OTHERS
 EVERY = (*CONTRASTS, *POOLED, *SHAPES)
 
 

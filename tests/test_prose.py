@@ -138,14 +138,18 @@ def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sites", "contrast"),
-    [(by_hand.SITES, "A − B, stabilised"), (by_hand.TEXTWISE, "A − B, both embeddings, stabilised")],
+    ("sites", "contrast", "size"),
+    [
+        (by_hand.SITES, "A − B, stabilised", "86,925 tokens"),
+        (by_hand.TEXTWISE, "A − B, both embeddings, stabilised", "86,925 tokens"),
+        (by_hand.TWICE, "A − B, stabilised", "183,620 tokens"),
+    ],
 )
-def test_sites_are_combined_as_by_hand(sites, contrast, estimates):
+def test_sites_are_combined_as_by_hand(sites, contrast, size, estimates):
     rows = [estimates[re.fullmatch(r"(\S+): (.+) @ (.*)", name).groups()] for name in sites]
     errors = [(e["high"] - e["low"]) / 2 / stats.t.ppf(0.975, e["dof"]) for e in rows]
     by_us = by_hand.over_sites(np.array([e["value"] for e in rows]), np.array(errors))
-    combined = estimates["04_sites", contrast, "86,925 tokens"]
+    combined = estimates["04_sites", contrast, size]
     assert (combined["value"], combined["low"], combined["high"]) == pytest.approx(by_us, rel=1e-5)
 
 
