@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ FORGOTTEN = 0.01
 """A disturbance counts as forgotten once so small a share of it is left."""
 RECENT = (1, 2, 4, 8, 16, 32, 64)
 """Tokens that a context is built from, in `recent_tokens`."""
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's `jvp` itself calls it, and says so
 
 
 @torch.no_grad()

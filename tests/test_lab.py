@@ -83,7 +83,7 @@ def run_all(lab: Browser, notebook: str) -> None:
         # on a slow machine the kernel is not there yet, and JupyterLab asks for one
         page.get_by_role("button", name="Select", exact=False).last.click()
         page.wait_for_timeout(5_000)
-    assert page.locator(COMPLAINTS).all_inner_texts() == []
+    assert page.locator(COMPLAINTS).all_text_contents() == []
 
 
 MINUTES = 300_000
@@ -132,4 +132,4 @@ def test_the_playground_answers(lab, copy):
     before = drawn.inner_text()
     generated.locator(".widget-slider", has_text="temperature").locator(".noUi-handle").press("ArrowLeft")
     expect(drawn).not_to_have_text(before, use_inner_text=True, timeout=60_000)
-    assert lab.page.locator(COMPLAINTS).all_inner_texts() == []
+    assert lab.page.locator(COMPLAINTS).all_text_contents() == []
