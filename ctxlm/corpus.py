@@ -175,12 +175,14 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
         path, read = ROOT / "data" / "corpora" / f"{name}.jsonl.xz", _packed_texts
     else:
         path = find(name)
-        read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}[path.suffix.lower()]
+        read = {".txt": _txt_texts, ".jsonl": _jsonl_texts, ".parquet": _parquet_texts}.get(path.suffix.lower())
+    if read is None or not path.is_file():
+        known = ", ".join(CORPORA)
+        raise ConfigError(f"corpus = {name!r} has no text at {path}: check the name, or choose one of {known}")
     try:
         raw = path.read_bytes()
     except OSError as error:
-        message = f"corpus = {name!r} cannot be read at {path} ({error.strerror}): check the name"
-        raise ConfigError(f"{message}, or choose one of {', '.join(CORPORA)}") from None
+        raise ConfigError(f"corpus = {name!r} cannot be read ({error.strerror}): name another file") from None
     return _cached_corpus(name, raw, read)
 
 

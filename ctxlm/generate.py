@@ -320,7 +320,10 @@ def _draw(log_probs: Tensor, temperature: float, top_k: int, draws: torch.Genera
 
 def _tokens(name: str, text: str, least: int = 0) -> list[int]:
     """The tokens of the parameter `name`, `least` or more."""
-    tokens = tokenizer().encode(text).ids if isinstance(text, str) else None
+    try:
+        tokens = tokenizer().encode(text).ids
+    except (TypeError, ValueError):  # no text, or one with half a surrogate pair, which has no bytes
+        tokens = None
     if tokens is None or len(tokens) < least:
         raise ConfigError(f"{name} = {text!r} is not possible: give a text{' that is not empty' * least}")
     return tokens

@@ -18,7 +18,6 @@ FORGOTTEN = 0.01
 """A disturbance counts as forgotten once so small a share of it is left."""
 RECENT = (1, 2, 4, 8, 16, 32, 64)
 """Tokens that a context is built from, in `recent_tokens`."""
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's `jvp` itself calls it, and says so
 
 
 @torch.no_grad()
@@ -91,7 +90,9 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
     grown = torch.zeros((), dtype=torch.float64, device=context.device)
     for step in range(1, 2 * steps + 1):
         inputs = look_up(tables, contexts.distinct.places(positions + step))
-        context, moved = torch.func.jvp(lambda c, inputs=inputs: block(c, inputs)[-1], (context,), (tangent,))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's `jvp` itself calls it
+            context, moved = torch.func.jvp(lambda c, inputs=inputs: block(c, inputs)[-1], (context,), (tangent,))
         length = moved.norm(dim=1).clamp(min=torch.finfo(moved.dtype).tiny)
         tangent = moved / length[:, None]
         if step > steps:

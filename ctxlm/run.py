@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -298,11 +299,13 @@ def take_folder(folder: Path) -> Path:
         ConfigError: nothing can be written there, or another process is at it.
     """
     try:
-        taken = take(folder / LOCK)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written to ({reason}): name another") from None
-    if not taken:
+    if not take(folder / LOCK):
         raise ConfigError(
             f"output_dir = {str(folder)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"

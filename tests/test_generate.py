@@ -269,6 +269,7 @@ SPEAKER = Fixed(SIX)
     ("call", "start"),
     [
         *((lambda t=t: list(generate(SPEAKER, "", 1, t)), f"temperature = {t!r} ") for t in (-1, math.nan, math.inf)),
+        (lambda: list(generate(SPEAKER, "\ud800", 1)), "prompt = '\\ud800' "),
         (lambda: next_tokens(SPEAKER, 3), "prompt = 3 "),
         (lambda: surprise(SPEAKER, ""), "text = '' "),
         (lambda: changed(SPEAKER, TEXT, " the cat", 0), "token = ' the cat' "),

@@ -272,11 +272,12 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
     if earlier:
         kept = (build(grid).parents[1] / "04_scaling.ipynb").read_bytes()
         capsys.readouterr()
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     monkeypatch.setattr(site, "_execute", fail)
     assert main(["--grid", grid]) == 1
     printed = capsys.readouterr()
     why, where = printed.err.removeprefix("error: ").splitlines()
-    assert why == f"no sizes {HOSTILE}"
+    assert why.startswith(f"no sizes {HOSTILE}; it differs from the commit: `git checkout notebooks/04_scaling")
     assert printed.out.splitlines() == MISSING
     index = Path(where.rpartition(": ")[2])
     soup = soup_of(index)
@@ -329,14 +330,16 @@ def test_a_link_that_leads_nowhere_is_named_and_the_earlier_site_stays(root, cap
 
 
 @pytest.mark.slow
-def test_notebooks_are_run_on_committed_results_and_one_that_fails_is_named(tmp_path, monkeypatch):
+def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tmp_path, monkeypatch):
     source = 'import os, pathlib\nassert not [*pathlib.Path(os.environ["CTXLM_OUTPUTS"]).glob("*/")]\nprint(sizes)'
     parameters = nb.new_code_cell("sizes = 1", metadata={"tags": ["parameters"]})
     good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no\\nsizes")'))
-    write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad})
+    write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad, "06_torn.ipynb": good[:99]})
     monkeypatch.setattr(site, "ROOT", tmp_path)
-    monkeypatch.setattr(site, "PAGES", {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {})})
-    with pytest.raises(ConfigError, match=r"^notebooks/05_bad.ipynb ended in ValueError \(no sizes\): open it "):
+    pages = {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {}), "06_torn": ("06_torn", {})}
+    monkeypatch.setattr(site, "PAGES", pages)
+    words = r"^notebooks/05_bad.ipynb ended in ValueError \(no sizes\): open it .*; notebooks/06_torn.ipynb ended in "
+    with pytest.raises(ConfigError, match=words):
         site._execute_all(tmp_path / "executed")
     executed = nbformat.read(tmp_path / "executed" / "04_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "7\n"

@@ -59,13 +59,7 @@ def again(published: pd.Series) -> dict[str, object]:
     for name in ("val_ppl", "test_ppl"):
         row |= {name: published[name], f"{name}, again": metrics.get(name, float("nan"))}
     changes = [row[f"{name}, again"] / row[name] - 1 for name in ("val_ppl", "test_ppl")]
-    row |= {"change, %": 100 * max(changes, key=abs), "agrees": all(abs(c) <= tolerance for c in changes)}
-    print(
-        f"{row['grid']}/{row['run']}: test PPL {row['test_ppl']:.2f}, again {row['test_ppl, again']:.2f}, "
-        f"{'agrees' if row['agrees'] else 'DIFFERS'} (processor: {row['processor']})",
-        flush=True,
-    )
-    return row
+    return row | {"change, %": 100 * max(changes, key=abs), "agrees": all(abs(c) <= tolerance for c in changes)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,19 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     given = parser.parse_args(arguments)
+    rows = []
     try:
         runs = draw(given.count, given.seed, given.grid)
         with ThreadPoolExecutor(given.jobs) as pool:
-            table = pd.DataFrame(pool.map(again, [run for _, run in runs.iterrows()]))
+            for row in pool.map(again, [run for _, run in runs.iterrows()]):
+                rows.append(row)
+                print(
+                    f"{row['grid']}/{row['run']}: test PPL {row['test_ppl']:.2f}, again {row['test_ppl, again']:.2f}, "
+                    f"{'agrees' if row['agrees'] else 'DIFFERS'} (processor: {row['processor']}); "
+                    f"{given.count - len(rows)} left",
+                    flush=True,
+                )
     except (ConfigError, OSError) as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
-    path = outputs_dir() / "reproduce" / "reproduce.csv"
-    with atomic(path) as new:
-        table.to_csv(new, index=False)
-    print(f"{table['agrees'].sum()} of {len(table)} agree; {path} has the numbers")
-    return 0 if table["agrees"].all() else 1
+    finally:
+        if rows:
+            with atomic(outputs_dir() / "reproduce" / "reproduce.csv") as path:
+                pd.DataFrame(rows).to_csv(path, index=False)
+    agreed = sum(row["agrees"] for row in rows)
+    print(f"{agreed} of {len(rows)} agree; {outputs_dir() / 'reproduce' / 'reproduce.csv'} has the numbers")
+    return 0 if agreed == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -120,7 +120,10 @@ def _analyse(grid: str, home: Path) -> str:
         with atomic(home / f"{ANALYSIS}.ipynb") as target:
             _execute(ANALYSIS, {"grid": grid, "output_dir": str(home)}, target, home.parent)
     except ConfigError as error:
-        return str(error)
+        status = ["git", "status", "--porcelain", "--", f"notebooks/{ANALYSIS}.ipynb"]
+        changed = subprocess.run(status, cwd=ROOT, capture_output=True).stdout
+        hint = f"; it differs from the commit: `git checkout notebooks/{ANALYSIS}.ipynb` puts it back"
+        return f"{error}{hint if changed else ''}"
     return ""
 
 
@@ -182,15 +185,21 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
     """Run the notebooks of `PAGES`, two at a time, into a folder. Returns page → executed notebook.
 
     Raises:
-        ConfigError: as `_execute`, of the first that failed.
+        ConfigError: some failed: a sentence for each.
     """
     folder.mkdir()
 
     # in that folder there are no runs, which in `outputs` would stand in for committed ones
-    def job(page: str) -> NotebookNode:
-        return _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
+    def job(page: str) -> NotebookNode | ConfigError:
+        try:
+            return _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
+        except ConfigError as error:
+            return error
 
-    return dict(zip(PAGES, thread_map(job, PAGES, max_workers=2, desc="pages", leave=False, disable=None), strict=True))
+    ended = thread_map(job, PAGES, max_workers=2, desc="pages", leave=False, disable=None)
+    if errors := [str(error) for error in ended if isinstance(error, ConfigError)]:
+        raise ConfigError("; ".join(errors))
+    return dict(zip(PAGES, ended, strict=True))
 
 
 def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Path) -> NotebookNode:
