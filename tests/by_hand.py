@@ -185,7 +185,7 @@ POOLED = {
 PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}
 """Over what the mean is taken where a column differs."""
 TEXTS = {"chitchat": "conversations", "sotu": "speeches", "docstrings": "technical text"}
-EMBEDDINGS = {"ppmi": "counted", "smollm2": "trained"}
+EMBEDDINGS = {"ppmi": "PPMI", "smollm2": "SmolLM2"}
 SITES = {
     f"04_sites: A − B @ {words}, {through}": [("sites", {"corpus": text, "embedding": embedding})]
     for text, words in TEXTS.items()
@@ -207,8 +207,8 @@ TWICE = {
     for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
 OTHERS = {
-    "04_sites: A − B @ user prompts, trained": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
-    "04_sites: A − B @ user prompts in pieces, trained": [("prompts-order", {"train_piece_tokens": 256})],
+    "04_sites: A − B @ user prompts, SmolLM2": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
+    "04_sites: A − B @ user prompts in pieces, SmolLM2": [("prompts-order", {"train_piece_tokens": 256})],
 }
 SHAPES = SITES | TEXTWISE | TWICE | OTHERS
 EVERY = (*CONTRASTS, *POOLED, *SHAPES)
