@@ -78,7 +78,7 @@ reproduce: $(VENV)/.ready  ## run K=12 published runs again, drawn at random, an
 site: $(VENV)/.ready  ## write outputs/site/index.html: the findings and all committed runs, without training
 	@$(BIN)/python -m ctxlm.analysis.site --all
 
-benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, half an hour)
+benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (outputs/benchmark, up to an hour)
 	@mkdir -p outputs/benchmark
 	$(BIN)/papermill --log-output --no-progress-bar --cwd . -k python3 \
 	  notebooks/10_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml

@@ -192,8 +192,8 @@ def test_replicates_are_numbered_over_all_grids_and_the_overview_counts(roots):
     row = overview(runs).loc["one"]
     assert row[["finished runs", "replicates"]].tolist() == [4, 2]
     assert row["drawn anew in each"] == "seed, text" and row["training tokens"] == "20,000, 30,000"
-    short = overview(runs.assign(best_epoch=[10.0, 2.0] * 3, phase2_epochs=10))
-    assert short["best epoch is the last allowed"].tolist() == ["2 of 4", "1 of 2"]
+    short = overview(runs.assign(overfit_rate=0.2, log_over_fitting=[float("nan"), 0.2] * 3))
+    assert short["ended by the limit of epochs"].tolist() == ["2 of 4", "1 of 2"]
 
 
 # Losses by sample, and histories

@@ -176,7 +176,13 @@ def test_the_slopes_differ_by_the_interaction_of_the_pooled_formula(judged):
 
 
 def test_the_verdict_is_where_the_laws_meet(judged):
-    for alpha, level, verdict in ((-0.36, 6.6, "beyond the sizes"), (-0.30, 6.35, "none established")):
+    edge = 6.3 + 0.06 * (math.log(1.06 * SIZES[0]) - MIDDLE)  # within the sizes, but not all of its set
+    not_within = "not within the sizes"
+    for alpha, level, verdict in (
+        (-0.36, 6.6, not_within),
+        (-0.36, edge, not_within),
+        (-0.30, 6.35, "none established"),
+    ):
         row = crossovers(judged({"A": (-0.30, 6.3), "B": (alpha, level)}, **NARROW).runs).iloc[0]
         assert row["verdict"] == verdict
     row = crossovers(judged({"A": (-0.30, 6.3), "B": (-0.36, 10.0)}, **NARROW).runs).iloc[0]
@@ -203,7 +209,11 @@ def test_curves_side_by_side_cross_by_chance_as_often_as_two_coins_fall():
     assert crossing_share([1], np.eye(2), None, replicates=4)[0] == pytest.approx(
         stats.norm.cdf(2) * stats.norm.sf(2), abs=0.002
     )
-    assert crossing_share([1], np.eye(2), dof=2)[0] > both  # a covariance of three replicates
+    for dof in (2, 4):  # a covariance of three replicates, of five: as if drawn from what may lie behind it
+        behind = stats.invwishart(dof, dof * np.eye(2), seed=1).rvs(40_000)
+        off = np.linalg.cholesky(behind) @ np.random.default_rng(1).standard_normal((40_000, 2, 20))
+        drawn = ((off[:, 0] < 1) & (off[:, 1] > 1)).mean()
+        assert crossing_share([1], np.eye(2), dof)[0] == pytest.approx(drawn, abs=0.004)
     far = 1 - (2 * stats.norm.cdf(2 / np.sqrt(2)) - 1) ** 2  # of ties, those that move by two: u > |v|, u > √2
     assert crossing_share([0], np.eye(2), None, swing=2)[0] == pytest.approx(far / 4, abs=0.002)
     never = np.full((2, 2), 1.0)  # what is off at one size is off at the other

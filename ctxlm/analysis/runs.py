@@ -268,13 +268,14 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
     for grid, rows in runs.groupby("grid"):
         repeated = rows.groupby("configuration")["replicate"].nunique().max()  # two unlike runs are no replicates
         drawn = [label for name, label in DRAWN.items() if repeated > 1 and rows[name].nunique() > 1]
-        cut_short = int(rows["best_epoch"].ge(rows["phase2_epochs"]).sum()) if "best_epoch" in rows else 0
+        rates = rows.reindex(columns=["overfit_rate", "log_over_fitting"])  # n-grams have neither
+        ended = rates["overfit_rate"].notna() & rates["log_over_fitting"].isna()
         table[grid] = {
             "finished runs": len(rows),
             "planned": rows["planned"].iloc[0],
             "replicates": repeated,
             "drawn anew in each": ", ".join(drawn) or "nothing",
-            "best epoch is the last allowed": f"{cut_short} of {len(rows)}",
+            "ended by the limit of epochs": f"{ended.sum()} of {len(rows)}",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(rows["train_tokens"].unique())),
             "protocol": ", ".join(map(str, sorted(rows["protocol"].unique()))),
             "products": ", ".join(sorted(rows["dtype"].unique())),

@@ -124,8 +124,9 @@ def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
         met = fieller(moments, middle)
         verdict = "none established"
         if met.kind == "bounded" and met.tokens is not None and slopes.verdict != UNKNOWN:
-            inside = both["train_tokens"].min() <= met.tokens <= both["train_tokens"].max()
-            verdict = "within the sizes" if inside else "beyond the sizes"
+            low, high = met.low or 0, met.high or math.inf
+            inside = both["train_tokens"].min() <= low and high <= both["train_tokens"].max()
+            verdict = "within the sizes" if inside else "not within the sizes"
         rows.append({"a": a, "b": b, "slopes": slopes, "p": slopes.p} | asdict(met) | {"verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
 
@@ -140,7 +141,8 @@ def crossing_share(
 ) -> np.ndarray:
     """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
 
-    Of so many simulated ones. Deviations are normal, or follow Student's law where their covariance is an estimate.
+    Of so many simulated ones. Deviations are normal, or follow the predictive law of two that share an estimated
+    covariance, Student's with a degree of freedom less (Gelman et al. 2013, Bayesian Data Analysis, 3.6).
 
     Args:
         leads: differences of two losses, nats, of either sign.
@@ -152,7 +154,7 @@ def crossing_share(
     chance = np.random.default_rng(0)
     off = chance.multivariate_normal(np.zeros(2), covariance / replicates, draws)
     if dof is not None:
-        off /= np.sqrt(chance.chisquare(dof, (draws, 1)) / dof)
+        off /= np.sqrt(chance.chisquare(dof - 1, (draws, 1)) / dof)
     far = off[:, 1] - off[:, 0] >= swing
     return np.array([(far & (off[:, 0] < lead) & (off[:, 1] > lead)).mean() for lead in np.abs(leads)])
 
