@@ -40,7 +40,8 @@ CONTEXT_ALONE = {
     *("design", "context_dim", "num_input_tokens", "phase1_init_std", "dist_reg_weight", "phase1_learning_rate"),
     *("phase1_batch_size", "phase1_min_iterations", "phase1_max_iterations", "phase1_convergence_threshold"),
     *("phase1_min_converged_ratio", "phase1_context_noise", "phase1_gradient_clip", "phase2_context_window"),
-    *("phase2_init_std", "context_ablation", "context_rank", "spectral_radius", "leak", "input_scale"),
+    *("phase2_init_std", "phase2_shuffle", "context_ablation", "context_rank"),
+    *("spectral_radius", "leak", "input_scale"),
 }
 """Parameters that no other model reads."""
 DATA_PARAMETERS = {
@@ -176,6 +177,9 @@ class Experiment(Checked):
     phase2_context_window: Natural = Field(
         0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
     )
+    phase2_shuffle: bool = Field(
+        False, description="Phase 2 reads the positions of every epoch in random order; false: as they stand"
+    )
     slow_decay: Share = Field(
         0.0, description="decay a token of a slow context, a decayed sum of embeddings that the head reads too; 0: none"
     )
@@ -231,6 +235,8 @@ class Experiment(Checked):
             refuse("validations_per_epoch phase2_batch_size", f"an epoch has fewer updates, {updates}: lower one")
         if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
             refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
+        if self.phase2_shuffle and self.phase2_context_window:
+            refuse("phase2_shuffle phase2_context_window", "the second trains through consecutive tokens: set it to 0")
         if self.context_rank and self.phase2_context_window:
             refuse("context_rank phase2_context_window", "the first keeps part of contexts that stay: set one to 0")
         for name in ("spectral_radius", "leak", "input_scale"):

@@ -1,10 +1,12 @@
 """Phase 2: freeze the contexts (or train them on) and train the TokenBlock to predict the next token."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ctxlm.config import Experiment
-from ctxlm.device import autocast
+from ctxlm.device import autocast, generator
 from ctxlm.loss import Losses, Score
 from ctxlm.model import ContextLM, set_frequencies
 from ctxlm.recurrence import Contexts, chunked
@@ -51,7 +53,8 @@ class Phase2:
     """What Phase 2 is, for the trainer: N tokens give N - 1 targets, each read once an epoch.
 
     Trained are the TokenBlock and what else the model has to train: the output's bias, the slow context's gain, and the
-    embedding unless frozen. Batches are consecutive tokens in stream order, the short last one included.
+    embedding unless frozen. Batches are consecutive tokens in stream order, the short last one included; with
+    `phase2_shuffle` they are drawn anew for every epoch, without replacement, as contexts are there for any order.
 
     With `phase2_context_window` the ContextBlock is trained too: a batch is cut into windows of so many tokens, and
     gradients go back through each (`Contexts.unrolled`). Every epoch begins with contexts made anew, in `train.values`,
@@ -69,13 +72,17 @@ class Phase2:
         self.predict = Predictor(model, dtype)
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
 
-    def batches(self, epoch: int) -> list[slice]:
+    def batches(self, epoch: int) -> Sequence[slice | Tensor]:
         """The positions of each batch."""
+        if self.e.phase2_shuffle:
+            draws = generator(self.e.seed, "phase2_order", epoch)
+            order = torch.randperm(self.targets, generator=draws).to(self.train.tokens.device)
+            return order.split(self.e.phase2_batch_size)
         if self.window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
             self.train.values.copy_(chunked(self.model, self.train.tokens).values)
         return _slices(self.targets, self.e.phase2_batch_size)
 
-    def loss(self, batch: slice) -> Losses:
+    def loss(self, batch: slice | Tensor) -> Losses:
         """The losses of one batch."""
         tokens = self.train.tokens
         if not self.window:

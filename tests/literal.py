@@ -157,7 +157,7 @@ def phase1(weights, tokens, n, settings, noise):
     return records, previous
 
 
-def phase2(weights, train_tokens, val_tokens, n, settings):
+def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
     """Train the TokenBlock in place to predict the next token from frozen contexts; the best epoch's weights are kept.
 
     Returns a dict: `epochs` (a record each), `steps` (every update's training loss), `best_epoch` (from 1) and
@@ -166,6 +166,7 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
     before them; an epoch begins with contexts folded anew, and what is validated has contexts of its own weights.
     With `output_bias` unigram a bias of the logits is trained, which starts at the log frequencies. With `slow_decay`
     the head reads s_t = a·s_{t-1} + w(x_t)·x_t too, normalised, times a trained gain; rare tokens weigh more.
+    With `phase2_shuffle` an epoch reads its positions in the order that `order(epoch)` gives.
     """
     snapshot = weights.embedding.detach().clone()  # contexts keep Phase 1's embedding
     parameters = [tensor for layer in weights.token_layers for tensor in layer.values()]
@@ -216,6 +217,8 @@ def phase2(weights, train_tokens, val_tokens, n, settings):
             held = [outputs[-1] for outputs in run_contexts(weights, train_tokens, n, snapshot)]
         for start in range(0, targets, settings["phase2_batch_size"]):
             positions = range(start, min(start + settings["phase2_batch_size"], targets))
+            if settings["phase2_shuffle"]:
+                positions = [order(epoch)[place] for place in positions]
             rows, anew = [], {}
             for t in positions:
                 contexts = train_contexts[t]

@@ -67,6 +67,7 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"context_ablation": "zero", "phase2_context_window": 8},
         {"context_ablation": "zero", "slow_decay": 0.9},
         {"context_rank": 8, "phase2_context_window": 1},
+        {"phase2_shuffle": True, "phase2_context_window": 1},
         {"context_rank": 769, "context_dim": 768},
         {"embedding_turned": 768, "embed_dim": 768},
         {"corpus": "sotu+chitchat", "judged_corpus": "sotu"},

@@ -90,6 +90,7 @@ FROZEN, TRAINED, RECURRENT, WINDOWED = (True, 0), (False, 0), (False, 1), (True,
         *((SHAPES[3], trains) for trains in (TRAINED, WINDOWED)),
         *((SHAPES[4], trains) for trains in (FROZEN, RECURRENT)),
         *((SHAPES[0] | BEYOND, trains) for trains in (TRAINED, RECURRENT)),
+        *((SHAPES[0] | {"phase2_shuffle": True}, trains) for trains in (FROZEN, TRAINED)),
     ],
 )
 def test_phase2_is_the_twins(shape, trains):
@@ -105,7 +106,12 @@ def test_phase2_is_the_twins(shape, trains):
     model = tiny(**shape, phase2_freeze_embedding=frozen)
     train, val = stream(70), stream(40, seed=1)
     weights = literal.copied(model)
-    twin = literal.phase2(weights, train.tolist(), val.tolist(), shape["num_input_tokens"], settings.model_dump())
+    n, values = shape["num_input_tokens"], settings.model_dump()
+
+    def order(epoch):
+        return torch.randperm(69, generator=generator(42, "phase2_order", epoch)).tolist()
+
+    twin = literal.phase2(weights, train.tolist(), val.tolist(), n, values, order)
 
     steps, ours_loss = [], ctxlm.loss.linear_cross_entropy
 
