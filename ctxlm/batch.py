@@ -57,8 +57,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
         if is_finished(done, values):
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_BATCH": "1"}
-        if values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney":
-            environment |= free_gpu(held)
+        environment |= free_gpu(values, held)
         command = f"{sys.executable} -m papermill --cwd . -k python3 --no-progress-bar --log-output".split()
         command += [notebook, str(executed), "-y", on_one_line(values)]
         failure.unlink(missing_ok=True)
@@ -121,9 +120,10 @@ def visible_gpus() -> list[str]:
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
-def free_gpu(held: ExitStack) -> dict[str, str]:
-    """Make a free GPU, if there is one, the only one that a run sees, and its own until `held` ends."""
-    for gpu in visible_gpus():
+def free_gpu(values: Mapping[str, Any], held: ExitStack) -> dict[str, str]:
+    """Make a free GPU the only one that a run of these parameters sees, if it wants one; its own until `held` ends."""
+    wanted = values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
+    for gpu in visible_gpus() if wanted else []:
         with suppress(Timeout):
             held.enter_context(FileLock(outputs_dir() / f".gpu-{gpu}.lock").acquire(0))
             return {"CUDA_VISIBLE_DEVICES": gpu}

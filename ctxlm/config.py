@@ -488,8 +488,8 @@ def _grid_file(name: str) -> Path:
 
 def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
     """Refuse a run's name that cannot be its folder's."""
-    if run in ("report", "analysis") or run.startswith("corpus"):
-        raise ConfigError("the report, the analysis and the corpus are called so: rename it")
+    if run == "report" or run.startswith("corpus"):
+        raise ConfigError("the report and the corpus are called so: rename it")
     if not re.fullmatch(NAME, run) or len(run) > MAX_NAME:  # a path among the swept values, say
         raise ConfigError(
             f"a run's name is its folder's: at most {MAX_NAME} letters, digits and _.+-; give a path, say, under "

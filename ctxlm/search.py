@@ -251,12 +251,12 @@ def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it failed for another reason.
     """
-    done = folder / "metrics.json"
-    if is_finished(done, experiment.for_notebook()):
+    done, values = folder / "metrics.json", experiment.for_notebook()
+    if is_finished(done, values):
         return json.loads(done.read_bytes())
-    command = [sys.executable, "-m", "ctxlm.run", str(folder), yaml.safe_dump(experiment.for_notebook())]
+    command = [sys.executable, "-m", "ctxlm.run", str(folder), yaml.safe_dump(values)]
     with ExitStack() as held:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_BATCH": "1"} | free_gpu(held)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_BATCH": "1"} | free_gpu(values, held)
         process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if process.returncode == 0:
         return json.loads(done.read_bytes())

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlm.analysis.audit import FALSE, HOLDS, LATER, ROUNDED, STUDY, UNTESTABLE, VERDICTS, Cell, audit, verdict
+from ctxlm.analysis.audit import FALSE, HOLDS, ROUNDED, UNTESTABLE, VERDICTS, Cell, audit, verdict
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import resolve
 from ctxlm.model import ContextBlock, TokenBlock
 
+STUDY, LATER = "data/reference/l4-2025-11-28", "data/reference/later-2025-11"
+
 
 @pytest.fixture(scope="module")
 def claims():
-    return audit().set_index("claim_id")
+    return audit(STUDY).set_index("claim_id")
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,6 @@ from simpleeval import DEFAULT_OPERATORS, SimpleEval
 from ctxlm.config import ConfigError
 from ctxlm.files import resolve
 
-STUDY = "data/reference/l4-2025-11-28"
-LATER = "data/reference/later-2025-11"
 KEYS = ["experiment", "train_tokens", "epoch", "parameter", "item", "claim"]
 """Columns that name a row."""
 COLUMNS = ["claim_id", "section", "each", "claim", "published", "recomputed", "testable", "why"]
@@ -52,7 +50,7 @@ class Cell(float):
         return self.text
 
 
-def audit(folder: str | Path = STUDY) -> pd.DataFrame:
+def audit(folder: str | Path) -> pd.DataFrame:
     """One row a claim: claim_id, section, claim, published, recomputed, difference, verdict, why.
 
     `published` is text as printed. `recomputed` is a number at full precision, or text: of a statement, or what stands

@@ -74,13 +74,11 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool, judged: bool =
         second_half: whether the embedding is made from it.
         judged: whether it is this corpus that is judged on.
     """
-    samples = streams.train.samples  # of which each may be cut
-    first = int(corpus.starts[samples[0]])
-    last = int(corpus.starts[samples[-1]]) + np.count_nonzero(samples == samples[-1])
+    read = np.unique(streams.train.samples)  # a window that runs over the end goes on at the start
+    spans = np.split(read, np.flatnonzero(np.diff(read) > 1) + 1)
+    training = [(int(corpus.starts[some[0]]), int(corpus.starts[some[-1] + 1])) for some in spans]
     bounds = [corpus.capacity + i * corpus.region for i in range(4)]
     end, development, test, after = (int(corpus.starts[bound]) for bound in bounds)
-    # a window that runs over the end goes on at the start
-    training = [(first, last)] if first < last else [(first, end), (0, last)]
     parts = {"training capacity": ([(0, end)], "0.85"), "training": (training, COLOURS[0])}
     if judged:
         parts["validation"] = [(end, development)], COLOURS[1]
