@@ -208,7 +208,7 @@ TWICE = {
 }
 OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
-    "04_sites: A − B @ user prompts in pieces, SmolLM2": [("prompts-order", {"train_piece_tokens": 256})],
+    "04_sites: A − B @ user prompts, in pieces, SmolLM2": [("prompts-order", {"train_piece_tokens": 256})],
 }
 SHAPES = SITES | TEXTWISE | TWICE | OTHERS
 EVERY = (*CONTRASTS, *POOLED, *SHAPES)

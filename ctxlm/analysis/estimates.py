@@ -182,7 +182,7 @@ class Estimates(list[Estimate]):
         if not self:
             return None
         unit = UNITS[self[0].unit]
-        figure, ((axes,),) = new_figure(height=0.9 + 0.32 * len(self), width=width)
+        figure, ((axes,),) = new_figure(height=1.1 + 0.32 * len(self), width=width)
         for row, (e, verdict) in enumerate(zip(self, self.verdicts, strict=True)):
             value, low, high = e.in_unit
             significant = verdict in ("lower", "higher") or not unit.comparison
@@ -195,7 +195,7 @@ class Estimates(list[Estimate]):
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
-        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label} (95 % intervals)")
+        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals)")
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)
