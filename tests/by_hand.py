@@ -209,15 +209,30 @@ TWICE = {
 OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
     "04_sites: A − B @ user prompts, in pieces, SmolLM2": [("prompts-order", {"train_piece_tokens": 256})],
+    "04_sites: A − B @ user prompts, random order, SmolLM2": [("shuffled", {"corpus": "prompts"})],
+    "04_sites: A − B @ conversations, random order, SmolLM2": [("shuffled", {"corpus": "chitchat"})],
 }
 SHAPES = SITES | TEXTWISE | TWICE | OTHERS
-EVERY = (*CONTRASTS, *POOLED, *SHAPES)
+IN_TEXT_ORDER = {
+    "conversations": ("sites", {"corpus": "chitchat", "embedding": "smollm2"}),
+    "user prompts": ("prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}),
+}
+ORDERS = {
+    f"04_sites: random − text order @ {shape}, {text}, SmolLM2": (shape, *side)
+    for text, side in IN_TEXT_ORDER.items()
+    for shape in "AB"
+}
+"""What random order is worth to a shape: beside `shuffled`, the grid in text order and its values."""
+EVERY = (*CONTRASTS, *POOLED, *SHAPES, *ORDERS)
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
     if name in SHAPES:
         return [(read(grid, experiment="A", **at), read(grid, experiment="B", **at)) for grid, at in SHAPES[name]]
+    if name in ORDERS:
+        shape, grid, at = ORDERS[name]
+        return [(read("shuffled", experiment=shape, corpus=at["corpus"]), read(grid, experiment=shape, **at))]
     if name in CONTRASTS:
         size, *both = CONTRASTS[name]
         a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)
