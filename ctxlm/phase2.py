@@ -75,9 +75,9 @@ class Phase2:
     def batches(self, epoch: int) -> Sequence[slice | Tensor]:
         """The positions of each batch."""
         if self.e.phase2_shuffle:
-            draws = generator(self.e.seed, "phase2_order", epoch)
-            order = torch.randperm(self.targets, generator=draws).to(self.train.tokens.device)
-            return order.split(self.e.phase2_batch_size)
+            device = self.train.tokens.device
+            draws = generator(self.e.seed, "phase2_order", epoch, device=device)
+            return torch.randperm(self.targets, generator=draws, device=device).split(self.e.phase2_batch_size)
         if self.window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
             self.train.values.copy_(chunked(self.model, self.train.tokens).values)
         return _slices(self.targets, self.e.phase2_batch_size)
