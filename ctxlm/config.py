@@ -154,7 +154,7 @@ class Experiment(Checked):
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
     # Phase 2
     phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
-    phase2_batch_size: Count = Field(512, description="tokens per update, consecutive")
+    phase2_batch_size: Count = Field(512, description="tokens per update, consecutive unless phase2_shuffle")
     phase2_epochs: Count = Field(10, description="Phase 2 ends here at the latest")
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
