@@ -206,33 +206,39 @@ TWICE = {
     f"04_sites: A − B @ {text} × {through}, 183,620 tokens": [("sites-large", {"corpus": text, "embedding": through})]
     for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
+PROMPTS = {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
-    "04_sites: A − B @ user prompts, SmolLM2": [("prompts", {"embedding": "smollm2", "train_sample_tokens": None})],
+    "04_sites: A − B @ user prompts, SmolLM2": [("prompts", PROMPTS)],
     "04_sites: A − B @ user prompts, in pieces, SmolLM2": [("prompts-order", {"train_piece_tokens": 256})],
-    "04_sites: A − B @ user prompts, random order, SmolLM2": [("shuffled", {"corpus": "prompts"})],
-    "04_sites: A − B @ conversations, random order, SmolLM2": [("shuffled", {"corpus": "chitchat"})],
-}
-SHAPES = SITES | TEXTWISE | TWICE | OTHERS
-IN_TEXT_ORDER = {
-    "conversations": ("sites", {"corpus": "chitchat", "embedding": "smollm2"}),
-    "user prompts": ("prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}),
 }
 ORDERS = {
-    f"04_sites: random − text order @ {shape}, {text}, SmolLM2": (shape, *side)
-    for text, side in IN_TEXT_ORDER.items()
+    "conversations": [("shuffled", {"corpus": "chitchat"}), ("sites", {"corpus": "chitchat", "embedding": "smollm2"})],
+    "technical text": [
+        ("shuffled-sites", {"corpus": "docstrings"}),
+        ("sites", {"corpus": "docstrings", "embedding": "smollm2"}),
+    ],
+    "user prompts": [("shuffled", {"corpus": "prompts"}), ("prompts", PROMPTS)],
+}
+"""By text, through SmolLM2, the runs in random and in text order."""
+IN_RANDOM_ORDER = {f"04_sites: A − B @ {text}, random order, SmolLM2": [random] for text, (random, _) in ORDERS.items()}
+WORTH = {
+    f"04_sites: random − text order @ {shape}, {text}, SmolLM2": (shape, *orders)
+    for text, orders in ORDERS.items()
     for shape in "AB"
 }
-"""What random order is worth to a shape: beside `shuffled`, the grid in text order and its values."""
-EVERY = (*CONTRASTS, *POOLED, *SHAPES, *ORDERS)
+"""What random order is worth to a shape."""
+SHAPES = SITES | TEXTWISE | TWICE | OTHERS | IN_RANDOM_ORDER
+EVERY = (*CONTRASTS, *POOLED, *SHAPES, *WORTH)
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
     if name in SHAPES:
         return [(read(grid, experiment="A", **at), read(grid, experiment="B", **at)) for grid, at in SHAPES[name]]
-    if name in ORDERS:
-        shape, grid, at = ORDERS[name]
-        return [(read("shuffled", experiment=shape, corpus=at["corpus"]), read(grid, experiment=shape, **at))]
+    if name in WORTH:
+        shape, *orders = WORTH[name]
+        a, b = (read(grid, experiment=shape, **at) for grid, at in orders)
+        return [(a, b)]
     if name in CONTRASTS:
         size, *both = CONTRASTS[name]
         a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)

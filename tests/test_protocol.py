@@ -90,21 +90,20 @@ def read_once():
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid not in NOT_TOGETHER])
 def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_once):
     of_grid = [run for (of, _), run in runs.items() if of == grid]
-    for corpus in {run.corpus for run in of_grid}:  # whose windows may lie otherwise
+    drawn = {(run.seed, run.data_seed, run.embedding_seed) for run in of_grid}
+    seeds, windows, signs = map(set, zip(*drawn, strict=True))
+    assert len({(seed, sign) for seed, _, sign in drawn}) == len(seeds) == len(signs)
+    assert len({(seed, window) for seed, window, _ in drawn}) == len(windows)  # no two seeds share one
+    if len(seeds) > 1:
+        assert all(signs)  # each has signs that are drawn
+    else:
+        assert grid in {"depth-rates", "logit-scale", "playground", "sizes-largest"}  # they choose, or cost too much
+    for corpus in {run.corpus for run in of_grid}:  # in another the same seed may have another window
         of_corpus = [run for run in of_grid if run.corpus == corpus]
         triples = {(run.seed, run.data_seed, run.embedding_seed) for run in of_corpus}
-        if len(triples) > 1:
-            assert [len(set(column)) for column in zip(*triples, strict=True)] == [len(triples)] * 3
-            assert all(embedding_seed for _, _, embedding_seed in triples)  # each has signs that are drawn
-            for label in {run.experiment for run in of_corpus}:  # and every model has all of them
-                assert {(r.seed, r.data_seed, r.embedding_seed) for r in of_corpus if r.experiment == label} == triples
-        else:
-            assert grid in {
-                "depth-rates",
-                "logit-scale",
-                "playground",
-                "sizes-largest",
-            }  # they choose, or cost too much
+        assert [len(set(column)) for column in zip(*triples, strict=True)] == [len(triples)] * 3
+        for label in {run.experiment for run in of_corpus}:  # every model has all of them
+            assert {(r.seed, r.data_seed, r.embedding_seed) for r in of_corpus if r.experiment == label} == triples
     corpora = {run.corpus for run in of_grid}
     if corpora == {"ultrachat"}:  # which the hub has
         with given_as(Corpus("ultrachat", np.zeros(3_480_000, np.int32), np.arange(20_001) * 174)):

@@ -272,11 +272,12 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
     if earlier:
         kept = (build(grid).parents[1] / "04_scaling.ipynb").read_bytes()
         capsys.readouterr()
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     monkeypatch.setattr(site, "_execute", fail)
     assert main(["--grid", grid]) == 1
     printed = capsys.readouterr()
     why, where = printed.err.removeprefix("error: ").splitlines()
-    assert why == f"no sizes {HOSTILE}"
+    assert why.startswith(f"no sizes {HOSTILE}; it differs from the commit: `git checkout notebooks/04_scaling")
     assert printed.out.splitlines() == MISSING
     index = Path(where.rpartition(": ")[2])
     soup = soup_of(index)

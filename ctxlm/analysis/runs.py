@@ -149,19 +149,17 @@ def read_runs(*grids: str) -> pd.DataFrame:
     stop, and has no over-fitting to show yet.
 
     Raises:
-        ConfigError: no grid has a finished run, or runs were judged by two protocols, or by one no longer read.
+        ConfigError: a grid has no finished run, or runs were judged by two protocols, or by one no longer read.
     """
     frames = []
     for grid in dict.fromkeys(grids):
         plan = _plan(grid)
         runs = load_planned(plan) if plan else load_runs(grid)
-        if runs.empty:  # still being made
-            continue
+        if runs.empty:
+            first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
+            raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")
         known = {"grid": plan.name, "planned": len(plan.runs)} if plan else {"grid": grid, "planned": len(runs)}
         frames.append(runs.assign(**known, by_hand=plan is None and runs["source"].eq("outputs")))
-    if not frames:
-        first = "notebooks/02_experiment.ipynb" if BY_HAND in grids else f"`make report GRID={grids[0]}`"
-        raise ConfigError(f"grid {', '.join(grids)} has no finished run yet: run {first} first")
     joined = pd.concat(frames, ignore_index=True)
     _check_protocols(joined)
     joined["configuration"] = _configurations(joined, joined.pop("by_hand"))
@@ -173,6 +171,15 @@ def read_runs(*grids: str) -> pd.DataFrame:
         stopped = joined["epochs_run"] - joined["best_epoch"] >= joined["phase2_patience"]
         joined["log_over_fitting"] = np.log1p(joined["overfit_rate"]).where(stopped)
     return joined
+
+
+def read_finished(*grids: str) -> pd.DataFrame:
+    """As `read_runs`, of those of the grids that have a finished run: for a page whose runs are still being made.
+
+    Raises:
+        ConfigError: none has one, or as `read_runs`.
+    """
+    return read_runs(*([grid for grid in grids if len(load_runs(grid))] or grids))
 
 
 def _plan(grid: str) -> Grid | None:

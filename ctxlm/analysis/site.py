@@ -120,7 +120,10 @@ def _analyse(grid: str, home: Path) -> str:
         with atomic(home / f"{ANALYSIS}.ipynb") as target:
             _execute(ANALYSIS, {"grid": grid, "output_dir": str(home)}, target, home.parent)
     except ConfigError as error:
-        return str(error)
+        status = ["git", "status", "--porcelain", "--", f"notebooks/{ANALYSIS}.ipynb"]
+        changed = subprocess.run(status, cwd=ROOT, capture_output=True).stdout
+        hint = f"; it differs from the commit: `git checkout notebooks/{ANALYSIS}.ipynb` puts it back"
+        return f"{error}{hint if changed else ''}"
     return ""
 
 
