@@ -199,12 +199,12 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         ConfigError: more is asked of a part than it has, or a part is left a single token.
     """
     e, corpus = experiment, corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
-    of = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
+    judging = load_corpus(e.judged_corpus, e.shuffle_samples) if e.judged_corpus else corpus
     names = ("val_samples", "development_samples", "test_samples")
     refused = [
-        f"{name} = {getattr(e, name)} is more than {of.region}, which {of.name} keeps for it: lower it"
+        f"{name} = {getattr(e, name)} is more than {judging.region}, which {judging.name} keeps for it: lower it"
         for name in names
-        if getattr(e, name) > of.region
+        if getattr(e, name) > judging.region
     ]
     try:
         capacity, start = _window(corpus, e)
@@ -214,8 +214,8 @@ def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
         raise ConfigError("; ".join(refused))
     judged = {}
     for i, name in enumerate(names):
-        first = of.capacity + i * of.region
-        judged[name] = of.stream(first, first + getattr(e, name), e.max_sample_tokens)
+        first = judging.capacity + i * judging.region
+        judged[name] = judging.stream(first, first + getattr(e, name), e.max_sample_tokens)
     window = np.arange(start, start + e.train_tokens) % len(capacity)
     if e.held_out_tokens:
         window, held_out = np.split(window, [-e.held_out_tokens])

@@ -198,7 +198,7 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     Randomised subspace iteration with M·Mᵀ, LU between its steps and QR at the end (Halko, Martinsson & Tropp 2011,
     algorithms 4.4 and 5.1; LU as in their remark 4.3 costs less and keeps the columns as independent). A PPMI matrix's
     spectrum is flat, so this is an approximation: six iterations hold 98.4 % of the energy of the best rank-128
-    approximation on chitchat (LOG.md).
+    approximation on chitchat.
 
     The embedding must not depend on how many threads made it: sums of two threads are others in their last bits, and
     24 entries of chitchat's 38 million differed after rounding (`GRAIN`). So it is made by one, in double precision,

@@ -107,7 +107,7 @@ class Trainer:
             self._load(checkpoint, key)
         while not self.done:
             stopped = self.run_epoch(on_epoch)
-            if checkpoint:
+            if checkpoint and self.step % self.e.validations_per_epoch == 0:  # batches go on from an epoch's end alone
                 self._save(checkpoint, key)
             if stopped:
                 break

@@ -163,7 +163,7 @@ def build_all() -> Path:
 
 
 def _print(page: Path, pdf: Path) -> None:
-    """A page as it is printed, where a browser that can do so is at hand; without one there is no file.
+    """A page as it is printed, and a link to that, where a browser that can do so is at hand.
 
     Links to other pages are left out: in a file that is carried elsewhere they would name this machine's folders.
     """
@@ -176,6 +176,9 @@ def _print(page: Path, pdf: Path) -> None:
         with suppress(subprocess.TimeoutExpired):
             subprocess.run([browser, *options, alone.as_uri()], capture_output=True, timeout=60)
         alone.unlink()
+        if pdf.exists():
+            link = f'<footer>\n<p><a href="{pdf.name}">This page as a PDF</a></p>'
+            page.write_text(text.replace("<footer>", link), encoding="utf-8")
 
 
 # Notebooks are executed
