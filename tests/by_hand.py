@@ -132,124 +132,105 @@ def over_sites(values: np.ndarray, errors: np.ndarray) -> tuple[float, float, fl
 
 SMALL, LARGE, QUICK = 86_925, 183_620, 20_000
 """Training tokens."""
+Cell = tuple[str, dict]
+"""A grid, and what its runs that are meant have in runs.csv."""
+Pairs = list[tuple[Cell, Cell]]
+"""What is compared; of several pairs the mean counts."""
+
+
+def contrast(size: int, a: str, b: str) -> Pairs:
+    """Of two experiments, each given as grid/label."""
+    first, second = ((grid, {"experiment": x, "train_tokens": size}) for grid, x in (a.split("/"), b.split("/")))
+    return [(first, second)]
+
+
+def shapes(*places: Cell) -> Pairs:
+    """A − B in each of these places."""
+    return [((grid, {"experiment": "A"} | at), (grid, {"experiment": "B"} | at)) for grid, at in places]
+
+
+def pooled(grid: str, read_at_once: int, column: str, a: int, b: int) -> Pairs:
+    """Two values of a column, at all widths or at all layers."""
+    over, places = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}[column]
+    each = [{"num_input_tokens": read_at_once, over: place} for place in places]
+    return [((grid, at | {column: a}), (grid, at | {column: b})) for at in each]
+
+
 CONTRASTS = {
-    "04_scaling: A − B @ 86,925 tokens": (SMALL, ("stabilised", "A"), ("stabilised", "B")),
-    "04_scaling: A − B @ 183,620 tokens": (LARGE, ("stabilised", "A"), ("stabilised", "B")),
-    "04_as_studied: A − B @ 86,925 tokens": (SMALL, ("study", "A"), ("study", "B")),
-    "04_as_studied: A − B @ 183,620 tokens": (LARGE, ("study", "A"), ("study", "B")),
-    "04_quick_scale: A − B @ 20,000 tokens": (QUICK, ("stabilised-variance", "A"), ("stabilised-variance", "B")),
-    "04_chance: stabilised − study, full size @ A, 86,925 tokens": (SMALL, ("stabilised", "A"), ("study", "A")),
-    "04_chance: stabilised − study, full size @ B, 86,925 tokens": (SMALL, ("stabilised", "B"), ("study", "B")),
-    "04_chance: A − B, study, float32 @ 0.002": (QUICK, ("dtype", "A"), ("dtype", "B")),
-    "04_chance: A − B, study, rotated embedding @ 0.002": (10_000, ("rotation", "A"), ("rotation", "B")),
-    "06_contexts: zeros, stabilised, full size @ A": (
-        SMALL,
-        ("stabilised-ablations-full", "A-zero"),
-        ("stabilised", "A"),
+    "04_scaling: A − B @ 86,925 tokens": contrast(SMALL, "stabilised/A", "stabilised/B"),
+    "04_scaling: A − B @ 183,620 tokens": contrast(LARGE, "stabilised/A", "stabilised/B"),
+    "04_as_studied: A − B @ 86,925 tokens": contrast(SMALL, "study/A", "study/B"),
+    "04_as_studied: A − B @ 183,620 tokens": contrast(LARGE, "study/A", "study/B"),
+    "04_quick_scale: A − B @ 20,000 tokens": contrast(QUICK, "stabilised-variance/A", "stabilised-variance/B"),
+    "04_chance: stabilised − study, full size @ A, 86,925 tokens": contrast(SMALL, "stabilised/A", "study/A"),
+    "04_chance: stabilised − study, full size @ B, 86,925 tokens": contrast(SMALL, "stabilised/B", "study/B"),
+    "04_chance: A − B, study, float32 @ 0.002": contrast(QUICK, "dtype/A", "dtype/B"),
+    "04_chance: A − B, study, rotated embedding @ 0.002": contrast(10_000, "rotation/A", "rotation/B"),
+    "06_contexts: zeros, study, full size @ A": contrast(SMALL, "ablations-full/A-zero", "study/A"),
+    "06_contexts: zeros, study, full size @ B": contrast(SMALL, "ablations-full/B-zero", "study/B"),
+    "06_contexts: 2 − 6 layers, each at its best @ 20,000 tokens": contrast(QUICK, "depth-best/L2", "depth-best/L6"),
+    "06_contexts: context 256 − 128, stabilised @ ": pooled("depth", 2, "context_dim", 256, 128),
+    "06_contexts: 1 − 6 layers, stabilised @ ": pooled("depth", 2, "num_layers", 1, 6),
+    "06_contexts: 2 − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
+    "07_alternatives: A, searched − A, stabilised @ 86,925 tokens": contrast(
+        SMALL, "searched/A-searched", "stabilised/A"
     ),
-    "06_contexts: zeros, stabilised, full size @ B": (
-        SMALL,
-        ("stabilised-ablations-full", "B-zero"),
-        ("stabilised", "B"),
+    "07_alternatives: without-contexts − whole @ 20,000 tokens": contrast(
+        QUICK, "searched-ablations/without-contexts", "searched-ablations/whole"
     ),
-    "06_contexts: zeros, study, full size @ A": (SMALL, ("ablations-full", "A-zero"), ("study", "A")),
-    "06_contexts: zeros, study, full size @ B": (SMALL, ("ablations-full", "B-zero"), ("study", "B")),
-    "06_contexts: 2 − 6 layers, each at its best @ 20,000 tokens": (QUICK, ("depth-best", "L2"), ("depth-best", "L6")),
-    "07_alternatives: A, searched − A, stabilised @ 86,925 tokens": (
-        SMALL,
-        ("searched", "A-searched"),
-        ("stabilised", "A"),
-    ),
-    "07_alternatives: without-contexts − whole @ 20,000 tokens": (
-        QUICK,
-        ("searched-ablations", "without-contexts"),
-        ("searched-ablations", "whole"),
-    ),
-    "07_alternatives: A − B, each by its own search @ 20,000 tokens": (QUICK, ("fair-quick", "A"), ("fair-quick", "B")),
-    "07_alternatives: A − B, both by A's search @ 20,000 tokens": (
-        QUICK,
-        ("fair-quick", "A"),
-        ("fair-quick", "B-as-A"),
-    ),
-    "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": (LARGE, ("baselines", "KN-4"), ("stabilised", "A")),
+    "07_alternatives: A − B, each by its own search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B"),
+    "07_alternatives: A − B, both by A's search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B-as-A"),
+    "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": contrast(LARGE, "baselines/KN-4", "stabilised/A"),
+    "07_alternatives: context 256 − 128, searched @ ": pooled("searched-depth", 1, "context_dim", 256, 128),
+    "07_alternatives: 2 − 6 layers, searched @ ": pooled("searched-depth", 1, "num_layers", 2, 6),
+} | {
+    f"06_contexts: zeros, stabilised, full size @ {x}": contrast(
+        SMALL, f"stabilised-ablations-full/{x}-zero", f"stabilised/{x}"
+    )
+    for x in "AB"
 }
-"""What is compared, by the page that shows it: at which size, and of either side the grid and the experiment."""
-POOLED = {
-    "06_contexts: context 256 − 128, stabilised @ ": ("depth", 2, "context_dim", 256, 128),
-    "06_contexts: 1 − 6 layers, stabilised @ ": ("depth", 2, "num_layers", 1, 6),
-    "06_contexts: 2 − 6 layers, one token @ ": ("depth", 1, "num_layers", 2, 6),
-    "07_alternatives: context 256 − 128, searched @ ": ("searched-depth", 1, "context_dim", 256, 128),
-    "07_alternatives: 2 − 6 layers, searched @ ": ("searched-depth", 1, "num_layers", 2, 6),
-}
-"""Means over all widths or all layers: the grid, how many tokens are read at a time, and the column that differs."""
-PLACES = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}
-"""Over what the mean is taken where a column differs."""
+"""By the page that shows it."""
 TEXTS = {"chitchat": "conversations", "sotu": "speeches", "docstrings": "technical text"}
 EMBEDDINGS = {"ppmi": "PPMI", "smollm2": "SmolLM2"}
 SITES = {
-    f"04_sites: A − B @ {words}, {through}": [("sites", {"corpus": text, "embedding": embedding})]
+    f"04_sites: A − B @ {words}, {through}": shapes(("sites", {"corpus": text, "embedding": embedding}))
     for text, words in TEXTS.items()
     for embedding, through in EMBEDDINGS.items()
 }
+PLACES = {text: ("sites", {"corpus": text}) for text in TEXTS} | {"prompts": ("prompts", {"train_sample_tokens": None})}
 TEXTWISE = {
-    f"04_sites: A − B, both embeddings @ {text}": [
-        ("sites", {"corpus": text, "embedding": embedding}) for embedding in EMBEDDINGS
-    ]
-    for text in TEXTS
-} | {
-    "04_sites: A − B, both embeddings @ prompts": [
-        ("prompts", {"embedding": embedding, "train_sample_tokens": None}) for embedding in EMBEDDINGS
-    ]
+    f"04_sites: A − B, both embeddings @ {text}": shapes(*((grid, at | {"embedding": e}) for e in EMBEDDINGS))
+    for text, (grid, at) in PLACES.items()
 }
-"""A − B at a site, and of a text the mean over both embeddings: of a grid, runs with these values."""
 TWICE = {
-    f"04_sites: A − B @ {text} × {through}, 183,620 tokens": [("sites-large", {"corpus": text, "embedding": through})]
+    f"04_sites: A − B @ {text} × {through}, 183,620 tokens": shapes(
+        ("sites-large", {"corpus": text, "embedding": through})
+    )
     for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
-PROMPTS = {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
+PROMPTS = "prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
-    "04_sites: A − B @ user prompts, SmolLM2": [("prompts", PROMPTS)],
-    "04_sites: A − B @ user prompts, in pieces, SmolLM2": [("prompts-order", {"train_piece_tokens": 256})],
+    "04_sites: A − B @ user prompts, SmolLM2": shapes(PROMPTS),
+    "04_sites: A − B @ user prompts, in pieces, SmolLM2": shapes(("prompts-order", {"train_piece_tokens": 256})),
 }
 ORDERS = {
-    "conversations": [("shuffled", {"corpus": "chitchat"}), ("sites", {"corpus": "chitchat", "embedding": "smollm2"})],
-    "technical text": [
-        ("shuffled-sites", {"corpus": "docstrings"}),
-        ("sites", {"corpus": "docstrings", "embedding": "smollm2"}),
-    ],
-    "user prompts": [("shuffled", {"corpus": "prompts"}), ("prompts", PROMPTS)],
+    "conversations": ("shuffled", "chitchat", ("sites", {"corpus": "chitchat", "embedding": "smollm2"})),
+    "technical text": ("shuffled-sites", "docstrings", ("sites", {"corpus": "docstrings", "embedding": "smollm2"})),
+    "user prompts": ("shuffled", "prompts", PROMPTS),
 }
 """By text, through SmolLM2, the runs in random and in text order."""
-IN_RANDOM_ORDER = {f"04_sites: A − B @ {text}, random order, SmolLM2": [random] for text, (random, _) in ORDERS.items()}
-WORTH = {
-    f"04_sites: random − text order @ {shape}, {text}, SmolLM2": (shape, *orders)
-    for text, orders in ORDERS.items()
-    for shape in "AB"
-}
-"""What random order is worth to a shape."""
-SHAPES = SITES | TEXTWISE | TWICE | OTHERS | IN_RANDOM_ORDER
-EVERY = (*CONTRASTS, *POOLED, *SHAPES, *WORTH)
+for text, (grid, corpus, (plain, at)) in ORDERS.items():
+    at_random = {"corpus": corpus}
+    OTHERS[f"04_sites: A − B @ {text}, random order, SmolLM2"] = shapes((grid, at_random))
+    for x in "AB":  # what random order is worth to a shape
+        pair = (grid, {"experiment": x} | at_random), (plain, {"experiment": x} | at)
+        OTHERS[f"04_sites: random − text order @ {x}, {text}, SmolLM2"] = [pair]
+EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | OTHERS
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
-    if name in SHAPES:
-        return [(read(grid, experiment="A", **at), read(grid, experiment="B", **at)) for grid, at in SHAPES[name]]
-    if name in WORTH:
-        shape, *orders = WORTH[name]
-        a, b = (read(grid, experiment=shape, **at) for grid, at in orders)
-        return [(a, b)]
-    if name in CONTRASTS:
-        size, *both = CONTRASTS[name]
-        a, b = (read(grid, experiment=label, train_tokens=size) for grid, label in both)
-        return [(a, b)]
-    grid, read_at_once, column, *values = POOLED[name]
-    over, places = PLACES[column]
-    pairs = []
-    for place in places:
-        a, b = (read(grid, num_input_tokens=read_at_once, **{column: value, over: place}) for value in values)
-        pairs.append((a, b))
-    return pairs
+    return [(read(grid, **a), read(other, **b)) for (grid, a), (other, b) in EVERY[name]]
 
 
 if __name__ == "__main__":

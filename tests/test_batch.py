@@ -14,7 +14,7 @@ from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ctxlm import batch
-from ctxlm.batch import FAILURE, check, execute, is_finished, main, status
+from ctxlm.batch import FAILURE, execute, is_finished, main
 from ctxlm.config import Experiment, code_hash, load_grid
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
@@ -145,60 +145,55 @@ def test_nobody_who_reads_is_no_reason_to_stop(opened):
         assert process.wait() == 7
 
 
-def test_how_far_a_grid_is(tmp_path, outputs, capsys):
-    file = tmp_path / "six.yaml"
-    labels = {label: {"seed": seed} for seed, label in enumerate("ABCDEF")}
-    file.write_text(yaml.safe_dump({"title": "six", "common": {"train_tokens": 100}, "experiments": labels}))
-    runs, home = load_grid(str(file)).runs, outputs / "six"
-    for name, other in (("A", {}), ("B", {"seed": 7}), ("E", {"seed": 7}), ("F", {"code_hash": "other"})):
-        write_result(home / name, runs[name].for_notebook(), **other)
-    for name in "AB":  # A was finished after it
-        (home / name / FAILURE).write_text("NonFiniteLoss: nan\n")
-    for name in "CD":
-        (home / name).mkdir()
-        (home / name / "experiment.log").write_text("Executing\nepoch 3: validation PPL 7.0\nExecuting\n")
-    with held(home / "C" / ".batch.lock"):
-        head, *lines = status(str(file))
-    states = dict(line.split(maxsplit=1) for line in lines)
-    words = ("finished  test PPL 7.4", "failed", "running", "stopped", "to come", "to come")
-    assert all(states[name].startswith(word) for name, word in zip("ABCDEF", words, strict=True))
-    assert "epoch 3: validation PPL 7.0" in states["C"] and "nan" in states["B"] and "6 runs" in head
-    assert main(["--status", str(file)]) == 0 and "6 runs" in capsys.readouterr().out
+@pytest.fixture
+def grid(folder, values, tmp_path):
+    """The file of a grid: one run is finished, three have results of other parameters or code, three have none."""
+    results = {"done": {}, "failed": {"seed": 99}, "changed": {"seed": 99}, "older": {"code_hash": "other"}}
+    labels = {label: {"seed": seed} for seed, label in enumerate([*results, "running", "run", "missing"])}
+    common, file = {name: value for name, value in values.items() if name != "output_dir"}, tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "common": common, "experiments": labels}))
+    asked = {label: run.for_notebook() for label, run in load_grid(str(file)).runs.items()}
+    for label, other in results.items():
+        write_result(folder.with_name(label), asked[label], **other)
+    values |= asked["run"]
+    return file
+
+
+def test_how_far_a_grid_is(folder, grid, capsys):
+    for label in ("done", "failed"):  # the former was finished after it
+        (folder.with_name(label) / FAILURE).write_text("NonFiniteLoss: nan\n")
+    for label in ("running", "run"):
+        folder.with_name(label).mkdir(exist_ok=True)
+        (folder.with_name(label) / "experiment.log").write_text("Executing\nepoch 3: PPL 7.0\nExecuting\n")
+    with held(folder.with_name("running") / ".batch.lock"):
+        assert main(["--status", str(grid)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    states = {label: " ".join(rest) for label, *rest in map(str.split, lines)}
+    assert "7 runs" in head and states["done"].startswith("finished test PPL 7.4")
+    assert states["failed"].startswith("failed ") and "nan" in states["failed"]
+    assert [states["running"], states["run"]] == ["running epoch 3: PPL 7.0", "stopped epoch 3: PPL 7.0"]
+    assert all(states[label].startswith("to come") for label in ("changed", "older", "missing"))
     assert main(["--status", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err
 
 
 def test_a_line_counts_the_runs_that_are_left_as_they_are_asked_for_today(
-    folder, values, papermill, monkeypatch, capsys, tmp_path
+    folder, grid, values, papermill, monkeypatch, capsys
 ):
-    file, common = tmp_path / "mine.yaml", {key: value for key, value in values.items() if key != "output_dir"}
-    labels = {"run": {}, "another": {"seed": 2}, "older": {"seed": 3}, "changed": {"seed": 4}, "missing": {"seed": 5}}
-    file.write_text(yaml.safe_dump({"title": "t", "common": common, "experiments": labels}))
-    monkeypatch.setenv("CTXLM_GRID", str(file))
-    asked = {name: run.for_notebook() for name, run in load_grid(str(file)).runs.items()}
-    write_result(folder.with_name("another"), asked["another"])
-    write_result(folder.with_name("older"), asked["older"], code_hash="other")
-    write_result(folder.with_name("changed"), asked["changed"] | {"seed": 9})
-    values["experiment"] = "run"
+    monkeypatch.setenv("CTXLM_GRID", str(grid))
     papermill(("done", 0))
-    files = [str(folder / "experiment.ipynb"), "--done", str(folder / "metrics.json")]
-    assert main(["x.ipynb", *files, "--values", yaml.safe_dump(values)]) == 0
-    assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "3 of 5 runs left" in printed
-    file.write_text("title: {")  # it is being edited: that is no failure of a run
-    assert main(["x.ipynb", *files, "--values", yaml.safe_dump(values)]) == 0
+    command = ["x.ipynb", str(folder / "experiment.ipynb"), "--done", str(folder / "metrics.json")]
+    command += ["--values", yaml.safe_dump(values)]
+    assert main(command) == 0
+    assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "5 of 7 runs left" in printed
+    grid.write_text("title: {")  # it is being edited: that is no failure of a run
+    assert main(command) == 0
     assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "left" not in printed
 
 
-def test_results_of_other_parameters_code_or_text_are_to_be_made_anew(values, outputs, tmp_path, capsys):
-    values.pop("output_dir")
-    file, labels = tmp_path / "grid.yaml", {"same": {}, "other-code": {"seed": 2}, "changed": {"seed": 3}, "absent": {}}
-    file.write_text(yaml.safe_dump({"title": "t", "common": values, "experiments": labels}))
-    asked = {name: run.for_notebook() for name, run in load_grid(str(file)).runs.items()}
-    write_result(outputs / "grid" / "same", asked["same"])
-    write_result(outputs / "grid" / "other-code", asked["other-code"], code_hash="other")
-    write_result(outputs / "grid" / "changed", asked["changed"] | {"seed": 9})
-    anew = [f"{outputs}/grid/{name}/metrics.json" for name in ("other-code", "changed")]
-    assert sorted(check(str(file))) == sorted(anew)
-    assert main(["--check", str(file)]) == 0 and {*capsys.readouterr().out.split()} == {*anew}
+def test_results_of_other_parameters_or_code_are_to_be_made_anew(grid, outputs, capsys):
+    assert main(["--check", str(grid)]) == 0
+    anew = {f"{outputs}/grid/{label}/metrics.json" for label in ("failed", "changed", "older")}
+    assert {*capsys.readouterr().out.split()} == anew
 
 
 @pytest.mark.slow

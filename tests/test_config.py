@@ -61,7 +61,6 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
 @pytest.mark.parametrize(
     "values",
     [
-        {"validations_per_epoch": 50, "phase2_batch_size": 4096},
         {"phase1_min_iterations": 5, "phase1_max_iterations": 4},
         {"phase2_batch_size": 512, "phase2_context_window": 7},
         {"context_ablation": "zero", "phase2_context_window": 8},

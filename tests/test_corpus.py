@@ -19,16 +19,7 @@ from hypothesis import strategies as st
 from ctxlm import corpus as corpus_module
 from ctxlm.analysis import corpus_plots
 from ctxlm.config import Experiment
-from ctxlm.corpus import (
-    ULTRACHAT_SIZES,
-    VOCABULARY,
-    Corpus,
-    decode,
-    load_corpus,
-    split,
-    token_bytes,
-    tokenizer,
-)
+from ctxlm.corpus import ULTRACHAT_SIZES, VOCABULARY, Corpus, decode, load_corpus, split, token_bytes, tokenizer
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
@@ -341,3 +332,17 @@ def test_neighbours_are_sought_by_direction_among_common_tokens():
     assert table.index.tolist() == [names[0], names[2]]
     assert table.iloc[0].tolist()[:2] == [names[1], names[4]]
     assert table.iloc[1].tolist()[:2] == [names[4], names[1]]
+
+
+@pytest.mark.parametrize(
+    "read", [{}, {"data_seed": 55}, {"train_piece_tokens": 30}], ids=["as it stands", "over the end", "in pieces"]
+)
+def test_training_is_drawn_where_it_is_read(text, read):
+    e = Experiment.from_mapping({"corpus": str(text), "train_tokens": 600}, judged(2), read)
+    corpus = load_corpus(e.corpus)
+    streams = split(e, corpus)
+    axes = corpus_plots.plot_split(corpus, streams, second_half=False).axes[0]
+    bands = {band.get_label(): [path.get_extents() for path in band.get_paths()] for band in axes.collections}
+    inside = [(corpus.starts >= box.x0) & (corpus.starts < box.x1) for box in bands["training"]]
+    assert {*np.flatnonzero(np.any(inside, axis=0))} == {*streams.train.samples}
+    assert len(bands["training"]) == (2 if e.data_seed else 1)
