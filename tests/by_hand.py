@@ -215,6 +215,7 @@ OTHERS = {
 }
 ORDERS = {
     "conversations": ("shuffled", "chitchat", ("sites", {"corpus": "chitchat", "embedding": "smollm2"})),
+    "speeches": ("shuffled-sites", "sotu", ("sites", {"corpus": "sotu", "embedding": "smollm2"})),
     "technical text": ("shuffled-sites", "docstrings", ("sites", {"corpus": "docstrings", "embedding": "smollm2"})),
     "user prompts": ("shuffled", "prompts", PROMPTS),
 }
@@ -225,6 +226,7 @@ for text, (grid, corpus, (plain, at)) in ORDERS.items():
     for x in "AB":  # what random order is worth to a shape
         pair = (grid, {"experiment": x} | at_random), (plain, {"experiment": x} | at)
         OTHERS[f"04_sites: random − text order @ {x}, {text}, SmolLM2"] = [pair]
+AT_RANDOM = [name for name in OTHERS if "A − B" in name and "random order" in name]
 EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | OTHERS
 
 
