@@ -107,7 +107,8 @@ def phase1(weights, tokens, n, settings, noise):
     """Train the ContextBlock in place: contexts that stay where they are (fixed point) and differ (diversity).
 
     `noise(iteration, block, (rows, C))` gives standard normal draws; iterations count from 1, blocks from 0.
-    Returns the iterations' records and the last iteration's (noisy) contexts [T, C].
+    Returns the records of the iterations after the first, which is the recurrence, and the last one's (noisy) contexts
+    [T, C].
     """
     w = settings["dist_reg_weight"]
     rows = settings["phase1_batch_size"]
@@ -118,10 +119,9 @@ def phase1(weights, tokens, n, settings, noise):
     starts = range(0, len(tokens), rows)
 
     previous = torch.stack([outputs[-1] for outputs in run_contexts(weights, tokens, n)])
-    records = [{"iteration": 1, "fixed_point_loss": None, "diversity_loss": None, "loss": None}]
-    records[0] |= {"converged_tokens": 0, "converged_ratio": 0.0}
+    records = []
     for iteration in range(2, settings["phase1_max_iterations"] + 1):
-        contexts, fixed_point_sum, diversity_sum, loss_sum, converged = [], 0.0, 0.0, 0.0, 0
+        contexts, fixed_point_sum, diversity_sum, converged = [], 0.0, 0.0, 0
         optimiser.zero_grad()
         for block, start in enumerate(starts):
             positions = range(start, min(start + rows, len(tokens)))
@@ -138,7 +138,6 @@ def phase1(weights, tokens, n, settings, noise):
             (loss / len(starts)).backward()
             fixed_point_sum += fixed_point.item()
             diversity_sum += diversity.item()
-            loss_sum += loss.item()
             converged += int((squared.mean(dim=1) < settings["phase1_convergence_threshold"]).sum())
             contexts.append(out.detach())
         torch.nn.utils.clip_grad_norm_(parameters, settings["phase1_gradient_clip"])
@@ -148,7 +147,6 @@ def phase1(weights, tokens, n, settings, noise):
         record = {"iteration": iteration, "converged_tokens": converged, "converged_ratio": ratio}
         record["fixed_point_loss"] = fixed_point_sum / len(starts)
         record["diversity_loss"] = diversity_sum / len(starts)
-        record["loss"] = loss_sum / len(starts)
         records.append(record)
         if iteration >= settings["phase1_min_iterations"] and ratio >= settings["phase1_min_converged_ratio"]:
             break
@@ -248,7 +246,7 @@ def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
             logits = torch.stack([predict(val_tokens, t, val_contexts[t], val_slow) for t in judged])
             following = torch.as_tensor([int(token) for token in val_tokens[1:]])
             val_losses = F.cross_entropy(logits, following, reduction="none")
-        record = {"epoch": epoch, "train_loss": loss_sum / targets, "train_accuracy": hits / targets}
+        record = {"train_loss": loss_sum / targets, "train_accuracy": hits / targets}
         record["val_loss"] = val_losses.mean().item()
         record["val_accuracy"] = (logits.argmax(dim=1) == following).double().mean().item()
         epochs.append(record)

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlm.analysis.audit import FALSE, HOLDS, ROUNDED, UNTESTABLE, VERDICTS, Cell, audit, verdict
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError
 from ctxlm.files import resolve
-from ctxlm.model import ContextBlock, TokenBlock
 
 STUDY, LATER = "data/reference/l4-2025-11-28", "data/reference/later-2025-11"
 
@@ -44,43 +43,51 @@ def changed(tmp_path):
     return run
 
 
-def test_verdicts_and_numbers_are_those_found_by_hand(claims):
-    for claim_id, recomputed, expected in (  # from the printed tables
-        ("parameters_context_A", 10.630656, HOLDS),
-        ("parameters_trained_B", 5.905152, HOLDS),
-        ("parameters_token_A", 7.681536, FALSE),
-        ("parameters_token_B", 5.905152, FALSE),
-        ("minutes_A_183620", 56.8, HOLDS),
-        ("duration", 131.4 / 60, UNTESTABLE),
-        ("log_ppl_small_B", 6.373934, HOLDS),
-        ("exponent_A", -0.287716, ROUNDED),
-        ("exponent_B", -0.384632, HOLDS),
-        ("coefficient_A", 14622.9251, ROUNDED),
-        ("coefficient_B", 46549.7906, ROUNDED),
-        ("prediction_B_86925", 586.937175, ROUNDED),
-        ("doubling_A", 18.080195, FALSE),
-        ("doubling_B", 23.402567, FALSE),
-        ("better_at_small", 5.419879, HOLDS),
-        ("better_at_large", 1.661375, HOLDS),
-        ("coefficient_ratio", 3.226076, HOLDS),
-        ("crossover", 154470.7367, FALSE),
-        ("converged_B_86925", 97.910843, HOLDS),
-        ("overfitting_A_183620", 57.146371, HOLDS),
-        ("early_stopping", 2.0, HOLDS),
-        ("accuracy_of_law_A", None, UNTESTABLE),
-        ("steeper", None, UNTESTABLE),
-        ("effective_rank_A", None, HOLDS),
-        ("effective_rank_B", None, HOLDS),
-        ("best_epoch", None, UNTESTABLE),
-        ("learning_rate", None, UNTESTABLE),
-        ("recommendation_small", None, UNTESTABLE),
-        ("recommendation_large", None, FALSE),
-    ):
-        assert claims.loc[claim_id, "verdict"] == expected, claim_id
-        if recomputed is not None:
-            assert claims.loc[claim_id, "recomputed"] == pytest.approx(recomputed, rel=1e-6), claim_id
-    counts = claims["verdict"].value_counts()
-    assert [counts[name] for name in VERDICTS] == [38, 7, 6, 8]
+FOUND = {
+    HOLDS: {
+        "parameters_context_A": 10.630656, "parameters_trained_B": 5.905152, "minutes_A_183620": 56.8,
+        "log_ppl_small_B": 6.373934, "exponent_B": -0.384632, "better_at_small": 5.419879, "better_at_large": 1.661375,
+        "coefficient_ratio": 3.226076, "converged_B_86925": 97.910843, "overfitting_A_183620": 57.146371,
+        "early_stopping": 2.0, "effective_rank_A": None, "effective_rank_B": None,
+    },
+    ROUNDED: {
+        "exponent_A": -0.287716, "coefficient_A": 14622.9251, "coefficient_B": 46549.7906,
+        "prediction_B_86925": 586.937175,
+    },
+    FALSE: {
+        "parameters_token_A": 7.681536, "parameters_token_B": 5.905152, "doubling_A": 18.080195,
+        "doubling_B": 23.402567, "crossover": 154470.7367, "recommendation_large": None,
+    },
+    UNTESTABLE: {
+        "duration": 131.4 / 60, "accuracy_of_law_A": None, "steeper": None, "best_epoch": None, "learning_rate": None,
+        "recommendation_small": None,
+    },
+}  # fmt: skip
+"""By hand, from the study's printed tables: verdict → claim → its number, if it has one."""
+FOUND_LATER = {
+    HOLDS: {"extrapolated_better": 100 * (1 - 57 / 83)},
+    ROUNDED: {"mean_alpha_tokens_2": -0.513487},
+    FALSE: {
+        "shallow_wide_leads": 2, "halving_layers": 100 * (672.0 / 587.0 - 1), "extrapolated_6x768x1": 78.19233,
+        "extrapolated_3x1536x2": 53.01296,
+    },
+    UNTESTABLE: {
+        "nine_layers": 100 * (768.5 / 751.4 - 1), "one_layer": 100 * (1 - 647.2 / 683.9), "depth": 5,
+        "two_tokens": 15, "three_tokens": 3, "flattest": "two layers",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("study", "found", "counts"), [("claims", FOUND, [38, 7, 6, 8]), ("later", FOUND_LATER, [40, 9, 4, 6])]
+)
+def test_verdicts_and_numbers_are_those_found_by_hand(study, found, counts, request):
+    result = request.getfixturevalue(study)
+    for expected, numbers in found.items():
+        assert result.loc[[*numbers], "verdict"].to_dict() == dict.fromkeys(numbers, expected)
+        for claim_id, number in numbers.items():
+            assert number is None or result.loc[claim_id, "recomputed"] == pytest.approx(number), claim_id
+    assert result["verdict"].value_counts()[[*VERDICTS]].tolist() == counts and sum(counts) == len(result)
 
 
 @pytest.mark.parametrize("study", ["claims", "later"])
@@ -89,8 +96,6 @@ def test_every_claim_is_complete(study, request):
     assert result["claim_id"].is_unique
     assert (result[["section", "claim", "why"]].map(len) > 0).all(axis=None) and (result["recomputed"] != "").all()
     assert not result[["claim_id", "claim", "why"]].map(lambda text: "{" in text).any(axis=None)
-    numbers = result["difference"].dropna()
-    assert (numbers.abs()[result["verdict"] == ROUNDED] <= 0.01).all()
 
 
 # What hangs on a cell
@@ -138,17 +143,15 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("recomputed", "1 +", "1 \\+"),
         ("recomputed", "slope('C')", r"results\.csv has no single train_tokens of C"),
         ("recomputed", "results('A', 86925, 'val_pp')", r"results\.csv has no single val_pp of A, 86925"),
-        ("recomputed", "open('/etc/passwd')", "open"),
-        ("recomputed", "().__class__", "__class__"),
+        ("recomputed", "().__class__", "FeatureNotAvailable"),
         ("recomputed", "", "so is `testable`"),
         ("published", "'about a third'", "about a third"),
         ("each", "resluts", "resluts"),
         ("why", "{nothing}.", "nothing"),
     ],
-    ids=["syntax", "row", "cell", "forbidden", "attribute", "empty", "text", "table", "name"],
+    ids=["row", "cell", "attribute", "empty", "text", "table", "name"],
 )
 def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, words):
     with pytest.raises(ConfigError, match=words) as error:
@@ -193,53 +196,3 @@ def test_a_statement_that_the_tables_contradict_does_not_follow_even_where_they_
     assert verdict("A", "A") == HOLDS and verdict("A", "B") == FALSE
     assert verdict("A", "A", "one seed") == UNTESTABLE and verdict("A", "B", "one seed") == FALSE
     assert verdict("79-81", np.array([79.5, 81.4])) == HOLDS and verdict("79-81", np.array([79.5, 81.6])) == FALSE
-
-
-# The author's later tables
-
-
-def test_the_later_laws_are_the_author_s(later):
-    laws = pd.concat([pd.read_csv(resolve(LATER) / f"power_laws_{g}.csv") for g in ("architectures", "matrix")])
-    assert len(laws) == 14
-    for row in laws.itertuples():
-        assert later.loc[f"alpha_{row.experiment}", "recomputed"] == pytest.approx(row.alpha, abs=1.3e-4)
-        assert later.loc[f"r2_{row.experiment}", "verdict"] == HOLDS
-        if row.a > 0:
-            assert later.loc[f"coefficient_{row.experiment}", "verdict"] == HOLDS
-
-
-def test_the_later_parameters_are_those_of_the_model(later):
-    shapes = pd.read_csv(resolve(LATER) / "architectures.csv").assign(design="constant", name="parameters_", unit=1e6)
-    others = pd.read_csv(resolve(LATER) / "arithmetic_design.csv").assign(design="arithmetic", unit=1)
-    others["name"] = "arithmetic_context_"
-    columns = ["num_layers", "context_dim", "num_input_tokens", "design"]
-    for row in pd.concat([shapes, others]).to_dict("records"):
-        settings = Experiment.from_mapping({"embed_dim": 768}, {name: row[name] for name in columns})
-        block = ContextBlock(settings)
-        count = sum(p.numel() for p in block.parameters())
-        assert later.loc[row["name"] + row["experiment"], "recomputed"] == count / row["unit"]
-        if row["design"] == "arithmetic":
-            count = sum(p.numel() for p in TokenBlock(settings, block.widths).parameters())
-            assert later.loc[f"arithmetic_token_{row['experiment']}", "recomputed"] == count
-    assert (later.loc[later["section"] == "Parameters", "verdict"] == HOLDS).all()
-
-
-def test_later_statements(later):
-    for claim_id, recomputed, expected in (
-        ("shallow_wide_leads", 2, FALSE),
-        ("halving_layers", 100 * (672.0 / 587.0 - 1), FALSE),
-        ("nine_layers", 100 * (768.5 / 751.4 - 1), UNTESTABLE),
-        ("one_layer", 100 * (1 - 647.2 / 683.9), UNTESTABLE),
-        ("depth", 5, UNTESTABLE),
-        ("two_tokens", 15, UNTESTABLE),
-        ("three_tokens", 3, UNTESTABLE),
-        ("extrapolated_6x768x1", 78.19233, FALSE),
-        ("extrapolated_3x1536x2", 53.01296, FALSE),
-        ("extrapolated_better", 100 * (1 - 57 / 83), HOLDS),
-        ("mean_alpha_tokens_2", -0.513487, ROUNDED),
-    ):
-        assert later.loc[claim_id, "recomputed"] == pytest.approx(recomputed, rel=1e-6), claim_id
-        assert later.loc[claim_id, "verdict"] == expected, claim_id
-    assert later.loc["flattest", "recomputed"] == "two layers" and later.loc["flattest", "verdict"] == UNTESTABLE
-    counts = later["verdict"].value_counts()
-    assert [counts[name] for name in VERDICTS] == [40, 9, 4, 6] and len(later) == 59

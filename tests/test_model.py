@@ -10,20 +10,23 @@ from tests.conftest import tiny
 
 
 @pytest.mark.parametrize(
-    ("design", "layers", "width", "counts"),
-    [  # at d = 768, n = 2; the first and second columns of the constant design are the study's own table
-        ("constant", 6, 768, (10_630_656, 10_630_656, 7_681_536)),
-        ("constant", 3, 1536, (14_169_600, 7_084_800, 5_905_152)),
-        ("arithmetic", 6, 768, (27_296_768, 26_240_512, 26_240_512)),
-        ("arithmetic", 3, 1536, (28_598_272, 14_692_352, 14_692_352)),
+    ("design", "layers", "width", "n", "counts"),
+    [  # at d = 768; of n = 2 the first and second columns of the constant design are the study's own table
+        ("constant", 6, 768, 2, (10_630_656, 10_630_656, 7_681_536)),
+        ("constant", 3, 1536, 2, (14_169_600, 7_084_800, 5_905_152)),
+        ("constant", 6, 1152, 1, (13_291_776, 8_861_184, 8_861_184)),
+        ("arithmetic", 6, 768, 2, (27_296_768, 26_240_512, 26_240_512)),
+        ("arithmetic", 3, 1536, 2, (28_598_272, 14_692_352, 14_692_352)),
+        ("arithmetic", 6, 768, 1, (15_394_304, 8_566_272, 8_566_272)),  # of n = 1 they are its author's later tables
+        ("arithmetic", 3, 1536, 1, (20_730_880, 5_905_152, 5_905_152)),
     ],
 )
-def test_parameter_counts_are_the_published_ones(design, layers, width, counts):
-    settings = Experiment.from_mapping({"num_layers": layers, "context_dim": width, "design": design})
-    model = ContextLM(settings, torch.zeros(10, 768))
+def test_parameter_counts_are_the_published_ones(design, layers, width, n, counts):
+    shape = {"num_layers": layers, "context_dim": width, "num_input_tokens": n, "design": design}
+    model = ContextLM(Experiment.from_mapping(shape), torch.zeros(10, 768))
     names = ["context_block_params", "token_block_params_published", "token_block_params_trained"]
     assert model.parameter_counts() == dict(zip(names, counts, strict=True))
-    if (design, layers) == ("arithmetic", 6):
+    if (design, layers, n) == ("arithmetic", 6, 2):
         assert model.context_block.widths == [2048, 1792, 1536, 1280, 1024, 768]
         assert model.token_block.widths == [1408, 1280, 1152, 1024, 896, 768]
 
