@@ -213,6 +213,12 @@ OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": shapes(PROMPTS),
     "04_sites: A − B @ user prompts, in pieces, SmolLM2": shapes(("prompts-order", {"train_piece_tokens": 256})),
 }
+OTHERS |= {
+    f"04_sites: A − B @ user prompts{size}, as studied, SmolLM2": shapes(
+        ("prompts-study", {"train_tokens": tokens, "phase2_shuffle": False})
+    )
+    for size, tokens in {"": SMALL, ", twice the text": LARGE}.items()
+}
 ORDERS = {
     "conversations": ("shuffled", "chitchat", ("sites", {"corpus": "chitchat", "embedding": "smollm2"})),
     "speeches": ("shuffled-sites", "sotu", ("sites", {"corpus": "sotu", "embedding": "smollm2"})),
