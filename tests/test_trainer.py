@@ -107,6 +107,12 @@ def test_a_state_of_another_key_is_begun_anew_and_replaced(one_thread, tmp_path)
         assert_same(one, trained, *whole("study"))
 
 
+def test_a_training_that_is_stopped_within_an_epoch_is_not_gone_on_with_from_there(one_thread, tmp_path):
+    checkpoint, one = tmp_path / "checkpoint.pt", trainer("windows")
+    assert trainer("windows").run(lambda history: True, checkpoint, "key").epochs_run == 0.5
+    assert_same(one, one.run(None, checkpoint, "key"), *whole("windows"))
+
+
 @pytest.mark.parametrize("kind", ["study", "windows"])
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(kind, one_thread, tmp_path, capsys):
     one, expected = trainer(kind), whole(kind)
