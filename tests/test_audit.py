@@ -96,6 +96,8 @@ def test_every_claim_is_complete(study, request):
     assert result["claim_id"].is_unique
     assert (result[["section", "claim", "why"]].map(len) > 0).all(axis=None) and (result["recomputed"] != "").all()
     assert not result[["claim_id", "claim", "why"]].map(lambda text: "{" in text).any(axis=None)
+    numbers = result["difference"].dropna()
+    assert (numbers.abs()[result["verdict"] == ROUNDED] <= 0.01).all()
 
 
 # What hangs on a cell
@@ -143,15 +145,17 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
+        ("recomputed", "1 +", "1 \\+"),
         ("recomputed", "slope('C')", r"results\.csv has no single train_tokens of C"),
         ("recomputed", "results('A', 86925, 'val_pp')", r"results\.csv has no single val_pp of A, 86925"),
+        ("recomputed", "open('/etc/passwd')", "FunctionNotDefined"),
         ("recomputed", "().__class__", "FeatureNotAvailable"),
         ("recomputed", "", "so is `testable`"),
         ("published", "'about a third'", "about a third"),
         ("each", "resluts", "resluts"),
         ("why", "{nothing}.", "nothing"),
     ],
-    ids=["row", "cell", "attribute", "empty", "text", "table", "name"],
+    ids=["syntax", "row", "cell", "forbidden", "attribute", "empty", "text", "table", "name"],
 )
 def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, words):
     with pytest.raises(ConfigError, match=words) as error:
@@ -196,3 +200,16 @@ def test_a_statement_that_the_tables_contradict_does_not_follow_even_where_they_
     assert verdict("A", "A") == HOLDS and verdict("A", "B") == FALSE
     assert verdict("A", "A", "one seed") == UNTESTABLE and verdict("A", "B", "one seed") == FALSE
     assert verdict("79-81", np.array([79.5, 81.4])) == HOLDS and verdict("79-81", np.array([79.5, 81.6])) == FALSE
+
+
+# The author's later tables
+
+
+def test_the_later_laws_are_the_author_s(later):
+    laws = pd.concat([pd.read_csv(resolve(LATER) / f"power_laws_{g}.csv") for g in ("architectures", "matrix")])
+    assert len(laws) == 14
+    for row in laws.itertuples():
+        assert later.loc[f"alpha_{row.experiment}", "recomputed"] == pytest.approx(row.alpha, abs=1.3e-4)
+        assert later.loc[f"r2_{row.experiment}", "verdict"] == HOLDS
+        if row.a > 0:
+            assert later.loc[f"coefficient_{row.experiment}", "verdict"] == HOLDS

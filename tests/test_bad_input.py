@@ -72,8 +72,9 @@ def rows(bad):
 
 SHORT = b"\n\n".join([b"a short text"] * 5)
 CORPORA = {
-    ".txt": {"blank": b" \n\n\t\n", "few": SHORT},
+    ".txt": {"blank": b" \n\n\t\n", "few": SHORT, "one": b"a" * 100},
     ".jsonl": {
+        "blank": b"\n",
         "truncated": b'{"text": "x"}\n\n{"text": \n',
         "other key": b'{"text": "x"}\n{"txt": "x"}',
         "null": b'{"text": null}',

@@ -68,10 +68,23 @@ def test_ppmi_is_its_definition_within_samples(samples):
     np.testing.assert_allclose(matrix.toarray(), expected, rtol=1e-5, atol=1e-6)
 
 
+def planted_matrix(values, seed=0):
+    """A symmetric matrix with these eigenvalues, and its eigenvectors."""
+    draw = np.random.default_rng(seed)
+    vectors, _ = np.linalg.qr(draw.standard_normal((len(values), len(values))))
+    return (vectors * values) @ vectors.T, vectors
+
+
+def test_the_truncated_svd_agrees_with_the_full_one():
+    planted, vectors = planted_matrix(np.append([9, -8, 7, 6, -5, 4, 3, 2], np.linspace(-0.01, 0.01, 192)))
+    rows, magnitudes = embeddings._truncated_svd(scipy.sparse.csr_array(planted.astype(np.float32)), 8)
+    np.testing.assert_allclose(magnitudes, [9, 8, 7, 6, 5, 4, 3, 2], rtol=1e-4)
+    np.testing.assert_allclose(np.abs(vectors[:, :8].T @ rows), np.eye(8), atol=1e-3)
+
+
 def test_the_truncated_svd_of_a_flat_spectrum_holds_nearly_all_that_can_be_held():
     values = np.arange(1, 1501) ** -0.25 * np.random.default_rng(1).choice([-1, 1], 1500)  # as in a PPMI matrix
-    vectors, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((1500, 1500)))
-    planted = (vectors * values) @ vectors.T
+    planted, _ = planted_matrix(values)
     rows, magnitudes = embeddings._truncated_svd(scipy.sparse.csr_array(planted.astype(np.float32)), 60)
     np.testing.assert_allclose(rows.T @ rows, np.eye(60), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(rows.T @ planted, axis=1), magnitudes, rtol=1e-4)  # each has its own
@@ -241,6 +254,14 @@ def test_smollm2s_embedding_is_known_and_fetched_once(monkeypatch):
 
 
 # Files and the hub
+
+
+def test_a_safetensors_file_gives_its_wte_as_it_is(tmp_path):
+    wte = np.random.default_rng(0).standard_normal((VOCABULARY, 8), dtype=np.float32)
+    path = tmp_path / "model.safetensors"
+    for key in ("wte.weight", "transformer.wte.weight"):
+        save_file({key: wte, "wpe.weight": wte[:2]}, path)
+        assert np.array_equal(loaded(embedding=str(path)), wte)
 
 
 def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, empty_cache):

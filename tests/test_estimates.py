@@ -60,6 +60,15 @@ def all_of(estimate: Estimate) -> tuple[float, float, float]:
 # Errors: what closed forms say
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_over_replicates_alone_the_interval_is_students(values):
+    result = moments(np.array(values)[:, None]).estimate([1.0], "x")
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert ends(result) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert result.value == pytest.approx(np.mean(values), abs=1e-9) and result.dof == fixed(len(values) - 1)
+
+
 def test_over_samples_alone_the_error_is_that_of_a_ratio():
     rng = np.random.default_rng(0)
     tokens = rng.integers(20, 129, 60).astype(float)
@@ -72,6 +81,9 @@ def test_over_samples_alone_the_error_is_that_of_a_ratio():
     half = stats.t.ppf(0.975, dof) * error
     assert result.value == fixed(ratio) and ends(result) == fixed((ratio - half, ratio + half))
     assert result.dof == fixed(dof) and dof < 59
+    equal = moments(sums[None, :, None], np.full(60, 80.0)).estimate([1.0], "x")
+    expected = stats.ttest_1samp(sums / 80, 0).confidence_interval()
+    assert ends(equal) == fixed((expected.low, expected.high))
 
 
 def parts_of(result: Moments) -> list[float]:
@@ -131,6 +143,20 @@ def test_an_interval_is_never_narrower_than_over_replicates_alone(seed, m, by_re
     assert both.value == pytest.approx(one.value) and both.dof >= one.dof - 1e-9
     variance, dof = whole.variance(np.ones(1))
     assert (both.high - both.low) / 2 == pytest.approx(stats.t.ppf(0.975, dof) * math.sqrt(variance))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6))
+def test_an_estimate_does_not_depend_on_how_the_quantities_are_written(seed, m):
+    rng, tokens = np.random.default_rng(seed), np.random.default_rng(seed).integers(10, 129, 15).astype(float)
+    sums = rng.standard_normal((m, 15, 3)) + rng.standard_normal((m, 1, 3)) * tokens[:, None] / 50
+    mixed = rng.standard_normal((3, 3)) + 3 * np.eye(3)
+    weights = rng.standard_normal(3)
+    plain = moments(sums, tokens).estimate(weights, "x")
+    turned = moments(sums @ mixed.T, tokens).estimate(np.linalg.solve(mixed.T, weights), "x")
+    assert all_of(turned) == pytest.approx(all_of(plain), rel=1e-6, abs=1e-9)
+    several, _ = moments(sums, tokens).variance(np.stack([weights, np.eye(3)[1]]))
+    assert several == fixed([moments(sums, tokens).variance(w)[0] for w in (weights, np.eye(3)[1])])
 
 
 def test_no_spread_no_error_and_nothing_to_see_no_interval():

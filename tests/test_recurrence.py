@@ -100,6 +100,13 @@ def test_longer_chunks_are_tried_only_where_they_bring_the_runs_nearer(monkeypat
     assert tuple(lengths) == tried
 
 
+def test_a_longer_chunk_is_tried_before_the_fall_back():
+    model, tokens = forgetful(), stream(2000)
+    chunks = in_chunks(2, model, tokens)
+    assert chunks.warmup > 2 and chunks.residual <= 1e-5
+    torch.testing.assert_close(chunks.values, sequential(model, tokens).values, atol=2e-5, rtol=0)
+
+
 def test_what_lies_beyond_the_text_in_the_last_chunk_does_not_count():
     model, tokens = expanding(), stream(201)
     chunks = in_chunks(200, model, tokens)  # the second chunk has one token

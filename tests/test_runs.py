@@ -357,6 +357,14 @@ def test_publishing_that_is_stopped_midway_is_made_good_by_the_next(roots, grid,
     assert_alike(whole, everything("planted"))
 
 
+def test_a_published_label_is_a_text_whatever_it_says(roots, grid):
+    for label in ("NA", "2"):
+        plant(roots[0], label=label)
+    publish(grid({"NA": {}, "2": {}}, train_tokens=[20_000], seed=[1]))
+    shutil.rmtree(roots[0])
+    assert {*load_runs("planted")["experiment"]} == {"NA", "2"}
+
+
 def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots, grid):
     file = grid(train_tokens=[20_000], seed=[1, 2])
     plant(roots[1])

@@ -160,6 +160,11 @@ def test_the_slopes_differ_by_the_interaction_of_the_pooled_formula(judged):
     places = ["tokens", "low", "high"]
     ends = [math.nan if end is None else end for end in (raw.tokens, raw.low, raw.high)]
     assert ends == pytest.approx([row[name] for name in places], rel=1e-5, nan_ok=True)
+    swapped = runs.assign(configuration=runs["configuration"].map({"A": "B", "B": "A"}))
+    (turned,) = crossovers(swapped).to_dict("records")
+    assert turned["slopes"].value == pytest.approx(-slope)
+    for name in (*places, "p"):
+        assert turned[name] == pytest.approx(row[name], nan_ok=True)
 
 
 def test_the_verdict_is_where_the_laws_meet(judged):

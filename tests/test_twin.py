@@ -21,6 +21,16 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_contexts_are_the_twins(shape):
+    model, tokens = tiny(**shape), stream(50)
+    twin = literal.run_contexts(literal.copied(model), tokens.tolist(), shape["num_input_tokens"])
+    ours = sequential(model, tokens)
+    torch.testing.assert_close(ours.values, torch.stack([outputs[-1] for outputs in twin]), atol=5e-5, rtol=0)
+    for layer, expected in zip(ours.layers(model.context_block, slice(7, 8)), twin[7], strict=True):
+        torch.testing.assert_close(layer[0], expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_phase1_is_the_twins(shape, noise):
     settings = Experiment.from_mapping(
