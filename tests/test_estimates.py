@@ -366,7 +366,7 @@ def test_a_libraries_fit_keeps_its_own_interval():
     name = "log_tokens:configuration[T.B]"
     result = from_fit(fit, name, unit="difference of exponents")
     assert all_of(result) == fixed((fit.params[name], *fit.conf_int().loc[name]))
-    assert (result.dof, result.n, result.over) == (6, 10, ("residuals",))
+    assert (result.dof, result.n, result.over, result.contrast) == (6, 10, ("residuals",), name)
     test = fit.t_test(f"log_tokens + {name} = 0")
     assert all_of(from_fit(fit, f"log_tokens + {name}")) == fixed((test.effect.item(), *test.conf_int()[0]))
     with np.errstate(all="ignore"):
@@ -436,8 +436,15 @@ def test_a_table_fits_a_page_carries_its_data_and_is_escaped(result):
         value, interval = e.text()
         assert value in html and (e.low is None or interval in html)
     assert list(result.frame()) == [*Estimate.__dataclass_fields__, "verdict"]
+    assert [*result.frame()["over"]] == [", ".join(e.over) for e in result]
     assert "<script>" not in html and "<b>" not in html
     assert ("&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html) == (HOSTILE in result)
+
+
+def test_what_all_rows_have_in_common_stands_above_the_table():
+    alike, apart = Estimates([one(), one(0.1)]).table(), Estimates([one(), HOSTILE]).table()
+    assert {"covers", "replicates"}.isdisjoint(alike.data) and "seed, samples" in alike.caption
+    assert {"covers", "replicates"} < {*apart.data} and "replicates" not in apart.caption
 
 
 def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
@@ -471,6 +478,7 @@ def test_a_forest_is_hollow_where_the_interval_holds_zero_and_names_what_differs
     bars = [tuple(line.get_xdata()) for line in lines if line.get_marker() != "o" and len(line.get_xdata()) == 2]
     assert bars[:2] == [fixed(e.in_unit[1:]) for e in result[:2]]
     places = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert figure.axes[0].get_ylim() == (2.5, -0.5)  # the first row stands at the top, all rows within
     assert places == ["28,000 tokens", "there", "elsewhere"] and figure.axes[0].get_title() == "A − B"
     both = Estimates([*result, one(contrast="C", at="")]).forest("title").axes[0]
     assert [label.get_text() for label in both.get_yticklabels()] == [*(f"A − B, {at}" for at in places), "C"]
@@ -566,6 +574,7 @@ def test_components_are_those_of_a_mixed_model():
         variance = fitted.vcomp[fitted.model.exog_vc.names.index(name)]
         assert result.value == pytest.approx(math.sqrt(variance), rel=0.01)
         assert result.low < result.value < result.high
+        assert (result.replicates, result.n) == (runs[SOURCES[name]].nunique(), len(runs))
     with pytest.raises(ValueError, match="every combination of seed, text, signs"):
         components(runs.iloc[1:], SOURCES, "here")
 
