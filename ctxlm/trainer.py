@@ -22,7 +22,7 @@ from ctxlm.progress import say, track
 
 OnEpoch = Callable[[list[dict]], Any]
 """Is given the history so far after every validation; what it returns, if true, ends the training there."""
-PROGRESS = ("step", "update", "history", "best", "last_loss")
+PROGRESS = ("validations", "updates", "history", "best", "last_loss")
 """What a checkpoint keeps of a trainer, beside weights and optimiser."""
 
 
@@ -81,16 +81,16 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": experiment.weight_decay}, {"params": others, "weight_decay": 0}]
         self.optimiser = torch.optim.AdamW(groups, lr=experiment.phase2_learning_rate, fused=True)
         self.device = weights[0].device
-        self.step = self.update = self.resumed = 0  # steps are validations
+        self.validations = self.updates = self.resumed = 0
         self.history: list[dict] = []
-        self.best: dict[str, Any] = {"loss": math.inf, "step": 0}
+        self.best: dict[str, Any] = {"loss": math.inf, "validation": 0}
         self.last_loss = math.inf
 
     @property
     def done(self) -> bool:
         """Whether training is over."""
-        waited = (self.step - self.best["step"]) / self.e.validations_per_epoch
-        return self._epochs(self.step) >= self.e.phase2_epochs or (self.step > 0 and waited >= self.e.phase2_patience)
+        epochs, waited = self._epochs(self.validations), self._epochs(self.validations - self.best["validation"])
+        return epochs >= self.e.phase2_epochs or (epochs > 0 and waited >= self.e.phase2_patience)
 
     def run(self, on_epoch: OnEpoch | None = None, checkpoint: Path | None = None, key: str = "") -> Trained:
         """Train to the end.
@@ -107,7 +107,8 @@ class Trainer:
             self._load(checkpoint, key)
         while not self.done:
             stopped = self.run_epoch(on_epoch)
-            if checkpoint and self.step % self.e.validations_per_epoch == 0:  # batches go on from an epoch's end alone
+            ended = self.validations % self.e.validations_per_epoch == 0
+            if checkpoint and ended:  # batches go on from an epoch's end alone
                 self._save(checkpoint, key)
             if stopped:
                 break
@@ -115,7 +116,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_([*self.task.weights.values()], best["weights"])
         self.task.model.eval()
-        epochs = self._epochs(best["step"]), self._epochs(self.step)
+        epochs = self._epochs(best["validation"]), self._epochs(self.validations)
         return Trained(*epochs, best["losses"], best["accuracy"], self.last_loss, self.history, self.resumed)
 
     def run_epoch(self, on_epoch: OnEpoch | None = None) -> bool:
@@ -125,7 +126,7 @@ class Trainer:
             NonFiniteLoss: as `run`.
         """
         task, parts = self.task, self.e.validations_per_epoch
-        epoch = self.step // parts + 1
+        epoch = self.validations // parts + 1
         if self.e.dropout:
             torch.manual_seed(generator(self.e.seed, "dropout", epoch).initial_seed())
         self._begin()
@@ -137,7 +138,7 @@ class Trainer:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(task.weights.values(), self.e.phase2_gradient_clip)
             self.optimiser.step()
-            self.update += 1
+            self.updates += 1
             self.loss_sum += losses.sum()
             self.hits += correct.sum()
             self.targets += len(losses)
@@ -170,13 +171,13 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         for name in PROGRESS:
             setattr(self, name, state[name])
-        self.resumed = self._epochs(self.step)
+        self.resumed = self._epochs(self.validations)
         say(f"goes on after epoch {self.resumed}, where it was stopped")
 
-    def _epochs(self, steps: int) -> float:
+    def _epochs(self, validations: int) -> float:
         """Epochs that so many validations are."""
         parts = self.e.validations_per_epoch
-        return steps / parts if steps % parts else steps // parts
+        return validations / parts if validations % parts else validations // parts
 
     def _begin(self) -> None:
         """Begin to count anew. Sums stay on the device: reading one off a GPU would make the host wait for it."""
@@ -186,14 +187,14 @@ class Trainer:
         self.task.model.train()
 
     def _validate(self) -> None:
-        self.step += 1
+        self.validations += 1
         train_loss = self.loss_sum.item() / self.targets
         self._check(train_loss)
         self.task.model.eval()
         losses, accuracy = self.task.evaluate()
         loss = losses.double().mean().item()
         self._check(loss)
-        epoch = self._epochs(self.step)
+        epoch = self._epochs(self.validations)
         values = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -202,19 +203,21 @@ class Trainer:
             "val_loss": loss,
             "val_ppl": perplexity(loss),
             "val_accuracy": accuracy,
-            "updates": self.update,
+            "updates": self.updates,
             "seconds": time.perf_counter() - self.began,
         }
-        self.history += [{"phase": "phase2", "step": self.step, "metric": k, "value": v} for k, v in values.items()]
+        row = {"phase": "phase2", "step": self.validations}
+        self.history += [row | {"metric": k, "value": v} for k, v in values.items()]
         say(f"epoch {epoch:g}: train PPL {values['train_ppl']:,.1f}, validation PPL {values['val_ppl']:,.1f}")
         self.last_loss = loss
         if loss < self.best["loss"]:
             weights = [weight.detach().clone() for weight in self.task.weights.values()]
-            self.best = {"loss": loss, "step": self.step, "losses": losses, "accuracy": accuracy, "weights": weights}
+            best = {"losses": losses, "accuracy": accuracy, "weights": weights}
+            self.best = best | {"loss": loss, "validation": self.validations}
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(perplexity(loss)):  # also where it is a number, but no longer a language model's loss
             raise NonFiniteLoss(
-                f"the loss is {loss} by update {self.update}: lower phase2_learning_rate = "
+                f"the loss is {loss} by update {self.updates}: lower phase2_learning_rate = "
                 f"{self.e.phase2_learning_rate} or logit_scale = {self.e.logit_scale}"
             )

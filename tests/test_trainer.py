@@ -92,7 +92,7 @@ def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, one_thre
     fresh = trainer(kind)
     torch.manual_seed(9)  # torch's own generator has no part in it
     trained = fresh.run(None, checkpoint, "key")
-    assert fresh.update == one.update
+    assert fresh.updates == one.updates
     assert_same(fresh, trained, one, expected)
     assert trained.resumed == trained.summary()["resumed_after_epoch"] == 3
     assert expected.resumed == 0 and "resumed_after_epoch" not in expected.summary()
