@@ -213,9 +213,9 @@ class Experiment(Checked):
 
         if self.embedding_turned is not None and self.embedding_turned >= self.embed_dim:
             refuse("embedding_turned embed_dim", "the embedding has no such dimension")
-        if self.model != "kneser-ney" and self.embedding == "gpt2" and self.embed_dim != 768:
+        if self.embedding == "gpt2" and self.embed_dim != 768:
             refuse("embedding embed_dim", "GPT-2's has 768 dimensions")
-        if self.model != "kneser-ney" and self.embedding == "smollm2" and self.embed_dim > 576:
+        if self.embedding == "smollm2" and self.embed_dim > 576:
             refuse("embedding embed_dim", "SmolLM2's has 576 dimensions, of which fewer can be kept")
         if self.phase1_min_iterations > self.phase1_max_iterations:
             refuse("phase1_min_iterations phase1_max_iterations", "lower the first or raise the second")

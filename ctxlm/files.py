@@ -87,13 +87,18 @@ def _lock(path: Path) -> FileLock:
 
 
 def take(path: Path) -> bool:
-    """Take the lock `path` till this process ends; whether it could be had. A second time it is had already."""
+    """Take the lock `path` till `release` or the process ends; whether it could be had. Twice is once."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return _lock(path).is_locked or bool(_lock(path).acquire(0.5))  # `make status` holds it for a moment
     except Timeout:
         return False
+
+
+def release(path: Path) -> None:
+    """Let go of a lock that `take` took."""
+    _lock(path.resolve()).release()
 
 
 def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

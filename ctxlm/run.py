@@ -37,7 +37,7 @@ from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yam
 from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import BY_HAND, ROOT, atomic, digest, outputs_dir, resolve, take
+from ctxlm.files import BY_HAND, ROOT, atomic, digest, outputs_dir, release, resolve, take
 from ctxlm.memory import forgetting_rows, reach, recent_tokens
 from ctxlm.metrics import (
     NonFiniteLoss,
@@ -203,6 +203,7 @@ class Run:
                 "or make it writable, and run it again"
             ) from None
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        release(self.folder / LOCK)
         return pd.Series(metrics)
 
 
@@ -293,7 +294,7 @@ def git_commit() -> str | None:
 
 
 def take_folder(folder: Path) -> Path:
-    """Make a run's folder, see that it can be written to, and take it till this process ends.
+    """Make a run's folder, see that it can be written to, and take it till it is written or this process ends.
 
     Raises:
         ConfigError: nothing can be written there, or another process is at it.

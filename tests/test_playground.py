@@ -269,7 +269,7 @@ def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_ask
     thread.join()
     assert live[0]["step"].max() == 3
     assert f"{A} is trained first" in capsys.readouterr().out
-    trained = "interactive/A"
+    trained = "interactive/A_again"
     known = play.metrics(trained)
     assert trained in play.choices() and known["epochs_run"] == 3 and not known.get("stopped")
     assert len(play.difference(trained, A)) == 1 and len(play.curves(A, trained).axes[0].lines) == 4

@@ -1,5 +1,7 @@
 """Published runs, drawn and run again."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -12,7 +14,7 @@ from tests.conftest import SMALL, refusal
 
 
 @pytest.fixture
-def published(outputs, text):
+def published(outputs, text, empty_cache):
     """Writes a grid's table of runs: a trained model and a 3-gram, with columns as given."""
 
     def write(grid, **columns):
@@ -35,6 +37,8 @@ def test_published_runs_agree_with_themselves_and_a_number_that_was_changed_does
     assert main(["2", "--jobs", "2"]) == 0
     table = pd.read_csv(outputs / "reproduce" / "reproduce.csv").set_index("run")
     assert sorted(table.index) == ["A", "K"] and table["agrees"].all()
+    made_again = json.loads((outputs / "reproduce" / "mine" / "A" / "metrics.json").read_bytes())
+    assert made_again["phase1_iterations"] > 1 and made_again["phase1_cached"] is False
     assert (table["change, %"].abs() <= 100 * TOLERANCE["float32"]).all()
     assert "2 of 2 agree" in capsys.readouterr().out
 

@@ -144,14 +144,18 @@ def test_runs_of_one_label_in_two_grids_are_one_configuration_only_if_they_are_a
     assert apart["configuration"].nunique() == 2 and apart["experiment"].nunique() == 1
 
 
-def test_a_type_is_a_configuration_only_where_the_same_run_has_both(roots, grid):
-    asked = [[20_000, 42, "bfloat16"], [30_000, 42, "float32"], [20_000, 42, "float32"]]
-    for size, seed, dtype in asked:
-        write(roots[1], "planted", train_tokens=size, seed=seed, dtype=dtype, suffix=f"_dtype-{dtype}")
-    apart = grid(**{"train_tokens, seed, dtype": asked[:2]})
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [("dtype", "bfloat16", "float32"), ("device", "cpu", "cuda"), ("validations_per_epoch", 1, 4)],
+)
+def test_what_differs_by_the_way_is_a_configuration_only_where_the_same_run_has_both(name, one, other, roots, grid):
+    asked = [[20_000, 42, one], [30_000, 42, other], [20_000, 42, other]]
+    for size, seed, value in asked:
+        write(roots[1], "planted", train_tokens=size, seed=seed, suffix=f"_{name}-{value}", **{name: value})
+    apart = grid(**{f"train_tokens, seed, {name}": asked[:2]})
     assert read_runs(apart)["configuration"].tolist() == ["A", "A"]
-    both = grid(**{"train_tokens, seed, dtype": asked})
-    assert set(read_runs(both)["configuration"]) == {"A, dtype bfloat16", "A, dtype float32"}
+    both = grid(**{f"train_tokens, seed, {name}": asked})
+    assert set(read_runs(both)["configuration"]) == {f"A, {name} {one}", f"A, {name} {other}"}
 
 
 # Replicates

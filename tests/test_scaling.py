@@ -233,6 +233,10 @@ def test_the_lead_and_its_scatter_are_those_of_the_pairs(judged):
     for e in [*row.estimates, *given.estimates, *as_far.estimates]:
         assert e.low <= e.value <= e.high and e.over == ("covariance",) and e.dof == 3
     assert crossing_shares(runs[runs["replicate"] < 2]).empty and crossing_shares(runs[:0]).empty
+    for sizes in (SIZES, SIZES[:1]):  # a changed parameter that does not bind, at all sizes or at one
+        same = runs.groupby(["train_tokens", "replicate"])["log_ppl"].transform("first")
+        alike = runs.assign(log_ppl=same.where(runs["train_tokens"].isin(sizes), runs["log_ppl"]))
+        assert crossing_shares(alike).empty
 
 
 @pytest.mark.night

@@ -24,7 +24,7 @@ from ctxlm.analysis.run_plots import new_figure
 from ctxlm.analysis.runs import write_tables
 from ctxlm.analysis.site import build, build_all, main
 from ctxlm.batch import state
-from ctxlm.config import ConfigError, load_grid
+from ctxlm.config import ConfigError, Experiment, Grid, load_grid
 from ctxlm.files import ROOT
 from tests.browser import read_by_everyone
 
@@ -246,6 +246,11 @@ def test_what_tells_the_experiments_of_a_grid_apart():
     table = site._compared(load_grid("quick"))
     assert table.to_dict("list") == {"experiment": ["A", "B"], "num_layers": ["6", "3"], "context_dim": ["128", "256"]}
     assert list(site._compared(load_grid("baselines"))) == ["experiment", "ngram_order", "ngram_second_half"]
+    settings = {
+        name: Experiment(experiment=name, train_sample_tokens=k) for name, k in {"whole": None, "cut": 8}.items()
+    }
+    cut = Grid(name="cut", title="", description="", runs=settings)
+    assert dict(site._compared(cut)["train_sample_tokens"]) == {0: "8", 1: "None"}
 
 
 def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where_there_is_one(grid, root):

@@ -123,7 +123,9 @@ def _median(name: str, lengths: np.ndarray) -> str:
 
 def plot_unseen(corpus: Corpus, streams: Split) -> Figure:
     """The share of validation tokens that do not occur in training, by how long that is."""
-    train = corpus.stream(0, corpus.capacity) if streams.train.samples[0] == 0 else streams.train
+    train = corpus.stream(0, corpus.capacity)  # of which this run may read the first tokens
+    if not np.array_equal(train.tokens[: len(streams.train)], streams.train.tokens):
+        train = streams.train
     steps = np.unique(np.geomspace(min(1000, len(train)), len(train), 25).astype(int)).tolist()
     shares = {n: 100 * np.isin(streams.val.tokens, train.tokens[:n], invert=True).mean() for n in steps}
     here = 100 * np.isin(streams.val.tokens, streams.train.tokens, invert=True).mean()

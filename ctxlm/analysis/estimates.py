@@ -209,9 +209,9 @@ class Estimates(list[Estimate]):
         return {"text/html": html, "text/plain": self.frame().to_string(), MIME: data}
 
     def save(self, path: Any) -> None:
-        """Write `frame()` as a CSV file, atomically."""
+        """Write `frame()` as a CSV file, atomically, without verdicts, which go by the table that an estimate is in."""
         with atomic(resolve(path)) as temporary:
-            self.frame().to_csv(temporary, index=False)
+            self.frame().drop(columns="verdict").to_csv(temporary, index=False)
 
 
 def critical(dof: Any) -> Any:

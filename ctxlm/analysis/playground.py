@@ -266,7 +266,8 @@ def train(preset: str, **change: Any) -> str:
         raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
     e = Experiment.from_mapping(known[preset].model_dump(), change)
     e.check_read(change)
-    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *(f"{key}-{value}" for key, value in change.items())]))
+    changed = [f"{key}-{value}" for key, value in change.items()] or ["again"]  # notebook 02's by hand may be called so
+    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *changed]))
     run, path = f"{BY_HAND}/{name}", outputs_dir() / BY_HAND / name / "metrics.json"
     if path.exists() and e.is_that_of(metrics(run)):
         print(f"{run} is finished: to train it anew, delete {path.parent}")

@@ -2,7 +2,7 @@
 
 A run is made again with its own type of products, seed and text, and agrees where its perplexities lie within
 `TOLERANCE`. On another processor it may well not: that one rounds otherwise, and training carries it on (LOG.md). What
-is done again lies in `outputs/reproduce`; a command that was stopped goes on with it.
+is done again, Phase 1 with it, lies in `outputs/reproduce`; a command that was stopped goes on with it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import pandas as pd
 from ctxlm.analysis.runs import load_runs
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import PROTOCOL
-from ctxlm.files import atomic, outputs_dir, results_dir
+from ctxlm.files import atomic, cache_dir, outputs_dir, results_dir
 from ctxlm.search import run_apart
 
 TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
@@ -62,6 +62,16 @@ def again(published: pd.Series) -> dict[str, object]:
     return row | {"change, %": 100 * max(changes, key=abs), "agrees": all(abs(c) <= tolerance for c in changes)}
 
 
+def cache_without_phase1() -> None:
+    """Have runs use another cache from now on, that has all of the usual one, by links, but what Phase 1 left there."""
+    usual, folder = cache_dir(), outputs_dir() / "reproduce" / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in usual.glob("[!.]*"):
+        if not path.name.startswith("phase1-") and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.resolve())
+    os.environ["CTXLM_CACHE"] = str(folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("count", type=int)
@@ -72,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     try:
         runs = draw(given.count, given.seed, given.grid)
+        cache_without_phase1()
         with ThreadPoolExecutor(given.jobs) as pool:
             for row in pool.map(again, [run for _, run in runs.iterrows()]):
                 rows.append(row)

@@ -26,8 +26,10 @@ READABLE = (2, PROTOCOL)
 """Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
 DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew and a pair has in common, and what each of them is arbitrary about."""
-VARIED = {"experiment", "train_tokens", "device", "validations_per_epoch", *DRAWN}
-"""Parameters that may differ between the runs of one configuration: size, replicate, machine, what else is measured."""
+VARIED = {"experiment", "train_tokens", *DRAWN}
+"""Parameters that may differ between the runs of one configuration: size and replicate."""
+BY_THE_WAY = ("device", "dtype", "validations_per_epoch")
+"""Parameters that may differ, too, but where one replicate has both: then a grid sweeps them."""
 TEXTS = "run experiment git_commit params_hash code_hash data_hash embedding_digest versions device_name".split()
 """Columns of runs.csv that pandas could take for numbers."""
 
@@ -195,8 +197,7 @@ def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:
     """
     label, kinds = runs["experiment"], [name for name in Experiment.model_fields if name in runs and name not in VARIED]
     for name in kinds:
-        # `auto` takes each machine's faster type: only a grid that sweeps it has one cell in both
-        kind = ["experiment", *(["train_tokens", *DRAWN] if name == "dtype" else [])]
+        kind = ["experiment", *(["train_tokens", *DRAWN] if name in BY_THE_WAY else [])]
         if runs.groupby(kind)[name].nunique(dropna=False).max() > 1:
             label = label + f", {name} " + runs[name].map(_formatted)
     label = label.where(~by_hand, runs["experiment"])

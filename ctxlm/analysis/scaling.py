@@ -163,7 +163,7 @@ def crossing_shares(runs: pd.DataFrame, lead: float | None = None, swing: float 
     """Of every two configurations: how often would a study see their curves cross, if they ran side by side?
 
     Their difference is taken to be the same at the smallest and the largest size, `lead` (nats) or else the mean over
-    both, and to scatter from replicate to replicate as it did. A row a pair that has three replicates of both sizes.
+    both, and to scatter from replicate to replicate as it did. A row a pair that scatters, in three replicates of both.
     With a `swing` (nats) only crossovers count in which the difference moves as far.
 
     Columns: a, b, lead (nats, b − a), covariance and dof (as in `crossing_share`), and estimates, the share of studies
@@ -176,7 +176,7 @@ def crossing_shares(runs: pd.DataFrame, lead: float | None = None, swing: float 
             continue
         gaps = both.pivot_table(index="replicate", columns="train_tokens", values="difference")
         gaps = gaps.iloc[:, [0, -1]].dropna()
-        if len(gaps) < 3:
+        if len(gaps) < 3 or np.linalg.matrix_rank(gaps.cov()) < 2:  # as of runs of equal losses: nothing scatters
             continue
         covariance, dof = gaps.cov().to_numpy(), len(gaps) - 1
         apart = gaps.to_numpy().mean() if lead is None else lead

@@ -323,7 +323,8 @@ def _templates() -> Environment:
 
 def _compared(grid: Grid) -> pd.DataFrame:
     """What tells a grid's experiments apart: a row each, and a column a parameter that all read and each has one of."""
-    runs = pd.DataFrame([run.for_notebook() for run in grid.runs.values()]).dropna(axis=1).astype(str)
+    read = [{name: str(value) for name, value in run.for_notebook().items()} for run in grid.runs.values()]
+    runs = pd.DataFrame(read).dropna(axis=1)
     groups = runs.groupby("experiment")
     apart = [name for name in runs if runs[name].nunique() > 1 and groups[name].nunique().max() == 1]
     return groups[[name for name in apart if name != "experiment"]].first().reset_index()
