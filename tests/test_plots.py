@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from ctxlm.analysis import plots, run_plots
+from ctxlm.analysis import corpus_plots, plots, run_plots
 from ctxlm.analysis.estimates import Estimate, Estimates
 from ctxlm.analysis.runs import read_histories, read_runs
+from ctxlm.config import Experiment
+from ctxlm.corpus import load_corpus, split
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,13 @@ def test_memory_shows_what_is_lost_by_contexts_of_the_last_tokens(histories):
     of_runs = run_plots.recent_tokens(histories[histories["configuration"] == "A"])
     right = run_plots.plot_memory(histories).axes[1]
     np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.expm1(of_runs.groupby("k")["extra"].mean()))
+
+
+@pytest.mark.parametrize("cut", [None, 100])
+def test_the_curve_of_tokens_never_seen_goes_through_the_run(cut):
+    e = Experiment(train_tokens=20_000, train_sample_tokens=cut, val_samples=50)
+    curve, dot = corpus_plots.plot_unseen(load_corpus("chitchat"), split(e)).axes[0].lines
+    assert dot.get_ydata()[0] == pytest.approx(np.interp(20_000, *curve.get_data()), abs=0.1) and dot.get_ydata()[0] > 5
 
 
 def test_a_waterfall_comes_down_by_its_steps_to_what_is_left():

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -89,6 +90,7 @@ def test_the_files_of_a_run_agree(made, model):
     metrics = read(folder)
     assert {*contents(folder)} == {"history.csv", "metrics.json", WEIGHTS, "samples.csv", LOSSES}
     assert metrics == returned.to_dict()
+    FileLock(folder / ".lock").acquire(timeout=0)  # a finished run is free, though its process lives
     assert (metrics["git_commit"], metrics["protocol"]) == (COMMIT, PROTOCOL)
     assert metrics["versions"]["torch"] == torch.__version__ and metrics["threads"] == torch.get_num_threads()
     sums = pd.read_csv(folder / "samples.csv").groupby("part")[["loss_sum", "tokens", "bytes"]].sum()
