@@ -195,7 +195,8 @@ class Estimates(list[Estimate]):
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
-        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals)")
+        filled = "; filled: significant" if unit.comparison else ""
+        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals{filled})")
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)

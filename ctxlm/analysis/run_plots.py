@@ -55,7 +55,7 @@ RANKS = {
 """What a run's effective ranks and spectra are of."""
 FORGETTING = {
     "forgetting_init": ("before training", {"linestyle": ":", "mfc": "white", "markersize": 7, "markevery": (0, 6)}),
-    "forgetting": ("after it", {"linestyle": "-", "markersize": 4, "markevery": (3, 6)}),
+    "forgetting": ("after training", {"linestyle": "-", "markersize": 4, "markevery": (3, 6)}),
 }
 """Phases of a history that follow a disturbance; sparse markers, in turns, leave both curves to be seen."""
 
@@ -229,7 +229,7 @@ def plot_memory(histories: pd.DataFrame) -> Figure:
         right.plot(100 * np.expm1(rows.groupby("k")["extra"].mean()), **styles[name])
     right.axhline(0, color="0.2", linewidth=1)
     right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    right.set_ylabel("validation PPL above the whole stream's")
+    right.set_ylabel("validation PPL that is lost")
     if recent.empty:  # of contexts that were exchanged
         right.set_axis_off()
     else:
