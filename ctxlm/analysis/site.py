@@ -46,6 +46,8 @@ NOTEBOOK_ONLY = "notebook-only"
 """Tag of cells that help whoever opens the notebook, and are left out of its page."""
 FINDING = "finding"
 """Tag of cells that say what committed runs showed: they have no place on a page of other runs."""
+PROVENANCE = "provenance"
+"""Tag of cells whose table says how runs were made: a page shows it on demand."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 """What the article is printed by, the first that there is."""
 SHARED = ("corpus", "embedding", "embed_dim", "dtype", "device")
@@ -261,8 +263,9 @@ def page_body(html: str, pages: Collection[str]) -> BeautifulSoup:
     for tag in soup("table"):
         if not tag.find_parent(class_="output"):
             tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
-        elif len(rows := tag("tr")) > 30:
-            tag.wrap(soup.new_tag("details")).insert(0, soup.new_tag("summary", string=f"{len(rows)} rows"))
+        elif (made := tag.find_parent(class_=PROVENANCE)) or len(tag("tr")) > 30:
+            label = "how the runs were made" if made else f"{len(tag('tr'))} rows"
+            tag.wrap(soup.new_tag("details")).insert(0, soup.new_tag("summary", string=label))
     return soup
 
 
