@@ -116,8 +116,8 @@ def waterfall(parts: Estimates, label: str) -> Figure:
     return _once(figure)
 
 
-def learning_curves(histories: pd.DataFrame) -> Figure | None:
-    """Training (dotted) and validation PPL by epoch, a panel a size: a faint line a run, their mean thick.
+def learning_curves(histories: pd.DataFrame, panel: str = "train_tokens") -> Figure | None:
+    """Training (dotted) and validation PPL by epoch; a panel a size or `panel`: a faint line a run, thick means.
 
     None where no run has epochs.
     """
@@ -125,21 +125,22 @@ def learning_curves(histories: pd.DataFrame) -> Figure | None:
     if curves.empty:  # of n-grams
         return None
     curves = curves.assign(epoch=curves["step"] / curves["validations_per_epoch"])
-    sizes, styles = sorted(curves["train_tokens"].unique()), line_styles(curves["configuration"])
-    columns = min(2, len(sizes))
-    rows = math.ceil(len(sizes) / columns)
+    curves, styles = curves.sort_values("train_tokens", kind="stable"), line_styles(curves["configuration"])
+    values = list(dict.fromkeys(curves[panel]))
+    columns = min(2, len(values))
+    rows = math.ceil(len(values) / columns)
     figure, panels = new_figure(rows, columns, 0.9 + 2.9 * rows, sharey=True)
-    for axes in panels.flat[len(sizes) :]:
+    for axes in panels.flat[len(values) :]:
         axes.axis("off")
-    for size, axes in zip(sizes, panels.flat, strict=False):
-        here = curves[curves["train_tokens"] == size]
+    for value, axes in zip(values, panels.flat, strict=False):
+        here = curves[curves[panel] == value]
         for (name, metric), part in here.groupby(["configuration", "metric"]):
             look = styles[name] | {"linestyle": ":" if metric == "train_ppl" else "-", "marker": ""}
             table = part.pivot_table(index="epoch", columns="id", values="value")
             axes.plot(table.index, table, **look, linewidth=0.5, alpha=0.4)
             mean = np.exp(np.log(table.dropna()).mean(axis=1))
             axes.plot(mean.index, mean, **look | {"marker": styles[name]["marker"], "markersize": 4})
-        axes.set_title(f"{size:,} tokens")
+        axes.set_title(f"{value:,} tokens" if panel == "train_tokens" else value)
         steps_axis(axes, "epoch")
     for axes in panels[:, 0]:
         log_axis(axes, "PPL (log)")
