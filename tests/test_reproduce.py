@@ -9,6 +9,7 @@ from ctxlm.analysis import reproduce
 from ctxlm.analysis.reproduce import TOLERANCE, draw, main
 from ctxlm.config import Experiment
 from ctxlm.corpus import PROTOCOL
+from ctxlm.files import cache_dir
 from ctxlm.run import run
 from tests.conftest import SMALL, refusal
 
@@ -79,6 +80,7 @@ def test_runs_agree_to_as_much_as_the_readme_says(dtype, within, outputs, monkey
 @pytest.mark.night
 def test_three_published_runs_at_the_quick_scale_come_out_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("CTXLM_CACHE", str(cache_dir()))  # set anew by `main`, and here put back
     code = main(["3", "--grid", "sites-judged"])
     table = pd.read_csv(tmp_path / "reproduce" / "reproduce.csv")
     assert len(table) == 3 and table.notna().all(axis=None)
