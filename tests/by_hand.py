@@ -208,6 +208,12 @@ TWICE = {
     )
     for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
+STUDIED = {
+    f"04_sites: A − B, as the study trains @ {text} × smollm2, 86,925 tokens": shapes(
+        ("sites-study", {"corpus": text, "embedding": "smollm2"})
+    )
+    for text in TEXTS
+}
 PROMPTS = "prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": shapes(PROMPTS),
@@ -233,7 +239,7 @@ for text, (grid, corpus, (plain, at)) in ORDERS.items():
         pair = (grid, {"experiment": x} | at_random), (plain, {"experiment": x} | at)
         OTHERS[f"04_sites: random − text order @ {x}, {text}, SmolLM2"] = [pair]
 AT_RANDOM = [name for name in OTHERS if "A − B" in name and "random order" in name]
-EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | OTHERS
+EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | STUDIED | OTHERS
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:

@@ -143,6 +143,7 @@ def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
         (by_hand.SITES, "A − B, stabilised", "86,925 tokens"),
         (by_hand.TEXTWISE, "A − B, both embeddings, stabilised", "86,925 tokens"),
         (by_hand.TWICE, "A − B, stabilised", "183,620 tokens"),
+        (by_hand.STUDIED, "A − B, as the study trains", "86,925 tokens"),
         (by_hand.AT_RANDOM, "A − B", "mean of 4 texts, random order"),
     ],
 )

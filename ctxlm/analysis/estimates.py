@@ -160,7 +160,7 @@ class Estimates(list[Estimate]):
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
         table = pd.DataFrame(rows)
         if adjusted:
-            common.append("verdicts by Benjamini & Hochberg's p")
+            common.append("p and verdicts are adjusted for the table (Benjamini & Hochberg), intervals are not")
         for name, words in (("covers", "intervals cover"), ("replicates", "replicates")):
             if len(table) > 1 and table[name].nunique() == 1 and table[name][0]:
                 common.append(f"{words}: {table.pop(name)[0]}")
