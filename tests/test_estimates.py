@@ -387,8 +387,8 @@ def one(value=-0.05, low=-0.08, high=-0.02, **fields) -> Estimate:
     [
         (-0.08, -0.02, "% of PPL", "lower"),
         (0.02, 0.08, "nats", "higher"),
-        (-0.02, 0.08, "difference of exponents", "no significant difference"),
-        (0.0, 0.08, "nats", "no significant difference"),
+        (-0.02, 0.08, "difference of exponents", "not significant"),
+        (0.0, 0.08, "nats", "not significant"),
         (None, None, "nats", "no interval"),
         (0.02, 0.08, "exponent", ""),
         (None, None, "PPL", ""),
@@ -463,10 +463,10 @@ def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
     assert [verdict.partition(",")[0] for verdict in table["verdict"][:5]] == ["lower"] * 4 + [one(0, -1, 1).verdict]
     lucky = Estimates([tested[3], *[tested[4]] * 9])  # one of ten: its interval says lower
     assert tested[3].verdict == "lower"
-    assert lucky.table().data["verdict"][0].startswith("no significant difference, p 0.3")
+    assert lucky.table().data["verdict"][0].startswith("not significant, p 0.3")
     points = [line for line in lucky.forest().axes[0].lines if line.get_marker() == "o"]
     shown = [*lucky.frame()["verdict"], *(row["verdict"] for row in lucky._repr_mimebundle_()[MIME])]
-    assert {*shown} == {"no significant difference"} and {point.get_markerfacecolor() for point in points} == {"white"}
+    assert {*shown} == {"not significant"} and {point.get_markerfacecolor() for point in points} == {"white"}
 
 
 def test_a_forest_is_hollow_where_the_interval_holds_zero_and_names_what_differs():

@@ -36,7 +36,7 @@ from ctxlm.files import atomic, resolve
 LEVEL = 0.95
 MIME = "application/vnd.ctxlm.estimates+json"
 """Under this type a displayed table carries its estimates as data: the site and the tests read them there."""
-NOTHING, UNKNOWN = "no significant difference", "one replicate: chance is not known"
+NOTHING, UNKNOWN = "not significant", "one replicate: chance is not known"
 """Verdicts on a difference, beside lower and higher."""
 SAMPLES, SITES = "samples", ("sites",)
 RESIDUALS = "residuals"
@@ -160,7 +160,7 @@ class Estimates(list[Estimate]):
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
         table = pd.DataFrame(rows)
         if adjusted:
-            common.append("p and verdicts are adjusted for the table (Benjamini & Hochberg), intervals are not")
+            common.append("p adjusted (Benjamini & Hochberg), intervals not")
         for name, words in (("covers", "intervals cover"), ("replicates", "replicates")):
             if len(table) > 1 and table[name].nunique() == 1 and table[name][0]:
                 common.append(f"{words}: {table.pop(name)[0]}")
