@@ -154,7 +154,9 @@ class Experiment(Checked):
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
     # Phase 2
     phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
-    phase2_batch_size: Count = Field(512, description="tokens per update, consecutive unless phase2_shuffle")
+    phase2_batch_size: Count = Field(
+        512, description="tokens per update; consecutive in a context model unless phase2_shuffle"
+    )
     phase2_epochs: Count = Field(10, description="Phase 2 ends here at the latest")
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
@@ -167,10 +169,10 @@ class Experiment(Checked):
         0.0, description="share of the TokenBlock's, or a network's, new activations that an update sets to zero"
     )
     weight_decay: float = Field(
-        0.0, ge=0, le=100, description="decoupled decay of all weights but biases and norms, times the learning rate"
+        0.0, ge=0, le=100, description="decoupled decay of all matrices, times the learning rate"
     )
     output_bias: Literal["none", "unigram"] = Field(
-        "none", description="unigram: a trained bias of the output, started at the training tokens' log frequencies"
+        "none", description="unigram: a trained bias of the output, started at log frequencies (counts + 1)"
     )
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
@@ -202,7 +204,7 @@ class Experiment(Checked):
     seed: Seed = Field(42, description="of initialisation, noise and order")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the matrix products; auto: bfloat16 where the machine computes it natively"
+        "auto", description="of products but the recurrence's; auto: bfloat16 where the machine computes it natively"
     )
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ class Corpus:
         return len(self.starts) - 1
 
     def samples(self) -> list[np.ndarray]:
-        """The tokens of each sample."""
+        """The tokens of each sample, int32 [its length]."""
         return np.split(self.tokens, self.starts[1:-1])
 
     @property

@@ -12,8 +12,9 @@ from ctxlm.corpus import Split
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each purpose, so that a draw skipped in one place shifts none in another.
 
-    Weights are drawn on the CPU, the same for every device. Noise and permutations are drawn where they are used, since
-    a GPU would wait for them: there they are equal in law to the CPU's, not in bits.
+    Weights, and the order of a network's windows, are drawn on the CPU, the same for every device. Noise and other
+    permutations are drawn where they are used, since a GPU would wait for them: there they are equal in law to the
+    CPU's, not in bits.
     """
     name = repr((seed, *purpose)).encode()
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "little"))

@@ -58,7 +58,7 @@ class Speaker(Protocol):
     """A model that reads a text token by token."""
 
     def start(self) -> State:
-        """Before the text: tokens and contexts read as zeros, though no training has predicted from that."""
+        """Before the text: as the model starts, though no training has predicted from that."""
         return State()
 
     def step(self, state: State, token: int) -> State:

@@ -40,7 +40,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def effective_rank_pct(values: Tensor) -> float:
-    """exp of the entropy of the normalised singular `values` (Roy & Vetterli, 2007), in per cent of their number."""
+    """exp of the entropy of the normalised singular `values` [C] (Roy & Vetterli, 2007), per cent of their number."""
     p = values / values.sum()
     return 100 * math.exp(-torch.special.xlogy(p, p).sum().item()) / len(values)
 
@@ -51,7 +51,7 @@ def perplexity(mean_loss: float) -> float:
 
 
 def loss_summary(name: str, losses: Tensor, accuracy: float) -> dict[str, float]:
-    """Mean loss (nats), perplexity and accuracy of a stream: `<name>_loss`, `<name>_ppl`, `<name>_accuracy`."""
+    """Of a stream's losses, nats [T - 1]: `<name>_loss`, their mean, and `<name>_ppl`; with its `<name>_accuracy`."""
     loss = losses.double().mean().item()
     return {f"{name}_loss": loss, f"{name}_ppl": perplexity(loss), f"{name}_accuracy": accuracy}
 

@@ -310,7 +310,7 @@ class ContextLM(nn.Module):
         self.design = e.design
         self.context_block = EchoBlock(e) if e.design == "echo" else ContextBlock(e)
         self.token_block = TokenBlock(e, self.context_block.widths)
-        # Phase 2 starts it at the training tokens' log frequencies.
+        # Phase 2 starts it at the log frequencies of the training tokens.
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if e.output_bias == "unigram" else None
         self.logit_scale = e.logit_scale
         self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
@@ -346,9 +346,9 @@ class ContextLM(nn.Module):
     def cost(self, tokens: int, iterations: int, epochs: float) -> dict[str, int]:
         """Trained parameters, and FLOPs by shape, two for each weight of a product: of one token, of all training.
 
-        A step costs three forward passes, and two where weights are frozen and only handed through. Phase 1 reads the
-        stream once before its steps, Phase 2 once with the final ContextBlock, and before every epoch if it trains it.
-        Judging, and what tables and chunks save or add, are left out.
+        A step counts as three forward passes (gradients of inputs that need none with them), as two where weights are
+        frozen. Phase 1 reads the stream once before its steps, Phase 2 once with the final ContextBlock, and before
+        every epoch if it trains it. Judging, and what tables and chunks save or add, are left out.
 
         Args:
             tokens: of the training stream.

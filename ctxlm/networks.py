@@ -213,7 +213,7 @@ def parts(targets: int, part: int, warmup: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(reader: Reader, tokens: Tensor, warmup: int = WARMUP, part: int = PART) -> tuple[Tensor, float]:
-    """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction).
+    """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction); of tokens int64 [T].
 
     A Transformer sees half a window or more before every token but the stream's first ones; a recurrent network is read
     on from `warmup` tokens or more, in parts of so many. A slow context has read the stream from its start.

@@ -57,6 +57,9 @@ def shape_contexts(
     occur, the weights that it starts from (and with them their shapes and how they were drawn), the parameters that
     these do not tell, the type of the products, the kind of device, torch's version and the source.
 
+    Args:
+        tokens: int64 [T].
+
     Raises:
         NonFiniteLoss: the loss is no longer finite; nothing is kept.
     """

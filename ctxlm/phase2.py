@@ -73,7 +73,7 @@ class Phase2:
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
 
     def batches(self, epoch: int) -> Sequence[slice | Tensor]:
-        """The positions of each batch."""
+        """The positions of each batch: a slice, or int64 [B] in random order."""
         if self.e.phase2_shuffle:
             device = self.train.tokens.device
             draws = generator(self.e.seed, "phase2_order", epoch, device=device)

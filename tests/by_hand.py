@@ -47,8 +47,8 @@ def tables(grid: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.read_csv(folder / "runs.csv", index_col="run"), samples.set_index(["run", "part", "sample"]).sort_index()
 
 
-def read(grid: str, **wanted) -> Side:
-    """The finished runs of a grid with these values in runs.csv, and their losses on the test text."""
+def read(grid: str, part: str = "test", **wanted) -> Side:
+    """The finished runs of a grid with these values in runs.csv, and their losses on a judged part."""
     runs, samples = tables(grid)
     side: Side = {}
     alike = [runs[name].isna() if value is None else runs[name] == value for name, value in wanted.items()]
@@ -56,7 +56,7 @@ def read(grid: str, **wanted) -> Side:
         replicate = tuple(metrics[name] for name in DRAWN)
         if replicate in side:
             raise ValueError(f"grid {grid} has two runs of replicate {replicate} with {wanted}")
-        side[replicate] = Run(metrics, samples.loc[run, "test"])
+        side[replicate] = Run(metrics, samples.loc[run, part])
     return side
 
 
@@ -238,13 +238,20 @@ for text, (grid, corpus, (plain, at)) in ORDERS.items():
     for x in "AB":  # what random order is worth to a shape
         pair = (grid, {"experiment": x} | at_random), (plain, {"experiment": x} | at)
         OTHERS[f"04_sites: random − text order @ {x}, {text}, SmolLM2"] = [pair]
+AGAIN = {
+    name.replace(" @", ", development @"): pairs
+    for name, pairs in (TEXTWISE | OTHERS).items()
+    if "both embeddings" in name or "random" in name
+}
+"""The same on other judged text."""
 AT_RANDOM = [name for name in OTHERS if "A − B" in name and "random order" in name]
-EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | STUDIED | OTHERS
+EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | STUDIED | OTHERS | AGAIN
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
     """Both sides of what is compared, in every place over which the mean is taken."""
-    return [(read(grid, **a), read(other, **b)) for (grid, a), (other, b) in EVERY[name]]
+    part = "development" if "development" in name else "test"
+    return [(read(grid, part, **a), read(other, part, **b)) for (grid, a), (other, b) in EVERY[name]]
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ def test_the_floor_counts_the_products_that_torch_does(layers, c, d, n, monkeypa
     def contexts():
         return model.context_block(context, model.context_block.projections(inputs))
 
+    with torch.no_grad():
+        before = contexts()
+
     def logits():
-        with torch.no_grad():
-            before = contexts()
         return F.linear(model.token_block(inputs, before), model.embedding)
 
     assert flops_per_token(Experiment.from_mapping(shape)) == {

@@ -56,9 +56,9 @@ def flops_per_token(experiment: Experiment) -> dict[str, float]:
         "recurrence": contexts,
         # forward, weight gradients, and what passes back through all layers but the first
         "phase1_step": 2 * contexts + context_part * (layers - 1) / layers,
-        # contexts again; the block's forward pass, weight gradients and what passes back; the head there and back
-        "phase2_epoch": contexts + 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
-        "evaluation": contexts + token_block + head,
+        # the block's forward pass, weight gradients and what passes back; the head there and back; contexts are there
+        "phase2_epoch": 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
+        "evaluation": token_block + head,
     }
 
 

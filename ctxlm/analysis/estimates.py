@@ -41,7 +41,7 @@ NOTHING, UNKNOWN = "not significant", "one replicate: chance is not known"
 SAMPLES, SITES = "samples", ("sites",)
 RESIDUALS = "residuals"
 """What an interval covers where the regression's residuals are its error, as with a single replicate."""
-LOSSES = {"log_ppl": "test", "val_loss": "val"}
+LOSSES = {"log_ppl": "test", "development_loss": "development", "val_loss": "val"}
 """Columns that are means of losses, nats, and the text they are of."""
 
 
@@ -435,7 +435,7 @@ def paired(
 ) -> Estimates:
     """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
 
-    Losses (`log_ppl` on test, `val_loss` on validation) are compared sample by sample where they were kept so.
+    Losses (`log_ppl` on test, others by their text) are compared sample by sample where they were kept so.
 
     Args:
         runs, a, b, at, column: as `pairs`.
