@@ -1,5 +1,5 @@
 # `make` alone prints the targets. PYTHON= chooses the interpreter, GRID= the grid, SEARCH= the search, JOBS= how many
-# cores to use, LAB= JupyterLab's own options.
+# cores to use, PROFILE= a cluster and GRES= what each of its jobs asks for, LAB= JupyterLab's own options.
 PYTHON ?= python3
 GRID ?= quick
 SEARCH ?= lstm
@@ -55,10 +55,10 @@ env: $(VENV)/.tested  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
 	$(if $(PROFILE),$(if $(wildcard profiles/$(PROFILE)/.),,$(error PROFILE=$(PROFILE): there is no profiles/$(PROFILE))))
-	@# What each run says itself is enough. The report is of what there is, also where runs have failed.
+	@# What each run says itself is enough, but for what a cluster says. The report is of what there is, also where runs have failed.
 	@anew=$$($(BIN)/python -m ctxlm.batch --check '$(GRID)') || exit 1; eval "set -- $$anew"; \
 	  $(BIN)/snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(JOBS)) \
-	  --quiet all --config 'grid=$(GRID)' $${1:+--forcerun "$$@"}; \
+	  --quiet $(if $(PROFILE),progress host,all) --config 'grid=$(GRID)' $(addprefix gres=,$(GRES)) $${1:+--forcerun "$$@"}; \
 	  code=$$?; $(BIN)/python -m ctxlm.analysis.site --grid '$(GRID)' && exit $$code
 
 status: $(VENV)/.ready  ## print how far a grid is, also while it runs

@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 
-from ctxlm.batch import data_of, home_of, on_one_line, visible_gpus
+from ctxlm.batch import corpora, data_of, home_of, on_one_line, visible_gpus
 from ctxlm.config import DATA_PARAMETERS, NOTEBOOKS, ConfigError, code_hash, load_grid
 
 ASKED = str(config.get("grid", "quick"))
@@ -26,10 +26,7 @@ except (ConfigError, OSError) as error:
 
 HOME = home_of(GRID.name)
 
-# The corpora of the grid, usually one: runs that read the same tokens through the same embedding share it.
-BY_SIZE = sorted(RUNS.values(), key=lambda run: run.train_tokens)
-KINDS = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in BY_SIZE}.values())
-CORPORA = {"corpus" if len(KINDS) == 1 else f"corpus-{k}": run for k, run in enumerate(KINDS, 1)}
+CORPORA = corpora(RUNS.values())
 
 # Cores are shared out among the runs, as whole runs side by side; with GPUs, at most one run to a GPU.
 CORES = workflow.cores or 1

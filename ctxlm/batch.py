@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -26,10 +27,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ctxlm.config import ConfigError, Experiment, code_hash, load_grid
-from ctxlm.files import ROOT, atomic, outputs_dir, resolve
+from ctxlm.config import DATA_PARAMETERS, ConfigError, Experiment, code_hash, load_grid
+from ctxlm.files import ROOT, RUN_LOCK, atomic, outputs_dir, resolve
 
-LOCK = ".batch.lock"
+BATCH_LOCK = ".batch.lock"
 """Beside a notebook that is executed: held by the command that does it."""
 FAILURE = "failure.txt"
 """Beside a notebook that failed: why, in a line."""
@@ -51,9 +52,14 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
     folder, failure = done.parent, done.parent / FAILURE
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        held.enter_context(FileLock(folder / LOCK))
-        with FileLock(folder / ".lock"):  # of a kernel, which outlives a killed papermill by a moment
-            pass
+        held.enter_context(FileLock(folder / BATCH_LOCK))
+        kernel = FileLock(folder / RUN_LOCK)  # of one that outlives a killed papermill, or that somebody left open
+        with suppress(Timeout):
+            kernel.acquire(0)
+        if not kernel.is_locked:
+            print_line(f"{folder.name}: waits for the notebook that has its folder to end or be shut down")
+            kernel.acquire()
+        kernel.release()
         if is_finished(done, values):
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_BATCH": "1"}
@@ -69,7 +75,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
         printed = log.read_text(encoding="utf-8", errors="replace").strip()
         reason = printed.splitlines()[-1].strip() if printed else f"papermill ended with {code} and printed nothing"
         if code < 0 or "Kernel died" in reason:
-            reason += "; most likely for want of memory: run fewer side by side (JOBS=1)"
+            reason += "; most likely for want of memory: run fewer side by side (JOBS=1), or give it more"
         if shutil.disk_usage(folder).free < 2**20:
             reason += "; the disk is full: make room there"
         with suppress(OSError), atomic(failure) as path:
@@ -83,7 +89,8 @@ def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
         return False
     wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
     metrics = json.loads(done.read_bytes())
-    return _is_todays(metrics, wanted) and metrics.get("data_hash") == data_of(wanted)
+    todays = wanted.is_that_of(metrics) and metrics.get("code_hash") == code_hash(wanted.model)
+    return todays and metrics.get("data_hash") == data_of(wanted)
 
 
 def data_of(run: Experiment) -> str:
@@ -103,11 +110,6 @@ def _data_hash(corpus: str, judged_corpus: str | None, embedding: str) -> str:
     return data_hash(Experiment.model_construct(**read))
 
 
-def _is_todays(metrics: Mapping[str, Any], run: Experiment) -> bool:
-    """Whether a finished run has these parameters and today's code."""
-    return run.is_that_of(metrics) and metrics.get("code_hash") == code_hash(run.model)
-
-
 def visible_gpus() -> list[str]:
     """Indices of the GPUs that this machine lends us; none without a driver."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -125,9 +127,20 @@ def free_gpu(values: Mapping[str, Any], held: ExitStack) -> dict[str, str]:
     wanted = values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
     for gpu in visible_gpus() if wanted else []:
         with suppress(Timeout):
-            held.enter_context(FileLock(outputs_dir() / f".gpu-{gpu}.lock").acquire(0))
+            held.enter_context(FileLock(outputs_dir() / f".gpu-{platform.node()}-{gpu}.lock").acquire(0))
             return {"CUDA_VISIBLE_DEVICES": gpu}
     return {}
+
+
+def corpora(runs: Iterable[Experiment]) -> dict[str, Experiment]:
+    """The corpora of a grid by folder, usually one: runs that read the same tokens by the same embedding share it.
+
+    Returns:
+        the folder's name → a run that reads it, of the largest size.
+    """
+    by_size = sorted(runs, key=lambda run: run.train_tokens)
+    kinds = list({str(run.model_dump(include=DATA_PARAMETERS)): run for run in by_size}.values())
+    return {"corpus" if len(kinds) == 1 else f"corpus-{k}": run for k, run in enumerate(kinds, 1)}
 
 
 def home_of(grid: str) -> str:
@@ -190,7 +203,7 @@ def status(grid: str) -> list[str]:
 def state(folder: Path, run: Experiment) -> tuple[str, str]:
     """What has become of a run, in a word; and what else there is to say."""
     done = folder / "metrics.json"
-    for lock in (LOCK, ".lock"):  # the latter is of its kernel, or of a run by hand
+    for lock in (BATCH_LOCK, RUN_LOCK):  # the latter is of its kernel, or of a run by hand
         try:
             if (folder / lock).exists():
                 with FileLock(folder / lock, timeout=0):
@@ -203,7 +216,8 @@ def state(folder: Path, run: Experiment) -> tuple[str, str]:
         return "failed", (folder / FAILURE).read_text(encoding="utf-8").strip()
     if done.exists():
         return "to come", "of other parameters, code or text"
-    return ("stopped", _last_step(folder)) if folder.is_dir() else ("to come", "")
+    begun = (folder / "experiment.log").exists()  # not by the folder alone: a cluster's queued job has one
+    return ("stopped", _last_step(folder)) if begun else ("to come", "")
 
 
 def _last_step(folder: Path) -> str:
@@ -273,11 +287,8 @@ def _left(home: Path) -> str:
     """How many of a grid's runs are left, as the end of a line; nothing where no grid is carried out."""
     if not (grid := os.environ.get("CTXLM_GRID")):  # by Snakefile
         return ""
-    runs, left = load_grid(grid).runs, 0
-    for name, run in runs.items():
-        done = home / name / "metrics.json"
-        metrics = json.loads(done.read_bytes()) if done.exists() else {}
-        left += not _is_todays(metrics, run)
+    runs = load_grid(grid).runs
+    left = sum(not is_finished(home / name / "metrics.json", run.for_notebook()) for name, run in runs.items())
     return f", {left} of {len(runs)} runs left"
 
 

@@ -202,7 +202,7 @@ class Experiment(Checked):
     )
     # The machine
     seed: Seed = Field(42, description="of initialisation, noise and order")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d?))?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of products but the recurrence's; auto: bfloat16 where the machine computes it natively"
     )
@@ -309,7 +309,8 @@ class Experiment(Checked):
             other = run.get(name, type(self).model_fields[name].default)  # of a run that is older than the parameter
             missing = other is None or other != other
             # of what was `auto` a run holds what it became
-            if value != "auto" and (not missing if value is None else other != value):
+            chosen = value == "auto" and name in ("device", "dtype")
+            if not chosen and (not missing if value is None else other != value):
                 return False
         return True
 
@@ -334,7 +335,7 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
         names = _assigned(cell)
         if cell.startswith("# Parameters"):
             papermills = names
-        elif names & {"train_tokens", "output_dir"}:
+        elif {"corpus", "output_dir"} <= names:
             ours, papermills = names, set()
     if not ours:
         plain = (bool, int, float, str, list, dict, type(None))

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """The repository: relative paths in parameters are taken from here, wherever a notebook runs."""
 BY_HAND = "interactive"
 """The grid of runs that are made by hand and named after what they are: it has no file."""
+RUN_LOCK = ".lock"
+"""In a run's folder: held by the process that makes it."""
 PLUMBING = {f"ctxlm/{name}.py" for name in ("config", "files", "progress", "run")}
 """Modules left out of a run's code: parameters are compared by value, files by content; `run` does what notebooks 02
 and 03 spell out, which a test holds."""
@@ -28,7 +30,7 @@ if not (ROOT / "params").is_dir():
 
 def resolve(path: str | Path) -> Path:
     """`path` itself when absolute, otherwise below the repository's root."""
-    return ROOT / os.path.expanduser(path)
+    return ROOT / os.path.expanduser(str(path))  # a folder called 2025 comes as a number
 
 
 def find(path: str | Path) -> Path:

@@ -37,7 +37,7 @@ from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yam
 from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
-from ctxlm.files import BY_HAND, ROOT, atomic, digest, outputs_dir, release, resolve, take
+from ctxlm.files import BY_HAND, ROOT, RUN_LOCK, atomic, digest, outputs_dir, release, resolve, take
 from ctxlm.memory import forgetting_rows, reach, recent_tokens
 from ctxlm.metrics import (
     NonFiniteLoss,
@@ -56,8 +56,8 @@ from ctxlm.trainer import OnEpoch, Trainer
 
 WEIGHTS, LOSSES = "model.safetensors", "val_losses.npz"
 """A run's files of its weights, and of every validation token's loss."""
-CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
-"""In a run's folder while it is made: its state after the last epoch, and whose it is."""
+CHECKPOINT = "checkpoint.pt"
+"""In a run's folder while it is made: its state after the last epoch."""
 REPLICATED = {
     *("experiment", "train_tokens", "seed", "data_seed", "embedding_seed"),
     *("val_samples", "development_samples", "test_samples", "max_sample_tokens"),
@@ -94,14 +94,12 @@ class Run:
         Raises:
             ConfigError: as `run`.
         """
-        if output_dir is None:
-            settings, folder = folder_by_hand(settings)
-        else:
-            folder = resolve(output_dir)
+        settings, folder = (settings, resolve(output_dir)) if output_dir else folder_by_hand(settings)
+        self.settings, self.folder = settings, take_folder(folder)
         # a batch does a run anew whose parameters its grid has changed
         if "CTXLM_BATCH" not in os.environ and _holds_another(folder, settings):
+            release(folder / RUN_LOCK)
             raise ConfigError(f"output_dir = {str(output_dir)!r} holds a run of other parameters: name another folder")
-        self.settings, self.folder = settings, take_folder(folder)
         self.began, self.seconds = time.perf_counter(), defaultdict(float)
         self.device = resolve_device(settings)
         self.dtype = resolve_dtype(settings, self.device)
@@ -203,7 +201,7 @@ class Run:
                 "or make it writable, and run it again"
             ) from None
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        release(self.folder / LOCK)
+        release(self.folder / RUN_LOCK)
         return pd.Series(metrics)
 
 
@@ -279,7 +277,7 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit checked out, with "-dirty" where tracked files differ from it; None outside a repository."""
+    """The commit checked out, with "-dirty" where what may move a number differs from it; None outside a repository."""
 
     def git(*arguments: str, check: bool = True) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=check).stdout.strip()
@@ -288,7 +286,9 @@ def git_commit() -> str | None:
         # in a fresh clone `diff` would strip all notebooks each time, ten seconds or more: so git looks at them once
         git("update-index", "-q", "--refresh", check=False)
         # a notebook that was run is listed by `git status`, which looks at its size alone; `diff` strips it first
-        return git("rev-parse", "HEAD") + ("-dirty" if git("diff", "--name-only", "HEAD") else "")
+        written = ("data/results", "data/search", "docs", "*.md")
+        changed = git("diff", "--name-only", "HEAD", "--", ".", *(f":!{path}" for path in written))
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -306,7 +306,7 @@ def take_folder(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written to ({reason}): name another") from None
-    if not take(folder / LOCK):
+    if not take(folder / RUN_LOCK):
         raise ConfigError(
             f"output_dir = {str(folder)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"

@@ -28,6 +28,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Field
+from snakemake.utils import available_cpu_count
 
 from ctxlm.batch import free_gpu, is_finished, visible_gpus
 from ctxlm.config import Checked, ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep
@@ -113,9 +114,13 @@ class Search:
         e = Experiment.from_mapping(point)
         if spread is not None:
             point["logit_scale"] = spread * math.sqrt(128 / e.embed_dim)
+        if parameters is not None and e.model not in BODIES:
+            raise ConfigError(f"trained_params: model = {e.model!r} has no hidden_dim to set: leave it out")
         if parameters is not None:
             point["hidden_dim"] = width_of(e, parameters)
-        return Experiment.from_mapping(point)
+        e = Experiment.from_mapping(point)
+        e.check_read({*_by_parameter(drawn)} - {"logit_spread", "trained_params"})
+        return e
 
     @cached_property
     def study(self) -> optuna.Study:
@@ -209,8 +214,8 @@ class Search:
             point, seconds = _by_parameter(trial.user_attrs["drawn"]), trial.user_attrs.get("seconds")
             done = self.folder(trial, "full") / "metrics.json"
             judged = {"quick": (trial.value, seconds)}
-            if done.exists():
-                metrics = json.loads(done.read_bytes())
+            metrics = json.loads(done.read_bytes()) if done.exists() else {}
+            if metrics and self.experiment(trial.user_attrs["drawn"], "full").is_that_of(metrics):
                 judged["full"] = metrics[f"{JUDGED['full']}_loss"], metrics["total_seconds"]
             for scale, (value, seconds) in judged.items():
                 known = value is not None
@@ -271,14 +276,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="params/search/<name>.yaml")
     parser.add_argument("--top", type=int, default=0, help="run so many of the best trials at full size instead")
-    parser.add_argument("--jobs", type=int, default=len(visible_gpus()) or os.cpu_count(), help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=len(visible_gpus()) or available_cpu_count(), help="runs at a time")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         search = Search(options.file)
         if not take(search.home / ".lock"):
             raise ConfigError(f"another process is at search {search.name}: wait for it")
-        if options.top:
+        if options.top > 0:
             search.carry_out_full(options.top, options.jobs)
         else:
             search.carry_out(options.jobs)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: tests' products are tiny, and side by side on all cores threads would wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported: one thread sums in one order, so equal inputs give equal bits; and tests run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -104,15 +104,6 @@ def held(path: Path) -> Iterator[subprocess.Popen]:
 def rewrite(path: Path, **metrics) -> None:
     """Change a metrics.json as if the run had been written so."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | metrics), encoding="utf-8")
-
-
-@pytest.fixture
-def one_thread():
-    """Products of one thread are summed in one order, so equal inputs give equal bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

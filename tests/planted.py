@@ -110,7 +110,8 @@ def write(
     """
     given = {"experiment": label, "train_tokens": 20_000, "val_samples": 4, "test_samples": 5, "dtype": "float32"}
     usual = Experiment.from_mapping(given, {"device": "cpu"}).model_dump()
-    usual |= {"protocol": PROTOCOL, "git_commit": "0" * 40, "best_epoch": 3, "epochs_run": 5, "overfit_rate": 0.05}
+    usual |= {"protocol": PROTOCOL, "git_commit": "0" * 40, "data_hash": "0" * 16, "best_epoch": 3, "epochs_run": 5}
+    usual["overfit_rate"] = 0.05
     asked = usual | metrics
     folder = root / grid / f"{label}_train_tokens-{asked['train_tokens']}_seed-{asked['seed']}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)

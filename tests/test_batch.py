@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -112,7 +113,7 @@ def test_which_result_is_that_of_a_run(folder, values, metrics, asked, finished)
 def test_a_free_gpu_is_the_only_one_that_is_seen(folder, values, papermill, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     calls = papermill(("", 1), ("", 1))
-    with FileLock(folder.parent.parent / ".gpu-3.lock"):  # grids and searches share the GPUs
+    with FileLock(folder.parent.parent / f".gpu-{platform.node()}-3.lock"):  # grids and searches share the GPUs
         carry_out(folder, values | {"device": "cuda"})
     carry_out(folder, values | {"device": "cpu"})
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls] == ["5", "3,5"]
@@ -162,6 +163,7 @@ def grid(folder, values, tmp_path):
 def test_how_far_a_grid_is(folder, grid, capsys):
     for label in ("done", "failed"):  # the former was finished after it
         (folder.with_name(label) / FAILURE).write_text("NonFiniteLoss: nan\n")
+    folder.with_name("missing").mkdir()  # as a cluster's job in the queue
     for label in ("running", "run"):
         folder.with_name(label).mkdir(exist_ok=True)
         (folder.with_name(label) / "experiment.log").write_text("Executing\nepoch 3: PPL 7.0\nExecuting\n")

@@ -17,9 +17,8 @@ EPOCHS = {"phase2_epochs": 5, "phase2_patience": 5}
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, empty_cache, one_thread):
+def quick(monkeypatch, empty_cache):
     """No look at git."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("ctxlm.run.git_commit", lambda: None)
 
 

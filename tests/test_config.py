@@ -111,7 +111,7 @@ def test_a_finished_run_has_its_experiment_again():
 # A notebook's namespace
 
 CONTEXT, BASELINE = NOTEBOOKS["context"], NOTEBOOKS["lstm"]
-PARAMETERS = "train_tokens = 10_000\nnum_layers = 6"
+PARAMETERS = "corpus = 'chitchat'\noutput_dir = None\ntrain_tokens = 10_000\nnum_layers = 6"
 
 
 def in_jupyter(*cells, **values):
@@ -135,6 +135,8 @@ def test_what_papermill_puts_into_a_notebook_is_read_and_refused_if_unknown(valu
 )
 def test_a_misspelt_name_is_refused_however_it_is_assigned_and_without_a_record_of_cells(line):
     assert "num_layers" in refusal(Experiment.from_namespace, in_jupyter(f"{PARAMETERS}\n{line}", num_layer=3), CONTEXT)
+    scratch = in_jupyter(f"{PARAMETERS}\n{line}", "train_tokens = 500", num_layer=3)  # tried beside it
+    assert "num_layers" in refusal(Experiment.from_namespace, scratch, CONTEXT)
     names = {"_": "", "json": json, "num_layers": 3, "judged_corpus": None, "output_dir": "outputs/x"}
     assert Experiment.from_namespace(names, CONTEXT) == Experiment(num_layers=3)
     assert "num_layers" in refusal(Experiment.from_namespace, names | {"num_layer": 3}, CONTEXT)

@@ -74,7 +74,7 @@ AT_NIGHT = ("arithmetic-A", "window-B", "arithmetic-zeros-A", "three_tokens-B")
 @pytest.mark.parametrize(
     "label", [pytest.param(label, marks=[pytest.mark.night] * (label in AT_NIGHT)) for label in RUNS]
 )
-def test_losses_are_those_from_before(label, outputs, one_thread):
+def test_losses_are_those_from_before(label, outputs):
     before = json.loads(KEPT.read_text(encoding="utf-8"))[label]
     assert losses(label, outputs / label) == pytest.approx(before, rel=ROUNDING.get(label, 1e-5))
 

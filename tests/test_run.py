@@ -211,6 +211,12 @@ def test_the_commit_is_dirty_where_a_file_differs_and_unchanged_files_are_filter
     assert filtered.stat().st_size <= before + 1
     notebook.write_text("{1}\n")
     assert git_commit().endswith("-dirty")
+    git("commit", "--quiet", "-am", "second")
+    (tmp_path / "data" / "search").mkdir(parents=True)
+    for written in ("README.md", "data/search/A.csv"):  # by hand, or by `make search` while a grid runs
+        (tmp_path / written).touch()
+        git("add", written)
+    assert not git_commit().endswith("-dirty")
     monkeypatch.setattr("ctxlm.run.ROOT", tmp_path / "nowhere")
     assert git_commit() is None
 
@@ -248,6 +254,8 @@ def test_a_folder_that_holds_a_run_of_other_parameters_is_refused_by_hand(tmp_pa
     before = contents(folder)
     assert Run(e, folder).settings == e  # whatever `auto` became
     assert refusal(Run, other, folder).startswith(f"output_dir = {str(folder)!r} ")
+    with held(folder / ".lock"):  # which a refusal does not keep
+        pass
     monkeypatch.setenv("CTXLM_BATCH", "1")  # a batch, whose grid has changed
     assert Run(other, folder).settings == other and contents(folder) == before
 
@@ -286,6 +294,7 @@ def test_a_run_of_other_parameters_stays_and_the_new_one_goes_beside_it(outputs,
     write(folder, settings)
     before = contents(folder)
     assert by_hand(**same) == (settings, folder)  # the same again
+    assert Run(settings, "").folder == folder  # no name is none
     other, beside = by_hand("03_baseline", **same)
     assert beside.name == "train_tokens-4_seed-43-2" and other.experiment == "KN-4"
     write(beside, other)

@@ -89,6 +89,12 @@ def test_a_run_that_is_older_than_a_parameter_has_its_default(roots, grid):
     assert set(runs["planned"]) == {4} and set(runs["id"]) == set("planted/" + runs["run"])
 
 
+def test_runs_on_a_text_that_has_changed_since_are_refused(roots, grid):
+    write(roots[0], "planted", train_tokens=20_000)
+    write(roots[0], "planted", train_tokens=30_000, data_hash="another")
+    assert "'chitchat' was another text" in refusal(read_runs, grid(train_tokens=[20_000, 30_000], seed=[42]))
+
+
 @pytest.mark.parametrize("older", [2, 1])
 def test_runs_of_another_protocol_are_refused(roots, grid, older):
     write(roots[0], "planted", train_tokens=20_000)

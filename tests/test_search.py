@@ -186,6 +186,8 @@ def test_the_best_are_run_at_full_size(file, planted, table, capsys):
         ({"full": {"held_out_tokens": 600}}, "held_out_tokens = 600"),
         ({"full": {"corpus": "gone.txt"}}, "gone.txt"),
         ({"common": "params/nowhere.yaml"}, "params/nowhere.yaml"),
+        ({"space": {"context_dim": [32, 64]}}, "context_dim = 32"),
+        ({"space": {"model, trained_params": [["context", 9000]]}}, "trained_params: model = 'context'"),
     ],
     ids=str,
 )

@@ -74,7 +74,7 @@ class Killed(Exception):
 
 
 @each_kind
-def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, one_thread, tmp_path):
+def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, tmp_path):
     """Nothing but the seed and what is in the file decides."""
     (one, expected), checkpoint = whole(kind), tmp_path / "checkpoint.pt"
 
@@ -98,7 +98,7 @@ def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, one_thre
     assert expected.resumed == 0 and "resumed_after_epoch" not in expected.summary()
 
 
-def test_a_state_of_another_key_is_begun_anew_and_replaced(one_thread, tmp_path):
+def test_a_state_of_another_key_is_begun_anew_and_replaced(tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     for key, resumed in (("key", 0), ("another key", 0), ("another key", 4)):
         one = trainer("study")
@@ -107,14 +107,14 @@ def test_a_state_of_another_key_is_begun_anew_and_replaced(one_thread, tmp_path)
         assert_same(one, trained, *whole("study"))
 
 
-def test_a_training_that_is_stopped_within_an_epoch_is_not_gone_on_with_from_there(one_thread, tmp_path):
+def test_a_training_that_is_stopped_within_an_epoch_is_not_gone_on_with_from_there(tmp_path):
     checkpoint, one = tmp_path / "checkpoint.pt", trainer("windows")
     assert trainer("windows").run(lambda history: True, checkpoint, "key").epochs_run == 0.5
     assert_same(one, one.run(None, checkpoint, "key"), *whole("windows"))
 
 
 @pytest.mark.parametrize("kind", ["study", "windows"])
-def test_a_checkpoint_that_cannot_be_written_stops_nothing(kind, one_thread, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(kind, tmp_path, capsys):
     one, expected = trainer(kind), whole(kind)
     before = torch.random.get_rng_state()
     (tmp_path / "file").touch()
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(kind, one_thread, tmp
 
 
 @each_kind
-def test_the_best_states_weights_and_losses_are_kept(kind, one_thread):
+def test_the_best_states_weights_and_losses_are_kept(kind):
     # Random tokens cannot be learnt, so validation soon gets worse.
     one = trainer(kind, phase2_learning_rate=0.05, phase2_patience=2, phase2_epochs=8)
     trained, parts = one.run(), one.e.validations_per_epoch
@@ -146,7 +146,7 @@ def test_the_best_states_weights_and_losses_are_kept(kind, one_thread):
 
 
 @each_kind
-def test_validating_more_often_changes_nothing_but_the_best_state(kind, one_thread):
+def test_validating_more_often_changes_nothing_but_the_best_state(kind):
     plain, expected = whole(kind)
     often = trainer(kind, validations_per_epoch=2 * plain.e.validations_per_epoch)
     trained = often.run()

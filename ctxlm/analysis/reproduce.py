@@ -11,8 +11,10 @@ import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pandas as pd
+from snakemake.utils import available_cpu_count
 
 from ctxlm.analysis.runs import load_runs
 from ctxlm.config import ConfigError, Experiment
@@ -67,8 +69,9 @@ def cache_without_phase1() -> None:
     usual, folder = cache_dir(), outputs_dir() / "reproduce" / "cache"
     folder.mkdir(parents=True, exist_ok=True)
     for path in usual.glob("[!.]*"):
-        if not path.name.startswith("phase1-") and not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path.resolve())
+        if not path.name.startswith("phase1-"):
+            with suppress(FileExistsError):
+                (folder / path.name).symlink_to(path.resolve())
     os.environ["CTXLM_CACHE"] = str(folder)
 
 
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("count", type=int)
     parser.add_argument("--grid", action="append", default=[], help="draw from this grid alone; may be given again")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=available_cpu_count(), help="runs at a time")
     given = parser.parse_args(arguments)
     rows = []
     try:

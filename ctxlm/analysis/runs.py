@@ -163,7 +163,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
         known = {"grid": plan.name, "planned": len(plan.runs)} if plan else {"grid": grid, "planned": len(runs)}
         frames.append(runs.assign(**known, by_hand=plan is None and runs["source"].eq("outputs")))
     joined = pd.concat(frames, ignore_index=True)
-    _check_protocols(joined)
+    _check_alike(joined)
     joined["configuration"] = _configurations(joined, joined.pop("by_hand"))
     joined["id"] = joined["grid"] + "/" + joined["run"]
     joined["replicate"] = replicates(joined)
@@ -286,8 +286,8 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table).T.rename_axis("grid")
 
 
-def _check_protocols(runs: pd.DataFrame) -> None:
-    """Refuse runs that were not judged on the same text, or by a protocol that is no longer read."""
+def _check_alike(runs: pd.DataFrame) -> None:
+    """Refuse runs by two protocols, or one that is no longer read, and runs on a text that has changed since."""
     if runs["protocol"].nunique() > 1 or not runs["protocol"].isin(READABLE).all():
         counts = runs.groupby(["grid", "protocol"]).size()
         listed = ", ".join(f"{count} of {grid} by protocol {protocol}" for (grid, protocol), count in counts.items())
@@ -295,6 +295,13 @@ def _check_protocols(runs: pd.DataFrame) -> None:
             f"these runs were not judged by one protocol, {' or '.join(map(str, READABLE))} ({listed}): read grids of "
             "one protocol, or delete the older runs' folders and run them again"
         )
+    for (corpus, *_), rows in runs.groupby(["corpus", "judged_corpus", "embedding"], dropna=False):
+        first = rows.drop_duplicates("data_hash").dropna(subset="data_hash")["run"]
+        if len(first) > 1:
+            raise ConfigError(
+                f"corpus = {corpus!r} was another text for {first.iloc[0]} than for {first.iloc[1]}: delete "
+                "the older runs' folders"
+            )
 
 
 if __name__ == "__main__":

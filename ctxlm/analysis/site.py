@@ -37,7 +37,7 @@ from nbformat import NotebookNode
 from tqdm.contrib.concurrent import thread_map
 
 from ctxlm.analysis.runs import load_planned, load_runs, load_table
-from ctxlm.batch import print_line, state
+from ctxlm.batch import corpora, print_line, state
 from ctxlm.config import ConfigError, Grid, load_grid
 from ctxlm.files import ROOT, atomic, outputs_dir, results_dir
 from ctxlm.run import git_commit
@@ -83,14 +83,16 @@ def build(grid: str) -> Path:
     settings, outputs = load_grid(grid), outputs_dir()
     home, runs = outputs / settings.name, load_planned(settings)
     committed = {*runs["run"][runs["source"] == "committed"]} if len(runs) else set()
-    states = {name: state(home / name, run) for name, run in settings.runs.items() if name not in committed}
+    states = {name: state(home / name, run) for name, run in settings.runs.items()}
+    states = {name: words for name, words in states.items() if name not in committed or words[0] != "to come"}
     missing = {name: ": ".join(filter(None, words)) for name, words in states.items() if words[0] != "finished"}
+    missing |= {name: f"{why}; its published result stands here" for name, why in missing.items() if name in committed}
     reasons = [f"{name}: {why}" for name, why in missing.items()]
     if runs.empty:
         raise ConfigError(f"no run of grid {settings.name} is finished: {'; '.join(reasons)}")
     failure = _analyse(grid, home)
     sources = {ANALYSIS: home / f"{ANALYSIS}.ipynb"}
-    sources |= {path.parent.name: path for path in sorted(home.glob("corpus*/corpus.ipynb"))}
+    sources |= {name: home / name / "corpus.ipynb" for name in corpora(settings.runs.values())}
     notebooks = {name: nbformat.read(path, as_version=4) for name, path in sources.items() if path.exists()}
     navigation = {"index.html": "Index"} | {f"{name}.html": _label(name) for name in notebooks}
     navigation |= {"index.html#runs": "Runs"}
