@@ -22,6 +22,7 @@ from scipy import stats
 from ctxlm.analysis import benchmark, site
 from ctxlm.analysis.playground import visible
 from ctxlm.analysis.run_plots import WIDTH
+from ctxlm.analysis.scaling import enough
 from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.conftest import SMALL, run_cells, short_paragraphs
@@ -198,8 +199,6 @@ def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
 
 
 def test_the_number_of_replicates_that_it_takes_is_by_the_noncentral_t_and_falls_with_the_effect():
-    enough = run_here("04_scaling")["enough"]
-
     def power(effect, n):  # of the tail that matters
         return stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n))
 

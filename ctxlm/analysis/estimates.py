@@ -81,13 +81,13 @@ class Estimate:
     at: str
     """Where, as "28,000 tokens"."""
     value: float
-    low: float | None
-    high: float | None
-    n: int
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
     """Runs, or pairs of runs."""
-    replicates: int
-    dof: float | None
-    over: tuple[str, ...]
+    replicates: int = 0
+    dof: float | None = None
+    over: tuple[str, ...] = ()
     """What the interval covers: of seed, text, signs, samples; or residuals, sites, a covariance."""
     unit: str = "% of PPL"
     """One of `UNITS`."""
@@ -207,7 +207,10 @@ class Estimates(list[Estimate]):
         verdicts = self.verdicts
         data = [asdict(e) | {"verdict": v, "in_unit": e.in_unit} for e, v in zip(self, verdicts, strict=True)]
         html = self.table().to_html() if self else "<p>No estimate: it takes further runs, sizes or replicates.</p>"
-        return {"text/html": html, "text/plain": self.frame().to_string(), MIME: data}
+        return {"text/html": html, MIME: data}
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.frame().to_string())
 
     def save(self, path: Any) -> None:
         """Write `frame()` as a CSV file, atomically, without verdicts, which go by the table that an estimate is in."""
@@ -407,9 +410,9 @@ def pairs(
         if absent := [f"{name} = {value!r}" for name, value in wanted.items() if not (runs[name] == value).any()]:
             raise ValueError(f"no run has {absent[0]}")
         side = runs[np.logical_and.reduce([runs[name] == value for name, value in wanted.items()])]
-        alike = side[side.duplicated(keys, keep=False)].sort_values(keys)["run"]
+        alike = side[side.duplicated(keys, keep=False)].sort_values(keys)["id"]
         if len(alike):
-            names = " and ".join(alike[:2])
+            names = " and ".join(map(str, alike[:2]))
             raise ValueError(f"{names} are equal in {', '.join(keys)}: say in `at`, `a` or `b` in what they differ")
         sides.append(side.set_index([*keys, "replicate"]))
     both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b")).copy().reset_index()
@@ -510,14 +513,14 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     return Estimates(
         [
             Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, SITES),
-            Estimate(f"{contrast}, sd between sites", at, spread, None, None, n, replicates, None, (), "sd, % of PPL"),
+            Estimate(f"{contrast}, sd between sites", at, spread, n=n, replicates=replicates, unit="sd, % of PPL"),
             Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, SITES, "% of PPL, predicted"),
         ]
     )
 
 
-def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str, column: str = "log_ppl") -> list[Estimate]:
-    """The standard deviation of `column` that each of several crossed sources of chance makes.
+def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str) -> list[Estimate]:
+    """The standard deviation of `log_ppl` that each of several crossed sources of chance makes.
 
     Sources are taken as independent and additive. The variance of one is its mean square less the residual's, over the
     runs of each level, and none where that is negative; its interval is Williams's (1962), which holds a little more
@@ -533,7 +536,7 @@ def components(runs: pd.DataFrame, sources: Mapping[str, str], at: str, column: 
     counts = runs.groupby(list(sources.values())).size()
     if len(counts) != math.prod(runs[name].nunique() for name in sources.values()) or (counts != 1).any():
         raise ValueError(f"{at}: components need one run of every combination of {', '.join(sources)}")
-    table = anova_lm(smf.ols(f"{column} ~ " + " + ".join(f"C({name})" for name in sources.values()), runs).fit())
+    table = anova_lm(smf.ols("log_ppl ~ " + " + ".join(f"C({name})" for name in sources.values()), runs).fit())
     rest, rest_dof = table.loc["Residual", ["mean_sq", "df"]]
     estimates = []
     for source, name in sources.items():

@@ -317,8 +317,14 @@ def differing(a: str, b: str) -> Styler:
 
 
 def curves(a: str, b: str) -> Figure:
-    """PPL by epoch of two runs: validation, and training dotted."""
+    """PPL by epoch of two runs: validation, and training dotted.
+
+    Raises:
+        ConfigError: neither was trained by epochs.
+    """
     each = [_ppl(run, table(run, "history")) for run in dict.fromkeys((a, b))]
+    if all(frame.empty for frame in each):
+        raise ConfigError(f"runs = {a!r} and {b!r} are counted, not trained: choose a model that has epochs")
     return lines({"PPL (log)": pd.concat(each, axis=1)}, "epoch")
 
 
@@ -513,7 +519,7 @@ def space(run: str, conversation: int) -> Figure:
     for position in path[:: max(len(path) // 8, 1)]:
         axes.annotate(visible(decode([test.tokens[position]]), True), plane[position], **look)
     axes.set(xlabel=f"first dimension, {shares[0]:.0%} of the spread", ylabel=f"second, {shares[1]:.0%}")
-    figure.colorbar(dots, label=f"token of conversation {conversation}")
+    figure.colorbar(dots, label="token of the conversation")
     return figure
 
 

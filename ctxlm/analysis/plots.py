@@ -83,7 +83,8 @@ def crossings(table: pd.DataFrame) -> Figure | None:
     axes.axvline(100 * math.expm1(abs(pair["lead"])), **REFERENCE)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.set(ylim=0, xlim=0, xlabel="lead at both sizes (vertical: as measured)", ylabel="studies that see a crossover")
+    axes.set(ylim=0, xlim=0, title=f"{pair['a']} and {pair['b']}", ylabel="studies that see a crossover")
+    axes.set_xlabel("lead at both sizes (vertical: as measured)")
     legend(figure)
     return _once(figure)
 

@@ -71,6 +71,12 @@ def _asked(plan: Grid, runs: pd.DataFrame) -> pd.DataFrame:
     return runs[[row["run"] in plan.runs and plan.runs[row["run"]].is_that_of(row) for row in rows]] if rows else runs
 
 
+def with_shape(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs of the context model with their `shape`, A of six layers, else B, and `recipe`, study or stabilised."""
+    shape = np.where(runs["num_layers"] == 6, "A", "B")
+    return runs.assign(shape=shape, recipe=np.where(runs["output_bias"] == "none", "study", "stabilised"))
+
+
 def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:
     """One of `TABLES` of all finished runs of a grid: column `run`, and its own."""
     if folders := run_folders(grid, committed):

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
+from statsmodels.stats.power import TTestPower
 
 from ctxlm.analysis.estimates import (
+    LEVEL,
     UNKNOWN,
     Coefficients,
     Estimate,
@@ -99,7 +101,9 @@ def fieller(moments: Moments, middle: float = 0.0) -> Crossover:
 
 
 def _compared(runs: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Of every two configurations a and b their pairs, with b − a as `difference`."""
+    """Of every two configurations a and b their pairs, with b − a as `difference`; none of a single size."""
+    if runs["train_tokens"].nunique() < 2:
+        return
     for a, b in itertools.combinations(sorted(runs["configuration"].unique()), 2):
         yield a, b, pairs(runs, {"configuration": b}, {"configuration": a}, ["train_tokens"], "log_ppl")
 
@@ -129,6 +133,19 @@ def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
             verdict = "within the sizes" if inside else "not within the sizes"
         rows.append({"a": a, "b": b, "slopes": slopes, "p": slopes.p} | asdict(met) | {"verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
+
+
+def enough(effect: float) -> int:
+    """The smallest number of pairs by which a difference is significant at 0.05 in one of two places, and in the other.
+
+    The power of both together is to be 80 %, as if they were independent. It is by one tail, for that of the other is
+    nan in statsmodels at some effects.
+
+    Args:
+        effect: the difference over its standard deviation from pair to pair.
+    """
+    one = {"alpha": (1 - LEVEL) / 2, "alternative": "larger"}
+    return next(n for n in itertools.count(2) if TTestPower().power(effect, n, **one) > 0.8**0.5)
 
 
 def crossing_share(
@@ -172,9 +189,9 @@ def crossing_shares(runs: pd.DataFrame, lead: float | None = None, swing: float 
     """
     rows = []
     for a, b, both in _compared(runs):
-        if both["train_tokens"].nunique() < 2:
-            continue
         gaps = both.pivot_table(index="replicate", columns="train_tokens", values="difference")
+        if gaps.shape[1] < 2:
+            continue
         gaps = gaps.iloc[:, [0, -1]].dropna()
         if len(gaps) < 3 or np.linalg.matrix_rank(gaps.cov()) < 2:  # as of runs of equal losses: nothing scatters
             continue
