@@ -260,8 +260,8 @@ def matched(runs, a=A, b=B, at=("train_tokens",), column="log_ppl"):
 def test_a_pair_needs_one_run_on_each_side():
     runs = Planted().runs
     assert len(matched(runs)) == 20
-    twice = pd.concat([runs, runs[runs["configuration"] == "B"].iloc[[7]].assign(run="the same again")])
-    with pytest.raises(ValueError, match=f"{twice['run'].iloc[27]} and the same again are equal in"):
+    twice = pd.concat([runs, runs[runs["configuration"] == "B"].iloc[[7]].assign(id="other/again")])
+    with pytest.raises(ValueError, match=f"{twice['id'].iloc[27]} and other/again are equal in"):
         matched(twice)
     apart = pd.concat([runs.assign(rate=1), runs.assign(rate=2)])
     assert len(matched(apart, at=["rate", "train_tokens"])) == 40
