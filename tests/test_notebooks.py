@@ -60,28 +60,17 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
     assert process.returncode == 0, process.stderr
     metrics = metrics_of(tmp_path / "run")
     assert (metrics["train_tokens"], metrics["num_layers"], metrics["corpus"]) == (600, 2, str(text))
-    assert metrics["val_ppl"] > 1 and metrics["test_ppl"] > 1 and metrics["recurrence_residual"] <= 1e-5
-    history = pd.read_csv(tmp_path / "run" / "history.csv").set_index(["phase", "step", "metric"])["value"]
-    assert history["forgetting_init", 0, "share_left"] == history["forgetting", 0, "share_left"] == 1
-    assert history["recent_tokens", 0, "val_ppl"] > 1
-    for name in ("init_er_pct", "train_er_pct", "train_er_noiseless_pct", "val_er_pct"):
-        assert 0 < metrics[name] <= 100
     cells = nbformat.read(executed, as_version=4).cells
     data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     figures = [base64.b64decode(shown["image/png"]) for shown in data if "image/png" in shown]
     assert [int.from_bytes(png[16:20]) for png in figures] == [round(110 * WIDTH)] * 4  # pixels: all are alike
 
 
-@pytest.mark.parametrize(
-    ("notebook", "bad"),
-    [
-        ("02_experiment", {"num_layer": 3}),
-        ("02_experiment", {"corpus": "no/such.txt"}),
-        ("02_experiment", {"device": "cuda:7"}),
-        ("02_experiment", {"model": "kneser-ney"}),
-        ("03_baseline", {"val_samples": 99}),
-    ],
-)
+BAD = [("02_experiment", bad) for bad in ({"num_layer": 3}, {"corpus": "no/such.txt"}, {"device": "cuda:7"})]
+BAD += [("02_experiment", {"model": "kneser-ney"}), ("03_baseline", {"val_samples": 99})]
+
+
+@pytest.mark.parametrize(("notebook", "bad"), BAD)
 def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path, text, notebook, bad, monkeypatch):
     """Nor what an earlier run has left, which a batch may do anew."""
     monkeypatch.setenv("CTXLM_BATCH", "1")

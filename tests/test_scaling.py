@@ -169,17 +169,10 @@ def test_the_slopes_differ_by_the_interaction_of_the_pooled_formula(judged):
 
 def test_the_verdict_is_where_the_laws_meet(judged):
     edge = 6.3 + 0.06 * (math.log(1.06 * SIZES[0]) - MIDDLE)  # within the sizes, but not all of its set
-    not_within = "not within the sizes"
-    for alpha, level, verdict in (
-        (-0.36, 6.6, not_within),
-        (-0.36, edge, not_within),
-        (-0.30, 6.35, "none established"),
-    ):
-        row = crossovers(judged({"A": (-0.30, 6.3), "B": (alpha, level)}, **NARROW).runs).iloc[0]
-        assert row["verdict"] == verdict
-    row = crossovers(judged({"A": (-0.30, 6.3), "B": (-0.36, 10.0)}, **NARROW).runs).iloc[0]
-    assert (row["kind"], row["verdict"]) == ("nowhere", "none established")
-    assert row["tokens"] is None and row["p"] < 0.01
+    of_b = (-0.36, 6.6), (-0.36, edge), (-0.30, 6.35), (-0.36, 10.0)
+    rows = [crossovers(judged({"A": (-0.30, 6.3), "B": b}, **NARROW).runs).iloc[0] for b in of_b]
+    assert [row["verdict"] for row in rows] == ["not within the sizes"] * 2 + ["none established"] * 2
+    assert (rows[3]["kind"], rows[3]["tokens"]) == ("nowhere", None) and rows[3]["p"] < 0.01
 
 
 def test_every_two_configurations_are_compared(judged):
