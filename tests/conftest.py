@@ -106,6 +106,14 @@ def rewrite(path: Path, **metrics) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | metrics), encoding="utf-8")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_commit():
+    """Runs are of one commit, without asking git, which takes long where notebooks differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctxlm.run.git_commit", lambda: "0" * 40)
+        yield
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     """A cache of the test's own; returns its folder."""

@@ -98,21 +98,17 @@ def test_a_bad_corpus_is_refused(home, refused, suffix, content):
     assert f"corpus = {name!r}" in refused(check_data, [Experiment.from_mapping(asked)])
 
 
-def wte(array: np.ndarray, key: str = "wte.weight") -> bytes:
-    return as_safetensors({key: array})
-
-
 def entries(*values, dim=2, dtype=np.float32):
     """An embedding, of zeros but for its first entries."""
     matrix = np.zeros((VOCABULARY, dim), dtype)
     matrix.flat[: len(values)] = values
-    return wte(matrix)
+    return as_safetensors({"wte.weight": matrix})
 
 
 GOOD = entries(0.5)
 EMBEDDINGS = {
     "truncated": GOOD[:-20],
-    "other key": wte(np.zeros((2, 2), np.float32), "wpe.weight"),
+    "other key": as_safetensors({"wpe.weight": np.zeros((2, 2), np.float32)}),
     "other width": entries(dim=3),
     "whole numbers": entries(1, dtype=np.int64),
     "nan": entries(0.1, np.nan),

@@ -1,8 +1,8 @@
 """The benchmark counts what torch multiplies."""
 
 import json
-import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,16 +55,12 @@ def test_what_the_floor_does_not_count_is_refused(name, value):
 
 @pytest.mark.parametrize(("stderr", "last"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])
 def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, last, monkeypatch):
-    ends = {"code": 0, "stdout": 'a warning\n{"threads": 2}\n'}
-
-    def answer(command, **_):
-        assert command[:-1] == [sys.executable, "-m", "ctxlm.analysis.benchmark"]
-        assert Experiment.from_mapping(json.loads(command[-1])) == e
-        return subprocess.CompletedProcess(command, ends["code"], ends["stdout"], stderr)
-
-    monkeypatch.setattr(benchmark.subprocess, "run", answer)
-    e = Experiment(num_layers=3)
+    e, run = Experiment(num_layers=3), Mock(return_value=Mock(returncode=0, stdout='a warning\n{"threads": 2}\n'))
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
     assert benchmark.measure_apart(e) == {"threads": 2}
-    ends |= {"code": -9, "stdout": ""}
+    *command, values = run.call_args.args[0]
+    assert command == [sys.executable, "-m", "ctxlm.analysis.benchmark"]
+    assert Experiment.from_mapping(json.loads(values)) == e
+    run.return_value = Mock(returncode=-9, stdout="", stderr=stderr)
     with pytest.raises(RuntimeError, match=f"^{last}$"):
         benchmark.measure_apart(e)

@@ -16,10 +16,7 @@ from tests.test_run import asked, assert_same_run, contents, read, write
 EPOCHS = {"phase2_epochs": 5, "phase2_patience": 5}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, empty_cache):
-    """No look at git."""
-    monkeypatch.setattr("ctxlm.run.git_commit", lambda: None)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -256,14 +257,6 @@ def test_smollm2s_embedding_is_known_and_fetched_once(monkeypatch):
 # Files and the hub
 
 
-def test_a_safetensors_file_gives_its_wte_as_it_is(tmp_path):
-    wte = np.random.default_rng(0).standard_normal((VOCABULARY, 8), dtype=np.float32)
-    path = tmp_path / "model.safetensors"
-    for key in ("wte.weight", "transformer.wte.weight"):
-        save_file({key: wte, "wpe.weight": wte[:2]}, path)
-        assert np.array_equal(loaded(embedding=str(path)), wte)
-
-
 def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, empty_cache):
     text, judged, file = tmp_path / "text.txt", tmp_path / "judged.txt", tmp_path / "model.safetensors"
     hashes = set()
@@ -277,33 +270,19 @@ def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, empty_ca
     assert len(hashes) == 4
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that has GPT-2 in its cache (`kept`), or to be fetched, or cannot be reached; it notes what it is asked."""
+def test_gpt2_is_taken_from_the_hubs_cache_or_fetched_or_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "VOCABULARY", 10)  # the whole would be 154 MB
-    path, asked = str(tmp_path / "model.safetensors"), []
+    path, e = str(tmp_path / "model.safetensors"), Experiment(embedding="gpt2")
     save_file({"wte.weight": np.arange(7680, dtype=np.float32).reshape(10, 768)}, path)
-
-    def having(kept=None, served=None):
-        def check(*what):
-            asked.append(what)
-            if served is None:
-                raise ConnectionError("a long\nstory")
-
-        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: kept)
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *what: asked.append(what) or served)
-        monkeypatch.setattr(embeddings, "check_hub", check)
-        return asked
-
-    return path, having
-
-
-def test_gpt2_is_taken_from_the_hubs_cache_or_fetched_or_refused(hub):
-    path, having = hub
-    for place, asked in (("kept", []), ("served", [("openai-community/gpt2", "model.safetensors")])):
-        calls = having(**{place: path})
-        assert load_embedding(Experiment(embedding="gpt2")).ravel().tolist() == list(range(7680))
-        assert calls[1:] == asked
-    calls = having()
-    assert "embedding = 'gpt2'" in refusal(load_embedding, Experiment(embedding="gpt2"))
-    assert calls.count(("openai-community/gpt2", "model")) == 2 and len(calls) == 3
+    cached, asked, fetch = Mock(side_effect=[path, None, None]), Mock(), Mock(return_value=path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(embeddings, "check_hub", asked)
+    for fetched in (0, 1):
+        assert load_embedding(e).ravel().tolist() == list(range(7680))
+        assert asked.call_count == fetch.call_count == fetched
+    fetch.assert_called_with("openai-community/gpt2", "model.safetensors")
+    asked.assert_called_with("openai-community/gpt2", "model")
+    asked.side_effect = ConnectionError("a long\nstory")
+    assert "embedding = 'gpt2'" in refusal(load_embedding, e)
+    assert asked.call_count == 2 and fetch.call_count == 1

@@ -19,12 +19,6 @@ from ctxlm.config import code_hash
 from ctxlm.files import ROOT, atomic, cache_dir, cached_arrays, digest, find, resolve
 
 
-def child(script: str, path) -> subprocess.Popen:
-    """A Python process that runs `script` with `path` as its argument, its output readable as text."""
-    command = [sys.executable, "-c", script, str(path)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def full(*_, **__):
     """Stands for writing to a full disk."""
     raise OSError(28, "No space left on device")
@@ -100,7 +94,8 @@ print(cached_arrays(Path(sys.argv[1]), build)["x"][0])
 
 
 def test_of_several_processes_one_builds_and_the_others_wait(tmp_path):
-    processes = [child(BUILD, tmp_path / "a.npz") for _ in range(3)]
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "a.npz")]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert sorted(process.communicate()[0] for process in processes) == ["builds\nbuilt\n", "built\n", "built\n"]
 
 

@@ -31,15 +31,6 @@ def test_parameter_counts_are_the_published_ones(design, layers, width, n, count
         assert model.token_block.widths == [1408, 1280, 1152, 1024, 896, 768]
 
 
-def test_a_residual_has_a_linear_only_where_the_width_changes():
-    model = tiny(design="arithmetic", num_layers=3, num_input_tokens=1)  # h has the embedding's width throughout
-    assert all(hasattr(residual, "weight") for residual in model.context_block.residuals)
-    assert not any(hasattr(residual, "weight") for residual in model.token_block.residuals)
-    model = tiny(design="arithmetic", num_layers=20, context_dim=12, embed_dim=4, num_input_tokens=2)
-    kept = [not hasattr(residual, "weight") for residual in model.context_block.residuals]
-    assert sum(kept) == 11 and model.context_block.widths[-1] == 12  # up from the context once, then 8 steps down
-
-
 @pytest.mark.parametrize("std", [0.1, 0.02])
 def test_initialisation_has_the_designs_spread(std):
     model = tiny(embed_dim=64, context_dim=128, num_layers=2, phase1_init_std=std / 2, phase2_init_std=std)

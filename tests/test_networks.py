@@ -164,12 +164,11 @@ def test_a_recurrent_network_is_judged_from_a_warm_up_on(kind):
             else:
                 model.body.gates[k].bias[:12] -= 6
     from_the_start = losses_by_hand(model, BY_HAND[kind](model, tokens[:-1]), tokens[1:])
-    losses, accuracy = evaluate(Reader(model, torch.float32), tokens)
+    losses, _ = evaluate(Reader(model, torch.float32), tokens)
     torch.testing.assert_close(losses[:1024], from_the_start[:1024], atol=1e-4, rtol=1e-4)
     late = BY_HAND[kind](model, tokens[1024 - 256 : -1])[256:]
     torch.testing.assert_close(losses[1024:], losses_by_hand(model, late, tokens[1025:]), atol=1e-4, rtol=1e-4)
     assert (losses - from_the_start)[1024:].abs().max() > 1e-2
-    assert 0 <= accuracy <= 1
 
 
 @settings(max_examples=30)

@@ -31,9 +31,8 @@ CACHE = os.environ.get("CTXLM_CACHE") or "data/cache"
 
 
 @pytest.fixture(autouse=True)
-def fresh(empty_cache, monkeypatch):
-    """Runs here start without the Phase 1 of others, and do not ask git, which takes long where notebooks differ."""
-    monkeypatch.setattr("ctxlm.run.git_commit", lambda: None)
+def fresh(empty_cache):
+    """Runs here start without the Phase 1 of others."""
     yield
     plt.close("all")
 
@@ -67,7 +66,8 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
 
 
 BAD = [("02_experiment", bad) for bad in ({"num_layer": 3}, {"corpus": "no/such.txt"}, {"device": "cuda:7"})]
-BAD += [("02_experiment", {"model": "kneser-ney"}), ("03_baseline", {"val_samples": 99})]
+BAD += [("02_experiment", {"model": "kneser-ney"}), ("02_experiment", {"window": 3})]
+BAD += [("03_baseline", {"model": "context"}), ("03_baseline", {"val_samples": 99})]
 
 
 @pytest.mark.parametrize(("notebook", "bad"), BAD)

@@ -38,12 +38,6 @@ STREAM = Stream(np.array([11, 11, 257, 262], dtype=np.int32), np.array([7, 7, 7,
 """Of the tokens "," and " a" and " the": 1, 2 and 4 bytes."""
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    """As if the tree were as committed, without asking git, which takes long where notebooks differ."""
-    monkeypatch.setattr("ctxlm.run.git_commit", lambda: COMMIT)
-
-
 def asked(model, text):
     """The parameters of one of `MODELS` that it reads."""
     return Experiment.from_mapping(SETTINGS, MODELS[model], {"corpus": str(text)}).for_notebook()
@@ -55,7 +49,6 @@ def made(tmp_path_factory, text):
     home, runs = tmp_path_factory.mktemp("made"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CTXLM_CACHE", str(home / "cache"))
-        patch.setattr("ctxlm.run.git_commit", lambda: COMMIT)
         for model in MODELS:
             runs[model] = home / model, run(Experiment.from_mapping(asked(model, text)), home / model)
     return runs
