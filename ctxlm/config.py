@@ -101,27 +101,15 @@ class Experiment(Checked):
         pattern=r"^(ppmi|ppmi-train|smollm2|random|gpt2|[^\p{Cc}]+\.safetensors)$",
         description="ppmi, ppmi-train, smollm2, random, gpt2, or a .safetensors file holding wte",
     )
-    embedding_rows: Literal["given", "centred", "unit"] = Field(
-        "given", description="rows as they are, without their mean, or all of the mean length"
-    )
-    embedding_seed: Seed = Field(
-        0, description="0: the embedding as it is; otherwise its dimensions' signs, or random's numbers, are drawn"
-    )
-    embedding_turned: Natural | None = Field(
-        None, description="the embedding's dimension that changes sign; null: none"
-    )
+    embedding_rows: Literal["given", "centred", "unit"] = Field("given", description="given, centred, or of one length")
+    embedding_seed: Seed = Field(0, description="0: as it is; else dimensions' signs, or random's numbers, are drawn")
+    embedding_turned: Natural | None = Field(None, description="its dimension that changes sign; null: none")
     train_tokens: Count = Field(86_925, description="training tokens, cut exactly")
     train_sample_tokens: Count | None = Field(None, description="first tokens read of a training sample; null: all")
-    train_piece_tokens: Count | None = Field(
-        None, description="training text is read in pieces of so many tokens, in random order; null: as it stands"
-    )
-    data_seed: int = Field(
-        0, ge=0, lt=60, description="the training window begins at so many sixtieths of the training capacity"
-    )
+    train_piece_tokens: Count | None = Field(None, description="of pieces, read in random order; null: none")
+    data_seed: int = Field(0, ge=0, lt=60, description="start of the training window, in sixtieths")
     val_samples: Count = Field(200, description="validation samples, which choose the epoch: the first of their region")
-    development_samples: Count = Field(
-        200, description="development samples, on which settings are chosen: the first of their region"
-    )
+    development_samples: Count = Field(200, description="the first of their region; settings are chosen on them")
     test_samples: Count = Field(200, description="test samples, by which nothing is chosen: the first of their region")
     max_sample_tokens: Count | None = Field(256, description="first tokens read of a judged sample; null: all")
     held_out_tokens: Natural = Field(0, description="for tuning: last training tokens that stand in for validation")
@@ -154,52 +142,32 @@ class Experiment(Checked):
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
     # Phase 2
     phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
-    phase2_batch_size: Count = Field(
-        512, description="tokens per update; consecutive in a context model unless phase2_shuffle"
-    )
+    phase2_batch_size: Count = Field(512, description="tokens per update, consecutive unless phase2_shuffle")
     phase2_epochs: Count = Field(10, description="Phase 2 ends here at the latest")
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
     phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
     phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
     # What the study does not have, off by default
-    validations_per_epoch: int = Field(
-        1, ge=1, le=100, description="how often an epoch is validated; the best state of all is kept"
-    )
-    dropout: Share = Field(
-        0.0, description="share of the TokenBlock's, or a network's, new activations that an update sets to zero"
-    )
-    weight_decay: float = Field(
-        0.0, ge=0, le=100, description="decoupled decay of all matrices, times the learning rate"
-    )
-    output_bias: Literal["none", "unigram"] = Field(
-        "none", description="unigram: a trained bias of the output, started at log frequencies (counts + 1)"
-    )
+    validations_per_epoch: int = Field(1, ge=1, le=100, description="of which the best is kept")
+    dropout: Share = Field(0.0, description="share of the TokenBlock's, or a network's, new activations set to zero")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="decoupled, of all matrices")
+    output_bias: Literal["none", "unigram"] = Field("none", description="unigram: a trained one, from log (counts + 1)")
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
     logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
-    phase2_context_window: Natural = Field(
-        0, description="tokens that Phase 2 trains the ContextBlock through at a time; 0: it stays as it is"
-    )
-    phase2_shuffle: bool = Field(
-        False, description="Phase 2 reads the positions of every epoch in random order; false: as they stand"
-    )
-    slow_decay: Share = Field(
-        0.0, description="decay a token of a slow context, a decayed sum of embeddings that the head reads too; 0: none"
-    )
+    phase2_context_window: Natural = Field(0, description="tokens Phase 2 trains the ContextBlock through; 0: none")
+    phase2_shuffle: bool = Field(False, description="Phase 2 reads in random order, anew every epoch")
+    slow_decay: Share = Field(0.0, description="decay a token of a slow context that the head reads too; 0: none")
     # Other models
     ngram_order: int = Field(4, ge=1, le=64, description="tokens that an n-gram of kneser-ney spans")
     ngram_second_half: bool = Field(False, description="kneser-ney counts the text that ppmi has read, too")
     hidden_dim: Width = Field(1712, description="width of the lstm's or mingru's state, or of the transformer's layers")
-    window: Count = Field(
-        32, description="tokens an lstm or mingru is trained through at a time, or a transformer sees at most"
-    )
+    window: Count = Field(32, description="tokens an lstm or mingru is trained through, or a transformer sees at most")
     num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
     # Looking into it
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
         "none", description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens"
     )
-    context_rank: Natural = Field(
-        0, description="the TokenBlock reads so many principal dimensions of every layer's contexts; 0: all"
-    )
+    context_rank: Natural = Field(0, description="principal dimensions of contexts that the TokenBlock reads; 0: all")
     # The machine
     seed: Seed = Field(42, description="of initialisation, noise and order")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d?))?)$", description="auto, cpu, cuda or cuda:N")
