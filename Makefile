@@ -55,7 +55,7 @@ env: $(VENV)/.tested  ## set up the virtual environment .venv
 
 report: $(VENV)/.ready  ## run a grid and write outputs/<grid>/report/index.html (GRID=study: the study at full size)
 	$(if $(PROFILE),$(if $(wildcard profiles/$(PROFILE)/.),,$(error PROFILE=$(PROFILE): there is no profiles/$(PROFILE))))
-	@# What each run says itself is enough, but for what a cluster says. The report is of what there is, also where runs have failed.
+	@# What each run says itself is enough, but for what a cluster says. The report is of what there is.
 	@anew=$$($(BIN)/python -m ctxlm.batch --check '$(GRID)') || exit 1; eval "set -- $$anew"; \
 	  $(BIN)/snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(JOBS)) \
 	  --quiet $(if $(PROFILE),progress host,all) --config 'grid=$(GRID)' $(addprefix gres=,$(GRES)) $${1:+--forcerun "$$@"}; \
