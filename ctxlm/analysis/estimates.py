@@ -177,8 +177,11 @@ class Estimates(list[Estimate]):
             return {}
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
-    def forest(self, title: str = "", width: float = WIDTH, above: str = COLOURS[0]) -> Figure | None:
-        """Every estimate with its interval; `above` colours those above 0; hollow without a verdict. None of none."""
+    def forest(self, title: str = "", width: float = WIDTH, above: str = COLOURS[0], parted: int = 0) -> Figure | None:
+        """Every estimate with its interval; `above` colours those above 0; hollow without a verdict. None of none.
+
+        A line parts the first so many from the others.
+        """
         if not self:
             return None
         unit = UNITS[self[0].unit]
@@ -192,6 +195,8 @@ class Estimates(list[Estimate]):
             axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
+        if parted:
+            axes.axhline(parted - 0.5, color="0.2", linewidth=1)
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
