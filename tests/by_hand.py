@@ -209,10 +209,11 @@ TWICE = {
     for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
 STUDIED = {
-    f"04_sites: A − B, as the study trains @ {text} × smollm2, 86,925 tokens": shapes(
-        ("sites-study", {"corpus": text, "embedding": "smollm2"})
+    f"04_sites: A − B, as the study trains @ {text} × {through}, 86,925 tokens": shapes(
+        ("sites-study", {"corpus": text, "embedding": through})
     )
     for text in TEXTS
+    for through in EMBEDDINGS
 }
 PROMPTS = "prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
