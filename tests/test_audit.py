@@ -83,12 +83,21 @@ FOUND_LATER = {
 )
 def test_verdicts_and_numbers_are_those_found_by_hand(study, found, counts, request):
     result = request.getfixturevalue(study)
-    assert result.index.is_unique and (result[["section", "claim", "why"]] != "").all(axis=None)
     for expected, numbers in found.items():
         assert result.loc[[*numbers], "verdict"].to_dict() == dict.fromkeys(numbers, expected)
         for claim_id, number in numbers.items():
             assert number is None or result.loc[claim_id, "recomputed"] == pytest.approx(number), claim_id
     assert result["verdict"].value_counts()[[*VERDICTS]].tolist() == counts and sum(counts) == len(result)
+
+
+@pytest.mark.parametrize("study", ["claims", "later"])
+def test_every_claim_is_complete(study, request):
+    result = request.getfixturevalue(study).reset_index()
+    assert result["claim_id"].is_unique
+    assert (result[["section", "claim", "why"]].map(len) > 0).all(axis=None) and (result["recomputed"] != "").all()
+    assert not result[["claim_id", "claim", "why"]].map(lambda text: "{" in text).any(axis=None)
+    numbers = result["difference"].dropna()
+    assert (numbers.abs()[result["verdict"] == ROUNDED] <= 0.01).all()
 
 
 # What hangs on a cell
@@ -122,6 +131,12 @@ def test_a_corrected_cell_turns_its_claim(changed, claims, table, match, column,
     other = changed(table, column, value, **match)
     assert other.loc[claim_id, "verdict"] == expected
     assert differing(claims, other, "verdict") == {claim_id}
+
+
+def test_laws_that_do_not_meet_are_no_crossover(changed):
+    for samples, of_a in (("500", "554.58"), ("1000", "447.22")):
+        other = changed("results", "val_ppl", of_a, experiment="B", train_samples=samples)
+    assert other.loc["crossover", "verdict"] == FALSE
 
 
 # What cannot be evaluated
@@ -185,3 +200,16 @@ def test_a_statement_that_the_tables_contradict_does_not_follow_even_where_they_
     assert verdict("A", "A") == HOLDS and verdict("A", "B") == FALSE
     assert verdict("A", "A", "one seed") == UNTESTABLE and verdict("A", "B", "one seed") == FALSE
     assert verdict("79-81", np.array([79.5, 81.4])) == HOLDS and verdict("79-81", np.array([79.5, 81.6])) == FALSE
+
+
+# The author's later tables
+
+
+def test_the_later_laws_are_the_author_s(later):
+    laws = pd.concat([pd.read_csv(resolve(LATER) / f"power_laws_{g}.csv") for g in ("architectures", "matrix")])
+    assert len(laws) == 14
+    for row in laws.itertuples():
+        assert later.loc[f"alpha_{row.experiment}", "recomputed"] == pytest.approx(row.alpha, abs=1.3e-4)
+        assert later.loc[f"r2_{row.experiment}", "verdict"] == HOLDS
+        if row.a > 0:
+            assert later.loc[f"coefficient_{row.experiment}", "verdict"] == HOLDS

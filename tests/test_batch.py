@@ -192,6 +192,12 @@ def test_a_line_counts_the_runs_that_are_left_as_they_are_asked_for_today(
     assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "left" not in printed
 
 
+def test_results_of_other_parameters_or_code_are_to_be_made_anew(grid, outputs, capsys):
+    assert main(["--check", str(grid)]) == 0
+    anew = {f"{outputs}/grid/{label}/metrics.json" for label in ("failed", "changed", "older")}
+    assert {*capsys.readouterr().out.split()} == anew
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["getpid", "getppid"])
 def test_a_kernel_and_papermill_itself_may_be_killed(folder, values, tmp_path, process):

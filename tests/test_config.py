@@ -231,6 +231,12 @@ def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content,
     assert message.startswith(file) and words in message
 
 
+def test_a_grid_file_without_experiments_is_not_printed_whole(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: Mine\nexperiment: {A: {}}\n")
+    message = refusal(load_grid, str(tmp_path / "mine.yaml"))
+    assert "did you mean experiments?" in message and "experiments is missing" in message and "Mine" not in message
+
+
 def test_a_name_that_is_given_twice_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("title: Mine\nexperiments:\n  A: {seed: 1}\n  A: {seed: 2}\n")
     assert "A is given twice" in refusal(load_grid, str(tmp_path / "mine.yaml"))
@@ -243,6 +249,11 @@ def test_a_grids_file_has_a_name_that_can_be_its_folders_and_is_not_ours(grid, n
     assert load_grid("params/grids/study.yaml").runs == load_grid("study").runs
 
 
+def test_a_missing_grid_is_answered_with_the_known_ones():
+    assert all(known in refusal(load_grid, "quikc") for known in ("'quikc'", *GRIDS))
+    assert "missing.yaml" in refusal(load_grid, "params/grids/missing.yaml")
+
+
 # The repository's grids
 
 
@@ -252,6 +263,17 @@ def test_no_grid_of_the_repository_has_a_run_twice(name):
     assert plan.name == name and plan.title and plan.description
     unnamed = {run.model_copy(update={"experiment": "any"}).params_hash for run in plan.runs.values()}
     assert len(unnamed) == len(plan.runs) > 0
+
+
+def test_the_study_grid_is_the_study_in_five_replicates():
+    shapes, drawn = {"A": (6, 768), "B": (3, 1536)}, {"seed", "data_seed", "embedding_seed"}
+    free = {"experiment", "num_layers", "context_dim", "train_tokens"} | drawn
+    runs = list(load_grid("study").runs.values())
+    assert len(runs) == 20 and len({tuple(run.model_dump(include=drawn).values()) for run in runs}) == 5
+    assert {(run.experiment, run.train_tokens) for run in runs} == {(x, n) for x in "AB" for n in (86_925, 183_620)}
+    for run in runs:
+        assert (run.num_layers, run.context_dim) == shapes[run.experiment]
+        assert run.model_dump(exclude=free) == Experiment().model_dump(exclude=free)
 
 
 def test_logits_of_every_sound_run_spread_alike():

@@ -73,6 +73,10 @@ def test_a_notebook_is_valid_stripped_and_a_table_of_contents(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and not any(cell.outputs for cell in code)
     assert {cell.execution_count for cell in code} == {None}
+    for cell in code:
+        compile(cell.source, f"{path.name}:{cell.id}", "exec")
+        if "parameters" not in cell.metadata.get("tags", []):
+            assert len(cell.source.splitlines()) <= 30, f"cell {cell.id} belongs in a module"
     committed_only = "04" <= path.stem[:2] <= "08" and path.stem != "04_scaling"
     assert committed_only or parameter_cell(path)
 
@@ -120,6 +124,20 @@ def test_of_two_that_want_the_environment_one_makes_it(tmp_path):
 
 # Imports
 
+FLOORS = [
+    {"ctxlm", "ctxlm.files", "ctxlm.progress"},
+    {"ctxlm.config"},
+    {"ctxlm.corpus"},
+    {"ctxlm.device", "ctxlm.embeddings"},
+    {"ctxlm.metrics", "ctxlm.model"},
+    {"ctxlm.loss", "ctxlm.recurrence"},
+    {"ctxlm.memory", "ctxlm.trainer"},
+    {"ctxlm.batch", "ctxlm.networks", "ctxlm.ngrams", "ctxlm.phase1", "ctxlm.phase2"},
+    {"ctxlm.run", "ctxlm.search"},
+    {"ctxlm.generate"},
+    {"ctxlm.analysis"},
+]
+
 
 def imports(path: Path) -> set[str]:
     """Full names of the modules a source file imports, at its top or inside a function."""
@@ -133,13 +151,19 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def floor(module: str) -> int:
+    package = "ctxlm.analysis" if module.startswith("ctxlm.analysis.") else module
+    return next(level for level, members in enumerate(FLOORS) if package in members)
+
+
 def test_imports_run_one_way():
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "ctxlm").rglob("*.py")}
     files = {module.removesuffix(".__init__"): path for module, path in files.items()}
     graph = {module: imports(path) & files.keys() - {"ctxlm", module} for module, path in files.items()}
+    for module, imported in graph.items():
+        above = {other for other in imported if floor(other) > floor(module)}
+        assert not above, f"{module} imports {sorted(above)} from a floor above its own"
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(files) > 30
-    above = {module for module in files if module.startswith("ctxlm.analysis")}
-    assert not [module for module in files.keys() - above if graph[module] & above]
 
 
 def test_the_literal_twin_shares_nothing_with_the_package():

@@ -34,9 +34,9 @@ from ctxlm.analysis.estimates import (
     paired,
     pairs,
 )
-from ctxlm.analysis.scaling import fieller
+from ctxlm.analysis.scaling import crossovers, fieller, laws
 from ctxlm.files import ROOT
-from tests.planted import LAWS, MIDDLE, Planted, inside
+from tests.planted import LAWS, MEETS, MIDDLE, Planted, inside
 
 A, B = {"configuration": "A"}, {"configuration": "B"}
 ALL = {"text": 0.05, "own": 0.02, "tilt": 0.03, "hard": 0.04, "liked": 0.01, "noise": 0.01}
@@ -527,6 +527,23 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates, coun
     covered = np.mean(hits, axis=0)
     most = 0.97 if replicates > 4 else 0.975  # wide where few replicates scatter less than samples explain
     assert ((covered > 0.93) & (covered < most)).all(), covered
+
+
+@pytest.mark.night
+def test_so_do_those_of_whole_runs(monkeypatch):
+    hits, rng = [], np.random.default_rng(21)
+    spread = {"text": 0.06, "own": 0.037, "tilt": 0.025, "hard": 0.035, "liked": 0.0035, "noise": 0.0065}
+    for _ in range(150):
+        planted = Planted(sizes=(14_000, 20_000, 28_000), tokens=lengths(), seed=rng, **spread)
+        monkeypatch.setattr("ctxlm.analysis.runs.loss_sums", planted.loss_sums)
+        alpha, row = laws(planted.runs)[0], crossovers(planted.runs).iloc[0]
+        gap = paired(planted.runs, B, A)[0]
+        truth = LAWS["B"][1] - LAWS["A"][1] - 0.06 * (math.log(14_000) - MIDDLE)
+        known = ((gap, truth), (alpha, LAWS["A"][0]), (row["slopes"], -0.06))
+        crossing = inside(row.where(row.notna(), None), math.log(MEETS))
+        hits.append([*(one.low < value < one.high for one, value in known), crossing])
+    covered = np.mean(hits, axis=0)  # of 150 draws: 3.5 standard errors below what is asked for
+    assert (covered > 0.89).all(), covered
 
 
 # Components of chance

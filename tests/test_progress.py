@@ -1,9 +1,14 @@
 """Progress in a kernel, in a terminal and in a log."""
 
+import io
+import sys
+import time
+
 import nbclient
 import nbformat
 import pytest
 
+from ctxlm import progress
 from ctxlm.files import ROOT
 
 WORK = """
@@ -62,3 +67,20 @@ def test_a_batch_and_papermill_by_hand_have_every_line_and_no_bar(outputs):
     for printed in outputs[:2]:
         assert {output.name for output in printed} == {"stdout"}
         assert "".join(output.text for output in printed) == "epoch 1: done\nepoch 2: done\n"
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "bar"), [(Screen, True), (io.StringIO, False)])
+def test_a_terminal_has_a_bar_and_a_file_none(stream, bar, monkeypatch, capsys):
+    stderr = stream()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert list(progress.track("abc", "at once")) == ["a", "b", "c"]
+    for _ in progress.track("abc", "letters"):
+        time.sleep(0.3)
+    progress.say("all three")
+    assert ("letters" in stderr.getvalue()) == bar and "at once" not in stderr.getvalue()
+    assert capsys.readouterr().out == "all three\n"

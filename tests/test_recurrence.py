@@ -86,6 +86,20 @@ def test_a_block_that_does_not_forget_is_run_token_by_token_with_a_warning():
     assert torch.equal(chunks.values, sequential(model, tokens).values) and chunks.warmup == 0
 
 
+@pytest.mark.parametrize(("residuals", "tried"), [((3, 2.9), (5, 20)), ((3, 1, 0.9), (5, 20, 80)), ((3,) * 9, (5, 20))])
+def test_longer_chunks_are_tried_only_where_they_bring_the_runs_nearer(monkeypatch, residuals, tried):
+    left, lengths = list(residuals), []
+
+    def in_vain(model, tokens, length, *_):
+        lengths.append(length)
+        return None, left.pop(0)
+
+    monkeypatch.setattr("ctxlm.recurrence._chunks", in_vain)
+    with pytest.warns(UserWarning, match=f"within {tried[-1]} tokens"):
+        assert in_chunks(5, tiny(), stream(200)).warmup == 0
+    assert tuple(lengths) == tried
+
+
 def test_a_longer_chunk_is_tried_before_the_fall_back():
     model, tokens = forgetful(), stream(2000)
     chunks = in_chunks(2, model, tokens)

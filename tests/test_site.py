@@ -418,6 +418,8 @@ def test_a_click_on_a_header_sorts_its_table_and_words_in_the_field_filter_it(bu
         return header.get_attribute("aria-sort")
 
     browser.open(folder / "04_scaling.html")
+    sides = "[...document.querySelectorAll('tbody tr:first-child td')].map(cell => getComputedStyle(cell).textAlign)"
+    assert browser.run(sides)[:3] == ["left", "right", "right"]
     assert click(1) == "ascending" and column(1) == ["−3.0", "90", "1,200.5"]
     assert click(1) == "descending" and column(1) == ["1,200.5", "90", "−3.0"]
     assert click(0) == "ascending" and column(0) == ["A is better", "b-9", "b-10"]
@@ -431,3 +433,6 @@ def test_a_click_on_a_header_sorts_its_table_and_words_in_the_field_filter_it(bu
         field.fill(words)
         assert column(2) == left
         assert browser.page.locator("output").inner_text() == f"{len(left)} of 3 runs"
+    field.fill("")
+    assert click(2) == "ascending" and click(2) == "descending"
+    assert column(2) == ["KN-4", "A_seed-10", "A_seed-9"]  # 10 is more than 9
