@@ -103,7 +103,8 @@ A is 2.6 %<!--=04_scaling:A_−_B@28,000_tokens--> better (0.4 to 4.7 %). [日�
 DOCS = {
     "docs/index.md": INDEX,
     "docs/index.ja.md": "# 深さか幅か\n\n深い方が 2.6 % 良い（[詳細](08_audit.ipynb)）。\n",
-    "docs/method.md": "# Method\n\n## Judging\n\n| part | tokens |\n|---|---|\n| test | 43,000 |\n",
+    "docs/method.md": "# Method\n\n![A drawing](images/model.svg)\n\n## Judging\n\n| part | tokens |\n|---|---|\n| test | 43,000 |\n",
+    "docs/images/model.svg": "<svg></svg>",
     **{f"docs/{name}.md": f"# {name}\n\n[Back](method.md).\n" for name in ("literature", "parameters", "results")},
 }
 CORPUS = notebook(
@@ -313,6 +314,8 @@ def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_
     assert soup.h1.get_text() == "Deep or wide?" and soup.img["alt"] == "PPL of A and B by tokens"
     assert PICTURE in soup.img["src"] and "28,000 tokens" not in soup.get_text()
     assert index.with_name("answer.png").read_bytes() == base64.b64decode(PICTURE)
+    drawing = soup_of(index.with_name("method.html")).img["src"].removeprefix("data:image/svg+xml;base64,")
+    assert base64.b64decode(drawing) == b"<svg></svg>"
     links = {link.get_text(): link["href"] for link in soup.main("a")}
     assert links["more"] == "04_scaling.html#which-is-better" and links["method"] == "method.html#judging"
     assert "files" not in links and links["runs"] == "runs.html"  # the former is no page of the site

@@ -147,12 +147,15 @@ def build_all() -> Path:
         for name, notebook in executed.items():
             without = [FINDING] if PAGES[name][1] else []  # of other runs than the findings are about
             bodies[name] = page_body(cells_html(notebook, *without), pages)
-        for image in bodies["index"]("img", title=True):  # it names the page and the tag of a figure's cell
-            page, _, tag = image["title"].partition("#")
+        for image in (image for name in ("index", *DOCS) for image in bodies[name]("img")):
+            page, _, tag = image.get("title", "").partition("#")  # names the page and the tag of a figure's cell
+            source = ROOT / "docs" / image["src"]
             if page in executed and (figure := bodies[page].select_one(f".{tag} img")):
                 # The documents show the committed one: `make docs` copies it.
-                (folder / Path(image["src"]).name).write_bytes(base64.b64decode(figure["src"].partition(",")[2]))
+                (folder / source.name).write_bytes(base64.b64decode(figure["src"].partition(",")[2]))
                 image.attrs = figure.attrs | {"alt": image["alt"]}
+            elif source.suffix == ".svg" and source.is_file():
+                image["src"] = f"data:image/svg+xml;base64,{base64.b64encode(source.read_bytes()).decode()}"
         common = {"site": bodies["index"].h1.get_text(), "navigation": navigation}
         for name, body in bodies.items():
             _write(folder / f"{name}.html", body=body, kicker=_label(name) if name in executed else "", **common)
