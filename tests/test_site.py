@@ -103,7 +103,8 @@ A is 2.6 %<!--=04_scaling:A_−_B@28,000_tokens--> better (0.4 to 4.7 %). [日�
 DOCS = {
     "docs/index.md": INDEX,
     "docs/index.ja.md": "# 深さか幅か\n\n深い方が 2.6 % 良い（[詳細](08_audit.ipynb)）。\n",
-    "docs/method.md": "# Method\n\n![A drawing](images/model.svg)\n\n## Judging\n\n| part | tokens |\n|---|---|\n| test | 43,000 |\n",
+    "docs/method.md": "# Method\n\n![A drawing](images/model.svg)\n\n"
+    "## Judging\n\n| part | tokens |\n|---|---|\n| test | 43,000 |\n",
     "docs/images/model.svg": "<svg></svg>",
     **{f"docs/{name}.md": f"# {name}\n\n[Back](method.md).\n" for name in ("literature", "parameters", "results")},
 }
