@@ -215,6 +215,13 @@ STUDIED = {
     for text in TEXTS
     for through in EMBEDDINGS
 }
+RECIPE = {
+    f"04_sites: stabilised − study @ {x}, {text} × {through}": [(("sites", at), ("sites-study", at))]
+    for x in "AB"
+    for text in TEXTS
+    for through in EMBEDDINGS
+    for at in [{"experiment": x, "corpus": text, "embedding": through}]
+}
 PROMPTS = "prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": shapes(PROMPTS),
@@ -246,7 +253,7 @@ AGAIN = {
 }
 """The same on other judged text."""
 AT_RANDOM = [name for name in OTHERS if "A − B" in name and "random order" in name]
-EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | STUDIED | OTHERS | AGAIN
+EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | STUDIED | RECIPE | OTHERS | AGAIN
 
 
 def sides(name: str) -> list[tuple[Side, Side]]:
