@@ -114,7 +114,7 @@ class Experiment(Checked):
     max_sample_tokens: Count | None = Field(256, description="first tokens read of a judged sample; null: all")
     held_out_tokens: Natural = Field(0, description="for tuning: last training tokens that stand in for validation")
     # The model
-    model: Literal["context", "kneser-ney", "lstm", "mingru", "transformer"] = Field(
+    model: Literal[*MODULES] = Field(
         "context", description="the two-phase context language model, or another to set beside it"
     )
     design: Literal["constant", "arithmetic", "echo"] = Field(

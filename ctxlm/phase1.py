@@ -9,13 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctxlm.config import Experiment
+from ctxlm.config import BASELINES_ALONE, DATA_PARAMETERS, Experiment
 from ctxlm.device import autocast, generator
 from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM, DistinctTokens, look_up
 from ctxlm.progress import say, track
 from ctxlm.recurrence import chunked
+
+UNREAD = DATA_PARAMETERS | BASELINES_ALONE
+UNREAD |= {"train_tokens", "held_out_tokens", "data_seed", "embedding_rows", "embedding_seed", "embedding_turned"}
+UNREAD |= {"experiment", "model", "device", "dtype", "validations_per_epoch", "dropout", "weight_decay", "output_bias"}
+UNREAD |= {"logit_scale", "slow_decay", "context_ablation", "context_rank"}
+"""Parameters, beside Phase 2's, that Phase 1 does not read, or reads as tokens, vectors and device."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ def shape_contexts(
     """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
 
     Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
-    occur, the weights that it starts from (and with them their shapes and how they were drawn), the parameters that
-    these do not tell, the type of the products, the kind of device, torch's version and the source.
+    occur, the weights that it starts from, all parameters but Phase 2's and `UNREAD`, the type of the products, the
+    kind of device, torch's version and the source.
 
     Args:
         tokens: int64 [T].
@@ -64,10 +70,9 @@ def shape_contexts(
         NonFiniteLoss: the loss is no longer finite; nothing is kept.
     """
     began, block = time.perf_counter(), model.context_block
-    names = {name for name in type(experiment).model_fields if name.startswith("phase1_")}
-    names |= {"dist_reg_weight", "leak", "seed"}
+    unread = {name for name in type(experiment).model_fields if name.startswith("phase2_")} | UNREAD
     key = digest(
-        json.dumps(experiment.model_dump(include=names), sort_keys=True),
+        json.dumps(experiment.model_dump(exclude=unread), sort_keys=True),
         f"{dtype} {tokens.device.type} {torch.__version__}",
         source_hash("ctxlm/phase1.py"),
         tokens.cpu().numpy().tobytes(),

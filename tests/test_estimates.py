@@ -202,6 +202,18 @@ def test_planted_differences_come_back(judged):
         paired(planted.runs, A, A, column="tset_loss")
 
 
+def test_any_column_can_be_compared_in_its_unit_and_losses_sample_by_sample(judged):
+    runs = judged(**ALL).runs
+    runs = runs.assign(test_loss=runs["log_ppl"], test_ppl=np.exp(runs["log_ppl"]))
+    assert paired(runs, A, B, "train_tokens", "test_loss") == paired(runs, A, B)
+    (e,) = paired(runs, A, B, column="test_ppl", unit="", pooled=True)
+    by_replicate = runs.pivot_table(index="replicate", columns="configuration", values="test_ppl").eval("A - B")
+    expected = stats.ttest_1samp(by_replicate, 0).confidence_interval()
+    assert (e.unit, ends(e)) == ("", fixed((expected.low, expected.high)))
+    with pytest.raises(ValueError, match=r"column = 'test_ppl': compare its logarithm"):
+        paired(runs, A, B, column="test_ppl")
+
+
 def test_seeds_of_one_text_count_once_and_a_single_replicate_covers_samples_alone(judged):
     planted = judged(replicates=6, **ALL)
     runs = planted.runs.assign(replicate=planted.runs["replicate"] // 2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ctxlm.config import Experiment, read_yaml
 from ctxlm.model import forward_flops, load_weights, trained_weights
-from ctxlm.networks import NeuralLM, Reader, Windows, evaluate, min_gru, parts
+from ctxlm.networks import BODIES, NeuralLM, Reader, Windows, evaluate, min_gru, parts
 from ctxlm.trainer import Trainer
 from tests.conftest import stream
 
@@ -20,7 +20,7 @@ SMALL = {
     "mingru": {"num_layers": 2, "hidden_dim": 12, "window": 8},
     "transformer": {"num_layers": 2, "hidden_dim": 16, "num_heads": 4, "window": 8},
 }
-KINDS = list(SMALL)
+KINDS = list(BODIES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -6,7 +6,7 @@ import torch
 from ctxlm.config import Experiment
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM
-from ctxlm.phase1 import shape_contexts, train_context_block
+from ctxlm.phase1 import UNREAD, shape_contexts, train_context_block
 from ctxlm.recurrence import sequential
 from tests.conftest import stream, tiny, train_token_block
 
@@ -147,6 +147,8 @@ def test_another_phase1_is_not_taken_from_the_cache(empty_cache, monkeypatch):
         assert not shaped(**other)[1].cached, other
     echo = {"design": "echo", "phase1_min_iterations": 1, "phase1_max_iterations": 1}
     assert [shaped(**echo, leak=leak)[1].cached for leak in (1.0, 0.5, 0.5)] == [False, False, True]
+    monkeypatch.setattr("ctxlm.phase1.UNREAD", UNREAD - {"dropout"})  # as of a parameter that is new
+    assert not shaped()[1].cached
     monkeypatch.setattr("ctxlm.phase1.source_hash", lambda *_: "of other code")
     assert not shaped()[1].cached
 

@@ -41,7 +41,7 @@ NOTHING, UNKNOWN = "not significant", "one replicate: chance is not known"
 SAMPLES, SITES = "samples", ("sites",)
 RESIDUALS = "residuals"
 """What an interval covers where the regression's residuals are its error, as with a single replicate."""
-LOSSES = {"log_ppl": "test", "development_loss": "development", "val_loss": "val"}
+LOSSES = {"log_ppl": "test", "test_loss": "test", "development_loss": "development", "val_loss": "val"}
 """Columns that are means of losses, nats, and the text they are of."""
 
 
@@ -440,6 +440,7 @@ def paired(
     column: str = "log_ppl",
     contrast: str = "",
     pooled: bool = False,
+    unit: str = "% of PPL",
 ) -> Estimates:
     """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
 
@@ -450,10 +451,14 @@ def paired(
         contrast: its name; by default the values of `a` and `b`.
         pooled: one estimate over all places, each of which weighs alike, instead of one a place. Replicates that lack a
             place are left out.
+        unit: one of `UNITS`; by default that of logarithms of perplexity.
 
     Raises:
-        ValueError: as `pairs`.
+        ValueError: as `pairs`; or perplexities themselves were to be compared in per cent.
     """
+    if unit == "% of PPL" and column.endswith("_ppl") and column not in LOSSES:
+        raise ValueError(f"column = {column!r}: compare its logarithm (log_ppl is test's), or name another unit")
+    at = [at] if isinstance(at, str) else at
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
     matched = pairs(runs, a, b, at, column)
     matched["place"] = matched.groupby(list(at), dropna=False).ngroup() if at else 0
@@ -469,7 +474,7 @@ def paired(
         by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
         means = by_place.groupby(level=0).mean().to_numpy()  # [replicates, samples]
         moments = crossed(means[..., None], rows, tokens)
-        result.append(moments.estimate([1.0], contrast, _place(at, key)))
+        result.append(moments.estimate([1.0], contrast, _place(at, key), unit))
     return result
 
 
