@@ -505,9 +505,9 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     many degrees of freedom as sites less one.
 
     Returns:
-        the mean over sites; the standard deviation between them; and the prediction for a new site, with Student's
-        prediction interval (Higgins, Thompson & Spiegelhalter 2009). Nothing of fewer than three sites with an interval
-        over replicates, which cannot tell their spread.
+        the mean over sites, in their unit; the standard deviation between them; and the prediction for a new site, with
+        Student's prediction interval (Higgins, Thompson & Spiegelhalter 2009). Nothing of fewer than three sites with
+        an interval over replicates, which cannot tell their spread.
     """
     sites = [site for site in sites if site.error and site.replicates > 1]
     if len(sites) < 3:
@@ -522,7 +522,7 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     new = mean, mean - half_of_new, mean + half_of_new
     return Estimates(
         [
-            Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, SITES),
+            Estimate(contrast, at, mean, mean - half, mean + half, n, replicates, dof, SITES, sites[0].unit),
             Estimate(f"{contrast}, sd between sites", at, spread, n=n, replicates=replicates, unit="sd, % of PPL"),
             Estimate(f"{contrast}, a new site", at, *new, n, replicates, dof - 1, SITES, "% of PPL, predicted"),
         ]
