@@ -222,6 +222,13 @@ RECIPE = {
     for through in EMBEDDINGS
     for at in [{"experiment": x, "corpus": text, "embedding": through}]
 }
+RECIPE |= {
+    f"04_sites: stabilised − study @ {x}, {text}, both embeddings": [
+        pair for name, pairs in RECIPE.items() if f"@ {x}, {text} ×" in name for pair in pairs
+    ]
+    for x in "AB"
+    for text in TEXTS
+}
 PROMPTS = "prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": shapes(PROMPTS),

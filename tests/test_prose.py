@@ -145,8 +145,13 @@ def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
         (by_hand.TWICE, "A − B, stabilised", "183,620 tokens"),
         (by_hand.STUDIED, "A − B, as the study trains", "86,925 tokens"),
         *(
-            ([name for name in by_hand.RECIPE if f"@ {x}," in name], "stabilised − study", f"{x}, mean of 6 sites")
+            (
+                [name for name in by_hand.RECIPE if f"@ {x}," in name and mark in name],
+                "stabilised − study",
+                f"{x}, {at}",
+            )
             for x in "AB"
+            for mark, at in {" × ": "mean of 6 sites", ", both": "mean of 3 texts"}.items()
         ),
         (by_hand.AT_RANDOM, "A − B", "mean of 4 texts, random order"),
     ],
