@@ -169,8 +169,8 @@ CONTRASTS = {
     "06_contexts: zeros, study, full size @ A": contrast(SMALL, "ablations-full/A-zero", "study/A"),
     "06_contexts: zeros, study, full size @ B": contrast(SMALL, "ablations-full/B-zero", "study/B"),
     "06_contexts: 2 − 6 layers, each at its best @ 20,000 tokens": contrast(QUICK, "depth-best/L2", "depth-best/L6"),
-    "06_contexts: context 256 − 128, stabilised @ ": pooled("depth", 2, "context_dim", 256, 128),
-    "06_contexts: 1 − 6 layers, stabilised @ ": pooled("depth", 2, "num_layers", 1, 6),
+    "06_contexts: context 256 − 128 @ stabilised": pooled("depth", 2, "context_dim", 256, 128),
+    "06_contexts: 1 − 6 layers @ stabilised": pooled("depth", 2, "num_layers", 1, 6),
     "06_contexts: 2 − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
     "07_alternatives: A, searched − A, stabilised @ 86,925 tokens": contrast(
         SMALL, "searched/A-searched", "stabilised/A"
@@ -223,7 +223,7 @@ RECIPE = {
     for at in [{"experiment": x, "corpus": text, "embedding": through}]
 }
 RECIPE |= {
-    f"04_sites: stabilised − study @ {x}, {text}, both embeddings": [
+    f"04_sites: stabilised − study, both embeddings @ {x}, {text}": [
         pair for name, pairs in RECIPE.items() if f"@ {x}, {text} ×" in name for pair in pairs
     ]
     for x in "AB"

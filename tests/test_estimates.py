@@ -206,7 +206,7 @@ def test_any_column_can_be_compared_in_its_unit_and_losses_sample_by_sample(judg
     runs = judged(**ALL).runs
     runs = runs.assign(test_loss=runs["log_ppl"], test_ppl=np.exp(runs["log_ppl"]))
     assert paired(runs, A, B, "train_tokens", "test_loss") == paired(runs, A, B)
-    (e,) = paired(runs, A, B, column="test_ppl", unit="", pooled=True)
+    (e,) = paired(runs, A, B, [], "test_ppl", unit="", over="train_tokens")
     by_replicate = runs.pivot_table(index="replicate", columns="configuration", values="test_ppl").eval("A - B")
     expected = stats.ttest_1samp(by_replicate, 0).confidence_interval()
     assert (e.unit, ends(e)) == ("", fixed((expected.low, expected.high)))
@@ -240,16 +240,19 @@ def test_a_frame_of_ones_own_needs_what_the_docstring_says():
     assert (names["result"].low, names["result"].high) == pytest.approx((alone.low, alone.high))
 
 
-def test_pooled_places_weigh_alike(judged):
+def test_a_mean_over_places_weighs_each_alike(judged):
     runs = judged(**ALL).runs
-    (one,) = paired(runs, A, B, pooled=True)
+    (one,) = paired(runs, A, B, [], over="train_tokens")
     apart = fixed(np.mean([e.value for e in paired(runs, A, B)]))
     assert one.value == apart and (one.n, one.at) == (20, "")
     more = runs[runs["train_tokens"] == 10_000].assign(data_seed=lambda rows: rows["data_seed"] + 1)
     doubled = pd.concat([runs, more])  # two pairs of that size in every replicate
-    assert paired(doubled, A, B, pooled=True)[0].value == apart
+    assert paired(doubled, A, B, [], over="train_tokens")[0].value == apart
+    halves = pd.concat([runs.assign(half="first"), doubled.assign(half="second")])
+    at_halves = paired(halves, A, B, "half", over="train_tokens")
+    assert [e.at for e in at_halves] == ["first", "second"] and {e.value for e in at_halves} == {apart}
     lacking = runs[(runs["seed"] != 42) | (runs["train_tokens"] > 10_000)]
-    (one,) = paired(lacking, A, B, pooled=True)  # the replicate that lacks a size would shift the mean of the others
+    (one,) = paired(lacking, A, B, [], over="train_tokens")  # the replicate that lacks a size would shift the mean of the others
     whole = paired(runs[runs["seed"] > 42], A, B)
     assert one.value == fixed(np.mean([e.value for e in whole])) and one.replicates == 3
     assert len(paired(lacking[lacking["seed"] == 42], A, B)) == 4  # at every place that it has

@@ -439,18 +439,18 @@ def paired(
     at: Sequence[str] = ("train_tokens",),
     column: str = "log_ppl",
     contrast: str = "",
-    pooled: bool = False,
+    over: Sequence[str] = (),
     unit: str = "% of PPL",
 ) -> Estimates:
-    """The mean difference of a column, runs of `a` minus their partners of `b`, at every place that both have.
+    """The mean difference of a column, runs of `a` minus their partners of `b`, at every place `at` that both have.
 
     Losses (`log_ppl` on test, others by their text) are compared sample by sample where they were kept so.
 
     Args:
         runs, a, b, at, column: as `pairs`.
         contrast: its name; by default the values of `a` and `b`.
-        pooled: one estimate over all places, each of which weighs alike, instead of one a place. Replicates that lack a
-            place are left out.
+        over: further columns equal in both, over whose values each estimate is a mean, in which each value weighs alike;
+            a replicate that lacks one is left out.
         unit: one of `UNITS`; by default that of logarithms of perplexity.
 
     Raises:
@@ -458,17 +458,14 @@ def paired(
     """
     if unit == "% of PPL" and column.endswith("_ppl") and column not in LOSSES:
         raise ValueError(f"column = {column!r}: compare its logarithm (log_ppl is test's), or name another unit")
-    at = [at] if isinstance(at, str) else at
+    at, over = ([names] if isinstance(names, str) else [*names] for names in (at, over))
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
-    matched = pairs(runs, a, b, at, column)
-    matched["place"] = matched.groupby(list(at), dropna=False).ngroup() if at else 0
-    if pooled:
-        places = matched.groupby("replicate")["place"].transform("nunique")
-        matched = matched[places == matched["place"].nunique()]
-    if matched.empty:
-        return Estimates()
-    result = Estimates()
-    for key, rows in [((), matched)] if pooled or not at else matched.groupby(list(at), dropna=False):
+    matched, result = pairs(runs, a, b, [*at, *over], column), Estimates()
+    matched["place"] = matched.groupby(over, dropna=False).ngroup() if over else 0
+    for key, rows in matched.groupby(at, dropna=False) if at else [((), matched)]:
+        rows = rows[rows.groupby("replicate")["place"].transform("nunique") == rows["place"].nunique()]
+        if rows.empty:
+            continue
         difference = rows["difference"].to_numpy(float)[:, None]
         values, tokens = differences(runs, rows, column) or (difference, np.ones(1))
         by_place = pd.DataFrame(values).groupby([rows["replicate"].to_numpy(), rows["place"].to_numpy()]).mean()
