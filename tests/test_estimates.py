@@ -252,7 +252,7 @@ def test_a_mean_over_places_weighs_each_alike(judged):
     at_halves = paired(halves, A, B, "half", over="train_tokens")
     assert [(e.at, e.value) for e in at_halves] == [("first", apart), ("second", apart)]
     lacking = runs[(runs["seed"] != 42) | (runs["train_tokens"] > 10_000)]
-    (one,) = paired(lacking, A, B, [], over="train_tokens")  # the replicate that lacks a size would shift the mean of the others
+    (one,) = paired(lacking, A, B, [], over="train_tokens")  # the replicate that lacks a size would shift the mean
     whole = paired(runs[runs["seed"] > 42], A, B)
     assert one.value == fixed(np.mean([e.value for e in whole])) and one.replicates == 3
     assert len(paired(lacking[lacking["seed"] == 42], A, B)) == 4  # at every place that it has

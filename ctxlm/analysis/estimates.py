@@ -449,8 +449,8 @@ def paired(
     Args:
         runs, a, b, at, column: as `pairs`.
         contrast: its name; by default the values of `a` and `b`.
-        over: further columns equal in both, over whose values each estimate is a mean, in which each value weighs alike;
-            a replicate that lacks one is left out.
+        over: further columns equal in both, over whose values each estimate is a mean; each value weighs alike, and a
+            replicate that lacks one is left out.
         unit: one of `UNITS`; by default that of logarithms of perplexity.
 
     Raises:
