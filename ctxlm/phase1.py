@@ -1,41 +1,29 @@
 """Phase 1: shape the ContextBlock so that contexts reach a fixed point and stay diverse."""
 
-import json
 import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ctxlm.config import BASELINES_ALONE, DATA_PARAMETERS, Experiment
+from ctxlm.config import Experiment
 from ctxlm.device import autocast, generator
-from ctxlm.files import cache_dir, cached_arrays, digest, source_hash
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM, DistinctTokens, look_up
 from ctxlm.progress import say, track
 from ctxlm.recurrence import chunked
 
-UNREAD = DATA_PARAMETERS | BASELINES_ALONE
-UNREAD |= {"train_tokens", "held_out_tokens", "data_seed", "embedding_rows", "embedding_seed", "embedding_turned"}
-UNREAD |= {"experiment", "model", "device", "dtype", "validations_per_epoch", "dropout", "weight_decay", "output_bias"}
-UNREAD |= {"logit_scale", "slow_decay", "context_ablation", "context_rank"}
-"""Parameters, beside Phase 2's, that Phase 1 does not read, or reads as tokens, vectors and device."""
-
 
 @dataclass(frozen=True)
 class Phase1:
-    """What Phase 1 leaves behind, beside the ContextBlock's weights: computed, or out of the cache."""
+    """What Phase 1 leaves behind, beside the ContextBlock's weights."""
 
     history: list[dict]
     """Rows phase, step (iteration), metric, value."""
     spectra: dict[str, Tensor]
     """Singular values, float64 [C], of the contexts before Phase 1 (`init_er`) and in its last, noisy iteration
     (`train_er`)."""
-    cached: bool
-    seconds: float
-    """What it took when it was computed."""
 
     @property
     def iterations(self) -> int:
@@ -49,55 +37,24 @@ class Phase1:
             "phase1_iterations": self.iterations,
             "phase1_converged_tokens": last.get("converged_tokens", 0),
             "phase1_converged_ratio": last.get("converged_ratio", 0.0),
-            "phase1_cached": self.cached,
-            "phase1_computed_seconds": self.seconds,
         }
 
 
 def shape_contexts(
     model: ContextLM, tokens: Tensor, experiment: Experiment, dtype: torch.dtype = torch.float32
 ) -> Phase1:
-    """Iteration 1 (the recurrence) and `train_context_block`, kept in the cache by all that they depend on.
-
-    Runs that differ only in Phase 2 thus share one Phase 1. The key holds the tokens, the embedding of those that
-    occur, the weights that it starts from, all parameters but Phase 2's and `UNREAD`, the type of the products, the
-    kind of device, torch's version and the source.
+    """Iteration 1 (the recurrence) and `train_context_block`, which trains `model.context_block` in place.
 
     Args:
         tokens: int64 [T].
 
     Raises:
-        NonFiniteLoss: the loss is no longer finite; nothing is kept.
+        NonFiniteLoss: the loss is no longer finite.
     """
-    began, block = time.perf_counter(), model.context_block
-    unread = {name for name in type(experiment).model_fields if name.startswith("phase2_")} | UNREAD
-    key = digest(
-        json.dumps(experiment.model_dump(exclude=unread), sort_keys=True),
-        f"{dtype} {tokens.device.type} {torch.__version__}",
-        source_hash("ctxlm/phase1.py"),
-        tokens.cpu().numpy().tobytes(),
-        *(weight.cpu().numpy().tobytes() for weight in block.state_dict().values()),
-        DistinctTokens(model, tokens).rows.cpu().numpy().tobytes(),
-    )
-    cached = True
-
-    def compute() -> dict[str, np.ndarray]:
-        nonlocal cached
-        cached = False
-        contexts = chunked(model, tokens).values
-        init_er = singular_values(contexts)
-        history = train_context_block(model, tokens, contexts, experiment, dtype)
-        kept = {"init_er": init_er, "train_er": singular_values(contexts)} | block.state_dict()
-        record = {"history": history, "seconds": time.perf_counter() - began}
-        return {name: tensor.cpu().numpy() for name, tensor in kept.items()} | {"record": np.array(json.dumps(record))}
-
-    arrays = cached_arrays(cache_dir() / f"phase1-{key}.npz", compute)
-    record = json.loads(str(arrays["record"]))
-    if cached:
-        block.load_state_dict({name: torch.from_numpy(arrays[name]) for name in block.state_dict()})
-        say(f"Phase 1 comes from the cache; it took {record['seconds']:.0f} s when it was computed")
-    spectra = {name: torch.from_numpy(arrays[name]) for name in ("init_er", "train_er")}
-    return Phase1(record["history"], spectra, cached, record["seconds"])
+    contexts = chunked(model, tokens).values
+    before = singular_values(contexts)
+    history = train_context_block(model, tokens, contexts, experiment, dtype)
+    return Phase1(history, {"init_er": before, "train_er": singular_values(contexts)})
 
 
 def train_context_block(

@@ -1,4 +1,4 @@
-"""What the phases promise beyond the twin: what they change and what they leave, rounding, and Phase 1's cache."""
+"""What the phases promise beyond the twin: what they change and what they leave, and rounding."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from ctxlm.config import Experiment
 from ctxlm.metrics import NonFiniteLoss, singular_values
 from ctxlm.model import ContextLM
-from ctxlm.phase1 import UNREAD, shape_contexts, train_context_block
+from ctxlm.phase1 import shape_contexts, train_context_block
 from ctxlm.recurrence import sequential
 from tests.conftest import stream, tiny, train_token_block
 
@@ -110,50 +110,23 @@ def test_bfloat16_products_follow_float32(window, slow):
     assert means[0] == pytest.approx(means[1], abs=0.02)
 
 
-# Phase 1's cache
+# Phase 1, whole
 
 
-def shaped(tokens=None, embedding_scale=1.0, dtype=torch.float32, **parameters):
-    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4}, parameters)
-    model = tiny(**SHAPE | parameters)
-    with torch.no_grad():  # scaled and bent, since a mere scale is lost in LayerNorm
-        model.embedding.copy_(model.embedding * embedding_scale + (embedding_scale - 1) * model.embedding**2)
-    return model, shape_contexts(model, stream(200) if tokens is None else tokens, settings, dtype)
-
-
-def test_phase1_is_computed_once_for_runs_that_differ_in_phase2(empty_cache):
-    model, first = shaped()
-    again, second = shaped(phase2_learning_rate=0.5, phase2_batch_size=7, dropout=0.2, val_samples=3, experiment="b")
-    plain, contexts = tiny(**SHAPE), sequential(tiny(**SHAPE), stream(200)).values
+def test_phase1_is_the_recurrence_and_its_training():
     settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4})
+    model, plain = tiny(**SHAPE), tiny(**SHAPE)
+    phase1, contexts = shape_contexts(model, stream(200), settings), sequential(plain, stream(200)).values
     before = contexts.clone()
     expected = train_context_block(plain, stream(200), contexts, settings)
-    timeless = [[row for row in history if row["metric"] != "seconds"] for history in (first.history, expected)]
-    assert timeless[0] == timeless[1] and first.iterations == expected[-1]["step"] > 1
-    assert second.history == first.history and (first.cached, second.cached) == (False, True)
-    assert second.summary() == first.summary() | {"phase1_cached": True}
+    timeless = [[row for row in history if row["metric"] != "seconds"] for history in (phase1.history, expected)]
+    assert timeless[0] == timeless[1] and phase1.iterations == expected[-1]["step"] > 1
     for name, values in {"init_er": before, "train_er": contexts}.items():  # the latter noisy, of the last iteration
-        torch.testing.assert_close(first.spectra[name], singular_values(values), rtol=1e-4, atol=1e-4)
-        assert torch.equal(first.spectra[name], second.spectra[name])
-    assert not changed(again, model.state_dict()) and not changed(plain, model.state_dict())
-    assert not shape_contexts(model, stream(200), settings).cached  # which would go on from trained weights
+        torch.testing.assert_close(phase1.spectra[name], singular_values(values), rtol=1e-4, atol=1e-4)
+    assert not changed(plain, model.state_dict())
 
 
-def test_another_phase1_is_not_taken_from_the_cache(empty_cache, monkeypatch):
-    shaped()
-    others = [{"seed": 7}, {"phase1_learning_rate": 0.01}, {"dist_reg_weight": 0.4}, {"tokens": stream(200, seed=5)}]
-    others += [{"design": "arithmetic"}, {"num_input_tokens": 1}]
-    for other in [*others, {"embedding_scale": 1.5}, {"dtype": torch.bfloat16}]:
-        assert not shaped(**other)[1].cached, other
-    echo = {"design": "echo", "phase1_min_iterations": 1, "phase1_max_iterations": 1}
-    assert [shaped(**echo, leak=leak)[1].cached for leak in (1.0, 0.5, 0.5)] == [False, False, True]
-    monkeypatch.setattr("ctxlm.phase1.UNREAD", UNREAD - {"dropout"})  # as of a parameter that is new
-    assert not shaped()[1].cached
-    monkeypatch.setattr("ctxlm.phase1.source_hash", lambda *_: "of other code")
-    assert not shaped()[1].cached
-
-
-def test_a_phase1_that_is_no_longer_finite_is_stopped_and_not_kept(empty_cache):
+def test_a_phase1_that_is_no_longer_finite_is_stopped():
+    settings = Experiment.from_mapping(SHAPE, {"phase1_max_iterations": 4, "phase1_learning_rate": 1e30})
     with pytest.raises(NonFiniteLoss, match=r"iteration [34]: .*phase1_learning_rate = 1e\+30"):
-        shaped(phase1_learning_rate=1e30)
-    assert not [path for path in empty_cache.iterdir() if path.suffix == ".npz"]
+        shape_contexts(tiny(**SHAPE), stream(200), settings)

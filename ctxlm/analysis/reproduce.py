@@ -2,16 +2,14 @@
 
 A run is made again with its own type of products, seed and text, and agrees where its perplexities lie within
 `TOLERANCE`. On another processor it may well not: that one rounds otherwise, and training carries it on (LOG.md). What
-is done again, Phase 1 with it, lies in `outputs/reproduce`; a command that was stopped goes on with it.
+is done again lies in `outputs/reproduce`; a command that was stopped goes on with it.
 """
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pandas as pd
 from snakemake.utils import available_cpu_count
@@ -19,7 +17,7 @@ from snakemake.utils import available_cpu_count
 from ctxlm.analysis.runs import load_runs
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import PROTOCOL
-from ctxlm.files import atomic, cache_dir, outputs_dir, results_dir
+from ctxlm.files import atomic, outputs_dir, results_dir
 from ctxlm.search import run_apart
 
 TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
@@ -64,17 +62,6 @@ def again(published: pd.Series) -> dict[str, object]:
     return row | {"change, %": 100 * max(changes, key=abs), "agrees": all(abs(c) <= tolerance for c in changes)}
 
 
-def cache_without_phase1() -> None:
-    """Have runs use another cache from now on, that has all of the usual one, by links, but what Phase 1 left there."""
-    usual, folder = cache_dir(), outputs_dir() / "reproduce" / "cache"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in usual.glob("[!.]*"):
-        if not path.name.startswith("phase1-"):
-            with suppress(FileExistsError):
-                (folder / path.name).symlink_to(path.resolve())
-    os.environ["CTXLM_CACHE"] = str(folder)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("count", type=int)
@@ -85,7 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     try:
         runs = draw(given.count, given.seed, given.grid)
-        cache_without_phase1()
         with ThreadPoolExecutor(given.jobs) as pool:
             for row in pool.map(again, [run for _, run in runs.iterrows()]):
                 rows.append(row)
