@@ -103,11 +103,10 @@ def data_of(run: Experiment) -> str:
 
 
 @cache
-def _data_hash(corpus: str, judged_corpus: str | None, embedding: str) -> str:
+def _data_hash(*read: str | None) -> str:
     from ctxlm.embeddings import data_hash  # not above: it takes a second, which every job would pay
 
-    read = {"corpus": corpus, "judged_corpus": judged_corpus, "embedding": embedding}
-    return data_hash(Experiment.model_construct(**read))
+    return data_hash(*read)
 
 
 def visible_gpus() -> list[str]:

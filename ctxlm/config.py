@@ -53,8 +53,8 @@ RESERVED = ("site", "search", "reproduce", "benchmark", "gpu", "single", BY_HAND
 """Folders of `outputs` that are no grid's."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """What a run or a grid may be called, since it names a folder."""
-MAX_NAME, MAX_RUNS = 200, 1_000
-"""Characters of a run's name, since file systems take 255 bytes; and runs of a grid, of which more are a slip."""
+MAX_NAME = 200
+"""Characters of a run's name, since file systems take 255 bytes."""
 
 
 class ConfigError(ValueError):
@@ -468,8 +468,6 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
         )
     if run in others:
         raise ConfigError("a value of 'sweep' is given twice: leave one out")
-    if len(others) >= MAX_RUNS:
-        raise ConfigError(f"the grid has more than {MAX_RUNS:,} runs: give fewer values")
 
 
 def parameters_list() -> str:

@@ -28,8 +28,6 @@ GRAIN = 2.0**-20
 WINDOW = 4
 """Co-occurrence reaches so many tokens to either side, within a sample."""
 
-MAX_ENTRY = 1e4
-"""The largest entry that an embedding can have: a number above it is a damaged one, and training would overflow."""
 
 NOISE = 0.05
 """Spread of the rows of tokens never seen, as a share of the others'."""
@@ -88,21 +86,21 @@ def signs(dim: int, embedding_seed: int, embedding_turned: int | None = None) ->
     return np.where(np.arange(dim) == embedding_turned, -drawn, drawn).astype(np.float32)
 
 
-def data_hash(experiment: Experiment) -> str:
+def data_hash(corpus: str, judged_corpus: str | None, embedding: str) -> str:
     """Digest of what an experiment reads: its corpora's tokens and samples, and the embedding's file or hub revision.
 
     Raises:
         ConfigError: one of them cannot be had.
     """
-    kind, embedding = experiment.embedding, b""
-    if kind == "smollm2":
-        embedding = SMOLLM2_SHA256.encode()
-    elif kind == "gpt2":  # the hub's cache names a folder after the revision
-        embedding = _gpt2_file().parent.name.encode()
-    elif kind.endswith(".safetensors") and find(kind).is_file():
-        embedding = find(kind).read_bytes()
-    judged = [load_corpus(experiment.judged_corpus).digest] if experiment.judged_corpus else []
-    return digest(load_corpus(experiment.corpus).digest, embedding, *judged)
+    vectors = b""
+    if embedding == "smollm2":
+        vectors = SMOLLM2_SHA256.encode()
+    elif embedding == "gpt2":  # the hub's cache names a folder after the revision
+        vectors = _gpt2_file().parent.name.encode()
+    elif embedding.endswith(".safetensors") and find(embedding).is_file():
+        vectors = find(embedding).read_bytes()
+    judged = [load_corpus(judged_corpus).digest] if judged_corpus else []
+    return digest(load_corpus(corpus).digest, vectors, *judged)
 
 
 def ppmi_svd(stream: Stream, dim: int) -> np.ndarray:
@@ -255,8 +253,6 @@ def _wte(path: Path, name: str, dim: int) -> np.ndarray:
         raise ConfigError(
             f"embedding = {name!r} is {list(embedding.shape)}, not [{VOCABULARY}, embed_dim = {dim}]: change embed_dim"
         )
-    if embedding.dtype.kind != "f" or not np.abs(embedding).max() <= MAX_ENTRY:  # nan is not, either
-        raise ConfigError(
-            f"embedding = {name!r} has entries that are no numbers up to {MAX_ENTRY:g}: name another file"
-        )
+    if embedding.dtype.kind != "f" or not np.isfinite(embedding).all():
+        raise ConfigError(f"embedding = {name!r} has entries that are no finite numbers: name another file")
     return embedding.astype(np.float32, copy=False)

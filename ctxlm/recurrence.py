@@ -52,7 +52,7 @@ class Contexts:
 
     def positions(self, at: slice | Tensor) -> Tensor:
         """The positions `at`, a slice or int64 [B], as int64 [B]."""
-        return torch.arange(len(self.tokens), device=self.tokens.device)[at]
+        return at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=self.tokens.device)
 
     @torch.no_grad()
     def layers(self, block: ContextBlock, at: slice | Tensor) -> list[Tensor]:

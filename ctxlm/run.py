@@ -82,7 +82,10 @@ def run(settings: Experiment, output_dir: str | Path | None = None, on_epoch: On
         OSError: the disk is full or not writable.
     """
     this = Run(settings, output_dir)
-    return (_context if this.settings.model == "context" else _baseline)(this, on_epoch)
+    try:
+        return (_context if this.settings.model == "context" else _baseline)(this, on_epoch)
+    finally:
+        release(this.folder / RUN_LOCK)
 
 
 class Run:
@@ -95,15 +98,15 @@ class Run:
             ConfigError: as `run`.
         """
         settings, folder = (settings, resolve(output_dir)) if output_dir else folder_by_hand(settings)
-        self.settings, self.folder = settings, take_folder(folder)
+        self.settings, self.device = settings, resolve_device(settings)
+        self.dtype = resolve_dtype(settings, self.device)
+        self.provenance = self._provenance()  # now: sources may change while it runs
+        self.folder = take_folder(folder)
         # a batch does a run anew whose parameters its grid has changed
         if "CTXLM_BATCH" not in os.environ and _holds_another(folder, settings):
             release(folder / RUN_LOCK)
             raise ConfigError(f"output_dir = {str(output_dir)!r} holds a run of other parameters: name another folder")
         self.began, self.seconds = time.perf_counter(), defaultdict(float)
-        self.device = resolve_device(settings)
-        self.dtype = resolve_dtype(settings, self.device)
-        self.provenance = self._provenance()  # now: sources may change while it runs
 
     def __repr__(self) -> str:
         return f"to {os.path.relpath(self.folder)}, on {self.device}, matrix products in {self.dtype}"
@@ -128,7 +131,7 @@ class Run:
             "protocol": PROTOCOL,
             "params_hash": resolved.params_hash,
             "code_hash": code_hash(resolved.model),
-            "data_hash": data_hash(resolved),
+            "data_hash": data_hash(resolved.corpus, resolved.judged_corpus, resolved.embedding),
             "git_commit": git_commit(),
             "versions": versions,
             "device_name": card,
@@ -166,10 +169,9 @@ class Run:
         """
         losses = {part: torch.as_tensor(by_token).cpu().numpy() for part, (by_token, _) in judged.items()}
         tables = {part: losses_by_sample(values, getattr(streams, part)) for part, values in losses.items()}
-        metrics = self.provenance | {f"{part}_tokens": len(stream) for part, stream in vars(streams).items()}
-        metrics["train_tokens"] += self.settings.held_out_tokens
-        metrics |= columns
+        metrics = self.provenance | dict(columns)
         for part, table in tables.items():
+            metrics[f"{part}_tokens"] = len(getattr(streams, part))
             metrics |= loss_summary(part, torch.from_numpy(losses[part]), judged[part][1])
             metrics |= {f"{part}_bytes": int(table["bytes"].sum()), f"{part}_bits_per_byte": bits_per_byte(table)}
         if metrics.get("trained_params"):

@@ -130,7 +130,7 @@ def text(tmp_path_factory):
 @pytest.fixture
 def without_text(monkeypatch):
     """No corpus is read for a run's provenance."""
-    monkeypatch.setattr("ctxlm.run.data_hash", lambda _: "0" * 16)
+    monkeypatch.setattr("ctxlm.run.data_hash", lambda *_: "0" * 16)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def values(text, folder, empty_cache):
 def write_result(folder, values, **metrics):
     """What a finished run of today's code has in its metrics.json, as far as it counts."""
     run = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
-    hashes = {"code_hash": code_hash(run.model), "data_hash": data_hash(run)}
+    hashes = {"code_hash": code_hash(run.model), "data_hash": data_hash(run.corpus, run.judged_corpus, run.embedding)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(run.model_dump() | hashes | {"test_loss": 2.0} | metrics))
 

@@ -216,7 +216,6 @@ def test_a_grid_crosses_experiments_with_swept_values(grid, tmp_path):
         ({"sweep": {"seed": [1, 2], "seed, data_seed": [[1, 0], [2, 30]]}}, "seed stands in two lines"),
         ({"sweep": {"seed, data_seed": [1, 2]}}, "'seed, data_seed'"),
         ({"sweep": {"seed, data_seed": [[1, 0], [2]]}}, "'seed, data_seed'"),
-        ({"sweep": {"seed": [*range(40)], "data_seed": [*range(30)]}}, "1,000 runs"),
         ({"experiments": {"A": {"seed": 7}}, "sweep": {"seed": [1, 2]}}, "run A_seed-1: 'sweep' would override seed"),
         ({"experiments": {"A": ["params/B.yaml", {"seed": 7}]}, "sweep": {"seed": [1, 2]}}, "seed"),
         ({"sweep": {"corpus": ["texts/mine.txt"]}}, "run A_corpus-texts/mine.txt: "),

@@ -264,9 +264,7 @@ def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, empty_ca
         text.write_text(words + "\n\nand more" * 5)
         judged.write_text(others + "\n\nand more" * 5)
         save_file({"wte.weight": np.full((VOCABULARY, 2), rows, dtype=np.float32)}, file)
-        e = Experiment(corpus=str(text), judged_corpus=str(judged), embedding=str(file), embed_dim=2, train_tokens=2)
-        hashes.add(data_hash(e))
-        assert data_hash(e.model_copy(update={"seed": 2, "train_tokens": 3})) == data_hash(e)
+        hashes.add(data_hash(str(text), str(judged), str(file)))
     assert len(hashes) == 4
 
 

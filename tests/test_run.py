@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
-from ctxlm.config import NOTEBOOKS, Experiment, read_yaml
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, read_yaml
 from ctxlm.corpus import PROTOCOL, Split, Stream
 from ctxlm.files import ROOT
 from ctxlm.metrics import NonFiniteLoss, losses_by_sample
@@ -223,6 +223,14 @@ def test_a_command_ends_with_a_sentence(tmp_path, text, capsys):
     assert capsys.readouterr().err.startswith("ConfigError: test_samples = 99 ") and contents(tmp_path / "A") == {}
     assert main([str(tmp_path / "A"), '{"num_layer": 3}']) == 1
     assert capsys.readouterr().err.startswith("ConfigError: num_layer = 3 ")
+
+
+@pytest.mark.parametrize("change", [{"corpus": "no/such.txt"}, {"test_samples": 99}, {"phase2_learning_rate": 1e30}])
+def test_a_run_that_is_refused_or_fails_lets_its_folder_go(change, tmp_path, text):
+    with pytest.raises((ConfigError, NonFiniteLoss)):
+        run(Experiment.from_mapping(SETTINGS, {"corpus": str(text)}, change), tmp_path)
+    with FileLock(tmp_path / ".lock").acquire(0):  # a notebook's process lives on
+        pass
 
 
 def test_a_folder_must_be_writable_and_is_one_process_own_till_it_dies(tmp_path):
