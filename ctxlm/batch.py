@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ctxlm.config import DATA_PARAMETERS, ConfigError, Experiment, code_hash, load_grid
+from ctxlm.config import DATA_PARAMETERS, NOTEBOOKS, ConfigError, Experiment, code_hash, load_grid
 from ctxlm.files import ROOT, RUN_LOCK, atomic, outputs_dir, resolve
 
 BATCH_LOCK = ".batch.lock"
@@ -81,6 +81,25 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
         with suppress(OSError), atomic(failure) as path:
             path.write_text(reason + "\n", encoding="utf-8")
         return reason
+
+
+def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """A run of a search, or one that is made again: its notebook executed on one thread; its metrics.
+
+    Returns:
+        what metrics.json holds, or nothing if the model does not learn.
+
+    Raises:
+        ConfigError: it failed for another reason.
+    """
+    done, values = folder / "metrics.json", experiment.for_notebook() | {"output_dir": str(folder)}
+    notebook = NOTEBOOKS[experiment.model]
+    reason = execute(notebook, folder / Path(notebook).name, done, values)
+    if reason.startswith("NonFiniteLoss"):
+        return {}
+    if reason:
+        raise ConfigError(f"{folder}: {reason}")
+    return json.loads(done.read_bytes())
 
 
 def is_finished(done: Path, values: Mapping[str, Any]) -> bool:

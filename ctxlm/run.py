@@ -4,7 +4,6 @@
     run(Experiment(train_tokens=10_000), "outputs/mine/A")["test_ppl"]
 
 A run is a folder `outputs/<grid>/<run>/`. Its `metrics.json` is written last and is the only mark of a finished run.
-`python -m ctxlm.run FOLDER VALUES` does the same in a process of its own (VALUES: parameters, as YAML).
 """
 
 import itertools
@@ -14,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +25,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -348,17 +345,3 @@ def _holds_another(folder: Path, settings: Experiment) -> bool:
     """Whether a folder holds a finished run of other parameters."""
     path = folder / "metrics.json"
     return path.exists() and not settings.is_that_of(json.loads(path.read_bytes()))
-
-
-def main(arguments: list[str]) -> int:
-    folder, values = arguments
-    try:
-        run(Experiment.from_mapping(yaml.safe_load(values)), folder)
-    except (ConfigError, NonFiniteLoss, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

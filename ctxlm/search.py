@@ -8,12 +8,9 @@ journal beside them is what a search that was stopped goes on from. `--top 3` ru
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +19,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
-import yaml
 from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -30,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Field
 from snakemake.utils import available_cpu_count
 
-from ctxlm.batch import free_gpu, is_finished, visible_gpus
+from ctxlm.batch import run_apart, visible_gpus
 from ctxlm.config import Checked, ConfigError, Experiment, Layers, Seed, code_hash, read_layers, read_yaml, sweep
 from ctxlm.corpus import check_data
 from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
@@ -246,30 +242,6 @@ def width_of(e: Experiment, parameters: int) -> int:
     a, b, c = np.polyfit(widths, [count(width) for width in widths], 2)
     width = (-b + math.sqrt(b * b - 4 * a * (c - parameters))) / (2 * a)
     return max(1, round(width / step)) * step
-
-
-def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """A run in a process of its own, on one thread and a GPU that is free; its metrics, or none if it does not learn.
-
-    One that is finished is not run again.
-
-    Raises:
-        ConfigError: it failed for another reason.
-    """
-    done, values = folder / "metrics.json", experiment.for_notebook()
-    if is_finished(done, values):
-        return json.loads(done.read_bytes())
-    command = [sys.executable, "-m", "ctxlm.run", str(folder), yaml.safe_dump(values)]
-    with ExitStack() as held:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CTXLM_BATCH": "1"} | free_gpu(values, held)
-        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if process.returncode == 0:
-        return json.loads(done.read_bytes())
-    printed = process.stderr.strip() if process.returncode > 0 else ""  # what is killed had only warned
-    reason = (printed or "it was killed").splitlines()[-1]
-    if reason.startswith("NonFiniteLoss"):
-        return {}
-    raise ConfigError(f"{folder}: {reason}")
 
 
 def main(arguments: list[str] | None = None) -> int:

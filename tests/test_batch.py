@@ -15,11 +15,11 @@ from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ctxlm import batch
-from ctxlm.batch import FAILURE, execute, is_finished, main
+from ctxlm.batch import FAILURE, execute, is_finished, main, run_apart
 from ctxlm.config import Experiment, code_hash, load_grid
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
-from tests.conftest import SMALL, held
+from tests.conftest import SMALL, held, refusal
 
 
 @pytest.fixture
@@ -108,6 +108,24 @@ def test_which_result_is_that_of_a_run(folder, values, metrics, asked, finished)
     assert not is_finished(done, values)
     write_result(folder, values, **metrics)
     assert is_finished(done, values | asked) == finished and not is_finished(done.with_name("corpus.json"), values)
+
+
+def test_a_run_apart_has_the_parameters_it_was_given_and_is_done_once(folder, values, monkeypatch):
+    given = {name: value for name, value in values.items() if name != "output_dir"} | {"held_out_tokens": 100}
+    e = Experiment.from_mapping(given, {"model": "kneser-ney", "embedding": "random"})
+    metrics = run_apart(e, folder)
+    assert metrics == json.loads((folder / "metrics.json").read_bytes()) and metrics["val_loss"] > 0
+    assert e.is_that_of(metrics) and metrics["val_tokens"] == 100
+    monkeypatch.setattr(subprocess, "run", None)
+    assert run_apart(e, folder) == metrics
+
+
+def test_a_loss_that_is_not_finite_is_no_failure_of_a_run_apart_all_else_is(folder, papermill):
+    papermill(("NonFiniteLoss: Phase 2's loss is nan", 1), ("ConfigError: no", 1), ("", -9))
+    assert run_apart(Experiment(), folder) == {}
+    for reason in ("ConfigError: no", "memory"):
+        message = refusal(run_apart, Experiment(), folder)
+        assert message.startswith(f"{folder}: ") and reason in message
 
 
 def test_a_free_gpu_is_the_only_one_that_is_seen(folder, values, papermill, monkeypatch):

@@ -21,7 +21,7 @@ from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, read_yaml
 from ctxlm.corpus import PROTOCOL, Split, Stream
 from ctxlm.files import ROOT
 from ctxlm.metrics import NonFiniteLoss, losses_by_sample
-from ctxlm.run import LOSSES, WEIGHTS, Run, folder_by_hand, git_commit, main, run
+from ctxlm.run import LOSSES, WEIGHTS, Run, folder_by_hand, git_commit, run
 from tests.conftest import SMALL, held, refusal, run_cells
 
 COMMIT = "0" * 40
@@ -215,14 +215,6 @@ def test_the_commit_is_dirty_where_a_file_differs_and_unchanged_files_are_filter
 
 
 # What is refused or fails
-
-
-def test_a_command_ends_with_a_sentence(tmp_path, text, capsys):
-    values = json.dumps(SETTINGS | {"corpus": str(text), "test_samples": 99})
-    assert main([str(tmp_path / "A"), values]) == 1
-    assert capsys.readouterr().err.startswith("ConfigError: test_samples = 99 ") and contents(tmp_path / "A") == {}
-    assert main([str(tmp_path / "A"), '{"num_layer": 3}']) == 1
-    assert capsys.readouterr().err.startswith("ConfigError: num_layer = 3 ")
 
 
 @pytest.mark.parametrize("change", [{"corpus": "no/such.txt"}, {"test_samples": 99}, {"phase2_learning_rate": 1e30}])

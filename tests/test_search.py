@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import threading
 
 import pandas as pd
@@ -11,12 +10,11 @@ import torch
 import yaml
 
 from ctxlm import search
-from ctxlm.config import ConfigError, Experiment
+from ctxlm.config import ConfigError
 from ctxlm.files import ROOT, atomic
 from ctxlm.model import ContextLM
 from ctxlm.networks import NeuralLM
-from ctxlm.search import AT_RANDOM, Search, main, run_apart
-from tests.conftest import refusal
+from ctxlm.search import AT_RANDOM, Search, main
 
 OURS = ("A", "B", "echo", "lstm", "mingru", "transformer")
 SPACE = {
@@ -203,28 +201,6 @@ def test_trials_of_another_search_are_not_gone_on_with(file, planted, text, caps
         assert "outputs/search/tiny" in capsys.readouterr().err
     monkeypatch.setattr(search, "code_hash", lambda model: "another")
     assert main([file(trials=9)]) == 1 and not one.ran
-
-
-# How a run is carried out
-
-
-def test_a_loss_that_is_not_finite_makes_a_trial_fail_and_all_else_the_search(tmp_path, monkeypatch):
-    def ended(stderr):
-        monkeypatch.setattr(subprocess, "run", lambda given, **_: subprocess.CompletedProcess(given, 1, "", stderr))
-        return run_apart(Experiment(), tmp_path)
-
-    assert ended("a warning\nNonFiniteLoss: Phase 2's loss is nan\n\n") == {}
-    for other in ("ConfigError: no\n", ""):
-        assert str(tmp_path) in refusal(ended, other)
-
-
-def test_a_run_apart_has_the_parameters_it_was_given_and_is_done_once(tmp_path, text, monkeypatch):
-    e = Experiment.from_mapping(COMMON, {"model": "kneser-ney", "corpus": str(text)})
-    metrics = run_apart(e, tmp_path / "run")
-    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_bytes()) and metrics["val_loss"] > 0
-    assert e.is_that_of(metrics)
-    monkeypatch.setattr(subprocess, "run", None)
-    assert run_apart(e, tmp_path / "run") == metrics
 
 
 def trained(e, **changed):

@@ -15,10 +15,10 @@ import pandas as pd
 from snakemake.utils import available_cpu_count
 
 from ctxlm.analysis.runs import load_runs
+from ctxlm.batch import run_apart
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import PROTOCOL
 from ctxlm.files import atomic, outputs_dir, results_dir
-from ctxlm.search import run_apart
 
 TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
 """How far apart two perplexities of one run may be, as a share; those of n-grams as in float32."""
