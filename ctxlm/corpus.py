@@ -373,7 +373,6 @@ def _ultrachat_texts(name: str, _split: bytes) -> list[str]:
             f"corpus = 'ultrachat' needs the package datasets: pip install -e '.[hub]', or {choices}"
         ) from None
     try:
-        check_hub(ULTRACHAT, "dataset")
         rows = datasets.load_dataset(ULTRACHAT, split=ULTRACHAT_SPLIT)
     except Exception as error:
         raise ConfigError(
@@ -381,18 +380,6 @@ def _ultrachat_texts(name: str, _split: bytes) -> list[str]:
             "if it was downloaded before, set HF_HUB_OFFLINE=1"
         ) from None
     return _row_texts(name, "row", enumerate(rows.select_columns(["messages"]), start=1))
-
-
-def check_hub(repository: str, kind: str) -> None:
-    """Ask the hub once for a repository, because its own downloaders repeat a hopeless attempt for 23 seconds.
-
-    Raises:
-        Exception: the hub cannot be reached or has no such repository. With HF_HUB_OFFLINE=1 it is not asked.
-    """
-    from huggingface_hub import HfApi, constants
-
-    if not constants.HF_HUB_OFFLINE:
-        HfApi().repo_info(repository, repo_type=kind, timeout=10)
 
 
 def _check_ultrachat(starts: np.ndarray) -> None:

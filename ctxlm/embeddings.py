@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from tokenizers.models import BPE
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, Stream, check_hub, fetched, load_corpus, split, tokenizer
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, fetched, load_corpus, split, tokenizer
 from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
 
 GPT2 = "openai-community/gpt2"
@@ -224,7 +224,6 @@ def _gpt2_file() -> Path:
         kept = huggingface_hub.try_to_load_from_cache(GPT2, name)
         if isinstance(kept, str):
             return Path(kept)
-        check_hub(GPT2, "model")
         return Path(huggingface_hub.hf_hub_download(GPT2, name))
     except Exception as error:
         raise ConfigError(
