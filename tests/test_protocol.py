@@ -17,9 +17,6 @@ from tests.conftest import refusal
 
 GRIDS = sorted(path.stem for path in (ROOT / "params" / "grids").glob("*.yaml"))
 PARTS = ("val", "development", "test")
-DATA = ["train_tokens", "train_sample_tokens", "train_piece_tokens", "data_seed", "max_sample_tokens"]
-DATA += ["held_out_tokens"]
-DATA += [f"{part}_samples" for part in PARTS]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +28,6 @@ def chitchat():
 def runs():
     """The runs of all grids, by grid and name."""
     return {(grid, name): run for grid in GRIDS for name, run in load_grid(grid).runs.items()}
-
-
-@pytest.fixture(scope="module")
-def splits(runs, chitchat):
-    """An experiment and its streams, of all runs on chitchat alone that differ in their data parameters."""
-    alone = [run for run in runs.values() if (run.corpus, run.judged_corpus) == ("chitchat", None)]
-    kinds = {tuple(getattr(run, name) for name in DATA): run for run in alone if not run.shuffle_samples}
-    return [(run, split(run, chitchat)) for run in kinds.values()]
 
 
 def counting(lengths, name="counting.txt", first=0):
@@ -61,19 +50,6 @@ def given_as(*corpora):
 
 
 # All grids
-
-
-def test_no_run_of_any_grid_is_judged_on_what_any_run_is_trained_on(splits):
-    train, judged = set(), {part: set() for part in PARTS}
-    for run, streams in splits:
-        train |= {*streams.train.samples}
-        assert len(streams.train) == run.train_tokens - run.held_out_tokens
-        if run.held_out_tokens:  # training text stands in for validation
-            assert len(streams.val) == run.held_out_tokens and streams.val.samples.max() < 1354
-        for part in PARTS[bool(run.held_out_tokens) :]:
-            judged[part] |= {*getattr(streams, part).samples}
-    assert train and max(train) < 1354 and any(run.held_out_tokens for run, _ in splits)
-    assert [*judged.values()] == [set(range(first, first + 200)) for first in (1354, 1554, 1754)]
 
 
 NOT_TOGETHER = {"chance", "signs"}
