@@ -153,7 +153,7 @@ class Experiment(Checked):
     weight_decay: float = Field(0.0, ge=0, le=100, description="decoupled, of all matrices")
     output_bias: Literal["none", "unigram"] = Field("none", description="unigram: a trained one, from log (counts + 1)")
     phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
-    logit_scale: Positive = Field(1.0, description="factor of the logits, bias apart")
+    logit_scale: Positive | None = Field(1.0, description="factor of the logits, bias apart; null: √(32 / embed_dim)")
     phase2_context_window: Natural = Field(0, description="tokens Phase 2 trains the ContextBlock through; 0: none")
     phase2_shuffle: bool = Field(False, description="Phase 2 reads in random order, anew every epoch")
     slow_decay: Share = Field(0.0, description="decay a token of a slow context that the head reads too; 0: none")
@@ -177,6 +177,9 @@ class Experiment(Checked):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
+        if self.logit_scale is None:  # at first logits then spread alike at every width
+            self.__dict__["logit_scale"] = round(math.sqrt(32 / self.embed_dim), 3)
+
         def refuse(names: str, remedy: str) -> None:
             values = " and ".join(f"{name} = {getattr(self, name)!r}" for name in names.split())
             raise ValueError(f"{values}: {remedy}")

@@ -210,7 +210,7 @@ def test_any_column_can_be_compared_in_its_unit_and_losses_sample_by_sample(judg
     by_replicate = runs.pivot_table(index="replicate", columns="configuration", values="test_ppl").eval("A - B")
     expected = stats.ttest_1samp(by_replicate, 0).confidence_interval()
     assert (e.unit, ends(e)) == ("", fixed((expected.low, expected.high)))
-    with pytest.raises(ValueError, match=r"column = 'test_ppl': compare its logarithm"):
+    with pytest.raises(ValueError, match=r"column = 'test_ppl' is no logarithm"):
         paired(runs, A, B, column="test_ppl")
 
 

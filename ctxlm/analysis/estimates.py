@@ -44,6 +44,9 @@ RESIDUALS = "residuals"
 LOSSES = {"log_ppl": "test", "test_loss": "test", "development_loss": "development", "val_loss": "val"}
 """Columns that are means of losses, nats, and the text they are of."""
 
+NO_LOGARITHMS = ("_ppl", "_accuracy", "_pct", "_rate", "_seconds", "_per_byte")
+"""Ends of columns that are none, and so differ by no per cent of perplexity."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -178,9 +181,9 @@ class Estimates(list[Estimate]):
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
     def forest(self, title: str = "", width: float = WIDTH, above: str = COLOURS[0], parted: int = 0) -> Figure | None:
-        """Every estimate with its interval; `above` colours those above 0; hollow without a verdict. None of none.
+        """Every estimate with its interval, means over sites as diamonds; hollow without a verdict. None of none.
 
-        A line parts the first so many from the others.
+        `above` colours those above 0. A line parts the first so many from the others.
         """
         if not self:
             return None
@@ -192,7 +195,14 @@ class Estimates(list[Estimate]):
             colour = (above if verdict == "higher" else COLOURS[0]) if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
-            axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
+            axes.plot(
+                value,
+                row,
+                "D" if e.over == SITES else "o",
+                color=colour,
+                mfc=colour if significant else "white",
+                markersize=7,
+            )
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
         if parted:
@@ -201,6 +211,7 @@ class Estimates(list[Estimate]):
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         filled = "; filled: significant" if unit.comparison else ""
+        filled += ";\ndiamonds: means, uncorrected" if any(e.over == SITES for e in self) else ""
         axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals{filled})")
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
@@ -456,8 +467,8 @@ def paired(
     Raises:
         ValueError: as `pairs`; or perplexities themselves were to be compared in per cent.
     """
-    if unit == "% of PPL" and column.endswith("_ppl") and column not in LOSSES:
-        raise ValueError(f"column = {column!r}: compare its logarithm (log_ppl is test's), or name another unit")
+    if unit == "% of PPL" and column.endswith(NO_LOGARITHMS) and column not in LOSSES:
+        raise ValueError(f"column = {column!r} is no logarithm of perplexity (log_ppl is test's): name its unit")
     at, over = ([names] if isinstance(names, str) else [*names] for names in (at, over))
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"
     matched, result = pairs(runs, a, b, [*at, *over], column), Estimates()

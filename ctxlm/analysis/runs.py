@@ -72,8 +72,8 @@ def _asked(plan: Grid, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_shape(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs of the context model with their `shape`, A of six layers, else B, and `recipe`, study or stabilised."""
-    shape = np.where(runs["num_layers"] == 6, "A", "B")
+    """Runs of the context model with their `shape`, A (six layers) or B (three), and `recipe`, study or stabilised."""
+    shape = runs["num_layers"].map({6: "A", 3: "B"})
     return runs.assign(shape=shape, recipe=np.where(runs["output_bias"] == "none", "study", "stabilised"))
 
 
