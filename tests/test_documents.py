@@ -12,6 +12,7 @@ import torch
 
 from ctxlm.analysis.runs import load_planned
 from ctxlm.config import Experiment, load_grid, read_yaml
+from ctxlm.corpus import VOCABULARY
 from ctxlm.files import ROOT
 from ctxlm.model import ContextLM
 
@@ -79,5 +80,7 @@ def test_the_table_of_parameters_is_that_of_the_models():
     assert stated.keys() == files.keys()
     for label, names in files.items():
         e = Experiment.from_mapping(*(read_yaml(f"params/{name}.yaml") for name in names))
-        counts = ContextLM(e, torch.zeros(2, e.embed_dim)).parameter_counts().values()
-        assert stated[label] == [str(e.num_layers), str(e.context_dim), *(f"{count:,}" for count in counts)]
+        model = ContextLM(e, torch.empty(VOCABULARY, e.embed_dim))
+        counts = (f"{count:,}" for count in model.parameter_counts().values())
+        cost = f"{model.cost(1, 1, 0)['flops_per_token'] / 1e6:.1f}"
+        assert stated[label] == [str(e.num_layers), str(e.context_dim), *counts, cost]
