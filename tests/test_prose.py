@@ -67,16 +67,6 @@ def key_of(marker):
     return marker["page"], *(marker[name].replace("_", " ") for name in ("contrast", "at"))
 
 
-COUNTS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
-
-
-def replicates_stated(text):
-    """(how many replicates a sentence says, key of the number before that) wherever it says so."""
-    for count in re.finditer(rf"\b({'|'.join(COUNTS)}) replicates\b", text):
-        if before := [*MARKER.finditer(text, 0, count.start())]:
-            yield COUNTS[count[1]], key_of(before[-1])
-
-
 def stated(text):
     """(where its numbers are, marker) of every marker of a text."""
     start = 0
@@ -162,13 +152,6 @@ def test_sites_are_combined_as_by_hand(sites, contrast, size, estimates):
     by_us = by_hand.over_sites(np.array([e["value"] for e in rows]), np.array(errors))
     combined = estimates["04_sites", contrast, size]
     assert (combined["value"], combined["low"], combined["high"]) == pytest.approx(by_us, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_a_sentence_that_says_how_many_replicates_there_are_is_right(estimates):
-    stated_counts = [(where, *count) for where, text in prose() for count in replicates_stated(text)]
-    assert stated_counts
-    assert not [(where, n, key) for where, n, key in stated_counts if estimates[key]["replicates"] != n]
 
 
 def test_no_percentage_of_a_result_goes_unmarked():
