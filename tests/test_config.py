@@ -276,6 +276,9 @@ def test_the_study_grid_is_the_study_in_five_replicates():
 
 
 def test_logits_of_every_sound_run_spread_alike():
+    for width, scale in {768: 0.204, 576: 0.236, 128: 0.5}.items():
+        recipe = Experiment.from_mapping(read_yaml("params/stabilised.yaml"), {"embed_dim": width})
+        assert recipe.logit_scale == scale == Experiment(**recipe.model_dump()).logit_scale
     stabilised = [
         name for name in GRIDS if "stabilised" in name or name in ("depth", "depth-full", "designs", "sizes", "quick")
     ]

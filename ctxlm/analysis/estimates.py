@@ -195,14 +195,8 @@ class Estimates(list[Estimate]):
             colour = (above if verdict == "higher" else COLOURS[0]) if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
-            axes.plot(
-                value,
-                row,
-                "D" if e.over == SITES else "o",
-                color=colour,
-                mfc=colour if significant else "white",
-                markersize=7,
-            )
+            marker, inside = "D" if e.over == SITES else "o", colour if significant else "white"
+            axes.plot(value, row, marker, color=colour, mfc=inside, markersize=7)
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
         if parted:
