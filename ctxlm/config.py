@@ -475,7 +475,12 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
 
 def parameters_list() -> str:
     """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
-    rows = ["# Parameters", "", "Name (default): meaning. Generated from `ctxlm.config.Experiment` by `make docs`.", ""]
+    rows = [
+        "# Parameters",
+        "",
+        "Name (default): meaning. For papermill's `-p`, null is `None`. Written by `make docs`.",
+        "",
+    ]
     for name, field in Experiment.model_fields.items():
         default = json.dumps(field.default).strip('"')
         rows.append(f"- `{name}` ({default}): {field.description}")

@@ -52,12 +52,15 @@ def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
     """
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor or the GPU computes bfloat16 natively; emulated it is several times slower than float32."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:  # emulated it is far slower than float32; these probes are private and absent from some versions
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and absent from some versions
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:

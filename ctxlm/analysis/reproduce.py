@@ -36,13 +36,16 @@ def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
         ConfigError: there are not so many.
     """
     names = grids or sorted(path.parent.name for path in results_dir().glob("*/runs.csv"))
-    tables = [load_runs(grid, committed=True).assign(grid=grid) for grid in names]
-    runs = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=["protocol"])])
+    tables = {grid: load_runs(grid, committed=True).assign(grid=grid) for grid in names}
+    if empty := [grid for grid, table in tables.items() if table.empty]:
+        raise ConfigError(f"grid {empty[0]!r} has no published runs: docs/grids.md lists those that have")
+    runs = pd.concat(tables.values() or [pd.DataFrame(columns=["protocol"])])
     runs = runs[runs["protocol"] == PROTOCOL]
     if not 0 < count <= len(runs):
         where = f" of {', '.join(grids)}" if grids else ""
         raise ConfigError(
-            f"K = {count}: protocol {PROTOCOL} has {len(runs)} published runs{where}, of which 1 or more can be drawn"
+            f"K = {count}: of the published runs{where} {len(runs)} are of today's protocol, {PROTOCOL}: ask for 1 or "
+            "more of those, or of another grid"
         )
     order = random.Random(seed).sample(range(len(runs)), len(runs))
     return runs.iloc[order[:count]]
