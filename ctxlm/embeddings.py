@@ -252,6 +252,6 @@ def _wte(path: Path, name: str, dim: int) -> np.ndarray:
         raise ConfigError(
             f"embedding = {name!r} is {list(embedding.shape)}, not [{VOCABULARY}, embed_dim = {dim}]: change embed_dim"
         )
-    if embedding.dtype.kind != "f" or not np.isfinite(embedding).all():
-        raise ConfigError(f"embedding = {name!r} has entries that are no finite numbers: name another file")
+    if embedding.dtype.kind != "f" or not np.abs(embedding).max() <= 1e4:  # nan is not, either
+        raise ConfigError(f"embedding = {name!r} has entries that are no numbers up to 10,000: name another file")
     return embedding.astype(np.float32, copy=False)

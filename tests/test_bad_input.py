@@ -112,6 +112,7 @@ EMBEDDINGS = {
     "other width": entries(dim=3),
     "whole numbers": entries(1, dtype=np.int64),
     "nan": entries(0.1, np.nan),
+    "huge": entries(0.1, 1e30),
 }
 
 
