@@ -1,5 +1,9 @@
 """The benchmark counts what torch multiplies."""
 
+import json
+import sys
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,3 +51,16 @@ UNCOUNTED |= {"slow_decay": 0.9, "dropout": 0.1}
 @pytest.mark.parametrize(("name", "value"), UNCOUNTED.items())
 def test_what_the_floor_does_not_count_is_refused(name, value):
     assert refusal(benchmark.measure_apart, Experiment.from_mapping({name: value})).startswith(f"{name} = {value!r}")
+
+
+@pytest.mark.parametrize(("stderr", "last"), [("", "killed"), ("a\nMemoryError\n\n", "MemoryError")])
+def test_a_measurement_apart_is_a_process_whose_last_line_counts(stderr, last, monkeypatch):
+    e, run = Experiment(num_layers=3), Mock(return_value=Mock(returncode=0, stdout='a warning\n{"threads": 2}\n'))
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    assert benchmark.measure_apart(e) == {"threads": 2}
+    *command, values = run.call_args.args[0]
+    assert command == [sys.executable, "-m", "ctxlm.analysis.benchmark"]
+    assert Experiment.from_mapping(json.loads(values)) == e
+    run.return_value = Mock(returncode=-9, stdout="", stderr=stderr)
+    with pytest.raises(RuntimeError, match=f"^{last}$"):
+        benchmark.measure_apart(e)
