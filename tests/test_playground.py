@@ -235,15 +235,12 @@ def test_views_are_shown_of_first_values_and_anew_when_a_control_is_moved(monkey
 
 @pytest.fixture
 def live(monkeypatch):
-    """The small run A as the only preset, of 3 epochs; the list has the history at the end, and what to do at each."""
+    """The small run A as the only preset, of 3 epochs; the list has what to do at each."""
 
     class Live:
         def __call__(self, history):
             for do in live:
                 do()
-
-        def finish(self, history):
-            live[:] = [pd.DataFrame(history)]
 
     live = []
     known = {"A": Experiment.of_run(play.metrics(A)).model_copy(update={"phase2_epochs": 3})}
@@ -267,7 +264,6 @@ def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_ask
     thread = threading.Thread(target=play.model, args=(A,))
     thread.start()
     thread.join()
-    assert live[0]["step"].max() == 3
     assert f"{A} is trained first" in capsys.readouterr().out
     trained = "interactive/A_again"
     known = play.metrics(trained)
@@ -293,9 +289,6 @@ def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(l
     assert play.catalogue("interactive").data.set_index("run").loc[trained].iloc[-1].endswith("stopped")
     assert play.differing(A, trained).data.set_index("parameter").loc["stopped"].tolist() == ["–", "True"]
 
-    live[:] = [interrupt]  # in its last epoch it ends as it would have, which is A
-    known = play.metrics(play.train("A", phase2_epochs=1))
-    assert not known.get("stopped") and known["test_ppl"] == pytest.approx(play.metrics(A)["test_ppl"], rel=1e-5)
     live[:] = [interrupt, interrupt]
     with pytest.raises(KeyboardInterrupt):
         play.train("A", seed=6)

@@ -198,6 +198,11 @@ def test_the_markers_are_read_as_they_are_meant():
 @pytest.mark.slow
 def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
     assert 1 <= len(re.findall(rb"/Type /Page\b", (site / "article.pdf").read_bytes())) <= 4
+    texts = {path.name: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
+    for page, text in texts.items():
+        for path, anchor in re.findall(r'<(?:a|img) [^>]*?(?:href|src)="([^":#]*)#?([^":]*)"', text):
+            assert (site / (path or page)).is_file(), (page, path)
+            assert not anchor or f' id="{anchor}"' in texts[path or page], (page, path, anchor)
     committed = sum(len(pd.read_csv(path)) for path in (ROOT / "data" / "results").glob("*/runs.csv"))
     committed += len([*(ROOT / "data" / "results").glob("*/*/metrics.json")])
     for page in sorted(site.glob("*.html")):

@@ -138,7 +138,7 @@ def test_planted_crossovers_come_back_and_what_a_pair_shares_does_not_blur_them(
     assert row["tokens"] == pytest.approx(MEETS, rel=0.05)
     slopes = row["slopes"]  # a single replicate's interval is of its residuals alone
     assert row["low"] < MEETS < row["high"] and slopes.low < -0.06 < slopes.high < 0
-    assert slopes.verdict == "lower" and row["p"] < 0.001 and (slopes.n, slopes.replicates) == (20, 4)
+    assert slopes.verdict == "lower" and slopes.p < 0.001 and (slopes.n, slopes.replicates) == (20, 4)
 
 
 def test_the_slopes_differ_by_the_interaction_of_the_pooled_formula(judged):
@@ -152,7 +152,7 @@ def test_the_slopes_differ_by_the_interaction_of_the_pooled_formula(judged):
     one, other = row["slopes"], whole.estimate("log_tokens:configuration[T.B]")
     assert (one.low, one.high, one.dof) == pytest.approx((other.low, other.high, other.dof), rel=1e-6)
     variance, dof = whole.moments.variance(np.array([0, 0, 0, 1]))
-    assert row["p"] == pytest.approx(2 * stats.t.sf(abs(slope) / math.sqrt(variance), dof), rel=1e-6)
+    assert row["slopes"].p == pytest.approx(2 * stats.t.sf(abs(slope) / math.sqrt(variance), dof), rel=1e-6)
     two = [whole.terms.index("configuration[T.B]"), 3]  # not centred: the same set
     parts = [(part[np.ix_(two, two)], dof) for part, dof in whole.moments.parts]
     raw = fieller(replace(whole.moments, mean=whole.moments.mean[two], parts=parts))
@@ -163,7 +163,8 @@ def test_the_slopes_differ_by_the_interaction_of_the_pooled_formula(judged):
     swapped = runs.assign(configuration=runs["configuration"].map({"A": "B", "B": "A"}))
     (turned,) = crossovers(swapped).to_dict("records")
     assert turned["slopes"].value == pytest.approx(-slope)
-    for name in (*places, "p"):
+    assert turned["slopes"].p == pytest.approx(row["slopes"].p)
+    for name in places:
         assert turned[name] == pytest.approx(row[name], nan_ok=True)
 
 
@@ -172,7 +173,7 @@ def test_the_verdict_is_where_the_laws_meet(judged):
     of_b = (-0.36, 6.6), (-0.36, edge), (-0.30, 6.35), (-0.36, 10.0)
     rows = [crossovers(judged({"A": (-0.30, 6.3), "B": b}, **NARROW).runs).iloc[0] for b in of_b]
     assert [row["verdict"] for row in rows] == ["not within the sizes"] * 2 + ["none established"] * 2
-    assert (rows[3]["kind"], rows[3]["tokens"]) == ("nowhere", None) and rows[3]["p"] < 0.01
+    assert (rows[3]["kind"], rows[3]["tokens"]) == ("nowhere", None) and rows[3]["slopes"].p < 0.01
 
 
 def test_every_two_configurations_are_compared(judged):

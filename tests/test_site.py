@@ -285,12 +285,11 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
     if earlier:
         kept = (build(grid).parents[1] / "04_scaling.ipynb").read_bytes()
         capsys.readouterr()
-    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     monkeypatch.setattr(site, "_execute", fail)
     assert main(["--grid", grid]) == 1
     printed = capsys.readouterr()
     why, where = printed.err.removeprefix("error: ").splitlines()
-    assert why.startswith(f"no sizes {HOSTILE}; it differs from the commit: `git checkout notebooks/04_scaling")
+    assert why == f"no sizes {HOSTILE}"
     assert printed.out.splitlines() == MISSING
     index = Path(where.rpartition(": ")[2])
     soup = soup_of(index)
@@ -328,33 +327,26 @@ def test_the_site_has_the_written_index_and_all_committed_runs_whatever_was_run_
     assert rows_of(table)[0]["best epoch"] == "–" and [len(row("svg")) for row in table.tbody("tr")] == [0, 1, 1]
 
 
-def test_a_link_that_leads_nowhere_is_named_and_the_earlier_site_stays(root, capsys):
-    before = build_all().read_bytes()
-    for name, content, words in (
-        ("docs/index.md", INDEX.replace("ipynb#Which", "ipynb#ich"), "04_scaling.html#ich-is-better, which"),
-        ("docs/index.md", INDEX.replace("#main-figure", "#other"), "index.html names images/answer.png, "),
-        ("notebooks/08_audit.ipynb", notebook(text("# A\n\n[x](10_x.html)")), "08_audit.html names 10_x.html, "),
-    ):
-        right = (root / name).read_text(encoding="utf-8")
-        write(root, {name: content})
-        assert main(["--all"]) == 1
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith("error: ") and words in line
-        assert (root / "outputs" / "site" / "index.html").read_bytes() == before
-        write(root, {name: right})
+def test_where_a_page_fails_the_earlier_site_stays(root, monkeypatch, capsys):
+    def fail(_folder):
+        raise ConfigError("no sizes")
+
+    index = build_all()
+    before = index.read_bytes()
+    monkeypatch.setattr(site, "_execute_all", fail)
+    assert main(["--all"]) == 1
+    assert capsys.readouterr().err == "error: no sizes\n" and index.read_bytes() == before
 
 
 @pytest.mark.slow
 def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tmp_path, monkeypatch):
     source = 'import os, pathlib\nassert not [*pathlib.Path(os.environ["CTXLM_OUTPUTS"]).glob("*/")]\nprint(sizes)'
     parameters = nb.new_code_cell("sizes = 1", metadata={"tags": ["parameters"]})
-    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no\\nsizes")'))
-    write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad, "06_torn.ipynb": good[:99]})
+    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no sizes")'))
+    write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad})
     monkeypatch.setattr(site, "ROOT", tmp_path)
-    pages = {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {}), "06_torn": ("06_torn", {})}
-    monkeypatch.setattr(site, "PAGES", pages)
-    words = r"^notebooks/05_bad.ipynb ended in ValueError \(no sizes\): open it .*; notebooks/06_torn.ipynb ended in "
-    with pytest.raises(ConfigError, match=words):
+    monkeypatch.setattr(site, "PAGES", {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {})})
+    with pytest.raises(ConfigError, match=r"^notebooks/05_bad.ipynb ended in ValueError: no sizes: "):
         site._execute_all(tmp_path / "executed")
     executed = nbformat.read(tmp_path / "executed" / "04_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "7\n"

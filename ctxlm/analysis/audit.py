@@ -10,7 +10,7 @@ A study is a folder of tables, copied as printed. The columns of its `audit.csv`
 
 Every other table of the folder is a function of its name: `results('A', 86925, 'val_ppl')` is the cell of the row with
 these values in those of `KEYS` that the table has, in that order. With fewer values it is the column of all rows that
-have them. `log`, `exp`, `abs`, `min`, `max`, `mean`, `sum` and `span` work on numbers and columns; `least` takes the
+have them. `log`, `exp`, `min`, `max`, `mean`, `sum` and `span` work on numbers and columns; `least` takes the
 smallest of several columns, row by row. `slope`, `intercept`, `r2` and `law(…, tokens)` are of the line through log PPL
 against log tokens of an experiment's `results`. `layers(n)` is the column 1 .. n.
 """
@@ -162,5 +162,5 @@ def _of_all(function: Callable) -> Callable[..., Any]:
 OPERATORS = DEFAULT_OPERATORS | {ast.Mult: np.multiply, ast.Pow: np.float_power}
 """numpy's take columns, too; simpleeval's refuse large numbers, since text and whole numbers can grow without end."""
 FUNCTIONS = {name: _of_all(getattr(np, name)) for name in ("min", "max", "mean", "sum")}
-FUNCTIONS |= {"log": np.log, "exp": np.exp, "abs": np.abs, "span": _of_all(np.asarray)}
+FUNCTIONS |= {"log": np.log, "exp": np.exp, "span": _of_all(np.asarray)}
 FUNCTIONS |= {"least": lambda *columns: np.minimum.reduce(columns), "layers": lambda n: np.arange(1, n + 1)}

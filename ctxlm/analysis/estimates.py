@@ -35,7 +35,7 @@ from ctxlm.files import atomic, resolve
 
 LEVEL = 0.95
 MIME = "application/vnd.ctxlm.estimates+json"
-"""Under this type a displayed table carries its estimates as data: the site and the tests read them there."""
+"""Under this type a displayed table carries its estimates as data: the tests read them there."""
 NOTHING, UNKNOWN = "not significant", "one replicate: chance is not known"
 """Verdicts on a difference, beside lower and higher."""
 SAMPLES, SITES = "samples", ("sites",)
@@ -279,9 +279,6 @@ class Moments:
 
 def crossed(sums: np.ndarray, runs: pd.DataFrame, tokens: np.ndarray) -> Moments:
     """Means of p quantities that are known in replicates and, perhaps, on samples, with their errors.
-
-    The variance over replicates, the first part, holds what samples and replicates do together, the third; the variance
-    over samples, the second, holds it too.
 
     Args:
         sums: [replicates, samples, p], of which the mean over replicates, divided by all tokens, is estimated.

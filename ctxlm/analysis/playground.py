@@ -266,8 +266,8 @@ def train(preset: str, **change: Any) -> str:
         raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
     e = Experiment.from_mapping(known[preset].model_dump(), change)
     e.check_read(change)
-    changed = [f"{key}-{value}" for key, value in change.items()] or ["again"]  # notebook 02's by hand may be called so
-    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *changed]))
+    label = [f"{key}-{value}" for key, value in change.items()] or ["again"]  # notebook 02's by hand may be called so
+    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *label]))
     run, path = f"{BY_HAND}/{name}", outputs_dir() / BY_HAND / name / "metrics.json"
     if path.exists() and e.is_that_of(metrics(run)):
         print(f"{run} is finished: to train it anew, delete {path.parent}")
@@ -279,23 +279,19 @@ def train(preset: str, **change: Any) -> str:
         print("It stops after this epoch and keeps the best one. Stopped once more, it ends at once and keeps nothing.")
 
     def follow(history: list[dict]) -> bool:
-        rows[:] = history
         curve(history)
         ended[:] = pressed
         return bool(ended)
 
-    curve, rows, pressed, ended = plots.Live(), [], [], []
+    curve, pressed, ended = plots.Live(), [], []
     main = threading.current_thread() is threading.main_thread()  # which alone takes signals
     before = signal.signal(signal.SIGINT, press) if main else None
     try:
-        result = running.run(e, path.parent, follow)
+        running.run(e, path.parent, follow)
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
-    curve.finish(rows)
-    patience = result["epochs_run"] - result["best_epoch"]
-    by_itself = patience >= e.phase2_patience or result["epochs_run"] >= e.phase2_epochs
-    if ended and not by_itself:
+    if ended:
         with atomic(path) as new:
             new.write_text(json.dumps(json.loads(path.read_bytes()) | {"stopped": True}, indent=1) + "\n")
     for kept in (model, contexts, _test):
@@ -373,10 +369,8 @@ def _nats(run: str) -> pd.Series:
 
 @functools.lru_cache(4)
 def _test(run: str) -> Stream:
-    """The text that a run's test is of: by protocol 2 it was what is development now."""
-    known = metrics(run)
-    streams = split(Experiment.of_run(known))
-    return streams.development if known["protocol"] == 2 else streams.test
+    """The text that a run's test is of."""
+    return split(Experiment.of_run(metrics(run))).test
 
 
 def _positions(test: Stream, conversation: int) -> np.ndarray:

@@ -6,7 +6,6 @@ is done again lies in `outputs/reproduce`; a command that was stopped goes on wi
 """
 
 import argparse
-import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +46,7 @@ def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
             f"K = {count}: of the published runs{where} {len(runs)} are of today's protocol, {PROTOCOL}: ask for 1 or "
             "more of those, or of another grid"
         )
-    order = random.Random(seed).sample(range(len(runs)), len(runs))
-    return runs.iloc[order[:count]]
+    return runs.sample(frac=1, random_state=seed).head(count)  # a longer draw begins as a shorter one
 
 
 def again(published: pd.Series) -> dict[str, object]:

@@ -161,8 +161,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """
     frames = []
     for grid in dict.fromkeys(grids):
-        plan = _plan(grid)
-        runs = load_planned(plan) if plan else load_runs(grid)
+        plan, runs = _plan(grid), _load(grid)
         if runs.empty:
             first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
             raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")
@@ -176,9 +175,14 @@ def read_runs(*grids: str) -> pd.DataFrame:
     joined["log_ppl"] = joined.get("test_loss", math.nan)
     joined["log_tokens"], joined["log2_tokens"] = np.log(joined["train_tokens"]), np.log2(joined["train_tokens"])
     if {"overfit_rate", "epochs_run"} <= {*joined}:
-        stopped = joined["epochs_run"] - joined["best_epoch"] >= joined["phase2_patience"]
-        joined["log_over_fitting"] = np.log1p(joined["overfit_rate"]).where(stopped)
+        joined["log_over_fitting"] = np.log1p(joined["overfit_rate"]).where(stopped_early(joined))
     return joined
+
+
+def stopped_early(runs: pd.DataFrame) -> pd.Series:
+    """Whether validation, not the limit of epochs, ended each of `runs`: those alone have over-fitting to show."""
+    # several validations an epoch make these fractions, whose difference is not exact
+    return (runs["epochs_run"] - runs["best_epoch"]).round(6) >= runs["phase2_patience"]
 
 
 def read_finished(*grids: str) -> pd.DataFrame:
@@ -187,13 +191,18 @@ def read_finished(*grids: str) -> pd.DataFrame:
     Raises:
         ConfigError: none has one, or as `read_runs`.
     """
-    return read_runs(*([grid for grid in grids if len(load_runs(grid))] or grids))
+    return read_runs(*([grid for grid in grids if len(_load(grid))] or grids))
 
 
 def _plan(grid: str) -> Grid | None:
     """A grid's file, expanded; None for runs that no file plans: made by hand, or published and their file is gone."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
     return None if grid == BY_HAND or (not planned and len(load_runs(grid))) else load_grid(grid)
+
+
+def _load(grid: str) -> pd.DataFrame:
+    """A grid's finished runs: those that its file asks for, or all where it has none."""
+    return load_planned(plan) if (plan := _plan(grid)) else load_runs(grid)
 
 
 def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:

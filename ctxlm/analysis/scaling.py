@@ -114,7 +114,7 @@ def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
     Fitted to differences of runs of equal size and replicate, so that what a pair shares is no error: for equally many
     runs of each size, that is the interaction of `log_ppl ~ log_tokens * configuration`.
 
-    Columns: a, b, slopes (an `Estimate`, b − a), p (Student's t), tokens, kind, low, high (as `Crossover`), verdict.
+    Columns: a, b, slopes (an `Estimate`, b − a), tokens, kind, low, high (as `Crossover`), verdict.
     """
     rows = []
     for a, b, both in _compared(runs):
@@ -131,8 +131,8 @@ def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
             low, high = met.low or 0, met.high or math.inf
             inside = both["train_tokens"].min() <= low and high <= both["train_tokens"].max()
             verdict = "within the sizes" if inside else "not within the sizes"
-        rows.append({"a": a, "b": b, "slopes": slopes, "p": slopes.p} | asdict(met) | {"verdict": verdict})
-    return pd.DataFrame(rows, columns="a b slopes p tokens kind low high verdict".split())
+        rows.append({"a": a, "b": b, "slopes": slopes} | asdict(met) | {"verdict": verdict})
+    return pd.DataFrame(rows, columns="a b slopes tokens kind low high verdict".split())
 
 
 def enough(effect: float) -> int:

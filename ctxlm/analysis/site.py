@@ -36,7 +36,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor, TagRemovePrepro
 from nbformat import NotebookNode
 from tqdm.contrib.concurrent import thread_map
 
-from ctxlm.analysis.runs import load_planned, load_runs, load_table
+from ctxlm.analysis.runs import load_planned, load_runs, load_table, stopped_early
 from ctxlm.batch import corpora, print_line, state
 from ctxlm.config import ConfigError, Grid, load_grid
 from ctxlm.files import ROOT, atomic, outputs_dir, results_dir
@@ -90,7 +90,12 @@ def build(grid: str) -> Path:
     reasons = [f"{name}: {why}" for name, why in missing.items()]
     if runs.empty:
         raise ConfigError(f"no run of grid {settings.name} is finished: {'; '.join(reasons)}")
-    failure = _analyse(grid, home)
+    failure = ""
+    try:
+        with atomic(home / f"{ANALYSIS}.ipynb") as target:
+            _execute(ANALYSIS, {"grid": grid, "output_dir": str(home)}, target, outputs)
+    except ConfigError as error:
+        failure = str(error)
     sources = {ANALYSIS: home / f"{ANALYSIS}.ipynb"}
     sources |= {name: home / name / "corpus.ipynb" for name in corpora(settings.runs.values())}
     notebooks = {name: nbformat.read(path, as_version=4) for name, path in sources.items() if path.exists()}
@@ -118,24 +123,11 @@ def build(grid: str) -> Path:
     return index
 
 
-def _analyse(grid: str, home: Path) -> str:
-    """Run the analysis on a grid's runs, into `home`; returns why it failed, or ""."""
-    try:
-        with atomic(home / f"{ANALYSIS}.ipynb") as target:
-            _execute(ANALYSIS, {"grid": grid, "output_dir": str(home)}, target, home.parent)
-    except ConfigError as error:
-        status = ["git", "status", "--porcelain", "--", f"notebooks/{ANALYSIS}.ipynb"]
-        changed = subprocess.run(status, cwd=ROOT, capture_output=True).stdout
-        hint = f"; it differs from the commit: `git checkout notebooks/{ANALYSIS}.ipynb` puts it back"
-        return f"{error}{hint if changed else ''}"
-    return ""
-
-
 def build_all() -> Path:
     """Write `site/`: the article, its notebooks executed anew, and a table of all committed runs.
 
     Raises:
-        ConfigError: a notebook failed, or a link leads nowhere: which and why. The earlier site stays.
+        ConfigError: a notebook failed: which and why. The earlier site stays.
     """
     target = outputs_dir() / "site"
     with _replaced(target) as folder:
@@ -164,7 +156,6 @@ def build_all() -> Path:
             table = load_runs(grid, committed=True).assign(grid=grid)
             runs += _listed(table, load_table(grid, "history", committed=True))
         _write(folder / "runs.html", "runs.html", title="Runs", runs=runs, committed=True, **common)
-        _check_links(folder)
         _print(folder / "index.html", folder / "article.pdf")
     return target / "index.html"
 
@@ -195,21 +186,16 @@ def _execute_all(folder: Path) -> dict[str, NotebookNode]:
     """Run the notebooks of `PAGES`, two at a time, into a folder. Returns page → executed notebook.
 
     Raises:
-        ConfigError: some failed: a sentence for each.
+        ConfigError: one failed.
     """
     folder.mkdir()
 
     # in that folder there are no runs, which in `outputs` would stand in for committed ones
-    def job(page: str) -> NotebookNode | ConfigError:
-        try:
-            return _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
-        except ConfigError as error:
-            return error
+    def job(page: str) -> NotebookNode:
+        return _execute(*PAGES[page], folder / f"{page}.ipynb", folder)
 
-    ended = thread_map(job, PAGES, max_workers=2, desc="pages", leave=False, disable=None)
-    if errors := [str(error) for error in ended if isinstance(error, ConfigError)]:
-        raise ConfigError("; ".join(errors))
-    return dict(zip(PAGES, ended, strict=True))
+    executed = thread_map(job, PAGES, max_workers=2, desc="pages", leave=False, disable=None)
+    return dict(zip(PAGES, executed, strict=True))
 
 
 def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Path) -> NotebookNode:
@@ -224,9 +210,6 @@ def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Pa
         if "Kernel died before replying" not in process.stderr:  # as where two that start at once take the same port
             break
     why = (process.stderr.strip().splitlines() or ["no word of why"])[-1]
-    with suppress(OSError, ValueError):  # where it failed before its first cell, nothing is written
-        results = [output for cell in nbformat.read(target, as_version=4).cells for output in cell.get("outputs", ())]
-        why = next((f"{o.ename} ({' '.join(o.evalue.split())})" for o in results if o.output_type == "error"), why)
     raise ConfigError(f"notebooks/{name}.ipynb ended in {why}: open it and run it to see where")
 
 
@@ -300,16 +283,6 @@ def _document(name: str) -> str:
     return cells_html(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]))
 
 
-def _check_links(folder: Path) -> None:
-    """Refuse links within the site that lead nowhere, and images that are not there."""
-    texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.html")}
-    for page, text in texts.items():
-        for path, anchor in re.findall(r'<(?:a|img) [^>]*?(?:href|src)="([^":#]*)#?([^":]*)"', text):
-            target = texts.get(path or page)
-            if target is None or (anchor and f' id="{anchor}"' not in target):
-                raise ConfigError(f"{page} names {path}{anchor and '#'}{anchor}, which is not there: correct it")
-
-
 # Pages are written
 
 
@@ -343,6 +316,7 @@ def _listed(runs: pd.DataFrame, history: pd.DataFrame) -> list[dict[str, Any]]:
     numbers = "train_tokens seed test_ppl test_bits_per_byte val_ppl best_epoch".split()
     numbers += "epochs_run phase2_patience overfit_rate total_seconds".split()
     shown = runs.reindex(columns=["grid", "run", *numbers]).astype(dict.fromkeys(numbers, float))
+    shown["overfit_rate"] = shown["overfit_rate"].where(stopped_early(shown))
     measured = history[(history["phase"] == "phase2") & history["metric"].isin(["train_ppl", "val_ppl"])]
     curves = {run: _curve(rows) for run, rows in measured.groupby("run", observed=True)}
     return [run | {"curve": curves.get(run["run"])} for run in shown.to_dict("records")]
