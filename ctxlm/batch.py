@@ -54,13 +54,13 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
     with ExitStack() as held:
         held.enter_context(FileLock(folder / BATCH_LOCK))
         kernel = FileLock(folder / RUN_LOCK)  # of one that outlives a killed papermill, or that somebody left open
-        with suppress(Timeout):
+        try:
             kernel.acquire(0)
-        if not kernel.is_locked:
+        except Timeout:
             print_line(f"{folder.name}: waits for the notebook that has its folder to end or be shut down")
             kernel.acquire()
         kernel.release()
-        if is_finished(done, values):
+        if done.name == "metrics.json" and is_finished(done, _run_of(values)):
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_BATCH": "1"}
         environment |= free_gpu(values, held)
@@ -102,14 +102,16 @@ def run_apart(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return json.loads(done.read_bytes())
 
 
-def is_finished(done: Path, values: Mapping[str, Any]) -> bool:
-    """Whether a run's metrics.json is of these parameters, of today's code and of today's text."""
-    if done.name != "metrics.json" or not done.exists():
-        return False
-    wanted = Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
-    metrics = json.loads(done.read_bytes())
-    todays = wanted.is_that_of(metrics) and metrics.get("code_hash") == code_hash(wanted.model)
-    return todays and metrics.get("data_hash") == data_of(wanted)
+def is_finished(done: Path, run: Experiment) -> bool:
+    """Whether a run's metrics.json is there, of these parameters, of today's code and of today's text."""
+    metrics = json.loads(done.read_bytes()) if done.exists() else {}
+    todays = run.is_that_of(metrics) and metrics.get("code_hash") == code_hash(run.model)
+    return todays and metrics.get("data_hash") == data_of(run)
+
+
+def _run_of(values: Mapping[str, Any]) -> Experiment:
+    """The experiment of a notebook's parameters."""
+    return Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
 
 
 def data_of(run: Experiment) -> str:
@@ -140,10 +142,14 @@ def visible_gpus() -> list[str]:
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
+def wants_gpu(values: Mapping[str, Any]) -> bool:
+    """Whether a notebook with these parameters takes a GPU where one is free."""
+    return values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
+
+
 def free_gpu(values: Mapping[str, Any], held: ExitStack) -> dict[str, str]:
     """Make a free GPU the only one that a run of these parameters sees, if it wants one; its own until `held` ends."""
-    wanted = values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
-    for gpu in visible_gpus() if wanted else []:
+    for gpu in visible_gpus() if wants_gpu(values) else []:
         with suppress(Timeout):
             held.enter_context(FileLock(outputs_dir() / f".gpu-{platform.node()}-{gpu}.lock").acquire(0))
             return {"CUDA_VISIBLE_DEVICES": gpu}
@@ -192,7 +198,7 @@ def check(grid: str) -> list[str]:
             load_embedding(run)
     results = {f"{home_of(plan.name)}/{name}/metrics.json": run for name, run in plan.runs.items()}
     existing = {path: run for path, run in results.items() if resolve(path).exists()}
-    return [path for path, run in existing.items() if not is_finished(resolve(path), run.for_notebook())]
+    return [path for path, run in existing.items() if not is_finished(resolve(path), run)]
 
 
 def on_one_line(values: Mapping[str, Any]) -> str:
@@ -230,7 +236,7 @@ def state(folder: Path, run: Experiment) -> tuple[str, str]:
                     pass
         except Timeout:
             return "running", _last_step(folder)
-    if is_finished(done, run.for_notebook()):
+    if is_finished(done, run):
         return "finished", _result(done)
     if (folder / FAILURE).exists():
         return "failed", (folder / FAILURE).read_text(encoding="utf-8").strip()
@@ -308,7 +314,7 @@ def _left(home: Path) -> str:
     if not (grid := os.environ.get("CTXLM_GRID")):  # by Snakefile
         return ""
     runs = load_grid(grid).runs
-    left = sum(not is_finished(home / name / "metrics.json", run.for_notebook()) for name, run in runs.items())
+    left = sum(not is_finished(home / name / "metrics.json", run) for name, run in runs.items())
     return f", {left} of {len(runs)} runs left"
 
 

@@ -14,9 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from ctxlm.files import BY_HAND, ROOT, digest, resolve, source_hash
+from ctxlm.files import BY_HAND, ROOT, resolve, source_hash
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
@@ -175,6 +185,14 @@ class Experiment(Checked):
         "auto", description="of products but the recurrence's; auto: bfloat16 where the machine computes it natively"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """`weight_decay: true` would else be 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("truth_value", "give a number or a word")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         if self.logit_scale is None:  # at first logits then spread alike at every width
@@ -190,12 +208,8 @@ class Experiment(Checked):
             refuse("embedding embed_dim", "GPT-2's has 768 dimensions")
         if self.embedding == "smollm2" and self.embed_dim > 576:
             refuse("embedding embed_dim", "SmolLM2's has 576 dimensions, of which fewer can be kept")
-        if self.phase1_min_iterations > self.phase1_max_iterations:
-            refuse("phase1_min_iterations phase1_max_iterations", "lower the first or raise the second")
         if self.judged_corpus and {*self.corpus.split("+")} & {*self.judged_corpus.split("+")}:
             refuse("corpus judged_corpus", "text of the first would be judged on: name another, or null")
-        if self.ngram_second_half and self.model != "kneser-ney":
-            refuse("ngram_second_half model", "only kneser-ney counts")
         if self.model == "transformer" and self.hidden_dim % self.num_heads:
             refuse("hidden_dim num_heads", "the first must be a multiple of the second")
         window = "phase2_context_window" if self.model == "context" else "window"
@@ -278,17 +292,10 @@ class Experiment(Checked):
         """Whether a finished run, its metrics.json or a row, has these parameters, as far as its model reads them."""
         for name, value in self.for_notebook().items():
             other = run.get(name, type(self).model_fields[name].default)  # of a run that is older than the parameter
-            missing = other is None or other != other
-            # of what was `auto` a run holds what it became
-            chosen = value == "auto" and name in ("device", "dtype")
-            if not chosen and (not missing if value is None else other != value):
+            other = None if other != other else other  # a row has nan for null
+            if other != value and value != "auto":  # a run holds what that became
                 return False
         return True
-
-    @property
-    def params_hash(self) -> str:
-        """Digest of every parameter: equal for equal experiments, whatever the order they were written in."""
-        return digest(json.dumps(self.model_dump(), sort_keys=True))
 
 
 def code_hash(model: str = "context") -> str:
@@ -297,10 +304,7 @@ def code_hash(model: str = "context") -> str:
 
 
 def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
-    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign.
-
-    Where no record of cells is kept (outside Jupyter), all that are plain data.
-    """
+    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign."""
     ours, papermills = set(), set()
     for cell in namespace.get("In", []):
         names = _assigned(cell)
@@ -308,9 +312,6 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
             papermills = names
         elif {"corpus", "output_dir"} <= names:
             ours, papermills = names, set()
-    if not ours:
-        plain = (bool, int, float, str, list, dict, type(None))
-        ours = {name for name, value in namespace.items() if type(value) in plain and not name.startswith("_")}
     return (ours | papermills) & namespace.keys()
 
 
@@ -367,17 +368,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-Layers = str | dict[str, Any] | list[str | dict[str, Any]] | None
-"""A parameter file, values, or a list of such, of which later ones win."""
+Layers = Annotated[
+    list[str | dict[str, Any]], BeforeValidator(lambda given: given if isinstance(given, list) else [given or {}])
+]
+"""A parameter file, values, or a list of such, of which later ones win; as a list."""
 
 
 def read_layers(layers: Layers) -> list[dict[str, Any]]:
     """The values of each layer, files read."""
-    return [read_yaml(layer) if isinstance(layer, str) else layer for layer in _listed(layers)]
-
-
-def _listed(layers: Layers) -> list[str | dict[str, Any]]:
-    return layers if isinstance(layers, list) else [layers or {}]
+    return [read_yaml(layer) if isinstance(layer, str) else layer for layer in layers]
 
 
 class GridFile(Checked):
@@ -385,7 +384,7 @@ class GridFile(Checked):
 
     title: str
     description: str = ""
-    common: Layers = None
+    common: Layers = []
     experiments: dict[str, Layers] = Field(min_length=1)
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
 
@@ -417,7 +416,7 @@ def load_grid(name: str) -> Grid:
         for label, given in file.experiments.items():
             where = f"{path}, experiment {label}"
             layers = read_layers(given)
-            written = {name for layer in _listed(given) if isinstance(layer, dict) for name in layer}  # files: defaults
+            written = {name for layer in given if isinstance(layer, dict) for name in layer}  # files: defaults
             for step in sweep(file.sweep):
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
                 where = f"{path}, run {run}"

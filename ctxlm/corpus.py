@@ -34,7 +34,10 @@ PROMPTS_SHA256 = "99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa777
 """Of the JSON file."""
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
-ULTRACHAT_SPLIT = "train_sft[:20000]"
+ULTRACHAT_FILE = "data/train_sft-00000-of-00003-a3ecf92756993583.parquet"
+ULTRACHAT_REVISION = "8049631c405ae6576f93f445c6b8166f76f5505a"
+ULTRACHAT_SAMPLES = 20_000
+"""The file's first."""
 ULTRACHAT_SIZES = {500: 86_925, 1000: 183_620}
 """Tokens of so many first samples, as the study of 2025-11-28 reports them."""
 
@@ -149,7 +152,7 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
     space), the opening message of a conversation (prompts, ultrachat, and files in its schema: a column or key
     `messages`), a paragraph (.txt, separated by blank lines), or the `text` of a row. Samples without a token are
     dropped.
-    Tokens are cached by the content they come from; only ultrachat's, which the hub keeps, go by its name.
+    Tokens are cached by the content they come from; only ultrachat's, which the hub keeps, by its revision.
 
     A mixture, as `chitchat+sotu+sotu`, takes a sample of each in turn, until one of them has no more.
 
@@ -165,7 +168,7 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
     if "+" in name and {*name.split("+")} <= {*CORPORA}:
         return _mixture(name, name.split("+"))
     if name == "ultrachat":
-        return _cached_corpus(name, f"{ULTRACHAT} {ULTRACHAT_SPLIT}".encode(), _ultrachat_texts)
+        return _cached_corpus(name, f"{ULTRACHAT_REVISION} {ULTRACHAT_SAMPLES}".encode(), _ultrachat_texts)
     if name == "chitchat":
         path, read = _package("chitchat-dataset", "chitchat_dataset/dataset.json"), _chitchat_texts
     elif name == "prompts":
@@ -189,11 +192,8 @@ def load_corpus(name: str, shuffled: bool = False) -> Corpus:
 def split(experiment: Experiment, corpus: Corpus | None = None) -> Split:
     """The streams of an experiment, by protocol 3. They depend on its data parameters alone.
 
-    docs/method.md says where each part lies. Training is exactly the first `train_tokens` tokens of the capacity; with
-    `data_seed` k it begins at the sample nearest to k sixtieths of it, and goes on at its first when it runs out. With
-    `held_out_tokens`, so many of its last tokens are cut off, within a sample if need be, and take the place of
-    validation. With `train_piece_tokens`, the samples that are left are cut into pieces of so many tokens, the last one
-    shorter, which stand in a random order that is always the same.
+    docs/method.md says where each part lies. With `data_seed` k, training begins at the sample nearest to k sixtieths
+    of the capacity, and goes on at its first when it runs out.
 
     Raises:
         ConfigError: more is asked of a part than it has, or a part is left a single token.
@@ -363,23 +363,28 @@ def _chitchat_texts(_name: str, raw: bytes) -> list[str]:
     return ["\n".join(" ".join(message["text"] for message in turn) for turn in c["messages"]) for c in conversations]
 
 
-def _ultrachat_texts(name: str, _split: bytes) -> list[str]:
-    """Opening messages of UltraChat 200k (Ding et al. 2023; Tunstall et al. 2023), from the hub or its local cache."""
-    choices = "use corpus: path/to/file.parquet (or .jsonl) with UltraChat's column messages, or corpus: chitchat"
+def from_hub(repository: str, file: str, revision: str, kind: str, asked_by: str, instead: str) -> Path:
+    """A file of a revision on the Hugging Face hub, which is asked once: then it is in the hub's own cache.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    import huggingface_hub  # slow to import
+
     try:
-        import datasets  # slow to import, and an optional extra
-    except ImportError:
-        raise ConfigError(
-            f"corpus = 'ultrachat' needs the package datasets: pip install -e '.[hub]', or {choices}"
-        ) from None
-    try:
-        rows = datasets.load_dataset(ULTRACHAT, split=ULTRACHAT_SPLIT)
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, repo_type=kind))
     except Exception as error:
-        raise ConfigError(
-            f"corpus = 'ultrachat' cannot be read from the hub ({type(error).__name__}): {choices}; "
-            "if it was downloaded before, set HF_HUB_OFFLINE=1"
-        ) from None
-    return _row_texts(name, "row", enumerate(rows.select_columns(["messages"]), start=1))
+        raise ConfigError(f"{asked_by} cannot be had from the hub ({type(error).__name__}): use {instead}") from None
+
+
+def _ultrachat_texts(name: str, _revision: bytes) -> list[str]:
+    """Opening messages of UltraChat 200k (Ding et al. 2023; Tunstall et al. 2023)."""
+    import pyarrow.parquet
+
+    instead = "corpus: path/to/file.parquet (or .jsonl) with UltraChat's column messages, or corpus: chitchat"
+    path = from_hub(ULTRACHAT, ULTRACHAT_FILE, ULTRACHAT_REVISION, "dataset", "corpus = 'ultrachat'", instead)
+    rows = pyarrow.parquet.read_table(path, columns=["messages"]).slice(0, ULTRACHAT_SAMPLES).to_pylist()
+    return _row_texts(name, "row", enumerate(rows, start=1))
 
 
 def _check_ultrachat(starts: np.ndarray) -> None:

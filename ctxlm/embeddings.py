@@ -10,10 +10,11 @@ from threadpoolctl import threadpool_limits
 from tokenizers.models import BPE
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import VOCABULARY, Corpus, Stream, fetched, load_corpus, split, tokenizer
+from ctxlm.corpus import VOCABULARY, Corpus, Stream, fetched, from_hub, load_corpus, split, tokenizer
 from ctxlm.files import cache_dir, cached_arrays, digest, find, source_hash
 
 GPT2 = "openai-community/gpt2"
+GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 GPT2_STD = 0.14
 """Standard deviation of the entries of GPT-2's token embedding, which `ppmi` and `random` are scaled to."""
 
@@ -40,17 +41,15 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     """The embedding matrix E, float32 [V, embed_dim].
 
     `ppmi` comes from the corpus's second half, `ppmi-train` from the training text alone, `smollm2` from a package; all
-    are cached. `random` is N(0, 0.14²); `gpt2` and a .safetensors file give their `wte` as it is. `embedding_seed`
-    draws another `random`, or the signs of the dimensions of every other one: a model trained from another seed would
-    have had others, yet a model's perplexity depends on them (LOG.md). `embedding_turned` turns the sign of one
-    dimension. `embedding_rows` takes the mean row from every row (`centred`), or gives all their mean length (`unit`).
+    are cached. `random` is N(0, 0.14²); `gpt2` and a .safetensors file give their `wte` as it is. `embedding_rows`
+    takes the mean row from every row (`centred`), or gives all their mean length (`unit`).
 
     Raises:
         ConfigError: it cannot be had, or its shape is not [V, embed_dim].
     """
     kind, dim = experiment.embedding, experiment.embed_dim
     if kind == "random":
-        draws = np.random.default_rng(experiment.embedding_seed or SEED)
+        draws = np.random.default_rng(experiment.embedding_seed)
         embedding = GPT2_STD * draws.standard_normal((VOCABULARY, dim), dtype=np.float32)
     elif kind == "ppmi":
         corpus = corpus or load_corpus(experiment.corpus, experiment.shuffle_samples)
@@ -62,7 +61,9 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
     elif kind == "smollm2":
         embedding = _cached(SMOLLM2_SHA256, kind, dim, lambda: smollm2(dim))
     else:
-        embedding = _wte(_gpt2_file() if kind == "gpt2" else find(kind), kind, dim)
+        instead = "embedding ppmi or random, or embedding: path/to/model.safetensors with GPT-2's wte.weight"
+        hub = (GPT2, "model.safetensors", GPT2_REVISION, "model", "embedding = 'gpt2'", instead)
+        embedding = _wte(from_hub(*hub) if kind == "gpt2" else find(kind), kind, dim)
     if experiment.embedding_rows == "centred":
         embedding = embedding - embedding.mean(0)
     elif experiment.embedding_rows == "unit":
@@ -95,8 +96,8 @@ def data_hash(corpus: str, judged_corpus: str | None, embedding: str) -> str:
     vectors = b""
     if embedding == "smollm2":
         vectors = SMOLLM2_SHA256.encode()
-    elif embedding == "gpt2":  # the hub's cache names a folder after the revision
-        vectors = _gpt2_file().parent.name.encode()
+    elif embedding == "gpt2":
+        vectors = GPT2_REVISION.encode()
     elif embedding.endswith(".safetensors") and find(embedding).is_file():
         vectors = find(embedding).read_bytes()
     judged = [load_corpus(judged_corpus).digest] if judged_corpus else []
@@ -213,23 +214,6 @@ def _truncated_svd(matrix: scipy.sparse.csr_array, rank: int) -> tuple[np.ndarra
     left, values, _ = np.linalg.svd(projected)
     vectors = basis @ left[:, :rank]
     return vectors * _sign_of_largest(vectors), values[:rank]
-
-
-def _gpt2_file() -> Path:
-    """Where GPT-2's weights lie after asking the hub at most once."""
-    import huggingface_hub
-
-    name = "model.safetensors"
-    try:
-        kept = huggingface_hub.try_to_load_from_cache(GPT2, name)
-        if isinstance(kept, str):
-            return Path(kept)
-        return Path(huggingface_hub.hf_hub_download(GPT2, name))
-    except Exception as error:
-        raise ConfigError(
-            f"embedding = 'gpt2' cannot be had from the hub ({type(error).__name__}): use embedding ppmi or random, or "
-            "embedding: path/to/model.safetensors with GPT-2's wte.weight"
-        ) from None
 
 
 def _wte(path: Path, name: str, dim: int) -> np.ndarray:

@@ -148,18 +148,11 @@ def source_hash(*names: str) -> str:
 
 
 class _Bare(ast.NodeTransformer):
-    """Drops strings that stand alone, which do nothing; takes f-strings apart, whose quotes vary with Python."""
+    """Drops strings that stand alone, which do nothing."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if alone else self.generic_visit(node)
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
-        return ast.Tuple([self.visit(part) for part in node.values], ast.Load())
-
-    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.AST:
-        form = [self.visit(node.format_spec)] if node.format_spec else []
-        return ast.Tuple([self.visit(node.value), ast.Constant(node.conversion), *form], ast.Load())
+        return None if alone else node
 
 
 @cache

@@ -93,7 +93,7 @@ class _Neural(Speaker):
         return torch.cat([first, self._later(tokens)]) if len(tokens) > 1 else first
 
     def _later(self, tokens: Tensor) -> Tensor:
-        # a state is read on from the start, where its run was judged from 256 tokens before on (`warmup_residual`)
+        # a state is read on from the start, where its run was judged from 256 tokens before on
         return networks.evaluate(self.judge, tokens, 0, len(tokens))[0]
 
 

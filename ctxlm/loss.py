@@ -6,6 +6,7 @@ from its log-sum-exp. A gradient of the head or the bias needs the final shares:
 """
 
 import threading
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -142,8 +143,7 @@ def linear_cross_entropy(
 class Score:
     """The loss of what a model predicts, through a head that is kept ready in the type of the products.
 
-    Where the model has a slow context, the head reads that too: those of the last two streams, training and validation,
-    are kept.
+    Where the model has a slow context, the head reads that too.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
@@ -151,8 +151,9 @@ class Score:
         weight = model.embedding
         self.weight = weight if weight.requires_grad else weight.detach().to(dtype)
         self.bias, self.scale, self.dtype = model.output_bias, model.logit_scale, dtype
-        self.slow, self.read_embedding = model.slow, model.read_embedding
-        self._streams: list[tuple[Tensor, Tensor]] = []
+        self.slow = model.slow
+        if model.slow is not None:  # those of the last two streams, training and validation, are kept
+            self.slow_contexts = lru_cache(2)(partial(model.slow.contexts, model.read_embedding))
 
     def __call__(self, h: Tensor, tokens: Tensor, positions: Tensor, slow: Tensor | None = None) -> Losses:
         """Losses of predicting what follows `positions` [B] of the stream `tokens` [T] from h [B, d] there.
@@ -162,12 +163,3 @@ class Score:
         if self.slow is not None:
             h = self.slow(h, self.slow_contexts(tokens)[positions] if slow is None else slow)
         return linear_cross_entropy(h.float() * self.scale, self.weight, tokens[positions + 1], self.bias, self.dtype)
-
-    def slow_contexts(self, tokens: Tensor) -> Tensor:
-        """The slow contexts of the stream `tokens` [T], float32 [T, d]."""
-        for stream, contexts in self._streams:
-            if stream is tokens:
-                return contexts
-        contexts = self.slow.contexts(self.read_embedding, tokens)
-        self._streams = [*self._streams[-1:], (tokens, contexts)]
-        return contexts

@@ -21,7 +21,9 @@ RECENT = (1, 2, 4, 8, 16, 32, 64)
 
 
 @torch.no_grad()
-def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: int = 256) -> list[float]:
+def forgetting(
+    block: ContextBlock, contexts: Contexts, phase: str = "forgetting", steps: int = 64, starts: int = 256
+) -> list[dict]:
     """The share of a disturbance that is left after 0 .. `steps` tokens.
 
     At evenly spaced positions the context is exchanged for that of another position, and both the true and the false
@@ -30,8 +32,12 @@ def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts:
 
     Args:
         block: the one that made the contexts.
+        phase: what the rows are called.
         steps: tokens read after the exchange; fewer on a short stream.
         starts: positions, at most.
+
+    Returns:
+        rows of history.csv: phase, step (tokens), metric (`share_left`), value.
     """
     total = len(contexts.tokens)
     steps = min(steps, total // 2)
@@ -44,18 +50,13 @@ def forgetting(block: ContextBlock, contexts: Contexts, steps: int = 64, starts:
         true, false = block(true, inputs)[-1], block(false, inputs)[-1]
         differences.append((true - false).square().mean())
     left = torch.stack(differences).sqrt()
-    return (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).tolist()  # a single position disturbs nothing
-
-
-def forgetting_rows(block: ContextBlock, contexts: Contexts, phase: str = "forgetting") -> list[dict]:
-    """`forgetting` as rows of history.csv: phase, step (tokens), metric (`share_left`), value."""
-    left = forgetting(block, contexts)
-    return [{"phase": phase, "step": k, "metric": "share_left", "value": share} for k, share in enumerate(left)]
+    shares = (left / left[0].clamp(min=torch.finfo(left.dtype).tiny)).tolist()  # a single position disturbs nothing
+    return [{"phase": phase, "step": k, "metric": "share_left", "value": share} for k, share in enumerate(shares)]
 
 
 def reach(block: ContextBlock, contexts: Contexts) -> tuple[dict[str, float | None], list[dict]]:
-    """How soon the contexts that `block` made forget: `horizon` and `lyapunov` by name, and `forgetting_rows`."""
-    rows = forgetting_rows(block, contexts)
+    """How soon the contexts that `block` made forget: `horizon` and `lyapunov` by name, and `forgetting`."""
+    rows = forgetting(block, contexts)
     return {"horizon": horizon([row["value"] for row in rows]), "lyapunov": lyapunov(block, contexts)}, rows
 
 

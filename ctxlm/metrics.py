@@ -118,8 +118,6 @@ class Baseline:
 
     judge: Callable[[np.ndarray], tuple[np.ndarray, float]]
     """Tokens [T] → every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
-    val: tuple[np.ndarray, float]
-    """The same of the validation stream; of a network, at its best epoch."""
     columns: dict[str, Any]
     """Of metrics.json."""
     history: list[dict]

@@ -240,8 +240,6 @@ class SlowContext(nn.Module):
     """The frequency at which a token counts for half."""
     GAIN = 0.07
     """The gain before it is trained, in units of 1 / logit_scale; training moves it little."""
-    BLOCK = 256
-    """Tokens that one product computes."""
 
     def __init__(self, decay: float, logit_scale: float, vocabulary: int, width: int):
         super().__init__()
@@ -260,20 +258,10 @@ class SlowContext(nn.Module):
 
     @torch.no_grad()
     def contexts(self, embedding: Tensor, tokens: Tensor) -> Tensor:
-        """The slow context after every token of the stream `tokens` [T], float32 [T, d].
-
-        It is linear, so that a block of it is one product.
-        """
-        rows = torch.empty(len(tokens), embedding.shape[1], device=tokens.device)
-        lags = torch.arange(self.BLOCK, device=tokens.device)
-        powers = self.decay ** torch.arange(self.BLOCK + 1, device=tokens.device)
-        within = powers[(lags[:, None] - lags).clamp(min=0)].tril()
-        state = torch.zeros_like(rows[0])
-        for start in range(0, len(tokens), self.BLOCK):
-            x = self.inputs(embedding, tokens[start : start + self.BLOCK])
-            block = rows[start : start + len(x)]
-            torch.addmm(torch.outer(powers[1 : len(x) + 1], state), within[: len(x), : len(x)], x, out=block)
-            state = block[-1]
+        """The slow context after every token of the stream `tokens` [T], float32 [T, d]."""
+        rows = self.inputs(embedding, tokens)
+        for t in range(1, len(rows)):
+            rows[t].add_(rows[t - 1], alpha=self.decay)
         return rows
 
     def forward(self, h: Tensor, rows: Tensor) -> Tensor:

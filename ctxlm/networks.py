@@ -306,8 +306,4 @@ def build(experiment: Experiment, streams: Split, **training: Any) -> Baseline:
         "embedding_digest": digest(vectors.tobytes()),
         "training_flops": round(len(streams.train) * trained.epochs_run * (3 * (forward - head) + head_step)),
     }
-    if model.recurrent:
-        longer, _ = evaluate(reader, val, 2 * WARMUP)
-        columns["warmup_residual"] = (longer - trained.val_losses).double().mean().item()
-    known = trained.val_losses.cpu().numpy(), trained.val_accuracy
-    return Baseline(judge, known, columns, trained.history, trained_weights(model))
+    return Baseline(judge, columns, trained.history, trained_weights(model))

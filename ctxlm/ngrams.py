@@ -21,7 +21,7 @@ def build(experiment: Experiment, streams: Split) -> Baseline:
     """The n-gram of an experiment, counted on its training stream."""
     ngrams = kneser_ney(experiment, streams)
     columns = {"ngrams": sum(map(len, ngrams.keys)), "trained_params": 0}
-    return Baseline(ngrams.judge, ngrams.judge(streams.val.tokens), columns, [], {})
+    return Baseline(ngrams.judge, columns, [], {})
 
 
 def kneser_ney(experiment: Experiment, streams: Split) -> "KneserNey":

@@ -160,25 +160,22 @@ def _chunks(model: ContextLM, tokens: Tensor, length: int, keep: torch.dtype | N
     for offset in track(range(length), f"contexts, {count} chunks"):
         context = step(context, 0, offset)
         values[:, offset] = context
-    context, differences, met = values[:-1, -1].clone(), [], {}
+    context, differences = values[:-1, -1].clone(), []
+    agreed = dict.fromkeys((TOLERANCE, ROUNDING), 1)  # tokens after which the two runs have agreed to it
     for offset in range(length):
         context = step(context, 1, offset)
         inside = starts[1:, None] + offset < total  # the last chunk's tail, which repeats a token, does not count
         differences.append(((context - values[1:, offset]).abs() * inside).max().item())
         values[1:, offset] = context
-        for tolerance in (TOLERANCE, ROUNDING):
-            if differences[-1] <= tolerance:
-                met.setdefault(tolerance, offset + 1)
-            else:
-                met.pop(tolerance, None)
-        warmup = met.get(TOLERANCE, length)
+        agreed |= {tolerance: offset + 2 for tolerance in agreed if differences[-1] > tolerance}
+        warmup = agreed[TOLERANCE]
         if offset + 1 >= 2 * warmup:
             residual = max(differences[warmup - 1 :])
             break
     else:
         # Not within TOLERANCE, but perhaps as near as rounding lets them come: within ROUNDING over half the chunk, and
         # no nearer by its last quarter.
-        warmup, residual = met.get(ROUNDING, length), differences[-1]
+        warmup, residual = agreed[ROUNDING], differences[-1]
         if length < 2 * warmup or residual < max(TOLERANCE, differences[3 * length // 4] / 2):
             return None, residual
     kept = inner and [layer.flatten(0, 1)[:total] for layer in inner]

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ from ctxlm.corpus import PROTOCOL, Split, split
 from ctxlm.device import resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
 from ctxlm.files import BY_HAND, ROOT, RUN_LOCK, atomic, digest, outputs_dir, release, resolve, take
-from ctxlm.memory import forgetting_rows, reach, recent_tokens
+from ctxlm.memory import forgetting, reach, recent_tokens
 from ctxlm.metrics import (
     NonFiniteLoss,
     bits_per_byte,
@@ -126,7 +125,6 @@ class Run:
         versions["torch"] = str(torch.__version__)
         return resolved.model_dump() | {
             "protocol": PROTOCOL,
-            "params_hash": resolved.params_hash,
             "code_hash": code_hash(resolved.model),
             "data_hash": data_hash(resolved.corpus, resolved.judged_corpus, resolved.embedding),
             "git_commit": git_commit(),
@@ -199,7 +197,8 @@ class Run:
                 f"{self.folder} cannot be written to ({getattr(error, 'strerror', None) or error}): make room there, "
                 "or make it writable, and run it again"
             ) from None
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        for left in self.folder.glob("*checkpoint*"):  # also of a process that was killed while it wrote one
+            left.unlink()
         release(self.folder / RUN_LOCK)
         return pd.Series(metrics)
 
@@ -212,7 +211,7 @@ def _context(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
         train, val, development, test = tokens_on(this.device, streams)
     model = ContextLM(e, torch.from_numpy(vectors)).to(this.device)
     with watch("memory"):
-        before = forgetting_rows(model.context_block, chunked(model, val), "forgetting_init")
+        before = forgetting(model.context_block, chunked(model, val), "forgetting_init")
     with watch("phase1"):
         shaped = shape_contexts(model, train, e, dtype)
     # the inner layers' contexts too, where Phase 2 reads them as they are
@@ -261,9 +260,8 @@ def _baseline(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
             baseline = ngrams.build(e, streams)
         else:
             baseline = networks.build(e, streams, on_epoch=on_epoch, **this.checkpoint)
-    judged = {"val": baseline.val}
     with watch("test"):
-        judged |= {part: baseline.judge(getattr(streams, part).tokens) for part in ("development", "test")}
+        judged = {part: baseline.judge(getattr(streams, part).tokens) for part in ("val", "development", "test")}
     return this.write(streams, judged, baseline.columns, baseline.history, baseline.weights)
 
 
@@ -299,13 +297,11 @@ def take_folder(folder: Path) -> Path:
         ConfigError: nothing can be written there, or another process is at it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        taken = take(folder / RUN_LOCK)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir = {str(folder)!r} cannot be written to ({reason}): name another") from None
-    if not take(folder / RUN_LOCK):
+    if not taken:
         raise ConfigError(
             f"output_dir = {str(folder)!r} is in use by another process: wait for that run to end, shut down the "
             "notebook that has it, or name another folder"
@@ -318,7 +314,7 @@ def folder_by_hand(settings: Experiment) -> tuple[Experiment, Path]:
 
     It is named after what differs from the defaults of the notebook that runs it, as a grid's runs are after what is
     swept; and so is the experiment, sizes and replicates apart, unless it has a label of its own. The same parameters
-    have the same folder. One that holds a run of others stays, and the new run goes beside it, into `<name>-2`.
+    have the same folder. Beside one that holds a run of others the new run goes into `<name>-2`.
     """
     usual = Experiment.from_mapping(read_yaml(f"params/notebooks/{Path(NOTEBOOKS[settings.model]).stem}.yaml"))
     values = {name: value for name, value in settings.model_dump().items() if value != getattr(usual, name)}

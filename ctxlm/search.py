@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +46,7 @@ class SearchFile(Checked):
 
     title: str
     description: str = ""
-    common: Layers = None
+    common: Layers = Field([])
     full: Layers
     trials: int = Field(ge=1, le=999)
     seed: Seed
@@ -120,7 +120,7 @@ class Search:
 
     @cached_property
     def study(self) -> optuna.Study:
-        """Optuna's, from the journal; trials that were stopped are given up.
+        """Optuna's, from the journal.
 
         Raises:
             ConfigError: the journal is of another search.
@@ -133,32 +133,53 @@ class Search:
         if study.trials and study.user_attrs["asked"] != asked:
             raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
         study.set_user_attr("asked", asked)
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)
-        seed = self.file.seed + len(study.get_trials(states=ENDED))
+        seed = self.file.seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_RANDOM)
         return study
 
     @property
     def left(self) -> int:
         """Trials that have not ended yet."""
-        return self.file.trials - len(self.study.get_trials(states=ENDED))
+        return max(0, self.file.trials - len(self.study.get_trials(states=ENDED)))
 
     def carry_out(self, jobs: int) -> None:
-        """Run the trials that are left, so many at a time."""
-        print(f"{self.name}: {self.left} of {self.file.trials} trials left, some minutes each", flush=True)
-        if self.left > 0:
-            self.study.optimize(self.trial, n_trials=self.left, n_jobs=jobs, callbacks=[self.report])
-        self.write_table()
-
-    def trial(self, trial: Trial) -> float:
-        """Draw a trial, numbers of a range to three digits, and run it; its value is the held-out loss, nats.
+        """Run the trials that are left, so many at a time: first those that were stopped, on from their checkpoints.
 
         Raises:
-            optuna.TrialPruned: what it tries does not learn.
             ConfigError: as `run_apart`.
         """
-        drawn = {}
+        print(f"{self.name}: {self.left} of {self.file.trials} trials left, some minutes each", flush=True)
+        # a trial that nobody has told the study an end of is running: its process was stopped
+        stopped = [trial for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if trial.user_attrs]
+        with ThreadPoolExecutor(jobs) as pool:
+            trials = [pool.submit(self.trial, trial) for trial in [*stopped, *[None] * self.left][: self.left]]
+            try:
+                for trial in as_completed(trials):
+                    trial.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a fault, none is begun
+        self.write_table()
+
+    def trial(self, stopped: FrozenTrial | None) -> None:
+        """Run a trial and tell the study its held-out loss, nats, or that it does not learn.
+
+        Raises:
+            ConfigError: as `run_apart`.
+        """
+        trial = stopped or self.draw()
+        metrics = self.run(trial, "quick")
+        value = metrics.get("val_loss")
+        if not stopped:
+            trial.set_user_attr("seconds", metrics.get("total_seconds"))
+        self.study.tell(trial.number, value, None if metrics else TrialState.PRUNED)
+        self.write_table()
+        values = [other.value for other in self.study.get_trials(states=(TrialState.COMPLETE,))]
+        best = min(values, default=math.nan)
+        print(f"{self.name}, trial {trial.number}: {value}, best {best:.4f}, {self.left} left", flush=True)
+
+    def draw(self) -> Trial:
+        """A new trial, numbers of a range to three digits."""
+        trial, drawn = self.study.ask(), {}
         for line, given in self.file.space.items():
             if isinstance(given, dict):
                 value = float(f"{trial.suggest_float(line, **given):.3g}")
@@ -167,18 +188,7 @@ class Search:
             else:
                 drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
         trial.set_user_attr("drawn", drawn)
-        metrics = self.run(trial, "quick")
-        if not metrics:
-            raise optuna.TrialPruned
-        trial.set_user_attr("seconds", metrics["total_seconds"])
-        return metrics["val_loss"]
-
-    def report(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """After every trial: the table, and a line."""
-        self.write_table()
-        values = [other.value for other in study.get_trials(states=(TrialState.COMPLETE,))]
-        best = min(values, default=math.nan)
-        print(f"{self.name}, trial {trial.number}: {trial.value}, best {best:.4f}, {self.left} left", flush=True)
+        return trial
 
     def carry_out_full(self, top: int, jobs: int) -> None:
         """Run the best trials at full size.

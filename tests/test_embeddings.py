@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from ctxlm import embeddings
 from ctxlm.config import Experiment
 from ctxlm.corpus import VOCABULARY, Corpus, load_corpus, split, tokenizer
-from ctxlm.embeddings import GPT2_STD, NOISE, WINDOW, data_hash, load_embedding, ppmi_svd, signs
+from ctxlm.embeddings import GPT2, GPT2_REVISION, GPT2_STD, NOISE, WINDOW, data_hash, load_embedding, ppmi_svd, signs
 from ctxlm.files import digest
 from tests.conftest import refusal, short_paragraphs
 
@@ -268,16 +268,12 @@ def test_another_text_or_embedding_file_has_another_data_hash(tmp_path, empty_ca
     assert len(hashes) == 4
 
 
-def test_gpt2_is_taken_from_the_hubs_cache_or_fetched_or_refused(tmp_path, monkeypatch):
+def test_gpt2_is_fetched_or_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "VOCABULARY", 10)  # the whole would be 154 MB
     path, e = str(tmp_path / "model.safetensors"), Experiment(embedding="gpt2")
     save_file({"wte.weight": np.arange(7680, dtype=np.float32).reshape(10, 768)}, path)
-    cached, fetch = Mock(side_effect=[path, None, None]), Mock(side_effect=[path, ConnectionError("a long\nstory")])
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    fetch = Mock(side_effect=[path, ConnectionError("a long\nstory")])
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    for fetched in (0, 1):
-        assert load_embedding(e).ravel().tolist() == list(range(7680))
-        assert fetch.call_count == fetched
-    fetch.assert_called_with("openai-community/gpt2", "model.safetensors")
+    assert load_embedding(e).ravel().tolist() == list(range(7680))
+    fetch.assert_called_with(GPT2, "model.safetensors", revision=GPT2_REVISION, repo_type="model")
     assert "embedding = 'gpt2'" in refusal(load_embedding, e)
-    assert fetch.call_count == 2

@@ -166,14 +166,6 @@ def test_code_counts_for_the_models_whose_numbers_it_makes(sources, altered):
         path.write_text(source, encoding="utf-8")
 
 
-def test_what_is_hashed_of_an_f_string_has_no_quotes_which_differ_between_pythons(tmp_path):
-    path, seen = tmp_path / "x.py", []
-    for form in ("{a!r:>{w}}", "{a!s:>{w}}", "{a!r:>{v}}", "{b!r:>{w}}"):
-        path.write_text(f"print(f'{form} is \"it\"')\n")
-        seen.append(files._bare.__wrapped__(path)[0])
-    assert len({*seen}) == 4 and not any("f'" in text or 'f"' in text for text in seen)
-
-
 NOTEBOOKS = {"02_experiment": {"context"}, "03_baseline": {"lstm", "kneser-ney"}, "01_corpus": set()}
 
 

@@ -17,7 +17,7 @@ from tests.conftest import stream, tiny, train_token_block
 def test_forgetting_is_that_of_two_contexts_run_side_by_side():
     model, tokens = tiny(), stream(120)
     contexts, block = sequential(model, tokens), model.context_block
-    left = forgetting(block, contexts, steps=20, starts=5)
+    left = [row["value"] for row in forgetting(block, contexts, steps=20, starts=5)]
     positions = [0, 25, 50, 74, 99]  # evenly spaced over 0 .. 99, from where 20 tokens can be read
     differences = torch.zeros(21)
     with torch.no_grad():
@@ -87,7 +87,8 @@ def test_a_short_stream_shows_what_it_holds(length):
     block, contexts = model.context_block, sequential(model, stream(length))
     rows = recent_tokens(model, Predictor(model, torch.float32).from_layers, contexts)
     assert {row["step"] for row in rows} == ({0} if length > 2 else set()) | {k for k in RECENT if k < length - 1}
-    left, exponent = forgetting(block, contexts), lyapunov(block, contexts)
+    left = [row["value"] for row in forgetting(block, contexts)]
+    exponent = lyapunov(block, contexts)
     assert len(left) == length // 2 + 1
     assert exponent is None if length < 4 else math.isfinite(exponent)
 

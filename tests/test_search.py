@@ -124,10 +124,11 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(file, planted, table, ca
     stopped = planted(stops=6)
     assert main([file(trials=12), "--jobs", "2"]) == 1
     assert [*stopped.ran][5] in capsys.readouterr().err
-    Search(file(trials=12)).study.ask()  # as if a process had been killed within a trial
+    Search(file(trials=12)).study.ask()  # as if a process had been killed before it had drawn
     again = planted()
     assert main([file(trials=12), "--jobs", "2"]) == 0
-    assert len(again.ran) + len(stopped.ran) == 13 and not {*again.ran} & {*stopped.ran}
+    (same,) = {*again.ran} & {*stopped.ran}  # in the same folder, from its checkpoint on
+    assert again.ran[same] == stopped.ran[same] and len({*again.ran, *stopped.ran}) == 12
     trials, experiments = table(), stopped.ran | again.ran
     assert len(trials) == 12 and {*trials["state"]} == {"finished"}
     for row in trials.itertuples():
