@@ -111,16 +111,6 @@ def test_which_result_is_that_of_a_run(folder, values, metrics, asked, finished)
     assert is_finished(done, run) == finished
 
 
-def test_a_run_apart_has_the_parameters_it_was_given_and_is_done_once(folder, values, monkeypatch):
-    given = {name: value for name, value in values.items() if name != "output_dir"} | {"held_out_tokens": 100}
-    e = Experiment.from_mapping(given, {"model": "kneser-ney", "embedding": "random"})
-    metrics = run_apart(e, folder)
-    assert metrics == json.loads((folder / "metrics.json").read_bytes()) and metrics["val_loss"] > 0
-    assert e.is_that_of(metrics) and metrics["val_tokens"] == 100
-    monkeypatch.setattr(subprocess, "run", None)
-    assert run_apart(e, folder) == metrics
-
-
 def test_a_loss_that_is_not_finite_is_no_failure_of_a_run_apart_all_else_is(folder, papermill):
     papermill(("NonFiniteLoss: Phase 2's loss is nan", 1), ("ConfigError: no", 1), ("", -9))
     assert run_apart(Experiment(), folder) == {}

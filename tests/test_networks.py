@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ctxlm.config import Experiment, read_yaml
 from ctxlm.model import forward_flops, load_weights, trained_weights
-from ctxlm.networks import BODIES, NeuralLM, Reader, Windows, evaluate, min_gru, parts
+from ctxlm.networks import BODIES, NeuralLM, Reader, Windows, evaluate, min_gru
 from ctxlm.trainer import Trainer
 from tests.conftest import stream
 
@@ -40,7 +40,6 @@ def test_trained_parameters_are_within_a_tenth_of_a(name, count):
     e = Experiment.from_mapping(read_yaml("params/base.yaml"), read_yaml(f"params/baselines/{name}.yaml"))
     trained = NeuralLM(e, torch.zeros(5, 768)).trained()  # 5 tokens have 5 biases
     assert sum(p.numel() for p in trained.values()) == count + 5
-    assert abs((count + 50_257) / (10_630_656 + 7_681_536) - 1) < 0.1
 
 
 def windows(e, model, train):
@@ -240,15 +239,6 @@ def test_dropout_is_the_equations_in_training_alone(kind):
 # Windows
 
 
-@given(targets=st.integers(1, 300), part=st.integers(1, 40), warmup=st.integers(0, 40))
-def test_parts_score_every_target_once_after_its_warmup(targets, part, warmup):
-    positions, scored = parts(targets, part, warmup)
-    assert positions[scored].tolist() == list(range(targets))
-    for row, counted in zip(positions, scored, strict=True):
-        first = int(row[counted][0])
-        assert row[0] == max(first - warmup, 0) and (row[: int(counted.nonzero()[-1]) + 1].diff() == 1).all()
-
-
 @settings(max_examples=50)
 @given(targets=st.integers(1, 400), kind=st.sampled_from(KINDS), epoch=st.integers(1, 3))
 def test_an_epoch_scores_every_target_once(targets, kind, epoch):
@@ -301,6 +291,7 @@ def test_bfloat16_gives_nearly_the_same(kind):
         e, model = small(kind, phase2_epochs=2, phase2_learning_rate=0.01, slow_decay=0.9)
         ends.append(train(model, stream(300, VOCABULARY), stream(60, VOCABULARY, seed=1), e, dtype).val_losses)
     assert ends[0].mean().item() == pytest.approx(ends[1].mean().item(), rel=0.02)
+    assert not torch.equal(*ends)  # it was not left out
 
 
 @each_kind

@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import Experiment
-from ctxlm.corpus import load_corpus, split
-from ctxlm.ngrams import KneserNey, kneser_ney
+from ctxlm.ngrams import KneserNey
 
 
 class Literal:
@@ -94,13 +92,3 @@ def test_judging_gives_losses_and_the_share_of_first_guesses():
     assert losses == pytest.approx(-np.log(model.probabilities(read)[1:]), rel=1e-6)
     guesses = [model.distribution(read[:t]).argmax() for t in range(1, 60)]
     assert accuracy == np.mean(guesses == read[1:])
-
-
-def test_the_second_half_is_counted_when_asked():
-    parameters = {"model": "kneser-ney", "train_tokens": 2000, "ngram_order": 2, "shuffle_samples": True}
-    plain = Experiment.from_mapping(parameters)
-    streams, corpus = split(plain), load_corpus("chitchat", shuffled=True)
-    both = np.concatenate([streams.train.tokens, corpus.second_half.tokens])
-    for second_half, tokens in ((False, streams.train.tokens), (True, both)):
-        model = kneser_ney(Experiment.from_mapping(parameters, {"ngram_second_half": second_half}), streams)
-        assert np.array_equal(model.keys[0], np.unique(tokens)) and len(model.keys) == 2

@@ -36,10 +36,12 @@ def test_published_runs_agree_with_themselves_and_a_number_that_was_changed_does
     assert (table["change, %"].abs() <= 100 * TOLERANCE["float32"]).all()
     assert "2 of 2 agree" in capsys.readouterr().out
 
-    rows = pd.read_csv(published)
+    made, rows = outputs / "reproduce" / "mine" / "A" / "metrics.json", pd.read_csv(published)
+    before = made.stat().st_mtime_ns
     rows.loc[rows["run"] == "A", "test_ppl"] *= 1.001
     rows.to_csv(published, index=False)
-    assert main(["2", "--jobs", "1", "--grid", "mine"]) == 1  # what was run again is not run once more
+    assert main(["2", "--jobs", "1", "--grid", "mine"]) == 1
+    assert made.stat().st_mtime_ns == before  # what was run again is not run once more
     assert "1 of 2 agree" in capsys.readouterr().out
     agrees = pd.read_csv(outputs / "reproduce" / "reproduce.csv").set_index("run")["agrees"]
     assert agrees.to_dict() == {"A": False, "K": True}
@@ -70,9 +72,8 @@ def test_runs_agree_to_as_much_as_the_readme_says(dtype, within, outputs, monkey
 @pytest.mark.night
 def test_three_published_runs_at_the_quick_scale_come_out_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path))
-    code = main(["3", "--grid", "sites-judged"])
+    main(["3", "--grid", "lines"])
     table = pd.read_csv(tmp_path / "reproduce" / "reproduce.csv")
     assert len(table) == 3 and table.notna().all(axis=None)
-    if (table["processor"] != "the same").any():
-        pytest.skip(f"published on another processor, or an unknown one: changes of {table['change, %'].tolist()} %")
-    assert code == 0
+    assert (table["agrees"] | (table["processor"] != "the same")).all()
+    assert (table["change, %"].abs() < 5).all()  # on another processor, too

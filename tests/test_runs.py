@@ -320,9 +320,9 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
         assert_alike({name: earlier}, {name: table.loc[~mine, [*earlier]].reset_index(drop=True)})
         assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
 
-    file = grid({"A": {}}, train_tokens=[20_000], seed=[1, 2])  # what it no longer asks for goes
+    file = grid({"2": {}}, train_tokens=[20_000], seed=[1, 2])  # what it no longer asks for goes
     for seed in (1, 2, 2):
-        plant(roots[0], seed)
+        plant(roots[0], seed, "2")  # a label is a text, also where all of them are numbers
         publish(file)
         shutil.rmtree(roots[0])
         if seed == 1:  # a run that is older than a parameter stays
@@ -365,14 +365,6 @@ def test_publishing_that_is_stopped_midway_is_made_good_by_the_next(roots, grid,
     publish(file)
     shutil.rmtree(roots[0])
     assert_alike(whole, everything("planted"))
-
-
-def test_a_published_label_is_a_text_whatever_it_says(roots, grid):
-    for label in ("NA", "2"):
-        plant(roots[0], label=label)
-    publish(grid({"NA": {}, "2": {}}, train_tokens=[20_000], seed=[1]))
-    shutil.rmtree(roots[0])
-    assert {*load_runs("planted")["experiment"]} == {"NA", "2"}
 
 
 def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots, grid):
