@@ -10,9 +10,26 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctxlm.analysis import benchmark
-from ctxlm.analysis.benchmark import flops_per_token
-from ctxlm.config import Experiment
+from ctxlm.analysis.benchmark import cost, flops_per_token
+from ctxlm.config import Experiment, read_yaml
 from tests.conftest import refusal, tiny
+
+
+@pytest.mark.parametrize(
+    ("file", "parameters", "kept", "waiting"),
+    [
+        ("A", 10_630_656 + 7_681_536, 768, 6),
+        ("B", 14_169_600 + 5_905_152, 1536, 3),
+        ("baselines/lstm", 18_312_320, 2 * 1712, 1),
+        ("baselines/mingru", 18_301_794, 3 * 1622, 0),
+        ("baselines/transformer", 19_768_576, 128, 0),
+    ],
+)
+def test_what_a_model_costs_is_known(file, parameters, kept, waiting, monkeypatch):
+    monkeypatch.setattr(benchmark, "VOCABULARY", 60)
+    costs = cost(Experiment.from_mapping(read_yaml("params/base.yaml"), read_yaml(f"params/{file}.yaml")))
+    assert [costs[name] for name in ("parameters", "numbers kept", "layers that wait")] == [parameters, kept, waiting]
+    assert costs["FLOPs a token"] == pytest.approx(2 * (parameters + 60 * 768), rel=0.01)
 
 
 @pytest.mark.parametrize(("layers", "c", "d", "n"), [(3, 16, 8, 2), (1, 5, 4, 3)])

@@ -26,7 +26,8 @@ from ctxlm.corpus import VOCABULARY, split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import ROOT, atomic, resolve
-from ctxlm.model import ContextLM
+from ctxlm.model import ContextLM, forward_flops
+from ctxlm.networks import NeuralLM
 from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import chunked
@@ -59,6 +60,25 @@ def flops_per_token(experiment: Experiment) -> dict[str, float]:
         # the block's forward pass, weight gradients and what passes back; the head there and back; contexts are there
         "phase2_epoch": 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
         "evaluation": token_block + head,
+    }
+
+
+def cost(e: Experiment) -> dict[str, int]:
+    """What any of the neural models costs a reader, by shape.
+
+    Returns:
+        parameters without embedding and output bias; FLOPs of a prediction; numbers that it keeps from one token to the
+        next; and its layers that must wait for the token before (0: it reads the tokens of a text side by side).
+    """
+    model = (ContextLM if e.model == "context" else NeuralLM)(e, torch.zeros(VOCABULARY, e.embed_dim))
+    cells = e.num_layers * e.hidden_dim
+    kept = {"context": e.context_dim, "lstm": 2 * cells, "mingru": cells, "transformer": e.window}
+    waiting = {"context": 1 if e.design == "echo" else e.num_layers, "lstm": e.num_layers}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters() if len(p) != VOCABULARY),
+        "FLOPs a token": forward_flops(model),
+        "numbers kept": kept[e.model],
+        "layers that wait": waiting.get(e.model, 0),
     }
 
 
