@@ -14,7 +14,6 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import matplotlib
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import settings
@@ -86,7 +85,6 @@ def run_cells(notebook: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
             given = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
             names["In"].append(f"# Parameters\n{given}")
             names |= parameters
-    plt.close("all")
     return names
 
 
@@ -157,8 +155,7 @@ def outputs(tmp_path, monkeypatch):
     """Where runs are written and read, with no committed results beside them."""
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("CTXLM_RESULTS", str(tmp_path / "committed"))
-    yield tmp_path / "outputs"
-    plt.close("all")
+    return tmp_path / "outputs"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -29,12 +28,7 @@ from tests.conftest import SMALL, run_cells, short_paragraphs
 
 CACHE = os.environ.get("CTXLM_CACHE") or "data/cache"
 
-
-@pytest.fixture(autouse=True)
-def fresh(empty_cache):
-    """Runs here start without the Phase 1 of others."""
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def papermill(folder, notebook="02_experiment", cwd=ROOT, **parameters):

@@ -8,7 +8,6 @@ import threading
 import unicodedata
 
 import ipywidgets
-import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -52,7 +51,6 @@ def runs(tmp_path_factory):
             run(Experiment.from_mapping(OF_A, values, {"corpus": str(text)}), small / name)
         rewrite(shutil.copytree(small / "A", small / "other") / "metrics.json", development_samples=3, test_samples=3)
         yield small
-    plt.close("all")
 
 
 def by_sample(folder):

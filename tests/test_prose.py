@@ -178,7 +178,7 @@ def test_pages_are_short_have_regressions_in_sight_show_no_warning_and_describe_
         for cell in code:
             figures = [data["image/png"] for o in cell.outputs if "image/png" in (data := o.get("data", {}))]
             assert len({*figures}) == len(figures), f"{name} shows twice: {cell.source}"
-            assert cell.metadata.get("alt") or not figures, f"{name}: {cell.source}"
+            assert bool(cell.metadata.get("alt")) == bool(figures), f"{name}: {cell.source}"
             assert not [o.text for o in cell.outputs if o.get("name") == "stderr"], name
 
 

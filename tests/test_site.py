@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from unittest.mock import Mock
 
-import matplotlib.pyplot as plt
 import nbformat
 import nbformat.v4 as nb
 import numpy as np
@@ -36,7 +35,6 @@ def picture() -> str:
     """A figure of the common width as base64 of its PNG."""
     png = BytesIO()
     new_figure(height=4)[0].savefig(png, dpi=110)
-    plt.close("all")
     return base64.b64encode(png.getvalue()).decode()
 
 

@@ -97,8 +97,7 @@ def plot_split(corpus: Corpus, streams: Split, second_half: bool, judged: bool =
     whole.set_title("The whole corpus", loc="left")
     near.set_title("Up to the end of the test", loc="left")
     near.set_xlabel("position in the corpus (tokens)")
-    legend(figure)
-    return figure
+    return legend(figure)
 
 
 def plot_lengths(corpus: Corpus, streams: Split, judged: bool = True) -> Figure:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
@@ -210,7 +209,6 @@ class Estimates(list[Estimate]):
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)
-        plt.close(figure)  # what a cell returns is shown once
         return figure
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:

@@ -94,8 +94,6 @@ def _show(view: Callable[..., Any], **values: Any) -> None:
     except (ConfigError, NonFiniteLoss, OSError) as error:
         shown = HTML(f"<p>{quoted(error)}</p>")
     display(shown)
-    if isinstance(shown, Figure):
-        plt.close(shown)  # else Jupyter would show it once more
 
 
 def lines(panels: Mapping[str, pd.DataFrame], x: str, title: str = "") -> Figure:

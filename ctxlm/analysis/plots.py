@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from itertools import cycle
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -63,8 +62,7 @@ def by_tokens(runs: pd.DataFrame) -> Figure:
         axes.plot(mean.index * dodge, mean, label=name, **look | {"markersize": 8})
     tokens_axis(axes, known["train_tokens"])
     log_axis(axes, "test PPL (log)")
-    legend(figure)
-    return _once(figure)
+    return legend(figure)
 
 
 def crossings(table: pd.DataFrame) -> Figure | None:
@@ -85,8 +83,7 @@ def crossings(table: pd.DataFrame) -> Figure | None:
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.set(ylim=0, xlim=0, title=f"{pair['a']} and {pair['b']}", ylabel="studies that see a crossover")
     axes.set_xlabel("lead at both sizes (vertical: as measured)")
-    legend(figure)
-    return _once(figure)
+    return legend(figure)
 
 
 def waterfall(parts: Estimates, label: str) -> Figure:
@@ -114,7 +111,7 @@ def waterfall(parts: Estimates, label: str) -> Figure:
         ticks = [0, 0.25, 0.5, 1, 1.5, 2]
         axes.set_xticks(np.log1p(ticks), [f"{100 * tick:.0f} %" for tick in ticks])
         axes.grid(axis="y", visible=False)
-    return _once(figure)
+    return figure
 
 
 def learning_curves(histories: pd.DataFrame, panel: str = "train_tokens") -> Figure | None:
@@ -150,8 +147,7 @@ def learning_curves(histories: pd.DataFrame, panel: str = "train_tokens") -> Fig
         Line2D([], [], color="0.3", linestyle=line, label=kind)
         for line, kind in (("-", "validation"), (":", "training"))
     ]
-    legend(figure, keys)
-    return _once(figure)
+    return legend(figure, keys)
 
 
 def groups(runs: pd.DataFrame, x: str, hue: str, panel: str) -> Figure:
@@ -168,11 +164,4 @@ def groups(runs: pd.DataFrame, x: str, hue: str, panel: str) -> Figure:
         axes.set(title=f"{panel} {value}", ylabel="")
     log_axis(panels[0], "test PPL (log)")
     keys = zip(names, palette, strict=True)
-    legend(figure, [Line2D([], [], color=colour, marker="o", label=f"{hue} {name}") for name, colour in keys])
-    return _once(figure)
-
-
-def _once(figure: Figure) -> Figure:
-    """What a cell returns is shown; open, it would be shown a second time."""
-    plt.close(figure)
-    return figure
+    return legend(figure, [Line2D([], [], color=colour, marker="o", label=f"{hue} {name}") for name, colour in keys])

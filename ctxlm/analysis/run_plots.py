@@ -63,13 +63,15 @@ FORGETTING = {
 def new_figure(
     rows: int = 1, columns: int = 1, height: float = 3.6, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A figure, `height` and `width` in inches, and its panels [rows, columns]."""
+    """A figure, `height` and `width` in inches, and its panels [rows, columns]. A cell shows it by returning it."""
     size = {"figsize": (width, height), "dpi": 144 if width < WIDTH else None}
-    return plt.subplots(rows, columns, squeeze=False, layout="constrained", **size, **options)
+    figure, panels = plt.subplots(rows, columns, squeeze=False, layout="constrained", **size, **options)
+    plt.close(figure)  # open, it would be shown once more
+    return figure, panels
 
 
-def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
-    """Below the figure, which grows with its rows, in as many columns as fit; by default of the first panel."""
+def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> Figure:
+    """The figure, which grows with the rows of the legend below it, by default of the first panel."""
     handles = handles or figure.axes[0].get_legend_handles_labels()[0]
     width = figure.get_figwidth()
     labels = [textwrap.fill(str(handle.get_label()), int(88 * width / WIDTH)) for handle in handles]
@@ -80,6 +82,7 @@ def legend(figure: Figure, handles: Sequence[Artist] | None = None) -> None:
     figure.legend(handles, labels, ncols=columns, loc="outside lower center", frameon=False)
     lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 1))
+    return figure
 
 
 def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -184,7 +187,6 @@ class Live:
             self.handle.update(figure)
         else:
             self.handle = display(figure, display_id=True)
-        plt.close(figure)  # else it would be shown once more at the cell's end
 
 
 def plot_singular_values(values: Mapping[str, Sequence[float]]) -> Figure:
@@ -234,8 +236,7 @@ def plot_memory(histories: pd.DataFrame) -> Figure:
         right.set_axis_off()
     else:
         recent_axis(right, recent["k"])
-    legend(figure)
-    return figure
+    return legend(figure)
 
 
 def recent_tokens(histories: pd.DataFrame) -> pd.DataFrame:
