@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 
-from ctxlm.batch import corpora, data_of, home_of, on_one_line, visible_gpus, wants_gpu
+from ctxlm.batch import corpora, data_of, home_of, on_one_line, visible_gpus
 from ctxlm.config import DATA_PARAMETERS, NOTEBOOKS, ConfigError, code_hash, load_grid
 
 ASKED = str(config.get("grid", "quick"))
@@ -31,7 +31,8 @@ CORPORA = corpora(RUNS.values())
 # Cores are shared out among the runs, as whole runs side by side; with GPUs, at most one run to a GPU.
 CORES = workflow.cores or 1
 os.environ["CTXLM_GRID"] = ASKED  # for the lines that jobs print: in a rule it would run all anew
-GPUS = len(visible_gpus()) if any(wants_gpu(run.model_dump()) for run in RUNS.values()) else 0
+TRAINED = any(run.device != "cpu" and run.model != "kneser-ney" for run in RUNS.values())
+GPUS = len(visible_gpus()) if TRAINED else 0
 THREADS = max(1, -(-CORES // GPUS) if GPUS else CORES // len(RUNS))
 
 # Its output goes to a log beside it, and what is worth a line to the terminal.

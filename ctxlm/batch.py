@@ -142,14 +142,10 @@ def visible_gpus() -> list[str]:
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
-def wants_gpu(values: Mapping[str, Any]) -> bool:
-    """Whether a notebook with these parameters takes a GPU where one is free."""
-    return values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
-
-
 def free_gpu(values: Mapping[str, Any], held: ExitStack) -> dict[str, str]:
     """Make a free GPU the only one that a run of these parameters sees, if it wants one; its own until `held` ends."""
-    for gpu in visible_gpus() if wants_gpu(values) else []:
+    wanted = values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
+    for gpu in visible_gpus() if wanted else []:
         with suppress(Timeout):
             held.enter_context(FileLock(outputs_dir() / f".gpu-{platform.node()}-{gpu}.lock").acquire(0))
             return {"CUDA_VISIBLE_DEVICES": gpu}

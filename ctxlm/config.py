@@ -190,7 +190,7 @@ class Experiment(Checked):
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """`weight_decay: true` would else be 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise PydanticCustomError("truth_value", "give a number or a word")
+            raise PydanticCustomError("truth_value", "give a number, a word or null")
         return value
 
     @model_validator(mode="after")
@@ -210,6 +210,8 @@ class Experiment(Checked):
             refuse("embedding embed_dim", "SmolLM2's has 576 dimensions, of which fewer can be kept")
         if self.judged_corpus and {*self.corpus.split("+")} & {*self.judged_corpus.split("+")}:
             refuse("corpus judged_corpus", "text of the first would be judged on: name another, or null")
+        if self.ngram_second_half and self.model != "kneser-ney":
+            refuse("ngram_second_half model", "only kneser-ney counts")
         if self.model == "transformer" and self.hidden_dim % self.num_heads:
             refuse("hidden_dim num_heads", "the first must be a multiple of the second")
         window = "phase2_context_window" if self.model == "context" else "window"
@@ -293,7 +295,8 @@ class Experiment(Checked):
         for name, value in self.for_notebook().items():
             other = run.get(name, type(self).model_fields[name].default)  # of a run that is older than the parameter
             other = None if other != other else other  # a row has nan for null
-            if other != value and value != "auto":  # a run holds what that became
+            chosen = value == "auto" and name in ("device", "dtype")  # of which a run holds what it became
+            if other != value and not chosen:
                 return False
         return True
 
@@ -304,7 +307,10 @@ def code_hash(model: str = "context") -> str:
 
 
 def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
-    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign."""
+    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign.
+
+    Where no such cell is on record, all that are plain data.
+    """
     ours, papermills = set(), set()
     for cell in namespace.get("In", []):
         names = _assigned(cell)
@@ -312,6 +318,9 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
             papermills = names
         elif {"corpus", "output_dir"} <= names:
             ours, papermills = names, set()
+    if not ours:
+        plain = (bool, int, float, str, list, dict, type(None))
+        ours = {name for name, value in namespace.items() if type(value) in plain and not re.match("_|In$|Out$", name)}
     return (ours | papermills) & namespace.keys()
 
 

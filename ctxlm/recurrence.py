@@ -167,7 +167,7 @@ def _chunks(model: ContextLM, tokens: Tensor, length: int, keep: torch.dtype | N
         inside = starts[1:, None] + offset < total  # the last chunk's tail, which repeats a token, does not count
         differences.append(((context - values[1:, offset]).abs() * inside).max().item())
         values[1:, offset] = context
-        agreed |= {tolerance: offset + 2 for tolerance in agreed if differences[-1] > tolerance}
+        agreed |= {tolerance: offset + 2 for tolerance in agreed if not differences[-1] <= tolerance}
         warmup = agreed[TOLERANCE]
         if offset + 1 >= 2 * warmup:
             residual = max(differences[warmup - 1 :])

@@ -46,7 +46,7 @@ class SearchFile(Checked):
 
     title: str
     description: str = ""
-    common: Layers = Field([])
+    common: Layers = []  # noqa: RUF012 (pydantic copies it)
     full: Layers
     trials: int = Field(ge=1, le=999)
     seed: Seed
@@ -157,7 +157,7 @@ class Search:
                 for trial in as_completed(trials):
                     trial.result()
             finally:
-                pool.shutdown(cancel_futures=True)  # after a fault, none is begun
+                pool.shutdown(cancel_futures=True)  # after a fault, what waits is not begun
         self.write_table()
 
     def trial(self, stopped: FrozenTrial | None) -> None:
@@ -167,7 +167,12 @@ class Search:
             ConfigError: as `run_apart`.
         """
         trial = stopped or self.draw()
-        metrics = self.run(trial, "quick")
+        try:
+            metrics = self.run(trial, "quick")
+        except ConfigError:
+            if stopped:  # what fails twice is given up
+                self.study.tell(trial.number, state=TrialState.FAIL)
+            raise
         value = metrics.get("val_loss")
         if not stopped:
             trial.set_user_attr("seconds", metrics.get("total_seconds"))

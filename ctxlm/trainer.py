@@ -113,7 +113,7 @@ class Trainer:
             if stopped:
                 break
         best = self.best
-        self.task.model.load_state_dict(best["weights"], strict=False)  # what is frozen stays
+        self._restore(best["weights"])
         self.task.model.eval()
         epochs = self._epochs(best["validation"]), self._epochs(self.validations)
         return Trained(*epochs, best["losses"], best["accuracy"], self.last_loss, self.history, self.resumed)
@@ -163,12 +163,16 @@ class Trainer:
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
         if state["key"] != key:
             return
-        self.task.model.load_state_dict(state["weights"], strict=False)
+        self._restore(state["weights"])
         self.optimiser.load_state_dict(state["optimiser"])
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.resumed = self._epochs(self.validations)
         say(f"goes on after epoch {self.resumed}, where it was stopped")
+
+    def _restore(self, weights: dict[str, Tensor]) -> None:
+        unknown = self.task.model.load_state_dict(weights, strict=False).unexpected_keys  # what is frozen stays
+        assert not unknown, unknown
 
     def _epochs(self, validations: int) -> float:
         """Epochs that so many validations are."""

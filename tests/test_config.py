@@ -71,6 +71,7 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"corpus": "sotu+chitchat", "judged_corpus": "sotu"},
         {"embedding": "gpt2", "embed_dim": 128},
         {"embedding": "smollm2", "embed_dim": 577},
+        {"ngram_second_half": True, "model": "lstm"},
         {"hidden_dim": 30, "num_heads": 8, "model": "transformer"},
         {"phase2_batch_size": 512, "window": 30, "model": "lstm"},
         {"design": "echo"},
@@ -129,7 +130,9 @@ def test_what_papermill_puts_into_a_notebook_is_read_and_refused_if_unknown(valu
     "line", ["num_layer = 3", "num_layer: int = 3", "seed = 7; num_layer = 3", "a, num_layer = 1, 3"]
 )
 def test_a_misspelt_name_is_refused_however_it_is_assigned(line):
-    assert "num_layers" in refusal(Experiment.from_namespace, in_jupyter(f"{PARAMETERS}\n{line}", num_layer=3), CONTEXT)
+    for cell in (f"{PARAMETERS}\n{line}", f"%%time\n{PARAMETERS}\n{line}"):  # the latter is no Python
+        names = in_jupyter(num_layer=3) | {"In": ["", cell]}
+        assert "num_layers" in refusal(Experiment.from_namespace, names, CONTEXT)
 
 
 # Parameter files

@@ -200,7 +200,9 @@ def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
     assert 1 <= len(re.findall(rb"/Type /Page\b", (site / "article.pdf").read_bytes())) <= 4
     texts = {path.name: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
     for page, text in texts.items():
-        for path, anchor in re.findall(r'<(?:a|img) [^>]*?(?:href|src)="([^":#]*)#?([^":]*)"', text):
+        links = re.findall(r'<(?:a|img) [^>]*?(?:href|src)="([^":#]*)#?([^":]*)"', text)
+        assert len(links) > 10, page
+        for path, anchor in links:
             assert (site / (path or page)).is_file(), (page, path)
             assert not anchor or f' id="{anchor}"' in texts[path or page], (page, path, anchor)
     committed = sum(len(pd.read_csv(path)) for path in (ROOT / "data" / "results").glob("*/runs.csv"))

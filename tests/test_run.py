@@ -144,6 +144,14 @@ def test_a_run_is_of_the_code_and_the_machine_that_it_began_with(tmp_path, witho
     assert "edited since" not in this.provenance.values()
 
 
+def test_checkpoints_go_also_half_written_ones_and_nothing_else(tmp_path, without_text):
+    (tmp_path / ".ipynb_checkpoints").mkdir()  # JupyterLab's
+    for name in ("checkpoint.pt", ".checkpoint-0f.pt", "my-checkpoints.txt"):
+        (tmp_path / name).touch()
+    write(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("*checkpoint*"))] == [".ipynb_checkpoints", "my-checkpoints.txt"]
+
+
 def test_what_is_judged_by_sample_is_written_part_by_part(tmp_path, without_text):
     metrics = write(tmp_path / "A")
     assert (metrics["val_loss"], metrics["test_bytes"], metrics["train_tokens"]) == (pytest.approx(7 / 3), 6, 4)

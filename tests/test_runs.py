@@ -124,10 +124,12 @@ def test_committed_folders_stand_in_where_outputs_have_none_and_a_folder_in_a_fo
 def test_a_row_holds_logarithms_of_what_is_fitted(roots, grid):
     write(roots[0], "planted", overfit_rate=0.2)
     write(roots[0], "planted", train_tokens=40_000, epochs_run=4, best_epoch=3)  # ended by the limit of epochs
-    runs = read_runs(grid(train_tokens=[20_000, 40_000], seed=[42]))
-    assert runs["log_ppl"].tolist() == [5.0, 5.0] and runs["val_loss"].tolist() == [6.0, 6.0]
-    assert runs["log2_tokens"].diff()[1] == 1 and np.exp(runs["log_tokens"]).round().tolist() == [20_000, 40_000]
-    assert runs["log_over_fitting"][0] == pytest.approx(np.log(1.2)) and np.isnan(runs["log_over_fitting"][1])
+    write(roots[0], "planted", train_tokens=80_000, epochs_run=11 / 3, best_epoch=5 / 3, overfit_rate=0.2)
+    runs = read_runs(grid(train_tokens=[20_000, 40_000, 80_000], seed=[42]))
+    assert runs["log_ppl"].tolist() == [5.0] * 3 and runs["val_loss"].tolist() == [6.0] * 3
+    assert runs["log2_tokens"].diff()[1] == 1 and np.exp(runs["log_tokens"]).round().tolist()[:2] == [20_000, 40_000]
+    fitted = [np.log(1.2), np.nan, np.log(1.2)]  # 11/3 - 5/3 is a little under 2
+    assert runs["log_over_fitting"].tolist() == pytest.approx(fitted, nan_ok=True)
 
 
 def test_what_a_grid_sweeps_beside_size_and_replicate_is_in_the_label(roots, grid):

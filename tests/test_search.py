@@ -138,6 +138,19 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(file, planted, table, ca
     assert main([file(trials=14), "--jobs", "2"]) == 0 and len(more.ran) == 2
 
 
+def test_a_trial_that_fails_twice_is_given_up(file, planted, table, monkeypatch):
+    one = planted()
+
+    def run(e, folder):
+        if folder.name == "quick-002":
+            raise ConfigError("no memory")
+        return one(e, folder)
+
+    monkeypatch.setattr(search, "run_apart", run)
+    assert [main([file(trials=6), "--jobs", "1"]) for _ in range(3)] == [1, 1, 0]
+    assert len(table()) == 6 and 2 not in table()["trial"].tolist()
+
+
 def test_the_best_are_run_at_full_size(file, planted, table, capsys):
     one = planted()
     assert main([file(trials=6), "--top", "2"]) == 1 and not one.ran

@@ -340,11 +340,11 @@ def test_where_a_page_fails_the_earlier_site_stays(root, monkeypatch, capsys):
 def test_notebooks_are_run_on_committed_results_and_those_that_fail_are_named(tmp_path, monkeypatch):
     source = 'import os, pathlib\nassert not [*pathlib.Path(os.environ["CTXLM_OUTPUTS"]).glob("*/")]\nprint(sizes)'
     parameters = nb.new_code_cell("sizes = 1", metadata={"tags": ["parameters"]})
-    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no sizes")'))
+    good, bad = (notebook(parameters, nb.new_code_cell(code)) for code in (source, 'raise ValueError("no\\nsizes")'))
     write(tmp_path / "notebooks", {"04_good.ipynb": good, "05_bad.ipynb": bad})
     monkeypatch.setattr(site, "ROOT", tmp_path)
     monkeypatch.setattr(site, "PAGES", {"04_good": ("04_good", {"sizes": 7}), "05_bad": ("05_bad", {})})
-    with pytest.raises(ConfigError, match=r"^notebooks/05_bad.ipynb ended in ValueError: no sizes: "):
+    with pytest.raises(ConfigError, match=r"^notebooks/05_bad.ipynb ended in ValueError \(no sizes\): "):
         site._execute_all(tmp_path / "executed")
     executed = nbformat.read(tmp_path / "executed" / "04_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "7\n"

@@ -210,6 +210,9 @@ def _execute(name: str, parameters: Mapping[str, Any], target: Path, outputs: Pa
         if "Kernel died before replying" not in process.stderr:  # as where two that start at once take the same port
             break
     why = (process.stderr.strip().splitlines() or ["no word of why"])[-1]
+    with suppress(OSError, ValueError):  # where it failed before its first cell, nothing is written
+        results = [output for cell in nbformat.read(target, as_version=4).cells for output in cell.get("outputs", ())]
+        why = next((f"{o.ename} ({' '.join(o.evalue.split())})" for o in results if o.output_type == "error"), why)
     raise ConfigError(f"notebooks/{name}.ipynb ended in {why}: open it and run it to see where")
 
 
