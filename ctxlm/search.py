@@ -37,7 +37,7 @@ JUDGED = {"quick": "val", "full": "development"}
 """By which text settings are chosen: at the quick scale validation is held-out training text."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of a trial that has ended; pruned is one whose loss is not finite."""
-AT_RANDOM = 8
+AT_RANDOM = 16
 """Trials that the sampler must know before it chooses by them."""
 
 
@@ -51,6 +51,8 @@ class SearchFile(Checked):
     trials: int = Field(ge=1, le=999)
     seed: Seed
     """Of the sampler, which with several jobs draws by chance all the same."""
+    turns: str
+    """A line of the space whose values take turns, each with what is known of its own trials: none is dropped early."""
     space: dict[str, Annotated[list[Any], Field(min_length=1)] | dict[str, float | bool]] = Field(min_length=1)
 
 
@@ -73,6 +75,8 @@ class Search:
                     tried = {scale: self.experiment(self.first | {line: value}, scale) for scale in JUDGED}
                     if not tried["quick"].held_out_tokens:
                         raise ConfigError("held_out_tokens = 0: hold out text to choose by")
+            if not isinstance(self.file.space.get(self.file.turns), list):
+                raise ConfigError(f"turns = {self.file.turns!r}: name a line of the space that is a list")
             for scale in JUDGED:
                 check_data([self.experiment(self.first, scale)])
         except (ConfigError, LookupError, TypeError, ValueError) as error:
@@ -129,7 +133,7 @@ class Search:
         storage = JournalStorage(JournalFileBackend(str(self.home / "journal.log")))
         study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
         code = code_hash(self.experiment(self.first, "quick").model)
-        asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.seed]), code)
+        asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.turns, self.file.seed]), code)
         if study.trials and study.user_attrs["asked"] != asked:
             raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
         study.set_user_attr("asked", asked)
@@ -184,14 +188,18 @@ class Search:
 
     def draw(self) -> Trial:
         """A new trial, numbers of a range to three digits."""
-        trial, drawn = self.study.ask(), {}
+        trial, turns = self.study.ask(), self._ends(self.file.turns)
+        drawn, turn = {}, trial.number % len(turns)
         for line, given in self.file.space.items():
-            if isinstance(given, dict):
-                value = float(f"{trial.suggest_float(line, **given):.3g}")
+            name = f"{line}, {turn}"  # what is known of it by its other turns does not count
+            if line == self.file.turns:
+                drawn[line] = turns[turn]
+            elif isinstance(given, dict):
+                value = float(f"{trial.suggest_float(name, **given):.3g}")
                 low, high = self._ends(line)
                 drawn[line] = min(max(value, low), high)
             else:
-                drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
+                drawn[line] = given[trial.suggest_categorical(name, range(len(given)))]
         trial.set_user_attr("drawn", drawn)
         return trial
 

@@ -37,7 +37,7 @@ def file(tmp_path, text, outputs, monkeypatch):
     monkeypatch.setattr(search, "TABLES", tmp_path)
 
     def written(**keys):
-        content = {"title": "Tiny", "trials": 24, "seed": 1, "space": SPACE}
+        content = {"title": "Tiny", "trials": 48, "seed": 1, "turns": "logit_spread", "space": SPACE}
         content |= {"common": [COMMON, {"corpus": str(text)}], "full": {"embed_dim": 512, "held_out_tokens": 0}} | keys
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -103,13 +103,14 @@ def test_the_planted_best_is_found_and_the_table_holds_every_trial_also_those_th
     assert (best["logit_spread"], best["dropout"], best["phase2_epochs"]) == (0.5, 0.1, 6)
     assert 0.0005 < best["phase2_learning_rate"] < 0.002
     assert best["value"] < trials["value"][:AT_RANDOM].min()
-    assert trials["value"][12:].mean() < trials["value"][:12].mean()
+    assert trials["value"][24:].mean() < trials["value"][:24].mean()
     failed = trials["state"] == "failed"
     assert trials["value"].isna().equals(failed) and failed.equals(trials["dropout"] == 0)
-    assert 0 < failed[12:].sum() < failed[:12].sum()  # what does not learn is learnt from
+    assert failed[24:].sum() < failed[:24].sum()  # what does not learn is learnt from
+    assert trials["logit_spread"].tolist() == [0.5, 1.0] * 24
     names = ["phase2_learning_rate", "logit_spread", "dropout", "weight_decay", "phase2_epochs"]
     assert [*trials] == ["scale", "trial", "value", "ppl", *names, "seconds", "state"]
-    assert trials["trial"].tolist() == [*range(24)] and [*one.ran] == [f"quick-{k:03d}" for k in range(24)]
+    assert trials["trial"].tolist() == [*range(48)] and [*one.ran] == [f"quick-{k:03d}" for k in range(48)]
     assert {*trials["scale"]} == {"quick"} and {*trials["state"]} == {"failed", "finished"}
     for row, e in zip(trials.itertuples(), one.ran.values(), strict=True):
         assert e.logit_scale == pytest.approx(row.logit_spread * 2)
@@ -178,6 +179,8 @@ def test_the_best_are_run_at_full_size(file, planted, table, capsys):
         ({"trials": 0}, "trials = 0"),
         ({"trails": 9}, "trails = 9"),
         ({"space": {}}, "space = {}"),
+        ({"turns": "phase2_learning_rate"}, "turns = 'phase2_learning_rate'"),
+        ({"turns": "window"}, "turns = 'window'"),
         ({"space": {"slow_decay": []}}, "tiny.yaml: "),
         ({"space": {"slow_decay": {"low": 0.9}}}, "space, slow_decay: "),
         ({"space": {"slow_decay": {"low": 0.9, "high": 0.8}}}, "space, slow_decay: "),
@@ -228,10 +231,10 @@ def test_our_searches_are_the_same_for_all_models(monkeypatch):
     monkeypatch.setattr(search, "check_data", lambda experiments: None)  # whether their text is here is another matter
     assert {*OURS} == {path.stem for path in (ROOT / "params" / "search").glob("*.yaml")}
     ours = {name: Search(f"params/search/{name}.yaml") for name in OURS}
-    assert len({(one.file.trials, one.file.seed) for one in ours.values()}) == 1
+    assert len({(one.file.trials, one.file.seed, one.file.turns) for one in ours.values()}) == 1
     lines = {name: [*one.file.space.items()] for name, one in ours.items()}
-    assert all(of_one[:6] == lines["A"][:6] for of_one in lines.values())
-    assert {len(of_one) for name, of_one in lines.items() if name != "echo"} == {8}
+    assert all(of_one[:5] == lines["A"][:5] for of_one in lines.values())
+    assert {len(of_one) for name, of_one in lines.items() if name != "echo"} == {7}
 
     for scale in ("quick", "full"):  # and the networks have as many trained parameters as A, at every depth
         study = ours["A"].experiment(ours["A"].first, scale).model_copy(update={"num_input_tokens": 2})
