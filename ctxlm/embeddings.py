@@ -60,10 +60,12 @@ def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.n
         embedding = _cached(made_from, kind, dim, lambda: ppmi_svd(text, dim))
     elif kind == "smollm2":
         embedding = _cached(SMOLLM2_SHA256, kind, dim, lambda: smollm2(dim))
-    else:
+    elif kind == "gpt2":
         instead = "embedding ppmi or random, or embedding: path/to/model.safetensors with GPT-2's wte.weight"
-        hub = (GPT2, "model.safetensors", GPT2_REVISION, "model", "embedding = 'gpt2'", instead)
-        embedding = _wte(from_hub(*hub) if kind == "gpt2" else find(kind), kind, dim)
+        path = from_hub(GPT2, "model.safetensors", GPT2_REVISION, "model", "embedding = 'gpt2'", instead)
+        embedding = _wte(path, kind, dim)
+    else:
+        embedding = _wte(find(kind), kind, dim)
     if experiment.embedding_rows == "centred":
         embedding = embedding - embedding.mean(0)
     elif experiment.embedding_rows == "unit":

@@ -178,8 +178,6 @@ class Search:
                 self.study.tell(trial.number, state=TrialState.FAIL)
             raise
         value = metrics.get("val_loss")
-        if not stopped:
-            trial.set_user_attr("seconds", metrics.get("total_seconds"))
         self.study.tell(trial.number, value, None if metrics else TrialState.PRUNED)
         self.write_table()
         values = [other.value for other in self.study.get_trials(states=(TrialState.COMPLETE,))]
@@ -226,14 +224,18 @@ class Search:
         """Where a trial's run at a scale is."""
         return self.home / f"{scale}-{trial.number:03d}"
 
+    def metrics(self, trial: FrozenTrial, scale: str) -> dict[str, Any]:
+        """What metrics.json of a trial's run at a scale holds; nothing where there is none."""
+        done = self.folder(trial, scale) / "metrics.json"
+        return json.loads(done.read_bytes()) if done.exists() else {}
+
     def write_table(self) -> None:
         """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
         for trial in self.study.get_trials(states=ENDED):
-            point, seconds = _by_parameter(trial.user_attrs["drawn"]), trial.user_attrs.get("seconds")
-            done = self.folder(trial, "full") / "metrics.json"
-            judged = {"quick": (trial.value, seconds)}
-            metrics = json.loads(done.read_bytes()) if done.exists() else {}
+            point = _by_parameter(trial.user_attrs["drawn"])
+            judged = {"quick": (trial.value, self.metrics(trial, "quick").get("total_seconds"))}
+            metrics = self.metrics(trial, "full")
             if metrics and self.experiment(trial.user_attrs["drawn"], "full").is_that_of(metrics):
                 judged["full"] = metrics[f"{JUDGED['full']}_loss"], metrics["total_seconds"]
             for scale, (value, seconds) in judged.items():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ctxlm.analysis.estimates import Coefficients, Moments
-from ctxlm.analysis.scaling import MAX_LOG_TOKENS, crossing_share, crossing_shares, crossovers, fieller, laws
+from ctxlm.analysis.scaling import MAX_LOG_TOKENS, Crossover, crossing_share, crossing_shares, crossovers, fieller, laws
 from tests.planted import MEETS, MIDDLE, SIZES, Planted, inside
 
 CHANCE = {"text": 0.05, "own": 0.01, "tilt": 0.01, "hard": 0.05, "liked": 0.01, "noise": 0.01}
@@ -76,6 +76,22 @@ def test_the_set_is_where_the_gap_is_not_significant(b, d, sb, sd, r, share, few
         assert (within == message)[sure].all()
 
 
+def textbook(b, d, cov, dof, middle) -> Crossover:
+    """Fieller's quadratic, of a covariance of so many degrees of freedom everywhere, from 1 to 10¹⁵ tokens."""
+    t2 = stats.t.ppf(0.975, dof) ** 2
+    square, half, rest = d**2 - t2 * cov[1, 1], b * d - t2 * cov[0, 1], b**2 - t2 * cov[0, 0]
+    root = half**2 - square * rest
+    if square < 0 and root < 0:
+        return Crossover(None, "unbounded", None, None)
+    low, high = (middle + end for end in sorted((-half + sign * math.sqrt(root)) / square for sign in (-1, 1)))
+    kind, beyond = ("bounded", "nowhere") if square > 0 else ("outside", "unbounded")
+    if high < 0 or low > MAX_LOG_TOKENS:
+        return Crossover(None, beyond, None, None)
+    if low < 0 and high > MAX_LOG_TOKENS:
+        return Crossover(None, {"nowhere": "unbounded", "unbounded": "nowhere"}[beyond], None, None)
+    return Crossover(None, kind, *(math.exp(end) if 0 <= end <= MAX_LOG_TOKENS else None for end in (low, high)))
+
+
 PLACES = {
     "bounded": (0.02, -0.1, 0.01, 0.01),
     "bounded, without a low end": (0.9, 0.1, 0.03, 0.01),
@@ -90,14 +106,14 @@ PLACES = {
 
 
 @pytest.mark.parametrize("r", [-0.5, 0.0, 0.4])
-def test_at_the_ends_of_the_set_students_interval_begins_at_zero(r):
+def test_with_one_source_of_chance_the_set_is_the_textbooks(r):
     for place, (b, d, sb, sd) in PLACES.items():
         cov = np.array([[sb**2, r * sb * sd], [r * sb * sd, sd**2]])
         result = fieller(Moments(np.array([b, d]), [(cov, 7.0)], 8, 8, ()), MIDDLE)
-        for end in filter(None, (result.low, result.high)):
-            weights = np.array([1, math.log(end) - MIDDLE])
-            half = stats.t.ppf(0.975, 7) * math.sqrt(weights @ cov @ weights)
-            assert abs(weights @ [b, d]) == pytest.approx(half, rel=1e-6), place
+        expected = textbook(b, d, cov, 7, MIDDLE)
+        assert result.kind == expected.kind, place
+        for end, wanted in ((result.low, expected.low), (result.high, expected.high)):
+            assert (end is None) == (wanted is None) and (end is None or end == pytest.approx(wanted, rel=1e-6)), place
         if r == 0:
             assert result.kind == place.partition(",")[0]
             assert (result.low is None) >= ("low end" in place) and (result.high is None) >= ("high end" in place)

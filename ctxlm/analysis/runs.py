@@ -161,7 +161,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """
     frames = []
     for grid in dict.fromkeys(grids):
-        plan, runs = _plan(grid), _load(grid)
+        plan, runs = _load(grid)
         if runs.empty:
             first = f"`make report GRID={grid}`" if plan else "notebooks/02_experiment.ipynb"
             raise ConfigError(f"grid {grid} has no finished run yet: run {first} first")
@@ -191,7 +191,7 @@ def read_finished(*grids: str) -> pd.DataFrame:
     Raises:
         ConfigError: none has one, or as `read_runs`.
     """
-    return read_runs(*([grid for grid in grids if len(_load(grid))] or grids))
+    return read_runs(*([grid for grid in grids if len(_load(grid)[1])] or grids))
 
 
 def _plan(grid: str) -> Grid | None:
@@ -200,9 +200,10 @@ def _plan(grid: str) -> Grid | None:
     return None if grid == BY_HAND or (not planned and len(load_runs(grid))) else load_grid(grid)
 
 
-def _load(grid: str) -> pd.DataFrame:
-    """A grid's finished runs: those that its file asks for, or all where it has none."""
-    return load_planned(plan) if (plan := _plan(grid)) else load_runs(grid)
+def _load(grid: str) -> tuple[Grid | None, pd.DataFrame]:
+    """A grid as `_plan` has it, and its finished runs: those that its file asks for, or all where it has none."""
+    plan = _plan(grid)
+    return plan, load_planned(plan) if plan else load_runs(grid)
 
 
 def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:
