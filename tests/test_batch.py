@@ -201,15 +201,6 @@ def test_a_line_counts_the_runs_that_are_left_as_they_are_asked_for_today(
     assert "run: test PPL 7.4" in (printed := capsys.readouterr().out) and "left" not in printed
 
 
-def test_a_grid_whose_type_this_machine_emulates_is_said_to_be_slow(grid, capsys, monkeypatch):
-    asked = yaml.safe_load(grid.read_text())
-    for native, dtype, slow in ((False, "bfloat16", True), (True, "bfloat16", False), (False, "float32", False)):
-        monkeypatch.setattr("ctxlm.device.has_bfloat16", lambda _, native=native: native)
-        grid.write_text(yaml.safe_dump(asked | {"common": asked["common"] | {"dtype": dtype}}))
-        assert main(["--check", str(grid)]) == 0
-        assert ("emulates" in capsys.readouterr().err) == slow
-
-
 def test_results_of_other_parameters_or_code_are_to_be_made_anew(grid, outputs, capsys):
     assert main(["--check", str(grid)]) == 0
     anew = {f"{outputs}/grid/{label}/metrics.json" for label in ("failed", "changed", "older")}

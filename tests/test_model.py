@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.device import generator, resolve_device, resolve_dtype
+from ctxlm.device import emulate_bfloat16, generator, resolve_device, resolve_dtype
 from ctxlm.model import ContextLM
 from tests.conftest import tiny
 
@@ -89,3 +89,37 @@ def test_bfloat16_is_chosen_only_where_the_cpu_has_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert resolve_dtype(Experiment(), cpu) == torch.bfloat16
     assert resolve_dtype(Experiment.from_mapping({"dtype": "float32"}), cpu) == torch.float32
+
+
+def test_bfloat16_is_emulated_where_it_is_asked_for_and_the_cpu_lacks_it(monkeypatch):
+    asked, emulated = Experiment.from_mapping({"dtype": "bfloat16"}), []
+    monkeypatch.setattr("ctxlm.device.emulate_bfloat16", lambda: emulated.append(1))
+    for native in (True, False):
+        monkeypatch.setattr("ctxlm.device.has_bfloat16", lambda _, native=native: native)
+        assert resolve_dtype(asked, torch.device("cpu")) == torch.bfloat16 and len(emulated) == (not native)
+
+
+def test_emulated_bfloat16_is_a_sum_rounded_once_and_leaves_float32_alone(monkeypatch):
+    draws = torch.Generator().manual_seed(3)
+    values = [torch.randn(shape, generator=draws).bfloat16() for shape in ((2, 31, 70), (2, 70, 23), (23,))]
+
+    def products(dtype) -> list[torch.Tensor]:
+        x, y, z = (value.to(dtype).clone().requires_grad_() for value in values)
+        product = x[0] @ y[0]
+        gradients = torch.autograd.grad(product.sum(), (x, y))
+        with torch.no_grad():
+            out = torch.mm(x[0], y[0], out=x.new_empty(31, 23))
+            scaled = torch.addmm(z, x[0], y[0], beta=2, alpha=0.5)
+            return [product, *gradients, out, scaled, torch.nn.functional.linear(x, y[0].T, z), x @ y]
+
+    exact, float32 = products(torch.float64), products(torch.float32)
+    kernels, widened, addmm = emulate_bfloat16.__wrapped__(), [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: widened.append(a[1].dtype) or addmm(*a, **k))
+    for value, before in zip(products(torch.float32), float32, strict=True):
+        assert torch.equal(value, before)
+    widened.clear()
+    for value, expected in zip(products(torch.bfloat16), exact, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert ((value - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()  # half a unit in the last place
+    assert torch.float32 in widened
+    del kernels  # torch's own are back
