@@ -129,8 +129,7 @@ class Experiment(Checked):
     )
     design: Literal["constant", "arithmetic", "echo"] = Field(
         "constant",
-        description="width of the layers: constant, or falling in an arithmetic progression; echo: contexts are those "
-        "of an echo state network, which nothing trains",
+        description="widths of layers: constant, or falling; echo: contexts of an untrained echo state network",
     )
     num_layers: int = Field(6, ge=1, le=1024, description="layers of each block, L")
     context_dim: Width = Field(768, description="width of the context, C")
