@@ -204,8 +204,8 @@ class Estimates(list[Estimate]):
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         filled = "; filled: significant" if unit.comparison else ""
-        filled += ",\ncorrected; diamonds: means, not" if any(e.over == SITES for e in self) else ""
-        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals{filled})")
+        means = "\ndiamonds: means over sites" if any(e.over == SITES for e in self) else ""
+        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals{filled}){means}")
         axes.set_title(title or (self[0].contrast if same else ""))
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)
