@@ -31,7 +31,7 @@ from torch import Tensor
 from ctxlm import networks, ngrams
 from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, code_hash, read_yaml
 from ctxlm.corpus import PROTOCOL, Split, split
-from ctxlm.device import resolve_device, resolve_dtype, tokens_on
+from ctxlm.device import has_bfloat16, resolve_device, resolve_dtype, tokens_on
 from ctxlm.embeddings import data_hash, load_embedding
 from ctxlm.files import BY_HAND, ROOT, RUN_LOCK, atomic, digest, outputs_dir, release, resolve, take
 from ctxlm.memory import forgetting, reach, recent_tokens
@@ -267,11 +267,13 @@ def _baseline(this: Run, on_epoch: OnEpoch | None) -> pd.Series:
 
 
 def processor() -> str:
-    """The processor's name, or its architecture where the system does not say: others round and add up otherwise."""
+    """The processor's name, where the system says it, and its instructions: others round and add up otherwise."""
+    name = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    bfloat16 = ", bfloat16" if has_bfloat16(torch.device("cpu")) else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bfloat16}"
 
 
 def git_commit() -> str | None:

@@ -33,6 +33,7 @@ from ctxlm.corpus import (
 )
 from ctxlm.files import ROOT
 from tests.conftest import refusal
+from tests.test_protocol import counting
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -133,11 +134,7 @@ def test_prompts_are_known_and_fetched_once(monkeypatch):
 
 
 def test_a_mixture_takes_a_sample_of_each_in_turn(monkeypatch):
-    def planted(first, *lengths):
-        starts = np.append(0, np.cumsum(lengths))
-        return Corpus("planted", np.arange(first, first + starts[-1], dtype=np.int32), starts)
-
-    known = {"sotu": planted(0, 1, 2, 3), "docstrings": planted(100, 2, 2, 2, 2, 2)}
+    known = {"sotu": counting([1, 2, 3]), "docstrings": counting([2] * 5, first=100)}
     plain = load_corpus
     monkeypatch.setattr(corpus_module, "load_corpus", known.__getitem__)
     mixed = plain("sotu+docstrings")

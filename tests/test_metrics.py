@@ -1,5 +1,7 @@
 """Effective rank of known matrices, losses by what repeats."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -32,9 +34,12 @@ def test_the_gram_matrix_gives_the_svds_rank(rows, columns, seed):
 
 
 def test_a_long_matrix_is_judged_by_a_fixed_sample_of_its_rows():
-    matrix = torch.randn(MAX_ROWS + 500, 6, generator=torch.Generator().manual_seed(0))
+    matrix = torch.randn(2 * MAX_ROWS, 6, generator=torch.Generator().manual_seed(0))
+    matrix[:MAX_ROWS, 1:] = 0  # so that neither half is like the whole
     assert torch.equal(singular_values(matrix), singular_values(matrix.clone()))
     assert effective_rank(matrix) == pytest.approx(literal.effective_rank(matrix), rel=0.01)
+    whole = torch.linalg.svdvals(matrix)[0].item()
+    assert singular_values(matrix)[0].item() == pytest.approx(whole / math.sqrt(2), rel=0.05)
 
 
 def test_losses_are_counted_by_how_much_of_what_was_just_read_repeats_the_training_text():

@@ -81,22 +81,15 @@ def test_a_gpu_that_is_missing_is_refused(monkeypatch):
         resolve_device(Experiment.from_mapping({"device": "cuda:1"}))
 
 
-def test_bfloat16_is_chosen_only_where_the_cpu_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
-    assert resolve_dtype(Experiment(), cpu) == torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert resolve_dtype(Experiment(), cpu) == torch.bfloat16
-    assert resolve_dtype(Experiment.from_mapping({"dtype": "float32"}), cpu) == torch.float32
-
-
-def test_bfloat16_is_emulated_where_it_is_asked_for_and_the_cpu_lacks_it(monkeypatch):
-    asked, emulated = Experiment.from_mapping({"dtype": "bfloat16"}), []
+def test_bfloat16_is_chosen_where_the_cpu_has_it_and_emulated_where_it_is_asked_for_and_missing(monkeypatch):
+    cpu, emulated = torch.device("cpu"), []
     monkeypatch.setattr("ctxlm.device.emulate_bfloat16", lambda: emulated.append(1))
-    for native in (True, False):
-        monkeypatch.setattr("ctxlm.device.has_bfloat16", lambda _, native=native: native)
-        assert resolve_dtype(asked, torch.device("cpu")) == torch.bfloat16 and len(emulated) == (not native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
+        chosen = [resolve_dtype(Experiment(dtype=name), cpu) for name in ("auto", "float32", "bfloat16")]
+        assert chosen == [torch.bfloat16 if native else torch.float32, torch.float32, torch.bfloat16]
+        assert len(emulated) == 1  # once without it, not again with it
 
 
 def test_emulated_bfloat16_is_a_sum_rounded_once_and_leaves_float32_alone(monkeypatch):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import Experiment, read_yaml
+from ctxlm.config import Experiment
 from ctxlm.model import forward_flops, load_weights, trained_weights
 from ctxlm.networks import BODIES, NeuralLM, Reader, Windows, evaluate, min_gru
 from ctxlm.trainer import Trainer
@@ -33,13 +33,6 @@ def small(kind, **parameters):
 
 def train(model, tokens, val, e, dtype=torch.float32):
     return Trainer(Windows(model, tokens, val, e, dtype), e).run()
-
-
-@pytest.mark.parametrize(("name", "count"), [("lstm", 18_312_320), ("mingru", 18_301_794), ("transformer", 19_768_576)])
-def test_trained_parameters_are_within_a_tenth_of_a(name, count):
-    e = Experiment.from_mapping(read_yaml("params/base.yaml"), read_yaml(f"params/baselines/{name}.yaml"))
-    trained = NeuralLM(e, torch.zeros(5, 768)).trained()  # 5 tokens have 5 biases
-    assert sum(p.numel() for p in trained.values()) == count + 5
 
 
 def windows(e, model, train):

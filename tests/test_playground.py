@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import unicodedata
 
@@ -13,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from bs4 import BeautifulSoup
 from IPython.display import HTML
 from nbconvert import HTMLExporter
@@ -26,6 +23,7 @@ from ctxlm.files import ROOT, run_folders
 from ctxlm.generate import changed, load_run, next_tokens, surprise
 from ctxlm.run import run
 from tests.conftest import SMALL, refusal, rewrite, short_paragraphs
+from tests.test_notebooks import papermill
 
 A, B, KN = "small/A", "small/B", "small/KN-3"
 OF_A = SMALL | {"development_samples": 4, "test_samples": 4, "phase2_epochs": 1, "dtype": "float32", "device": "cpu"}
@@ -320,11 +318,9 @@ def test_a_committed_run_has_its_test_losses_again(name, repository):
 @pytest.mark.slow
 def test_the_notebook_runs_and_its_page_needs_no_script(tmp_path, repository):
     values = {"text": f"Hi there, how are you? {HOSTILE}", "prompt": "<script>alert(2)</script>", "cost_tokens": 40}
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "09_playground.ipynb"), "out.ipynb"]
-    command += ["--cwd", str(ROOT), "-k", "python3", "--no-progress-bar", "-y", yaml.safe_dump(values)]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    process, executed = papermill(tmp_path, "09_playground", **values)
     assert process.returncode == 0, process.stderr
-    notebook = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    notebook = nbformat.read(executed, as_version=4)
     kinds = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
     assert not any("widget" in kind or "javascript" in kind for kind in (*kinds, *notebook.metadata))
     body = cells_html(notebook)

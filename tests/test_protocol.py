@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
-from ctxlm.config import ConfigError, Experiment, load_grid
+from ctxlm.config import DATA_PARAMETERS, ConfigError, Experiment, load_grid
 from ctxlm.corpus import MIN_SAMPLES, PROTOCOL, REGION, WINDOWS, Corpus, check_data, load_corpus, split
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
 GRIDS = sorted(path.stem for path in (ROOT / "params" / "grids").glob("*.yaml"))
 PARTS = ("val", "development", "test")
+READ = DATA_PARAMETERS | {"train_tokens", "data_seed", "held_out_tokens"}
+"""Parameters by which text is read."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_onc
         with given_as(Corpus("ultrachat", np.zeros(3_480_000, np.int32), np.arange(20_001) * 174)):
             check_data(of_grid)
     else:
-        check_data(of_grid)
+        check_data({tuple(run.model_dump(include=READ).values()): run for run in of_grid}.values())
 
 
 # Chitchat

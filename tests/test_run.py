@@ -125,12 +125,12 @@ def test_the_cells_of_a_notebook_give_what_run_gives(made, model, text, tmp_path
     assert_same_run(tmp_path / "run", made[model][0])
 
 
-def write(folder, settings=None, **columns):
+def write(folder, settings=None, this=None, **columns):
     """Write a run of three predictions that nothing has computed."""
     losses, shorter = torch.tensor([1.0, 2.0, 4.0]), Stream(STREAM.tokens[1:], STREAM.samples[1:])
     judged = {"val": (losses, 0.5), "development": (losses[1:], 0.25), "test": (losses[1:], 0.75)}
     rows = [{"phase": "phase2", "step": 1, "metric": "val_loss", "value": 2.0}]
-    this = Run(settings or Experiment(device="cpu", train_tokens=4), folder)
+    this = this or Run(settings or Experiment(device="cpu", train_tokens=4), folder)
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     return this.write(Split(STREAM, STREAM, shorter, shorter), judged, columns, rows, weights)
 
@@ -141,7 +141,7 @@ def test_a_run_is_of_the_code_and_the_machine_that_it_began_with(tmp_path, witho
     assert [this.provenance["device"].partition(":")[0], this.provenance["dtype"]] == machine and "auto" not in machine
     for name in ("code_hash", "git_commit"):
         monkeypatch.setattr(f"ctxlm.run.{name}", lambda *_: "edited since")
-    assert "edited since" not in this.provenance.values()
+    assert "edited since" not in write(None, this=this).tolist()
 
 
 def test_checkpoints_go_also_half_written_ones_and_nothing_else(tmp_path, without_text):

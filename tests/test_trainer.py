@@ -69,10 +69,6 @@ def assert_same(one, trained, other, expected):
 # Stopped, and gone on with
 
 
-class Killed(Exception):
-    pass
-
-
 @each_kind
 def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, tmp_path):
     """Nothing but the seed and what is in the file decides."""
@@ -81,12 +77,12 @@ def test_a_killed_training_goes_on_from_its_file_to_the_same_bits(kind, tmp_path
     def killed_in_epoch(epoch):
         def on_epoch(history):
             if history[-1]["step"] == epoch * one.e.validations_per_epoch:
-                raise Killed
+                raise KeyboardInterrupt
 
         return on_epoch
 
     for epoch in (1, 2, 4):  # each process does less or more than the one before
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             trainer(kind).run(killed_in_epoch(epoch), checkpoint, "key")
         assert checkpoint.exists() == (epoch > 1) and len([*tmp_path.iterdir()]) == (epoch > 1)
     fresh = trainer(kind)
