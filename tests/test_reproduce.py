@@ -62,7 +62,7 @@ def test_what_is_drawn_is_todays_and_begins_alike(outputs, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "within"), [("bfloat16", 0.005), ("float32", 1e-4)])
-def test_runs_agree_to_as_much_as_the_readme_says(dtype, within, outputs, monkeypatch):
+def test_runs_agree_to_a_share_that_goes_by_their_type(dtype, within, outputs, monkeypatch):
     values = {"val_ppl": 200.0, "test_ppl": 300.0}
     row = pd.Series(Experiment().model_dump() | values | {"dtype": dtype, "run": "A", "grid": "g", "device_name": "x"})
     for (name, value), sign, part in product(values.items(), (1, -1), (0.9, 1.1)):
