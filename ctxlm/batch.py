@@ -60,7 +60,8 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
             print_line(f"{folder.name}: waits for the notebook that has its folder to end or be shut down")
             kernel.acquire()
         kernel.release()
-        if done.name == "metrics.json" and is_finished(done, _run_of(values)):
+        asked = {name: value for name, value in values.items() if name != "output_dir"}
+        if done.name == "metrics.json" and is_finished(done, Experiment.from_mapping(asked)):
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_BATCH": "1"}
         environment |= free_gpu(values, held)
@@ -107,11 +108,6 @@ def is_finished(done: Path, run: Experiment) -> bool:
     metrics = json.loads(done.read_bytes()) if done.exists() else {}
     todays = run.is_that_of(metrics) and metrics.get("code_hash") == code_hash(run.model)
     return todays and metrics.get("data_hash") == data_of(run)
-
-
-def _run_of(values: Mapping[str, Any]) -> Experiment:
-    """The experiment of a notebook's parameters."""
-    return Experiment.from_mapping({name: value for name, value in values.items() if name != "output_dir"})
 
 
 def data_of(run: Experiment) -> str:
@@ -298,18 +294,11 @@ def _carry_out(given: argparse.Namespace) -> int:
         return 1
     line = f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s"
     with suppress(Exception):  # of a grid or a source that is being edited: this run is finished all the same
-        line += _left(folder.parent)
+        runs = load_grid(os.environ["CTXLM_GRID"]).runs  # which Snakefile names
+        left = sum(not is_finished(folder.parent / name / "metrics.json", run) for name, run in runs.items())
+        line += f", {left} of {len(runs)} runs left"
     print_line(line)
     return 0
-
-
-def _left(home: Path) -> str:
-    """How many of a grid's runs are left, as the end of a line; nothing where no grid is carried out."""
-    if not (grid := os.environ.get("CTXLM_GRID")):  # by Snakefile
-        return ""
-    runs = load_grid(grid).runs
-    left = sum(not is_finished(home / name / "metrics.json", run) for name, run in runs.items())
-    return f", {left} of {len(runs)} runs left"
 
 
 if __name__ == "__main__":

@@ -482,16 +482,9 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
 
 def parameters_list() -> str:
     """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
-    rows = [
-        "# Parameters",
-        "",
-        "Name (default): meaning. For papermill's `-p`, null is `None`. Written by `make docs`.",
-        "",
-    ]
-    for name, field in Experiment.model_fields.items():
-        default = json.dumps(field.default).strip('"')
-        rows.append(f"- `{name}` ({default}): {field.description}")
-    return "\n".join(rows) + "\n"
+    listed = ((name, json.dumps(f.default).strip('"'), f.description) for name, f in Experiment.model_fields.items())
+    head = "# Parameters\n\nName (default): meaning. For papermill's `-p`, null is `None`. Written by `make docs`.\n\n"
+    return head + "".join(f"- `{name}` ({default}): {meaning}\n" for name, default, meaning in listed)
 
 
 if __name__ == "__main__":

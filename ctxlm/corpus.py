@@ -315,8 +315,12 @@ def _tokenise(name: str, texts: list[str]) -> dict[str, np.ndarray]:
         encoded += [np.array(item.ids, dtype=np.int32) for item in tokenizer().encode_batch(texts[i : i + 256])]
     least = CHITCHAT_MIN_TOKENS if name == "chitchat" else 1
     corpus = _joined(name, [ids for ids in encoded if len(ids) >= least])
-    if name == "ultrachat":  # before it is cached: what the hub has may be put right
-        _check_ultrachat(corpus.starts)
+    for samples, expected in ULTRACHAT_SIZES.items() if name == "ultrachat" else ():  # before it is cached
+        if (tokens := int(corpus.starts[min(samples, corpus.num_samples)])) != expected:
+            raise ConfigError(
+                f"corpus = 'ultrachat' is not the study's: its first {samples} samples are {tokens:,} tokens, not "
+                f"{expected:,}; to use it all the same, save it and name that file as the corpus"
+            )
     return {"tokens": corpus.tokens, "starts": corpus.starts}
 
 
@@ -385,16 +389,6 @@ def _ultrachat_texts(name: str, _revision: bytes) -> list[str]:
     path = from_hub(ULTRACHAT, ULTRACHAT_FILE, ULTRACHAT_REVISION, "dataset", "corpus = 'ultrachat'", instead)
     rows = pyarrow.parquet.read_table(path, columns=["messages"]).slice(0, ULTRACHAT_SAMPLES).to_pylist()
     return _row_texts(name, "row", enumerate(rows, start=1))
-
-
-def _check_ultrachat(starts: np.ndarray) -> None:
-    for samples, expected in ULTRACHAT_SIZES.items():
-        tokens = int(starts[min(samples, len(starts) - 1)])
-        if tokens != expected:
-            raise ConfigError(
-                f"corpus = 'ultrachat' is not the study's: its first {samples} samples are {tokens:,} tokens, not "
-                f"{expected:,}; to use it all the same, save it and name that file as the corpus"
-            )
 
 
 def _txt_texts(name: str, raw: bytes) -> list[str]:

@@ -19,10 +19,9 @@ class Predictor:
         self.model, self.dtype = model, dtype
         self.score = Score(model, dtype)
 
-    def __call__(self, stream: Contexts, at: slice | Tensor) -> Losses:
-        """Losses of predicting the tokens after the positions `at`, a slice or int64 [B]."""
-        layers = stream.layers(self.model.context_block, at)
-        return self.from_layers(stream.tokens, stream.positions(at), layers)
+    def __call__(self, stream: Contexts, at: Tensor) -> Losses:
+        """Losses of predicting the tokens after the positions `at`, int64 [B]."""
+        return self.from_layers(stream.tokens, at, stream.layers(self.model.context_block, at))
 
     def from_layers(
         self, tokens: Tensor, positions: Tensor, layers: list[Tensor], slow: Tensor | None = None
@@ -39,14 +38,10 @@ class Predictor:
 @torch.no_grad()
 def evaluate(predict: Predictor, stream: Contexts, batch_size: int = 2048) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
-    parts = [predict(stream, batch)[1:] for batch in _slices(len(stream.tokens) - 1, batch_size)]
+    positions = torch.arange(len(stream.tokens) - 1, device=stream.tokens.device)
+    parts = [predict(stream, at)[1:] for at in positions.split(batch_size)]
     losses, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     return losses, correct.double().mean().item()
-
-
-def _slices(targets: int, size: int) -> list[slice]:
-    """So many positions in stream order, `size` at a time; the last are fewer."""
-    return [slice(start, min(start + size, targets)) for start in range(0, targets, size)]
 
 
 class Phase2:
@@ -72,24 +67,25 @@ class Phase2:
         self.predict = Predictor(model, dtype)
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
 
-    def batches(self, epoch: int) -> Sequence[slice | Tensor]:
-        """The positions of each batch: a slice, or int64 [B] in random order."""
+    def batches(self, epoch: int) -> Sequence[Tensor]:
+        """The positions of each batch, int64 [B]."""
+        device = self.train.tokens.device
+        positions = torch.arange(self.targets, device=device)
         if self.e.phase2_shuffle:
-            device = self.train.tokens.device
             draws = generator(self.e.seed, "phase2_order", epoch, device=device)
-            return torch.randperm(self.targets, generator=draws, device=device).split(self.e.phase2_batch_size)
+            positions = torch.randperm(self.targets, generator=draws, device=device)
         if self.window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
             self.train.values.copy_(chunked(self.model, self.train.tokens).values)
-        return _slices(self.targets, self.e.phase2_batch_size)
+        return positions.split(self.e.phase2_batch_size)
 
-    def loss(self, batch: slice | Tensor) -> Losses:
+    def loss(self, batch: Tensor) -> Losses:
         """The losses of one batch."""
         tokens = self.train.tokens
         if not self.window:
             return self.predict(self.train, batch)
         with autocast(tokens.device, self.dtype):
             layers = self.train.unrolled(self.model, batch, self.window)
-        return self.predict.from_layers(tokens, self.train.positions(batch), layers)
+        return self.predict.from_layers(tokens, batch, layers)
 
     def evaluate(self) -> tuple[Tensor, float]:
         """Every validation target's loss and the accuracy, as `evaluate`, from contexts of the weights as they are."""

@@ -50,36 +50,30 @@ class Contexts:
     inner: list[Tensor] | None = None
     """The other layers' contexts, L - 1 tensors [T, width], in the type of the products that read them; or None."""
 
-    def positions(self, at: slice | Tensor) -> Tensor:
-        """The positions `at`, a slice or int64 [B], as int64 [B]."""
-        return at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=self.tokens.device)
-
     @torch.no_grad()
-    def layers(self, block: ContextBlock, at: slice | Tensor) -> list[Tensor]:
-        """Every layer's contexts at the positions `at`, a slice or int64 [B]: L tensors [B, width]."""
+    def layers(self, block: ContextBlock, at: Tensor) -> list[Tensor]:
+        """Every layer's contexts at the positions `at`, int64 [B]: L tensors [B, width]."""
         if self.inner is not None:
             return [layer[at] for layer in (*self.inner, self.values)]
-        positions = self.positions(at)
-        before = self.values[(positions - 1).clamp(min=0)] * (positions > 0).unsqueeze(1)  # zero before the stream
-        return block(before, look_up(self.tables, self.distinct.places(positions)))
+        before = self.values[(at - 1).clamp(min=0)] * (at > 0).unsqueeze(1)  # zero before the stream
+        return block(before, look_up(self.tables, self.distinct.places(at)))
 
-    def unrolled(self, model: ContextLM, at: slice, window: int) -> list[Tensor]:
-        """Every layer's contexts at the positions `at`, computed anew with gradients: L tensors [B, width].
+    def unrolled(self, model: ContextLM, at: Tensor, window: int) -> list[Tensor]:
+        """Every layer's contexts at consecutive positions `at`, computed anew with gradients: L tensors [B, width].
 
         Each window of so many tokens goes on from the context held before it: back-propagation through time, truncated
         at the windows' starts (Williams & Peng, 1990). The last layer's contexts take the place of those in `values`,
         as Phase 1's do: windows of later calls read them.
         """
-        block, device = model.context_block, self.tokens.device
-        starts = torch.arange(at.start, at.stop, window, device=device)[:, None]
-        positions = (starts + torch.arange(window, device=device)).clamp(max=at.stop - 1)  # the excess is cut off below
+        block, starts = model.context_block, at[::window, None]
+        positions = (starts + torch.arange(window, device=at.device)).clamp(max=at[-1])  # the excess is cut off below
         projections = block.projections(model.context_inputs(self.tokens, positions))
         context = self.values[(starts[:, 0] - 1).clamp(min=0)] * (starts > 0)  # zero before the stream
         steps = []
         for offset in range(window):
             steps.append(block(context, [projected[:, offset] for projected in projections]))
             context = steps[-1][-1]
-        layers = [torch.stack(layer, 1).flatten(0, 1)[: at.stop - at.start] for layer in zip(*steps, strict=True)]
+        layers = [torch.stack(layer, 1).flatten(0, 1)[: len(at)] for layer in zip(*steps, strict=True)]
         self.values[at] = layers[-1].detach()
         return layers
 
@@ -196,7 +190,7 @@ class Ablation:
         self.model, self.e = model, experiment
         self.principal = None
         if experiment.context_rank:
-            layers = train.layers(model.context_block, slice(0, len(train.tokens)))
+            layers = train.layers(model.context_block, torch.arange(len(train.tokens), device=train.tokens.device))
             self.principal = [_principal(layer, experiment.context_rank) for layer in layers]
 
     @torch.no_grad()
@@ -213,7 +207,7 @@ class Ablation:
             return replace(chunked(self.model, contexts.tokens[order]), tokens=contexts.tokens)
         if self.principal is None:
             return contexts
-        layers = contexts.layers(self.model.context_block, slice(0, total))
+        layers = contexts.layers(self.model.context_block, torch.arange(total, device=device))
         *inner, last = (
             (mean + (layer.float() - mean) @ axes @ axes.T).to(layer.dtype)
             for layer, (mean, axes) in zip(layers, self.principal, strict=True)

@@ -157,7 +157,7 @@ def test_an_update_reads_no_number_back_and_all_of_it_stays_on_the_device(kind, 
 def test_a_tensor_left_on_the_cpu_is_found(meta):
     model = tiny(V)
     task = meta_task("study", settings(), model, meta)
-    layers = task.train.unrolled(model, slice(0, 22), 4)
+    layers = task.train.unrolled(model, torch.arange(22, device=meta), 4)
     assert {(len(layer), layer.device) for layer in layers} == {(22, meta)}
     with pytest.raises(RuntimeError, match=r"(?i)device"):
         model.context_block(torch.empty(20, 12, device=meta), [torch.empty(20, 12)] * 3)

@@ -53,12 +53,12 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
         losses = []
         for t in positions:
             last = sequential(model, tokens[t - k + 1 : t + 1])
-            layers = last.layers(model.context_block, slice(k - 1, k))
+            layers = last.layers(model.context_block, torch.arange(k - 1, k))
             slow = predict.score.slow_contexts(last.tokens)[-1:] if decay else None
             losses.append(predict.from_layers(tokens, torch.tensor([t]), layers, slow)[0].item())
         assert values[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert values[k, "val_ppl"] == pytest.approx(math.exp(values[k, "val_loss"]))
-    whole = [predict(contexts, slice(t, t + 1))[0].item() for t in positions]
+    whole = [predict(contexts, torch.arange(t, t + 1))[0].item() for t in positions]
     assert values[0, "val_loss"] == pytest.approx(sum(whole) / 4, rel=1e-5)
 
 
@@ -106,12 +106,14 @@ def test_zeroed_contexts_alone_leave_a_model_of_its_input_tokens():
     contexts = sequential(model, tokens)
     assert Ablation(model, contexts, experiment("none"))(contexts) is contexts
     zero, settings = Ablation(model, contexts, experiment("zero")), experiment("zero", phase2_epochs=1)
-    layers = zero(contexts).layers(model.context_block, slice(10, 20))
+    layers = zero(contexts).layers(model.context_block, torch.arange(10, 20))
     assert len(layers) == 3 and all(layer.shape == (10, 12) and not layer.any() for layer in layers)
     # Equal input tokens, whatever stood before them, then give equal predictions.
     again = torch.cat([stream(7, seed=5), tokens])
     other, predict = zero(sequential(model, again)), Predictor(model, torch.float32)
-    torch.testing.assert_close(predict(other, slice(17, 27))[1], predict(zero(contexts), slice(10, 20))[1])
+    torch.testing.assert_close(
+        predict(other, torch.arange(17, 27))[1], predict(zero(contexts), torch.arange(10, 20))[1]
+    )
     before = [p.clone() for p in model.token_block.from_context.parameters()]
     train_token_block(model, zero(contexts), other, settings)
     for old, new in zip(before, model.token_block.from_context.parameters(), strict=True):
@@ -138,10 +140,10 @@ def test_a_rank_keeps_the_principal_dimensions_of_the_training_contexts(rank):
     model = tiny()
     train, other = (sequential(model, stream(n, seed=n)) for n in (300, 90))
     keep = Ablation(model, train, experiment("none", context_rank=rank))
-    whole = slice(0, 90)
+    whole = torch.arange(0, 90)
     for layer, basis, kept in zip(
         other.layers(model.context_block, whole),
-        train.layers(model.context_block, slice(0, 300)),
+        train.layers(model.context_block, torch.arange(0, 300)),
         keep(other).layers(model.context_block, whole),
         strict=True,
     ):

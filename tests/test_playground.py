@@ -274,6 +274,15 @@ def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_ask
     play.model.cache_clear()
 
 
+@pytest.mark.parametrize(("given", "expected"), [(1.0, 2.0), (0.9, 0.9)])
+def test_logits_that_go_by_the_width_go_by_the_new_one(live, monkeypatch, given, expected):
+    start, asked = Experiment.of_run(play.metrics(A)).model_copy(update={"embed_dim": 32, "logit_scale": given}), []
+    monkeypatch.setattr(play, "presets", lambda: {"A": start})
+    monkeypatch.setattr(play.running, "run", lambda e, *_: asked.append(e))
+    play.train("A", embed_dim=8)
+    assert [e.logit_scale for e in asked] == [expected]
+
+
 def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(live, runs, capsys):
     before = signal.getsignal(signal.SIGINT)
     live.append(interrupt)

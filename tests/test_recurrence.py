@@ -57,7 +57,7 @@ def test_an_echo_state_network_is_its_equations_and_nothing_trains_it():
     chunks = in_chunks(150, model, tokens)
     torch.testing.assert_close(chunks.values, torch.stack(expected), atol=1e-5, rtol=0)
     assert chunks.warmup > 0
-    for layer in chunks.layers(block, slice(0, 9)):
+    for layer in chunks.layers(block, torch.arange(0, 9)):
         torch.testing.assert_close(layer, chunks.values[:9], atol=1e-6, rtol=0)  # fewer rows, another order of sums
     assert np.abs(np.linalg.eigvals(block.from_context.weight.numpy())).max() == pytest.approx(0.5, rel=1e-5)
     wide = tiny(context_dim=400, **echo).context_block.from_other[0]
@@ -141,7 +141,7 @@ def test_kept_layers_are_those_computed_again(shape, dtype, monkeypatch):
     assert plain.inner is None and [(x.shape, x.dtype) for x in kept.inner] == [((950, w), dtype) for w in widths]
     assert torch.equal(plain.values, kept.values) and kept.warmup > 0
     for start, stop in ((0, 1), (0, 950), (99, 102), (900, 950)):
-        pairs = [contexts.layers(model.context_block, slice(start, stop)) for contexts in (plain, kept)]
+        pairs = [contexts.layers(model.context_block, torch.arange(start, stop)) for contexts in (plain, kept)]
         for expected, layer in zip(*pairs, strict=True):
             assert (layer.float() - expected).abs().max() <= (0.02 if dtype == torch.bfloat16 else 1e-4)
     size = 1000 * sum(widths) * dtype.itemsize

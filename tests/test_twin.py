@@ -26,7 +26,7 @@ def test_contexts_are_the_twins(shape):
     twin = literal.run_contexts(literal.copied(model), tokens.tolist(), shape["num_input_tokens"])
     ours = sequential(model, tokens)
     torch.testing.assert_close(ours.values, torch.stack([outputs[-1] for outputs in twin]), atol=5e-5, rtol=0)
-    for layer, expected in zip(ours.layers(model.context_block, slice(7, 8)), twin[7], strict=True):
+    for layer, expected in zip(ours.layers(model.context_block, torch.arange(7, 8)), twin[7], strict=True):
         torch.testing.assert_close(layer[0], expected, atol=5e-5, rtol=0)
 
 

@@ -262,7 +262,9 @@ def train(preset: str, **change: Any) -> str:
     """
     if preset not in (known := presets()):
         raise ConfigError(f"preset = {preset!r} is no context model of grid {GRID}: choose one of {', '.join(known)}")
-    e = Experiment.from_mapping(known[preset].model_dump(), change)
+    start, by_width = known[preset], {"logit_scale": None}
+    of_width = start.logit_scale == Experiment.from_mapping(start.model_dump(), by_width).logit_scale
+    e = Experiment.from_mapping(start.model_dump(), by_width if of_width else {}, change)
     e.check_read(change)
     label = [f"{key}-{value}" for key, value in change.items()] or ["again"]  # notebook 02's by hand may be called so
     name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *label]))

@@ -5,13 +5,11 @@ means lines.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import cycle
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
@@ -32,21 +30,6 @@ from ctxlm.analysis.run_plots import (
 from ctxlm.analysis.scaling import STUDIES, crossing_share
 
 
-def tokens_axis(axes: Axes, sizes: Sequence[int]) -> None:
-    """A logarithmic axis of half a figure's width, ticked at the sizes themselves, save those too close together."""
-    ticks: list[int] = []
-    for size in sorted(set(sizes)):
-        if not ticks or size / ticks[-1] >= (max(sizes) / min(sizes)) ** 0.18:
-            ticks.append(size)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.12)
-    if len(ticks) == 1:  # else points drawn aside of it would lie at both ends
-        axes.set_xlim(ticks[0] / 1.3, ticks[0] * 1.3)
-    axes.set_xlabel("training tokens (log)")
-
-
 def by_tokens(runs: pd.DataFrame) -> Figure:
     """Test PPL by training tokens: a point a run, a line through the means of the replicates that have most sizes."""
     figure, ((axes,),) = new_figure(height=3.7, width=NARROW)
@@ -60,7 +43,17 @@ def by_tokens(runs: pd.DataFrame) -> Figure:
         mean, look = np.exp(whole.groupby("train_tokens")["log_ppl"].mean()), styles[name]
         axes.plot(rows["train_tokens"] * dodge, np.exp(rows["log_ppl"]), **look | {"linestyle": "none"}, alpha=0.4)
         axes.plot(mean.index * dodge, mean, label=name, **look | {"markersize": 8})
-    tokens_axis(axes, known["train_tokens"])
+    ticks, sizes = [], sorted(set(known["train_tokens"]))
+    for size in sizes:  # save those too close together
+        if not ticks or size / ticks[-1] >= (sizes[-1] / sizes[0]) ** 0.18:
+            ticks.append(size)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.12)
+    if len(ticks) == 1:  # else points drawn aside of it would lie at both ends
+        axes.set_xlim(ticks[0] / 1.3, ticks[0] * 1.3)
+    axes.set_xlabel("training tokens (log)")
     log_axis(axes, "test PPL (log)")
     return legend(figure)
 

@@ -194,16 +194,12 @@ def read_finished(*grids: str) -> pd.DataFrame:
     return read_runs(*([grid for grid in grids if len(_load(grid)[1])] or grids))
 
 
-def _plan(grid: str) -> Grid | None:
-    """A grid's file, expanded; None for runs that no file plans: made by hand, or published and their file is gone."""
-    planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
-    return None if grid == BY_HAND or (not planned and len(load_runs(grid))) else load_grid(grid)
-
-
 def _load(grid: str) -> tuple[Grid | None, pd.DataFrame]:
-    """A grid as `_plan` has it, and its finished runs: those that its file asks for, or all where it has none."""
-    plan = _plan(grid)
-    return plan, load_planned(plan) if plan else load_runs(grid)
+    """A grid's file and the finished runs it asks for; of runs by hand, or whose file is gone, None and all."""
+    planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
+    if grid == BY_HAND or (not planned and len(load_runs(grid))):
+        return None, load_runs(grid)
+    return (plan := load_grid(grid)), load_planned(plan)
 
 
 def _configurations(runs: pd.DataFrame, by_hand: pd.Series) -> pd.Series:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -145,7 +146,8 @@ def enough(effect: float) -> int:
         effect: the difference over its standard deviation from pair to pair.
     """
     one = {"alpha": (1 - LEVEL) / 2, "alternative": "larger"}
-    return next(n for n in itertools.count(2) if TTestPower().power(effect, n, **one) > 0.8**0.5)
+    # of what is nan the power is 1; a million pairs stand for more
+    return bisect_left(range(10**6), True, lo=2, key=lambda n: not TTestPower().power(effect, n, **one) <= 0.8**0.5)
 
 
 def crossing_share(
