@@ -127,7 +127,6 @@ YAML = {
     "list": b"- num_layers\n- 6\n",
     "Python": b"a: !!python/object/apply:os.mkdir [made]\n",
     "wrong tag": b"a: !!int abc\n",
-    "twice": b"experiments:\n  A: {}\n  A: {}\n",
 }
 
 

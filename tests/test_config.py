@@ -229,6 +229,11 @@ def test_a_grid_file_without_experiments_is_not_printed_whole(tmp_path):
     assert "did you mean experiments?" in message and "experiments is missing" in message and "Mine" not in message
 
 
+def test_a_name_that_is_given_twice_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: Mine\nexperiments:\n  A: {seed: 1}\n  A: {seed: 2}\n")
+    assert "A is given twice" in refusal(load_grid, str(tmp_path / "mine.yaml"))
+
+
 @pytest.mark.parametrize("name", ["study", "site", "a b", ".hidden"])
 def test_a_grids_file_has_a_name_that_can_be_its_folders_and_is_not_ours(grid, name):
     file = grid(name)

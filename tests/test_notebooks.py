@@ -155,7 +155,7 @@ def test_a_corpus_is_shown_that_another_is_judged_beside(tmp_path, text, read):
 @pytest.mark.slow
 def test_the_benchmark_is_measured(tmp_path, text, monkeypatch, capsys):
     def here(command, **_):  # in this process, whose products are not timed
-        assert benchmark.main(command[3:]) == 0
+        assert command[:3] == [sys.executable, "-m", "ctxlm.analysis.benchmark"] and benchmark.main(command[3:]) == 0
         return Mock(returncode=0, stdout=capsys.readouterr().out)
 
     monkeypatch.setattr(benchmark, "subprocess", Mock(run=here))
