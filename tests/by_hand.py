@@ -197,45 +197,46 @@ SITES = {
     for text, words in TEXTS.items()
     for embedding, through in EMBEDDINGS.items()
 }
-PLACES = {text: ("sites", {"corpus": text}) for text in TEXTS} | {"prompts": ("prompts", {"train_sample_tokens": None})}
+PLACES = {words: ("sites", {"corpus": text}) for text, words in TEXTS.items()}
+PLACES |= {"user prompts": ("prompts", {"train_sample_tokens": None})}
 TEXTWISE = {
     f"04_sites: A − B, both embeddings @ {text}": shapes(*((grid, at | {"embedding": e}) for e in EMBEDDINGS))
     for text, (grid, at) in PLACES.items()
 }
 TWICE = {
-    f"04_sites: A − B @ {text} × {through}, 183,620 tokens": shapes(
-        ("sites-large", {"corpus": text, "embedding": through})
+    f"04_sites: A − B, stabilised @ {TEXTS[text]}, {EMBEDDINGS[embedding]}, 183,620 tokens": shapes(
+        ("sites-large", {"corpus": text, "embedding": embedding})
     )
-    for text, through in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
+    for text, embedding in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
 STUDIED = {
-    f"04_sites: A − B, as the study trains @ {text} × {through}, 86,925 tokens": shapes(
-        ("sites-study", {"corpus": text, "embedding": through})
+    f"04_sites: A − B, as the study trains @ {words}, {through}, 86,925 tokens": shapes(
+        ("sites-study", {"corpus": text, "embedding": embedding})
     )
-    for text in TEXTS
-    for through in EMBEDDINGS
+    for text, words in TEXTS.items()
+    for embedding, through in EMBEDDINGS.items()
 }
 RECIPE = {
-    f"04_sites: stabilised − study @ {x}, {text} × {through}": [(("sites", at), ("sites-study", at))]
+    f"04_sites: stabilised − study @ {x}, {words}, {through}": [(("sites", at), ("sites-study", at))]
     for x in "AB"
-    for text in TEXTS
-    for through in EMBEDDINGS
-    for at in [{"experiment": x, "corpus": text, "embedding": through}]
+    for text, words in TEXTS.items()
+    for embedding, through in EMBEDDINGS.items()
+    for at in [{"experiment": x, "corpus": text, "embedding": embedding}]
 }
 RECIPE |= {
-    f"04_sites: stabilised − study, both embeddings @ {x}, {text}": [
-        pair for name, pairs in RECIPE.items() if f"@ {x}, {text} ×" in name for pair in pairs
+    f"04_sites: stabilised − study, both embeddings @ {x}, {words}": [
+        pair for name, pairs in RECIPE.items() if f"@ {x}, {words}, " in name for pair in pairs
     ]
     for x in "AB"
-    for text in TEXTS
+    for words in TEXTS.values()
 }
 PROMPTS = "prompts", {"corpus": "prompts", "embedding": "smollm2", "train_sample_tokens": None}
 OTHERS = {
     "04_sites: A − B @ user prompts, SmolLM2": shapes(PROMPTS),
-    "04_sites: A − B @ user prompts, in pieces, SmolLM2": shapes(("prompts-order", {"train_piece_tokens": 256})),
+    "04_what_decides: A − B @ user prompts, in pieces, SmolLM2": shapes(("prompts-order", {"train_piece_tokens": 256})),
 }
 OTHERS |= {
-    f"04_sites: A − B @ user prompts{size}, as studied, SmolLM2": shapes(
+    f"04_what_decides: A − B @ user prompts{size}, as studied, SmolLM2": shapes(
         ("prompts-study", {"train_tokens": tokens, "phase2_shuffle": False})
     )
     for size, tokens in {"": SMALL, ", twice the text": LARGE}.items()
@@ -252,9 +253,9 @@ for text, (grid, corpus, (plain, at)) in ORDERS.items():
     OTHERS[f"04_sites: A − B @ {text}, random order, SmolLM2"] = shapes((grid, at_random))
     for x in "AB":  # what random order is worth to a shape
         pair = (grid, {"experiment": x} | at_random), (plain, {"experiment": x} | at)
-        OTHERS[f"04_sites: random − text order @ {x}, {text}, SmolLM2"] = [pair]
+        OTHERS[f"04_what_decides: random − text order @ {x}, {text}, SmolLM2"] = [pair]
 AGAIN = {
-    name.replace(" @", ", development @"): pairs
+    name.replace("04_sites", "04_what_decides").replace(" @", ", development @"): pairs
     for name, pairs in (TEXTWISE | OTHERS).items()
     if "both embeddings" in name or "random" in name
 }

@@ -492,10 +492,10 @@ def test_a_forest_is_hollow_where_the_interval_holds_zero_and_names_what_differs
     assert bars[:2] == [fixed(e.in_unit[1:]) for e in result[:2]]
     places = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert figure.axes[0].get_ylim() == (2.5, -0.5)  # the first row stands at the top, all rows within
-    assert places == ["28,000 tokens", "there", "elsewhere"] and figure.axes[0].get_title() == "A − B"
-    both = Estimates([*result, one(contrast="C", at="")]).forest("title").axes[0]
-    assert [label.get_text() for label in both.get_yticklabels()] == [*(f"A − B, {at}" for at in places), "C"]
-    assert both.get_title() == "title" and Estimates().forest() is None
+    assert places == ["28,000 tokens", "there", "elsewhere"] and figure.get_suptitle() == "A − B"
+    both = Estimates([*result, one(contrast="C", at="")]).forest("title")
+    assert [label.get_text() for label in both.axes[0].get_yticklabels()] == [*(f"A − B, {at}" for at in places), "C"]
+    assert both.get_suptitle() == "title" and Estimates().forest() is None
 
 
 # Coverage

@@ -136,12 +136,12 @@ def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
         (by_hand.STUDIED, "A − B, as the study trains", "86,925 tokens"),
         *(
             (
-                [name for name in by_hand.RECIPE if f"@ {x}," in name and mark in name],
+                [name for name in by_hand.RECIPE if f"@ {x}," in name and ("both" in name) == both],
                 "stabilised − study",
                 f"{x}, {at}",
             )
             for x in "AB"
-            for mark, at in {" × ": "mean of 6 sites", ", both": "mean of 3 texts"}.items()
+            for both, at in enumerate(["mean of 6 sites", "mean of 3 texts"])
         ),
         (by_hand.AT_RANDOM, "A − B", "mean of 4 texts, random order"),
     ],

@@ -214,7 +214,7 @@ def test_a_notebook_is_shown_with_its_code_folded_its_figures_described_and_with
     assert "secret_call" in folded[0].get_text() and not any(details.has_attr("open") for details in folded)
     assert soup.find(id="the-law").get_text() == "The law"
     assert ("Of committed runs" in words) == (made.parent.name == "site")  # a user's grid has findings of its own
-    (rows,) = [details for details in soup("details") if details.summary.get_text() == "51 rows"]
+    (rows,) = [details for details in soup("details") if details.summary.get_text() == "50 rows"]
     assert rows.find("table") and "Notes: [1] Of errors." in " ".join(words.split())
     assert all(table.find_parent(tabindex="0") for table in soup("table"))
 

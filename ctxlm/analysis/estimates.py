@@ -205,8 +205,9 @@ class Estimates(list[Estimate]):
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         filled = "; filled: significant" if unit.comparison else ""
         means = "\ndiamonds: means over sites" if any(e.over == SITES for e in self) else ""
-        axes.set(ylim=(len(self) - 0.5, -0.5), xlabel=f"{label}\n(95 % intervals{filled}){means}")
-        axes.set_title(title or (self[0].contrast if same else ""))
+        axes.set_ylim(len(self) - 0.5, -0.5)
+        figure.supxlabel(f"{label}\n(95 % intervals{filled}){means}", fontsize="medium")
+        figure.suptitle(title or (self[0].contrast if same else ""), fontsize="medium")
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)
         return figure

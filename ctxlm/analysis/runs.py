@@ -34,6 +34,12 @@ TEXTS = "run experiment git_commit params_hash code_hash data_hash embedding_dig
 """Columns of runs.csv that pandas could take for numbers."""
 
 
+TEXT_NAMES = {"chitchat": "conversations", "sotu": "speeches", "docstrings": "technical text"}
+TEXT_NAMES |= {"+".join(TEXT_NAMES): "three texts mixed", "prompts": "user prompts"}
+EMBEDDING_NAMES = {"ppmi": "PPMI", "smollm2": "SmolLM2"}
+"""What a reader calls corpora and embeddings."""
+
+
 # A grid's tables
 
 
@@ -75,6 +81,13 @@ def with_shape(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs of the context model with their `shape`, A (six layers) or B (three), and `recipe`, study or stabilised."""
     shape = runs["num_layers"].map({6: "A", 3: "B"})
     return runs.assign(shape=shape, recipe=np.where(runs["output_bias"] == "none", "study", "stabilised"))
+
+
+def with_site(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs with their site in words: their `text`, `through` which embedding; and the `order` that Phase 2 reads in."""
+    through = runs["embedding"].replace(EMBEDDING_NAMES).where(runs["model"] == "context", "n-gram")
+    order = runs["phase2_shuffle"].eq(True).map({True: "random order", False: "text order"})
+    return runs.assign(text=runs["corpus"].replace(TEXT_NAMES), through=through, order=order)
 
 
 def load_table(grid: str, name: str, committed: bool = False) -> pd.DataFrame:

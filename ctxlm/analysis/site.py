@@ -58,8 +58,8 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     ANALYSIS: (ANALYSIS, {}),
     "04_as_studied": (ANALYSIS, {"grid": "study"}),
     "04_quick_scale": (ANALYSIS, {"grid": "stabilised-variance"}),
-    "04_sites": ("04_sites", {}),
-    **{name: (name, {}) for name in ("04_chance", "05_overfitting", "06_contexts", "07_alternatives", "08_audit")},
+    **{name: (name, {}) for name in ("04_sites", "04_what_decides", "04_chance", "05_overfitting", "06_contexts")},
+    **{name: (name, {}) for name in ("07_alternatives", "08_audit")},
 }
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
 DOCS = ("method", "literature", "parameters", "results")
@@ -254,8 +254,8 @@ def page_body(html: str, pages: Collection[str]) -> BeautifulSoup:
     for tag in soup("table"):
         if not tag.find_parent(class_="output"):
             tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
-        elif (made := tag.find_parent(class_=PROVENANCE)) or len(tag("tr")) > 30:
-            label = "how the runs were made" if made else f"{len(tag('tr'))} rows"
+        elif (made := tag.find_parent(class_=PROVENANCE)) or len(tag("tr")) > 13:
+            label = "how the runs were made" if made else f"{len(tag('tr')) - 1} rows"
             tag.wrap(soup.new_tag("details")).insert(0, soup.new_tag("summary", string=label))
     return soup
 
