@@ -85,7 +85,7 @@ def with_shape(runs: pd.DataFrame) -> pd.DataFrame:
 
 def with_site(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs with their site in words: their `text`, `through` which embedding; and the `order` that Phase 2 reads in."""
-    through = runs["embedding"].replace(EMBEDDING_NAMES).where(runs["model"] == "context", "n-gram")
+    through = runs["embedding"].replace(EMBEDDING_NAMES).where(runs["model"] != "kneser-ney", "n-gram")
     order = runs["phase2_shuffle"].eq(True).map({True: "random order", False: "text order"})
     return runs.assign(text=runs["corpus"].replace(TEXT_NAMES), through=through, order=order)
 
@@ -271,10 +271,11 @@ def loss_sums(runs: pd.DataFrame, part: str = "test") -> tuple[np.ndarray, np.nd
     judged = pd.concat([load_table(grid, "samples").assign(grid=grid) for grid in runs["grid"].unique()])
     judged = judged[judged["part"] == part].assign(id=lambda rows: rows["grid"] + "/" + rows["run"])
     judged = judged[judged["id"].isin(runs["id"])]
+    judged = judged.astype({"tokens": float})  # in which a missing one equals nothing
     sums, tokens = (judged.pivot(index="id", columns="sample", values=name) for name in ("loss_sum", "tokens"))
-    if not runs["id"].isin(sums.index).all() or tokens.isna().any(axis=None) or (tokens.nunique() > 1).any():
+    if not runs["id"].isin(sums.index).all() or tokens.ne(tokens.iloc[0]).any(axis=None):
         return None
-    return sums.loc[runs["id"]].to_numpy(float), tokens.iloc[0].to_numpy(float)
+    return sums.loc[runs["id"]].to_numpy(), tokens.iloc[0].to_numpy()
 
 
 def replicates(runs: pd.DataFrame) -> pd.Series:
