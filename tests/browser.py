@@ -62,9 +62,9 @@ SMALL = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibilit
   && [...e.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
   && parseFloat(getComputedStyle(e).fontSize) < 14).map(e => e.outerHTML.slice(0, 80))"""
 BESIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-LABELS = f"""[...document.querySelectorAll("img")].map(
-  e => 9 / 72 / (e.className == "narrow" ? {NARROW} : {WIDTH}) * e.clientWidth)"""
-"""Heights of the figures' smallest labels, 9 points on a width of `WIDTH` or `NARROW` inches, as they are shown, px."""
+LABELS = f"""[...document.querySelectorAll("img")].map(e => e.clientWidth * (e.src.includes("svg+xml")
+  ? 14 / e.naturalWidth : 9 / 72 / (e.className == "narrow" ? {NARROW} : {WIDTH})))"""
+"""Heights of the figures' smallest labels as they are shown, px: a drawing's, and 9 points on a figure's inches."""
 CUT = """[...document.querySelectorAll("img.narrow")].filter(
   e => e.getBoundingClientRect().right > innerWidth).map(e => e.alt)"""
 """Figures that are meant to be seen whole, and are not."""

@@ -219,10 +219,12 @@ def test_a_notebook_is_shown_with_its_code_folded_its_figures_described_and_with
     assert all(table.find_parent(tabindex="0") for table in soup("table"))
 
 
-def test_how_runs_were_made_is_shown_on_demand_and_other_short_tables_at_once():
+def test_how_runs_were_made_is_shown_on_demand_short_tables_and_regressions_at_once():
     table = '<div class="output {}"><table><tr><td>1</td></tr></table></div>'
     assert site.page_body(table.format("provenance"), []).details.table
     assert not site.page_body(table.format("answer"), [])("details")
+    regression = table.format("answer").replace("<table>", '<table class="simpletable">' + 30 * "<tr></tr>")
+    assert not site.page_body(regression, [])("details")
 
 
 def test_the_index_of_a_grid_has_its_answer_its_figure_its_runs_and_why_others_are_missing(built):
