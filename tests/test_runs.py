@@ -24,6 +24,7 @@ from ctxlm.analysis.runs import (
     read_histories,
     read_runs,
     replicates,
+    write_tables,
 )
 from ctxlm.config import Experiment
 from ctxlm.files import ROOT, run_folders
@@ -230,7 +231,7 @@ def test_losses_come_by_run_and_sample(roots, grid):
 def test_losses_on_other_text_or_of_no_run_on_disk_are_none(roots, grid):
     write(roots[1], "a", seed=1)
     write(roots[1], "a", seed=2)
-    write(roots[1], "fewer", seed=3, val_samples=3)
+    short = write(roots[1], "fewer", seed=3, val_samples=3)
     folder = write(roots[1], "others", seed=4)
     table = pd.read_csv(folder / "samples.csv")
     table["sample"] += table["part"] == "val"
@@ -241,6 +242,10 @@ def test_losses_on_other_text_or_of_no_run_on_disk_are_none(roots, grid):
     for seeds, comparable in (([1, 3], False), ([1, 4], False), ([1, 2], True)):
         assert (loss_sums(runs[runs["seed"].isin(seeds)], "val") is not None) == comparable
     assert loss_sums(runs.assign(id="gone")) is None
+    tables = {name: load_table("fewer", name) for name in TABLES}
+    write_tables(short.parent, load_runs("fewer"), tables)  # whose integers, where one is missing, compare as nothing
+    shutil.rmtree(short)
+    assert loss_sums(runs[runs["seed"].isin([1, 3])], "val") is None
 
 
 # Runs made by hand

@@ -223,8 +223,10 @@ def test_how_runs_were_made_is_shown_on_demand_short_tables_and_regressions_at_o
     table = '<div class="output {}"><table><tr><td>1</td></tr></table></div>'
     assert site.page_body(table.format("provenance"), []).details.table
     assert not site.page_body(table.format("answer"), [])("details")
-    regression = table.format("answer").replace("<table>", '<table class="simpletable">' + 30 * "<tr></tr>")
-    assert not site.page_body(regression, [])("details")
+    long = table.replace("<tr><td>1</td></tr>", f"<tbody>{30 * '<tr></tr>'}</tbody>")
+    assert site.page_body(long.format(""), []).details.summary.get_text() == "30 rows"
+    for shown in (long.format("answer"), long.format("").replace("<table>", '<table class="simpletable">')):
+        assert not site.page_body(shown, [])("details")
 
 
 def test_the_index_of_a_grid_has_its_answer_its_figure_its_runs_and_why_others_are_missing(built):

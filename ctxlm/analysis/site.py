@@ -252,10 +252,10 @@ def page_body(html: str, pages: Collection[str]) -> BeautifulSoup:
         if 0 < int.from_bytes(header[16:20]) < 800:  # of so few pixels in width, they can be read there as it is
             tag["class"] = "narrow"
     for tag in soup("table"):
-        made, rows = tag.find_parent(class_=PROVENANCE), len(tag("tr")) - 1
+        made, rows = tag.find_parent(class_=PROVENANCE), len(tag.select("tbody tr"))
         if not tag.find_parent(class_="output"):
             tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
-        elif made or (rows > 13 and tag.get("class") != ["simpletable"]):  # a regression stays in sight
+        elif made or (rows > 13 and not tag.find_parent(class_="answer") and tag.get("class") != ["simpletable"]):
             label = "how the runs were made" if made else f"{rows} rows"
             tag.wrap(soup.new_tag("details")).insert(0, soup.new_tag("summary", string=label))
     return soup
