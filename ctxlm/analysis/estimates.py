@@ -204,7 +204,7 @@ class Estimates(list[Estimate]):
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         filled = "; filled: significant" if unit.comparison else ""
-        means = "\ndiamonds: means over sites" if any(e.over == SITES for e in self) else ""
+        means = "\ndiamonds: means" if any(e.over == SITES for e in self) else ""
         axes.set_ylim(len(self) - 0.5, -0.5)
         figure.supxlabel(f"{label}\n(95 % intervals{filled}){means}", fontsize="medium")
         figure.suptitle(title or (self[0].contrast if same else ""), fontsize="medium")
