@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import os
 import re
 import shutil
@@ -11,18 +10,15 @@ import sys
 from unittest.mock import Mock
 
 import nbformat
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 from nbconvert import HTMLExporter
-from scipy import stats
 
 from ctxlm.analysis import benchmark, site
 from ctxlm.analysis.playground import visible
 from ctxlm.analysis.run_plots import WIDTH
-from ctxlm.analysis.scaling import enough
 from ctxlm.config import ConfigError
 from ctxlm.files import ROOT
 from tests.conftest import SMALL, run_cells, short_paragraphs
@@ -189,16 +185,6 @@ def test_runs_made_by_hand_are_compared(tmp_path, text, outputs):
     run_here("04_scaling", grid="interactive", output_dir=str(tmp_path / "counted"))
     for name in ("compared", "counted"):
         assert len(pd.read_csv(tmp_path / name / "estimates.csv")) > 0
-
-
-def test_the_number_of_replicates_that_it_takes_is_by_the_noncentral_t_and_falls_with_the_effect():
-    def power(effect, n):  # of the tail that matters
-        return stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n))
-
-    counts = {effect: enough(effect) for effect in [*np.geomspace(0.3, 30, 40), 3.83]}
-    for effect, n in counts.items():
-        assert power(effect, n) > math.sqrt(0.8) and (n == 2 or power(effect, n - 1) <= math.sqrt(0.8))
-    assert [counts[effect] for effect in sorted(counts)] == sorted(counts.values(), reverse=True)
 
 
 @pytest.mark.slow

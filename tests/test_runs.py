@@ -15,7 +15,6 @@ import ctxlm.files
 from ctxlm.analysis.runs import (
     READABLE,
     TABLES,
-    by_repeat,
     load_runs,
     load_table,
     loss_sums,
@@ -24,6 +23,7 @@ from ctxlm.analysis.runs import (
     read_histories,
     read_runs,
     replicates,
+    with_shape,
     write_tables,
 )
 from ctxlm.config import Experiment
@@ -265,7 +265,7 @@ def test_all_runs_of_a_folder_without_a_grid_file_are_read_and_told_apart(roots)
     write(roots[0], "twice", "A", stopped=True)
     runs = read_runs("twice")
     assert (runs["configuration"] == runs["run"] + runs["stopped"].map({True: ", stopped"}).fillna("")).all()
-    assert overview(runs).loc["twice", "products"] == "float32"
+    assert overview(runs).loc["twice", "dtype"] == "float32"
 
 
 # Published tables
@@ -338,20 +338,6 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
     assert [table["run"].nunique() for table in everything("planted").values()] == [2, 2, 2]
 
 
-def test_losses_where_text_repeats_and_where_it_does_not_are_means_over_targets(roots, grid):
-    folder = write(roots[0], "planted")
-    write(roots[0], "planted", train_tokens=30_000)  # does not know it
-    classes = {0: (6, 5.0), 2: (2, 3.0), 3: (0, None), 5: (1, 4.0), 8: (3, 2.0)}
-    rows = [("repeated", k, "targets", targets) for k, (targets, _) in classes.items()]
-    rows += [("repeated", k, "nats", nats) for k, (_, nats) in classes.items() if nats is not None]
-    history = pd.DataFrame(rows, columns=TABLES["history"])
-    history.to_csv(folder / "history.csv", index=False)
-    every = read_runs(grid(train_tokens=[20_000, 30_000], seed=[42]))
-    runs = by_repeat(every)
-    assert dict(zip(runs["read"], runs["nats"], strict=True)) == {"under 5": 36 / 8, "5 or more": 10 / 4}
-    assert set(runs["train_tokens"]) == {20_000} and by_repeat(every[every["train_tokens"] == 30_000]).empty
-
-
 def test_publishing_that_is_stopped_midway_is_made_good_by_the_next(roots, grid, monkeypatch):
     file, replace, order = grid(train_tokens=[20_000], seed=[1, 2]), os.replace, []
 
@@ -412,3 +398,12 @@ def test_every_committed_grid_is_whole_and_its_runs_are_what_their_names_say(tmp
         mean = (sums["loss_sum", part] / sums["tokens", part]).astype(float)
         np.testing.assert_allclose(mean, runs[f"{part}_loss"], rtol=1e-5)
         np.testing.assert_allclose(np.exp(runs[f"{part}_loss"]), runs[f"{part}_ppl"], rtol=1e-5)
+
+
+def test_a_recipe_is_named_by_all_three_of_its_settings():
+    rows = [("none", 0.1, 1.0, 768), ("unigram", 0.01, 0.2, 768), ("unigram", 0.01, 0.5, 128)]
+    rows += [("unigram", 0.1, 0.5, 128), ("none", 0.01, 1.0, 128), ("unigram", 0.01, 1.0, 128)]
+    runs = pd.DataFrame(rows, columns=["output_bias", "phase2_init_std", "logit_scale", "embed_dim"])
+    named = with_shape(runs.assign(num_layers=[6, 3, 6, 6, 6, 2]))
+    assert [*named["recipe"]] == ["study", "stabilised", "stabilised", "other", "other", "other"]
+    assert [*named["shape"].fillna("")] == ["A", "B", "A", "A", "A", ""]

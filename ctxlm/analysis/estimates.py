@@ -14,6 +14,7 @@ It works on any frame of runs. With columns model, seed and loss (nats), for exa
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,9 +43,6 @@ RESIDUALS = "residuals"
 """What an interval covers where the regression's residuals are its error, as with a single replicate."""
 LOSSES = {"log_ppl": "test", "test_loss": "test", "development_loss": "development", "val_loss": "val"}
 """Columns that are means of losses, nats, and the text they are of."""
-
-NO_LOGARITHMS = ("_ppl", "_accuracy", "_pct", "_rate", "_seconds", "_per_byte")
-"""Ends of columns that are none, and so differ by no per cent of perplexity."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +168,8 @@ class Estimates(list[Estimate]):
         return table[filled].style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
 
     def adjusted(self) -> dict[Estimate, float]:
-        """Benjamini & Hochberg's p of every difference with an interval over replicates, if there are several.
-
-        A mean over sites is none of them: it says again what they say.
-        """
-        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN and e.over != SITES]
+        """Benjamini & Hochberg's p of the differences with an interval over more than samples, if there are several."""
+        tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN]
         if len(tested) < 2:
             return {}
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
@@ -457,7 +452,7 @@ def paired(
     Raises:
         ValueError: as `pairs`; or perplexities themselves were to be compared in per cent.
     """
-    if unit == "% of PPL" and column.endswith(NO_LOGARITHMS) and column not in LOSSES:
+    if unit == "% of PPL" and not re.search("^log_|loss$|^difference$", column):
         raise ValueError(f"column = {column!r} is no logarithm of perplexity (log_ppl is test's): name its unit")
     at, over = ([names] if isinstance(names, str) else [*names] for names in (at, over))
     contrast = contrast or f"{' '.join(map(str, a.values()))} − {' '.join(map(str, b.values()))}"

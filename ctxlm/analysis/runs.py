@@ -78,9 +78,12 @@ def _asked(plan: Grid, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_shape(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs of the context model with their `shape`, A (six layers) or B (three), and `recipe`, study or stabilised."""
-    shape = runs["num_layers"].map({6: "A", 3: "B"})
-    return runs.assign(shape=shape, recipe=np.where(runs["output_bias"] == "none", "study", "stabilised"))
+    """Runs of the context model with `shape`, A (six layers) or B (three), and `recipe`: study, stabilised or other."""
+    bias, std, scale = runs["output_bias"], runs["phase2_init_std"], runs["logit_scale"]
+    small_logits = np.isclose(scale, np.sqrt(32 / runs["embed_dim"]), rtol=0.03)  # earlier ones were rounded, to 0.2
+    kinds = [(bias == "none") & (std == 0.1) & (scale == 1), (bias == "unigram") & (std == 0.01) & small_logits]
+    recipe = np.select(kinds, ["study", "stabilised"], "other")
+    return runs.assign(shape=runs["num_layers"].map({6: "A", 3: "B"}), recipe=recipe)
 
 
 def with_site(runs: pd.DataFrame) -> pd.DataFrame:
@@ -247,22 +250,6 @@ def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
     return tables.merge(runs, on=["grid", "run"])
 
 
-def by_repeat(runs: pd.DataFrame) -> pd.DataFrame:
-    """What each of `runs` loses where five tokens or more right before a target repeat the training text, and else.
-
-    Returns:
-        Two rows a run, with its columns: `read` ("5 or more", "under 5") and `nats`, a token of the validation text. A
-        run whose history lacks it has none.
-    """
-    rows = read_histories(runs).query("phase == 'repeated'")
-    classes = rows.pivot(index=["id", "step"], columns="metric", values="value").reset_index()
-    classes = classes.reindex(columns=["id", "step", "nats", "targets"]).dropna()  # of no targets there is no mean
-    classes["read"] = np.where(classes["step"] < 5, "under 5", "5 or more")
-    classes["nats"] *= classes["targets"]
-    sums = classes.groupby(["id", "read"])[["nats", "targets"]].sum()
-    return runs.merge((sums["nats"] / sums["targets"]).rename("nats").reset_index(), on="id")
-
-
 def loss_sums(runs: pd.DataFrame, part: str = "test") -> tuple[np.ndarray, np.ndarray] | None:
     """Sums of the losses, nats [runs, samples], on every judged sample of `part`, and the samples' tokens [samples].
 
@@ -305,7 +292,7 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
             "ended by the limit of epochs": f"{ended.sum()} of {len(rows)}",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(rows["train_tokens"].unique())),
             "protocol": ", ".join(map(str, sorted(rows["protocol"].unique()))),
-            "products": ", ".join(sorted(rows["dtype"].unique())),
+            "dtype": ", ".join(sorted(rows["dtype"].unique())),
             "source": ", ".join(sorted(rows["source"].unique())),
             "commits": ", ".join(sorted(rows["git_commit"].fillna("none").str[:7].unique())),
         }

@@ -2,17 +2,14 @@
 
 import itertools
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
-from statsmodels.stats.power import TTestPower
 
 from ctxlm.analysis.estimates import (
-    LEVEL,
     UNKNOWN,
     Coefficients,
     Estimate,
@@ -134,20 +131,6 @@ def crossovers(runs: pd.DataFrame) -> pd.DataFrame:
             verdict = "within the sizes" if inside else "not within the sizes"
         rows.append({"a": a, "b": b, "slopes": slopes} | asdict(met) | {"verdict": verdict})
     return pd.DataFrame(rows, columns="a b slopes tokens kind low high verdict".split())
-
-
-def enough(effect: float) -> int:
-    """The smallest number of pairs by which a difference is significant at 0.05 in one of two places, and in the other.
-
-    The power of both together is to be 80 %, as if they were independent. It is by one tail, for that of the other is
-    nan in statsmodels at some effects.
-
-    Args:
-        effect: the difference over its standard deviation from pair to pair.
-    """
-    one = {"alpha": (1 - LEVEL) / 2, "alternative": "larger"}
-    # of what is nan the power is 1; a million pairs stand for more
-    return bisect_left(range(10**6), True, lo=2, key=lambda n: not TTestPower().power(effect, n, **one) <= 0.8**0.5)
 
 
 def crossing_share(

@@ -62,7 +62,7 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("07_alternatives", "08_audit")},
 }
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
-DOCS = ("method", "literature", "parameters", "results")
+DOCS = ("method", "plan", "literature", "parameters", "results")
 """Files of `docs` that are pages; the navigation has the first."""
 PLACES = {"../data/results": "runs.html", "index.ja.md": "index.html#summary-in-japanese"}
 """Where the site has what links of `docs/index.md` lead to in the repository."""
@@ -268,7 +268,7 @@ def _link(href: str, pages: Collection[str]) -> str | None:
     page = f"{name.stem}.html" if name.suffix in (".ipynb", ".md") else parts.path
     if parts.scheme:
         return href
-    if page and page not in pages and name.suffix != ".html":
+    if page and page not in pages:
         return None
     return page + (f"#{_slug(unquote(parts.fragment))}" if parts.fragment else "")
 
