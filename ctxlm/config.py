@@ -145,7 +145,9 @@ class Experiment(Checked):
     phase1_batch_size: Count = Field(4096, description="tokens per accumulated block")
     phase1_min_iterations: Count = Field(3, description="no early stop before this iteration")
     phase1_max_iterations: Count = Field(10, description="Phase 1 ends here at the latest")
-    phase1_convergence_threshold: Positive = Field(0.03, description="a token whose context moved less has converged")
+    phase1_convergence_threshold: Positive = Field(
+        0.03, description="a context has converged if its mean squared change is less"
+    )
     phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that stops Phase 1")
     phase1_context_noise: float = Field(0.1, ge=0, le=1e30, description="sd of the noise on contexts read")
     phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")

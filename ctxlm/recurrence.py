@@ -56,7 +56,7 @@ class Contexts:
         if self.inner is not None:
             return [layer[at] for layer in (*self.inner, self.values)]
         before = self.values[(at - 1).clamp(min=0)] * (at > 0).unsqueeze(1)  # zero before the stream
-        return block(before, look_up(self.tables, self.distinct.places(at)))
+        return block(before, look_up(self.tables, self.distinct.table_rows(at)))
 
     def unrolled(self, model: ContextLM, at: Tensor, window: int) -> list[Tensor]:
         """Every layer's contexts at consecutive positions `at`, computed anew with gradients: L tensors [B, width].
@@ -144,7 +144,7 @@ def _chunks(model: ContextLM, tokens: Tensor, length: int, keep: torch.dtype | N
 
     def step(context: Tensor, first: int, offset: int) -> Tensor:
         positions = (starts[first:] + offset).clamp(max=total - 1)  # the last chunk's tail is cut off below
-        *before, context = block(context, look_up(tables, distinct.places(positions)))
+        *before, context = block(context, look_up(tables, distinct.table_rows(positions)))
         if inner is not None:
             for layer, output in zip(inner, before, strict=True):
                 layer[first:, offset] = output

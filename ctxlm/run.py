@@ -173,7 +173,7 @@ class Run:
             metrics["tokens_per_parameter"] = len(streams.train) / metrics["trained_params"]
         metrics |= self.seconds | {"total_seconds": time.perf_counter() - self.began}
         if bad := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
-            raise NonFiniteLoss(f"{bad[0]} = {metrics[bad[0]]} is not finite: the run is not written")
+            raise NonFiniteLoss(f"{bad[0]} = {metrics[bad[0]]} is not finite, so nothing is written: lower a rate")
         history = history + losses_by_repeat(losses["val"], streams.val, streams.train)
         rows = pd.DataFrame(history, columns=["phase", "step", "metric", "value"])
         samples, val = pd.concat(tables, names=["part"]).reset_index(level=0), streams.val.samples[1:]

@@ -66,6 +66,7 @@ class Search:
             ConfigError: the file, or an end of its space, is not possible.
         """
         self.name, self.home = Path(path).stem, outputs_dir() / "search" / Path(path).stem
+        self.interrupted = False
         try:
             self.file = SearchFile(**read_yaml(path))
             quick = [read_yaml("params/base.yaml"), *read_layers(self.file.common)]
@@ -160,6 +161,9 @@ class Search:
             try:
                 for trial in as_completed(trials):
                     trial.result()
+            except KeyboardInterrupt:  # of the runs, too: none of them has failed
+                self.interrupted = True
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)  # after a fault, what waits is not begun
         self.write_table()
@@ -174,7 +178,7 @@ class Search:
         try:
             metrics = self.run(trial, "quick")
         except ConfigError:
-            if stopped:  # what fails twice is given up
+            if stopped and not self.interrupted:  # what fails twice is given up
                 self.study.tell(trial.number, state=TrialState.FAIL)
             raise
         value = metrics.get("val_loss")

@@ -106,7 +106,8 @@ class Trainer:
         if checkpoint and checkpoint.exists():
             self._load(checkpoint, key)
         while not self.done:
-            stopped = self.run_epoch(on_epoch)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # dropout seeds it
+                stopped = self.run_epoch(on_epoch)
             ended = self.validations % self.e.validations_per_epoch == 0
             if checkpoint and ended:  # batches go on from an epoch's end alone
                 self._save(checkpoint, key)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from ctxlm.config import Experiment, read_yaml
 from ctxlm.corpus import decode, split, tokenizer
 from ctxlm.generate import (
-    ContextSpeaker,
-    NGramSpeaker,
-    RecurrentSpeaker,
-    Speaker,
+    ContextLanguageModel,
+    LanguageModel,
+    NGramLanguageModel,
+    RecurrentLanguageModel,
     State,
-    TransformerSpeaker,
+    TransformerLanguageModel,
     changed,
     generate,
     load_run,
@@ -103,12 +103,12 @@ def test_read_token_by_token_a_run_has_the_losses_it_was_judged_by(name, runs, l
 def planted(kind, **parameters):
     """A model with weights as they are drawn, of 30 tokens."""
     if kind == "n-gram":
-        return NGramSpeaker(KneserNey(stream(400, 30).numpy(), 3, 30))
+        return NGramLanguageModel(KneserNey(stream(400, 30).numpy(), 3, 30))
     if kind == "context":
         model = tiny(30, **parameters).requires_grad_(False)
-        return ContextSpeaker(model.eval(), Predictor(model, torch.float32))
+        return ContextLanguageModel(model.eval(), Predictor(model, torch.float32))
     model = small(kind, **parameters)[1].eval().requires_grad_(False)
-    speaker = TransformerSpeaker if kind == "transformer" else RecurrentSpeaker
+    speaker = TransformerLanguageModel if kind == "transformer" else RecurrentLanguageModel
     return speaker(model, Reader(model, torch.float32))
 
 
@@ -146,7 +146,7 @@ def test_a_long_text_at_once_is_that_text_token_by_token_of_which_a_state_of_one
 # Drawing
 
 
-class Fixed(Speaker):
+class Fixed(LanguageModel):
     """Has one and the same distribution always, or goes through `spoken` and knows it by heart."""
 
     def __init__(self, log_probs=None, spoken=()):
@@ -300,7 +300,7 @@ def test_what_is_no_finished_run_or_has_no_weights_is_refused(tmp_path, copied):
     counted = copied("KN-3")  # which needs no weights
     for name in ("val_losses.npz", "model.safetensors"):
         (counted / name).unlink()
-    assert isinstance(load_run(str(tmp_path), "KN-3"), NGramSpeaker)
+    assert isinstance(load_run(str(tmp_path), "KN-3"), NGramLanguageModel)
 
 
 @pytest.mark.parametrize(

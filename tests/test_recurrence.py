@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.config import read_yaml
-from ctxlm.loss import Score
+from ctxlm.loss import HeadLoss
 from ctxlm.recurrence import CHUNKS, chunked, sequential
 from tests import literal
 from tests.conftest import stream, tiny
@@ -156,7 +156,7 @@ def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
     model, tokens, draws = tiny(slow_decay=decay), stream(length, seed=seed), torch.Generator().manual_seed(seed)
     embedding, shares = model.embedding.requires_grad_(), torch.rand(60, generator=draws)
     model.slow.weigh(shares)
-    score, s, expected = Score(model, torch.float32), torch.zeros(8, dtype=torch.float64), []
+    score, s, expected = HeadLoss(model, torch.float32), torch.zeros(8, dtype=torch.float64), []
     rows = score.slow_contexts(tokens)
     assert score.slow_contexts(tokens) is rows and not rows.requires_grad
     assert score.slow_contexts(tokens.clone()) is not rows

@@ -152,6 +152,35 @@ def test_a_trial_that_fails_twice_is_given_up(file, planted, table, monkeypatch)
     assert len(table()) == 6 and 2 not in table()["trial"].tolist()
 
 
+def test_a_trial_that_is_interrupted_twice_has_not_failed(file, planted, table, monkeypatch):
+    begun, interrupted = threading.Event(), threading.Event()
+
+    class Pool(search.ThreadPoolExecutor):
+        def shutdown(self, wait=True, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            interrupted.set()
+            super().shutdown()
+
+    def run(_e, _folder):  # its process gets the interrupt, too
+        begun.set()
+        interrupted.wait()
+        raise ConfigError("interrupted")
+
+    def interrupt(_trials):
+        begun.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "run_apart", run)
+        patch.setattr(search, "as_completed", interrupt)
+        patch.setattr(search, "ThreadPoolExecutor", Pool)
+        for _ in range(2):
+            begun.clear(), interrupted.clear()
+            assert main([file(trials=3), "--jobs", "1"]) == 130
+    planted()
+    assert main([file(trials=3), "--jobs", "1"]) == 0 and table()["trial"].tolist() == [0, 1, 2]
+
+
 def test_the_best_are_run_at_full_size(file, planted, table, capsys):
     one = planted()
     assert main([file(trials=6), "--top", "2"]) == 1 and not one.ran

@@ -34,7 +34,7 @@ from ctxlm.analysis.estimates import Estimates, paired
 from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import Stream, decode, split
 from ctxlm.files import BY_HAND, atomic, outputs_dir, results_dir, run_folders
-from ctxlm.generate import ContextSpeaker, Speaker, changed, generate, load_run, next_tokens, surprise
+from ctxlm.generate import ContextLanguageModel, LanguageModel, changed, generate, load_run, next_tokens, surprise
 from ctxlm.metrics import NonFiniteLoss
 from ctxlm.progress import in_jupyter
 from ctxlm.recurrence import Contexts, chunked
@@ -223,7 +223,7 @@ def table(run: str, kind: str) -> pd.DataFrame:
 
 
 @functools.lru_cache(8)
-def model(run: str) -> Speaker:
+def model(run: str) -> LanguageModel:
     """The model of a run, loaded once. One of the playground's own grid that has no weights is trained first."""
     grid, _, name = run.rpartition("/")
     if grid == GRID and metrics(run)["model"] == "context":
@@ -493,7 +493,7 @@ def contexts(run: str) -> tuple[Stream, Contexts]:
         ConfigError: it is no context model.
     """
     speaker, test = model(run), _test(run)
-    if not isinstance(speaker, ContextSpeaker):
+    if not isinstance(speaker, ContextLanguageModel):
         raise ConfigError(f"run = {run!r} has no contexts: choose a context model, as {GRID}/A")
     return test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
 
