@@ -209,6 +209,13 @@ TWICE = {
     )
     for text, embedding in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
+SHIFTS = {
+    name.replace("A − B, stabilised", "shift of A − B, twice the text").removesuffix(", 183,620 tokens"): [
+        *larger,
+        *((b, a) for a, b in SITES[name.replace(", stabilised", "").removesuffix(", 183,620 tokens")]),
+    ]
+    for name, larger in TWICE.items()
+}
 STUDIED = {
     f"04_sites: A − B, as the study trains @ {words}, {through}, 86,925 tokens": shapes(
         ("sites-study", {"corpus": text, "embedding": embedding})
@@ -261,16 +268,18 @@ AGAIN = {
 }
 """The same on other judged text."""
 AT_RANDOM = [name for name in OTHERS if "A − B" in name and "random order" in name]
-EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | STUDIED | RECIPE | OTHERS | AGAIN
+EVERY = CONTRASTS | SITES | TEXTWISE | TWICE | SHIFTS | STUDIED | RECIPE | OTHERS | AGAIN
 
 
-def sides(name: str) -> list[tuple[Side, Side]]:
-    """Both sides of what is compared, in every place over which the mean is taken."""
+def sums(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """As `by_sample`, of what is compared: the mean over its places, or of a shift one difference less another."""
     part = "development" if "development" in name else "test"
-    return [(read(grid, part, **a), read(other, part, **b)) for (grid, a), (other, b) in EVERY[name]]
+    by_place = [(read(grid, part, **a), read(other, part, **b)) for (grid, a), (other, b) in EVERY[name]]
+    differences, tokens = by_sample(*by_place)
+    return differences * (2 if name in SHIFTS else 1), tokens
 
 
 if __name__ == "__main__":
     for name in EVERY:
-        value, low, high = 100 * np.expm1(interval(*by_sample(*sides(name))))
+        value, low, high = 100 * np.expm1(interval(*sums(name)))
         print(f"{name:64} {value:+7.2f} %  ({low:+7.2f} to {high:+7.2f})")

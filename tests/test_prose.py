@@ -119,7 +119,7 @@ def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
     which each counts once; in the project they are sums, which weigh as many tokens, and Kish's effective number of
     conversations. Ends agree to 3 % of the half-width.
     """
-    sums, tokens = by_hand.by_sample(*by_hand.sides(name))
+    sums, tokens = by_hand.sums(name)
     mean, low, high = by_hand.interval(sums, tokens)
     e = estimates[re.fullmatch(r"(\S+): (.+) @ (.*)", name).groups()]
     assert e["replicates"] == len(sums) and e["value"] == pytest.approx(mean, rel=1e-6)
@@ -133,6 +133,7 @@ def test_what_pages_show_is_what_is_computed_by_hand(name, estimates):
         (by_hand.SITES, "A − B, stabilised", "86,925 tokens"),
         (by_hand.TEXTWISE, "A − B, both embeddings, stabilised", "86,925 tokens"),
         (by_hand.TWICE, "A − B, stabilised", "183,620 tokens"),
+        (by_hand.SHIFTS, "shift of A − B, twice the text", "mean of 4 sites"),
         (by_hand.STUDIED, "A − B, as the study trains", "86,925 tokens"),
         *(
             (
