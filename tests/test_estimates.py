@@ -177,7 +177,7 @@ def test_a_mean_is_of_replicates():
     values = rows.dropna().groupby("replicate")["horizon"].mean()
     expected = stats.ttest_1samp(values, 0).confidence_interval()
     assert ends(result) == fixed((expected.low, expected.high)) and result.value == fixed(values.mean())
-    assert (result.n, result.replicates, result.dof, result.over) == (20, 4, 3, ("seed", "text", "signs"))
+    assert (result.n, result.replicates, result.dof, result.over) == (20, 4, 3, ("seed", "training text", "signs"))
     with pytest.raises(ValueError, match="horizon"):
         mean(rows.assign(horizon=np.nan), "horizon", "")
 
@@ -190,7 +190,7 @@ def test_planted_differences_come_back(judged):
     for e, size in zip(result, sizes, strict=True):
         truth = LAWS["A"][1] - LAWS["B"][1] + 0.06 * (math.log(size) - MIDDLE)
         assert e.low < e.value < e.high and e.value == pytest.approx(truth, abs=2e-3) and e.high - e.low < 2e-3
-        assert (e.n, e.replicates, e.over) == (4, 4, ("seed", "text", "signs", "samples"))
+        assert (e.n, e.replicates, e.over) == (4, 4, ("seed", "training text", "signs", "samples"))
         assert (e.contrast, e.unit) == ("A − B", "% of PPL")
     swapped = paired(planted.runs, B, A)
     assert [ends(e) for e in swapped] == [fixed((-e.high, -e.low)) for e in result]

@@ -88,7 +88,7 @@ class Estimate:
     replicates: int = 0
     dof: float | None = None
     over: tuple[str, ...] = ()
-    """What the interval covers: of seed, text, signs, samples; or residuals, sites, a covariance."""
+    """What the interval covers: of seed, training text, signs, samples; or residuals, sites, a covariance."""
     unit: str = "% of PPL"
     """One of `UNITS`."""
 

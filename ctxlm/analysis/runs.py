@@ -24,7 +24,7 @@ TABLES = {"history": ["phase", "step", "metric", "value"], "samples": ["part", "
 """A run's tables, and their columns."""
 READABLE = (2, PROTOCOL)
 """Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
-DRAWN = {"seed": "seed", "data_seed": "text", "embedding_seed": "signs"}
+DRAWN = {"seed": "seed", "data_seed": "training text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew and a pair has in common, and what each of them is arbitrary about."""
 VARIED = {"experiment", "train_tokens", *DRAWN}
 """Parameters that may differ between the runs of one configuration: size and replicate."""
