@@ -91,7 +91,7 @@ gpu: $(VENV)/.tested  ## device tests, benchmark and the study's runs on a GPU (
 test: $(VENV)/.tested  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(if $(filter all,$(JOBS)),auto,$(JOBS)) --dist loadfile --no-loadscope-reorder
 
 lab: $(VENV)/.ready  ## open JupyterLab on its first page, notebooks/README.md
 	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/README.md \

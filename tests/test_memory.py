@@ -81,18 +81,6 @@ def test_the_largest_lyapunov_exponent_is_that_of_the_jacobians_multiplied_out()
     assert lyapunov(block, contexts, steps=steps, starts=3) == pytest.approx(np.mean(grown), abs=1e-4)
 
 
-@pytest.mark.parametrize("length", [2, 3, 9])
-def test_a_short_stream_shows_what_it_holds(length):
-    model = tiny()
-    block, contexts = model.context_block, sequential(model, stream(length))
-    rows = recent_tokens(model, Predictor(model, torch.float32).from_layers, contexts)
-    assert {row["step"] for row in rows} == ({0} if length > 2 else set()) | {k for k in RECENT if k < length - 1}
-    left = [row["value"] for row in forgetting(block, contexts)]
-    exponent = lyapunov(block, contexts)
-    assert len(left) == length // 2 + 1
-    assert exponent is None if length < 4 else math.isfinite(exponent)
-
-
 # Ablations
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.config import Experiment
+from ctxlm.device import autocast
 from ctxlm.model import forward_flops, load_weights, trained_weights
 from ctxlm.networks import BODIES, NeuralLM, Reader, Windows, evaluate, min_gru
 from ctxlm.trainer import Trainer
@@ -285,6 +286,24 @@ def test_bfloat16_gives_nearly_the_same(kind):
         ends.append(train(model, stream(300, VOCABULARY), stream(60, VOCABULARY, seed=1), e, dtype).val_losses)
     assert ends[0].mean().item() == pytest.approx(ends[1].mean().item(), rel=0.02)
     assert not torch.equal(*ends)  # it was not left out
+
+
+def test_of_a_mingru_bfloat16_rounds_products_only():
+    body = small("mingru")[1].body
+    inputs = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+
+    def product(linear, x):
+        return F.linear(x.bfloat16(), linear.weight.bfloat16(), linear.bias.bfloat16()).float()
+
+    x, states = product(body.into, inputs), []
+    for norm, gates in zip(body.norms, body.gates, strict=True):
+        h = min_gru(*product(gates, norm(x)).chunk(2, -1), torch.full((3, 12), 0.5))
+        states.append(h[:, -1])
+        x = x + h
+    with autocast(inputs.device, torch.bfloat16):
+        h, (last,) = body(inputs, body.start(3))
+    torch.testing.assert_close(last, torch.stack(states), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(h.float(), product(body.out, body.norm(x)), atol=1e-6, rtol=1e-6)
 
 
 @each_kind

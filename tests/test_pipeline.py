@@ -17,11 +17,10 @@ import yaml
 
 from ctxlm.batch import main
 from ctxlm.files import ROOT
-from tests.conftest import fill, short_paragraphs
+from tests.conftest import short_paragraphs
 from tests.test_run import MAY_DIFFER
 
 pytestmark = pytest.mark.slow
-HOSTILE = "<script>alert('{x}')</script> $(exit 3) </style> {{ 7 * 7 }} \\u202e '; --"
 COMMON = {"embedding": "random", "embed_dim": 16, "val_samples": 5, "development_samples": 5, "test_samples": 5}
 NGRAM = {"model": "kneser-ney", "ngram_order": 2}
 FAILS = {"model": "lstm", "num_layers": 1, "hidden_dim": 16, "phase2_learning_rate": 1.0e30, "dtype": "float32"}
@@ -40,7 +39,6 @@ class Grid:
 
     def plan(self, *runs: str, **common) -> None:
         text = short_paragraphs(self.folder / "text.txt", count=140, length=60, power=2)
-        text.write_text(f"{HOSTILE}\n\n{text.read_text(encoding='utf-8')}\n\n{HOSTILE}", encoding="utf-8")
         common = {"corpus": str(text), "train_tokens": 400, "phase2_epochs": 6} | COMMON | common
         words = {"title": "Tiny {with} braces {0}", "description": "and {more}"}  # which Snakemake takes for wildcards
         grid = words | {"common": common, "experiments": {name: RUNS[name] for name in runs}}
@@ -143,7 +141,6 @@ def test_a_grid_gives_runs_and_a_report(grid):
     pages = {path.name: path.read_text(encoding="utf-8") for path in grid.home.glob("report/*.html")}
     assert set(pages) == {"index.html", "04_scaling.html", "corpus.html"}
     assert "Tiny {with} braces {0}" in pages["index.html"] and (grid.home / "estimates.csv").exists()
-    assert not any("<script>alert" in page for page in pages.values())
     failure = (grid.home / "C" / "failure.txt").read_text(encoding="utf-8")  # of one that failed beside them
     assert failure.startswith("NonFiniteLoss: ") and failure.count("\n") == 1  # the sentence stands alone
     assert "NonFiniteLoss" in pages["index.html"]
@@ -217,19 +214,3 @@ def test_a_grid_that_is_killed_at_random_is_the_undisturbed_one(grid):
                     kills += 1
         assert killed.numbers() == grid.numbers(), killed.printed
         assert (killed.home / "estimates.csv").read_bytes() == (grid.home / "estimates.csv").read_bytes()
-
-
-@pytest.mark.night
-def test_a_full_disk_leaves_what_is_finished_and_is_said(disk, tmp_path):
-    grid = Grid(tmp_path, disk / "outputs")
-    grid.plan("K")
-    assert grid.run()[0] == 0
-    before = grid.results()
-    grid.plan("A", "K", "L")
-    full = fill(disk, but=40)
-    code, output = grid.run()
-    assert code != 0 and re.search("No space left|disk is full", output), output
-    assert "A" not in grid.results() and grid.results().items() >= before.items()
-    full.unlink()
-    code, output = grid.run()
-    assert code == 0 and set(grid.results()) == set("AKL") and grid.results().items() > before.items(), output

@@ -27,6 +27,7 @@ from tests.test_notebooks import papermill
 
 A, B, KN = "small/A", "small/B", "small/KN-3"
 OF_A = SMALL | {"development_samples": 4, "test_samples": 4, "phase2_epochs": 1, "dtype": "float32", "device": "cpu"}
+OF_A |= {"logit_scale": None}  # by the width, √2
 RUNS = {
     "A": {},
     "B": {"experiment": "B", "num_layers": 1, "context_dim": 24},
@@ -252,7 +253,7 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)  # handled before it returns, so that two are not one
 
 
-def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_asked_as_any_run(live, runs, capsys):
+def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_asked_as_any_run(live, runs):
     """JupyterLab has widgets answer in a thread of their own."""
     weights = runs / "A" / "model.safetensors"
     weights.rename(runs / "kept")
@@ -260,7 +261,6 @@ def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_ask
     thread = threading.Thread(target=play.model, args=(A,))
     thread.start()
     thread.join()
-    assert f"{A} is trained first" in capsys.readouterr().out
     trained = "interactive/A_again"
     known = play.metrics(trained)
     assert trained in play.choices() and known["epochs_run"] == 3 and not known.get("stopped")
@@ -269,28 +269,20 @@ def test_a_preset_without_weights_is_trained_once_where_widgets_are_and_then_ask
     live[:] = [pytest.fail]
     play.model.cache_clear()
     assert len(surprise(play.model(A), TEXT)) == len(surprise(play.model(trained), TEXT)) > 1
-    assert play.train("A") == trained and "is finished" in capsys.readouterr().out
+    assert play.train("A") == trained
     (runs / "kept").rename(weights)
     play.model.cache_clear()
 
 
-@pytest.mark.parametrize(("given", "expected"), [(1.0, 2.0), (0.9, 0.9)])
-def test_logits_that_go_by_the_width_go_by_the_new_one(live, monkeypatch, given, expected):
-    start, asked = Experiment.of_run(play.metrics(A)).model_copy(update={"embed_dim": 32, "logit_scale": given}), []
-    monkeypatch.setattr(play, "presets", lambda: {"A": start})
-    monkeypatch.setattr(play.running, "run", lambda e, *_: asked.append(e))
-    play.train("A", embed_dim=8)
-    assert [e.logit_scale for e in asked] == [expected]
-
-
-def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(live, runs, capsys):
+def test_stopped_it_ends_after_the_epoch_and_says_so_and_stopped_twice_at_once(live, runs):
     before = signal.getsignal(signal.SIGINT)
     live.append(interrupt)
-    trained = play.train("A", phase2_epochs=4, num_layers=1)
+    trained = play.train("A", phase2_epochs=4, embed_dim=8)
     known = play.metrics(trained)
-    assert trained == "interactive/A_phase2_epochs-4_num_layers-1" and known["num_layers"] == 1
+    assert trained == "interactive/A_phase2_epochs-4_embed_dim-8" and known["embed_dim"] == 8
+    assert known["logit_scale"] == 2  # logits that go by the width go by the new one
     assert known["epochs_run"] == known["best_epoch"] == 1 and known["stopped"] is True and known["test_ppl"] > 1
-    assert "It stops after this epoch" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before
     assert play.catalogue("interactive").data.set_index("run").loc[trained].iloc[-1].endswith("stopped")
     assert play.differing(A, trained).data.set_index("parameter").loc["stopped"].tolist() == ["–", "True"]
 

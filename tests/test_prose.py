@@ -4,6 +4,7 @@ In Markdown a number is followed by `<!--=PAGE:CONTRAST@AT-->`, spaces written a
 page shows. The number before it is its value; where a bracket closes before it, value, low and high.
 """
 
+import base64
 import math
 import re
 
@@ -11,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from scipy import stats
 
 from ctxlm.analysis.estimates import MIME
@@ -201,11 +203,17 @@ def test_the_site_of_what_is_committed_is_whole_and_short(site, browser):
     assert 1 <= len(re.findall(rb"/Type /Page\b", (site / "article.pdf").read_bytes())) <= 4
     texts = {path.name: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
     for page, text in texts.items():
+        assert text.count("<h1") == 1 and """Policy" content="default-src 'none'; """ in text, page
         links = re.findall(r'<(?:a|img) [^>]*?(?:href|src)="([^":#]*)#?([^":]*)"', text)
         assert len(links) > 10, page
         for path, anchor in links:
             assert (site / (path or page)).is_file(), (page, path)
             assert not anchor or f' id="{anchor}"' in texts[path or page], (page, path, anchor)
+    index = BeautifulSoup(texts["index.html"], "html.parser")
+    japanese = index.find("section", lang="ja", id="summary-in-japanese").h2.get_text()
+    assert (ROOT / "docs" / "index.ja.md").read_text(encoding="utf-8").startswith(f"# {japanese}\n")
+    figure = base64.b64encode((site / "sites.png").read_bytes()).decode()  # which `make docs` copies
+    assert figure in index.img["src"] and figure in texts["04_sites.html"]
     committed = sum(len(pd.read_csv(path)) for path in (ROOT / "data" / "results").glob("*/runs.csv"))
     committed += len([*(ROOT / "data" / "results").glob("*/*/metrics.json")])
     for page in sorted(site.glob("*.html")):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ctxlm import corpus as corpus_module
 from ctxlm.config import DATA_PARAMETERS, ConfigError, Experiment, load_grid
-from ctxlm.corpus import MIN_SAMPLES, PROTOCOL, REGION, WINDOWS, Corpus, check_data, load_corpus, split
+from ctxlm.corpus import PROTOCOL, WINDOWS, Corpus, check_data, load_corpus, split
 from ctxlm.files import ROOT
 from tests.conftest import refusal
 
@@ -52,6 +52,11 @@ def given_as(*corpora):
 
 
 # All grids
+
+
+def test_no_grid_has_a_run_twice(runs):
+    unnamed = {(grid, run.model_copy(update={"experiment": "any"})) for (grid, _), run in runs.items()}
+    assert len(unnamed) == len(runs)
 
 
 NOT_TOGETHER = {"chance", "signs"}
@@ -149,16 +154,6 @@ def read(case, **changed):
     corpus, judged, e = case
     with given_as(corpus, judged):
         return split(Experiment.from_mapping(e.model_dump(), changed), corpus)
-
-
-@given(st.integers(0, 10_000))
-def test_a_corpus_is_a_capacity_three_equal_regions_and_what_the_embedding_reads(samples):
-    corpus = Corpus("any", np.zeros(samples, np.int32), np.arange(samples + 1))
-    assert corpus.region == min(200, max(1, samples // 2 // 8))
-    assert corpus.capacity == samples // 2 - 2 * corpus.region
-    assert (corpus.region == REGION) == (samples >= 3200)
-    if samples >= MIN_SAMPLES:
-        assert corpus.capacity > 0 and len(corpus.second_half) == samples - samples // 2 - corpus.region > 0
 
 
 @settings(max_examples=150)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.config import read_yaml
+from ctxlm.config import Experiment, read_yaml
 from ctxlm.loss import HeadLoss
+from ctxlm.model import ContextBlock, ContextLM
 from ctxlm.recurrence import CHUNKS, chunked, sequential
 from tests import literal
 from tests.conftest import stream, tiny
@@ -110,6 +111,42 @@ def test_runs_that_rounding_keeps_apart_are_joined_all_the_same(monkeypatch):
     monkeypatch.setattr("ctxlm.recurrence.ROUNDING", -1.0)
     with pytest.warns(UserWarning, match="does not forget for certain"):
         assert in_chunks(200, model, tokens).warmup == 0
+
+
+class Scripted(torch.nn.Module):
+    """A ContextBlock of one entry, which each token multiplies by a number of its own; token 0 sets it to 1."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors, self.context_dim, self.widths = torch.tensor([0, *factors]), 1, [1]
+        self.from_other = [torch.nn.Linear(len(factors) + 1, len(factors) + 1, bias=False)]
+        torch.nn.init.eye_(self.from_other[0].weight)
+
+    def forward(self, context, projections):
+        token = projections[0].argmax(1, keepdim=True)
+        return [(context * self.factors[token] + (token == 0)).clamp(max=1)]
+
+    projections = ContextBlock.projections
+
+
+@pytest.mark.filterwarnings("ignore:the ContextBlock does not forget")
+@pytest.mark.parametrize(
+    ("factors", "second", "certified"),
+    [
+        ((2e-6, 10.0), [1] + [2] * 39, False),  # within the tolerance for a token, and apart again
+        ((5e-6, 1.0), [1] + [2] * 39, True),
+        ((5e-5, 1.0, 0.4), [1] + [2] * 34 + [3] + [2] * 4, False),  # within rounding, and still coming nearer
+        ((5e-5, 1.0, 0.6), [1] + [2] * 34 + [3] + [2] * 4, True),
+        ((1.5e-5, 1.0, 0.6), [1] + [2] * 34 + [3] + [2] * 4, False),  # within the tolerance in the end alone
+    ],
+)
+def test_two_runs_have_met_once_they_stay_together(factors, second, certified):
+    """Chunks of 40 tokens, and what each token of the second makes of the runs' difference, 1 at first."""
+    settings = {"num_layers": 1, "context_dim": 2, "embed_dim": len(factors) + 1, "num_input_tokens": 1}
+    model = ContextLM(Experiment.from_mapping(settings, {}), torch.eye(len(factors) + 1))
+    model.context_block = Scripted(factors)
+    chunks = in_chunks(40, model, torch.tensor([0] * 40 + second))
+    assert (chunks.warmup > 0) == certified
 
 
 def expanding():

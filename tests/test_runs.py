@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 
@@ -303,61 +302,37 @@ def test_published_tables_give_every_value_back_and_later_runs_replace_their_row
         plant(roots[0], seed)
     (plant(roots[0], 4, "NA", model="kneser-ney") / "history.csv").write_text("phase,step,metric,value\n")
     written = everything("planted")
-    plant(roots[0], 5)  # an earlier file's
-    assert written["history"]["value"].map(type).eq(float).all()  # though an n-gram has none
     published = publish(file)
-    assert {path.name for path in published.iterdir()} == {"runs.csv", "history.parquet", "samples.parquet"}
-    assert published == roots[1] / "planted" and set(load_runs("planted")["source"]) == {"outputs"}
     shutil.rmtree(roots[0])
     before = everything("planted")
     assert_alike(written, before)
-    assert set(load_runs("planted")["git_commit"]) == {COMMIT}
-    runs = read_runs("planted")  # whose file is none of the repository's
-    assert set(runs["source"]) == {"committed"} and set(runs["planned"]) == {4} and len(runs) == 4
 
     run = plant(roots[0], 2, val_loss=1.25, horizon_init=0.1).name
     changed = everything("planted")
     publish(file)
     shutil.rmtree(roots[0])
-    after = everything("planted")
-    assert load_runs("planted").set_index("run").loc[run, ["val_loss", "horizon_init"]].tolist() == [1.25, 0.1]
-    for name, table in after.items():
+    for name, table in everything("planted").items():
         mine = table["run"] == run
         earlier = before[name][before[name]["run"] != run].reset_index(drop=True)
         assert_alike({name: earlier}, {name: table.loc[~mine, [*earlier]].reset_index(drop=True)})
         assert_alike({name: changed[name]}, {name: table.loc[mine, [*changed[name]]].reset_index(drop=True)})
 
-    file = grid({"2": {}}, train_tokens=[20_000], seed=[1, 2])  # what it no longer asks for goes
-    for seed in (1, 2, 2):
-        plant(roots[0], seed, "2")  # a label is a text, also where all of them are numbers
-        publish(file)
-        shutil.rmtree(roots[0])
-        if seed == 1:  # a run that is older than a parameter stays
-            table = published / "runs.csv"
-            pd.read_csv(table).drop(columns="leak").to_csv(table, index=False)
+    table = pd.read_csv(published / "runs.csv", dtype=str, keep_default_na=False)
+    table.drop(columns="leak").to_csv(published / "runs.csv", index=False)  # runs that are older than a parameter stay
+    plant(roots[0], 1)
+    publish(grid(train_tokens=[20_000], seed=[1, 2]))  # what it no longer asks for goes
+    shutil.rmtree(roots[0])
     assert [table["run"].nunique() for table in everything("planted").values()] == [2, 2, 2]
 
 
-def test_publishing_that_is_stopped_midway_is_made_good_by_the_next(roots, grid, monkeypatch):
-    file, replace, order = grid(train_tokens=[20_000], seed=[1, 2]), os.replace, []
-
-    def stopped(source, target):
-        order.append(target.name)
-        if target.name == "runs.csv":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    plant(roots[0], seed=1)
-    publish(file)
-    plant(roots[0], seed=2)
-    whole = everything("planted")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ctxlm.files.os, "replace", stopped)
-        publish(file)
-    assert order[-1] == "runs.csv" and len(order) == 3
-    publish(file)
-    shutil.rmtree(roots[0])
-    assert_alike(whole, everything("planted"))
+def test_the_table_of_published_runs_is_replaced_last(roots, grid, monkeypatch):
+    """So that whoever is stopped in between names no run whose losses are not there."""
+    order, replace = [], ctxlm.files.os.replace
+    plant(roots[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(ctxlm.files.os, "replace", lambda *paths: (order.append(paths[1].name), replace(*paths)))
+        publish(grid(train_tokens=[20_000], seed=[1]))
+    assert len(order) == 3 and order[-1] == "runs.csv"
 
 
 def test_what_no_commit_made_or_another_protocol_judged_is_not_published(roots, grid):
