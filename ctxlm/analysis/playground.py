@@ -408,12 +408,12 @@ def cost(a: str, b: str, cost_tokens: int) -> Figure:
     """The least time of a token in each twentieth of a text, and bytes of all that is kept of it."""
     each = {}
     for run in dict.fromkeys((a, b)):
-        speaker, rows = model(run), []
-        state = speaker.start()
+        lm, rows = model(run), []
+        state = lm.start()
         for end, token in enumerate(np.resize(_test(run).tokens, cost_tokens).tolist(), 1):
             began = time.perf_counter()
-            speaker.log_probs(state)
-            state = speaker.step(state, token)
+            lm.log_probs(state)
+            state = lm.step(state, token)
             rows.append((end, 1000 * (time.perf_counter() - began), state.nbytes))
         twentieths = np.arange(len(rows)) * 20 // len(rows)
         read = pd.DataFrame(rows, columns=["end", "ms", "bytes"]).groupby(twentieths)
@@ -428,14 +428,14 @@ def cost(a: str, b: str, cost_tokens: int) -> Figure:
 
 def reading(text: str, a: str) -> HTML:
     """A text on the colours of its surprises, the number below each token, nats; its title names likelier ones."""
-    speaker, rows = model(a), []
-    read, state = surprise(speaker, text[:READ]), speaker.start()
+    lm, rows = model(a), []
+    read, state = surprise(lm, text[:READ]), lm.start()
     for row in read.itertuples():
-        values, best = speaker.log_probs(state).topk(4)
+        values, best = lm.log_probs(state).topk(4)
         pairs = zip(best.tolist(), values.exp().tolist(), strict=True)
         likelier = ", ".join(f"{visible(decode([token]), True)} {100 * p:.1f} %" for token, p in pairs)
         rows.append((row.text, heat(row.nats), f"{row.nats:.1f}", f"{row.nats:.2f} nats; likelier: {likelier}"))
-        state = speaker.step(state, row.token)
+        state = lm.step(state, row.token)
     return coloured(rows, f"{a}, {read['nats'].mean():.2f} nats a token:")
 
 
@@ -492,10 +492,10 @@ def contexts(run: str) -> tuple[Stream, Contexts]:
     Raises:
         ConfigError: it is no context model.
     """
-    speaker, test = model(run), _test(run)
-    if not isinstance(speaker, ContextLanguageModel):
+    lm, test = model(run), _test(run)
+    if not isinstance(lm, ContextLanguageModel):
         raise ConfigError(f"run = {run!r} has no contexts: choose a context model, as {GRID}/A")
-    return test, chunked(speaker.model, torch.from_numpy(test.tokens).long())
+    return test, chunked(lm.model, torch.from_numpy(test.tokens).long())
 
 
 def space(run: str, conversation: int) -> Figure:
