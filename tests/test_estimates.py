@@ -34,6 +34,7 @@ from ctxlm.analysis.estimates import (
     mean,
     paired,
     pairs,
+    shifted,
 )
 from ctxlm.analysis.scaling import fieller
 from ctxlm.files import ROOT
@@ -212,6 +213,20 @@ def test_any_column_can_be_compared_in_its_unit_and_losses_sample_by_sample(judg
     for column in ("test_ppl", "best_epoch"):
         with pytest.raises(ValueError, match=f"column = '{column}' is no logarithm"):
             paired(runs, A, B, column=column)
+
+
+def test_a_shift_is_one_difference_less_another_over_samples_too(judged):
+    runs = judged(**ALL).runs.assign(place="here")
+    first, *_, last = sorted(set(runs["train_tokens"]))
+    sizes = {"train_tokens": last}, {"train_tokens": first}
+    (e,) = shifted(runs, A, B, *sizes, ["place"])
+    apart = {one.at: one.value for one in paired(runs, A, B)}
+    assert e.value == pytest.approx(apart[f"{last:,} tokens"] - apart[f"{first:,} tokens"]) and e.at == "here"
+    assert "samples" in e.over and e.replicates == runs["replicate"].nunique() and e.low < e.value < e.high
+    (back,) = shifted(runs, B, A, *sizes, ["place"])
+    assert (back.low, back.high) == pytest.approx((-e.high, -e.low))
+    lacking = (runs["replicate"] > 0) & (runs["train_tokens"] == last)
+    assert not shifted(runs[~lacking], A, B, *({"train_tokens": n} for n in (first, last)), ["place"])
 
 
 def test_seeds_of_one_text_count_once_and_a_single_replicate_covers_samples_alone(judged):

@@ -471,6 +471,37 @@ def paired(
     return result
 
 
+def shifted(
+    runs: pd.DataFrame,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    to: Mapping[str, Any],
+    before: Mapping[str, Any],
+    at: Sequence[str],
+    column: str = "log_ppl",
+    contrast: str = "",
+) -> Estimates:
+    """By how much `a` − `b` is more where runs have the values `to` than where they have `before`, at every place.
+
+    It is the interaction of a fit in every replicate that has all four runs; of losses, sample by sample.
+
+    Args:
+        runs, a, b, at, column, contrast: as `paired`.
+        to, before: column → value. Places of fewer than two such replicates are left out.
+    """
+
+    def have(values: Mapping[str, Any]) -> np.ndarray:
+        return np.logical_and.reduce([runs[name] == value for name, value in values.items()])
+
+    rows = runs.assign(first=1.0 * have(a), after=1.0 * have(to))[(have(a) | have(b)) & (have(to) | have(before))]
+    rows = rows[rows.groupby([*at, "replicate"], dropna=False)["id"].transform("size") == 4]
+    return Estimates(
+        Coefficients(f"{column} ~ first * after", four).estimate("first:after", contrast, _place(at, key))
+        for key, four in rows.groupby([*at], dropna=False)
+        if four["replicate"].nunique() > 1
+    )
+
+
 def _place(at: Sequence[str], key: Sequence[Any]) -> str:
     """Where an estimate is: the values of the columns `at`, with their unit; nothing for one over all places."""
     shown = (
