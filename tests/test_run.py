@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import ctxlm.files
-from ctxlm.config import NOTEBOOKS, Experiment, read_yaml
+from ctxlm.config import NOTEBOOKS, ConfigError, Experiment, read_yaml
 from ctxlm.corpus import PROTOCOL, Split, Stream
 from ctxlm.files import ROOT
 from ctxlm.metrics import NonFiniteLoss, losses_by_sample
@@ -204,6 +204,14 @@ def test_the_commit_is_dirty_where_a_file_differs_that_may_move_a_number(tmp_pat
 
 
 # What is refused or fails
+
+
+@pytest.mark.parametrize("change", [{"corpus": "no/such.txt"}, {"test_samples": 99}, {"phase2_learning_rate": 1e30}])
+def test_a_run_that_is_refused_or_fails_lets_its_folder_go(change, tmp_path, text):
+    with pytest.raises((ConfigError, NonFiniteLoss)):
+        run(Experiment.from_mapping(SETTINGS, {"corpus": str(text)}, change), tmp_path)
+    with FileLock(tmp_path / ".lock").acquire(0):  # a notebook's process lives on
+        pass
 
 
 def test_a_folder_must_be_writable_and_is_one_process_own(tmp_path):
