@@ -84,3 +84,29 @@ def test_a_waterfall_comes_down_by_its_steps_to_what_is_left():
     np.testing.assert_allclose(bars, [[0, 0.7], [0.3, 0.7], [0, 0.3]], atol=1e-12)
     np.testing.assert_allclose([line.get_xdata() for line in axes.lines], [[0.6, 0.8], [0.2, 0.4], [0.2, 0.4]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "one", "rest"]
+
+
+def test_leads_are_coloured_by_what_is_better_and_hollow_where_that_is_unsure():
+    def one(text, embedding, value):
+        covers = {"n": 9, "replicates": 3, "over": ("replicates",), "dof": 9.0}
+        return Estimate("A − B", f"{text}, {embedding}", value, value - 0.02, value + 0.02, **covers)
+
+    both = Estimates([one("speeches", "PPMI", -0.1), one("speeches", "SmolLM2", 0.1), one("prompts", "PPMI", 0.0)])
+    figure = plots.leads({"above": both, "below": Estimates([one("prompts", "SmolLM2", -0.1)])})
+    points = [
+        (panel.get_title(), line.get_marker(), to_hex(line.get_color()), to_hex(line.get_markerfacecolor()))
+        for panel in figure.axes
+        for line in panel.lines
+        if line.get_marker() in ("o", "s")
+    ]
+    a, b, unsure = (to_hex(colour) for colour in (run_plots.FIRST["A"], run_plots.FIRST["B"], "0.45"))
+    assert points == [
+        ("above", "o", a, a),
+        ("above", "s", b, b),
+        ("above", "o", unsure, "#ffffff"),
+        ("below", "s", a, a),
+    ]
+    assert [[label.get_text() for label in panel.get_yticklabels()] for panel in figure.axes] == [
+        ["speeches", "prompts"],
+        ["prompts"],
+    ]

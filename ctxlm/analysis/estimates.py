@@ -174,11 +174,8 @@ class Estimates(list[Estimate]):
             return {}
         return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
 
-    def forest(self, title: str = "", width: float = WIDTH, above: str = COLOURS[0], parted: int = 0) -> Figure | None:
-        """Every estimate with its interval, means over sites as diamonds; hollow without a verdict. None of none.
-
-        `above` colours those above 0. A line parts the first so many from the others.
-        """
+    def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
+        """Every estimate with its interval, means over sites as diamonds; hollow without a verdict. None of none."""
         if not self:
             return None
         unit = UNITS[self[0].unit]
@@ -186,19 +183,17 @@ class Estimates(list[Estimate]):
         for row, (e, verdict) in enumerate(zip(self, self.verdicts, strict=True)):
             value, low, high = e.in_unit
             significant = verdict in ("lower", "higher") or not unit.comparison
-            colour = (above if verdict == "higher" else COLOURS[0]) if significant else "0.45"
+            colour = COLOURS[0] if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
             marker, inside = "D" if e.over == SITES else "o", colour if significant else "white"
             axes.plot(value, row, marker, color=colour, mfc=inside, markersize=7)
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
-        if parted:
-            axes.axhline(parted - 0.5, color="0.2", linewidth=1)
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
-        filled = "; filled: significant" if unit.comparison else ""
+        filled = "; filled: significant, corrected" if unit.comparison else ""
         means = "\ndiamonds: means" if any(e.over == SITES for e in self) else ""
         axes.set_ylim(len(self) - 0.5, -0.5)
         figure.supxlabel(f"{label}\n(95 % intervals{filled}){means}", fontsize="medium")

@@ -5,6 +5,7 @@ means lines.
 """
 
 import math
+from collections.abc import Mapping
 from itertools import cycle
 
 import numpy as np
@@ -18,7 +19,9 @@ from scipy import stats
 from ctxlm.analysis.estimates import Estimates
 from ctxlm.analysis.run_plots import (
     COLOURS,
+    FIRST,
     LINES,
+    MARKERS,
     NARROW,
     REFERENCE,
     legend,
@@ -77,6 +80,40 @@ def crossings(table: pd.DataFrame) -> Figure | None:
     axes.set(ylim=0, xlim=0, title=f"{pair['a']} and {pair['b']}", ylabel="studies that see a crossover")
     axes.set_xlabel("lead at both sizes (vertical: as measured)")
     return legend(figure)
+
+
+def leads(panels: Mapping[str, Estimates]) -> Figure:
+    """A − B by text with its 95 % interval: a marker for each embedding, in the colour of the better if significant.
+
+    Args:
+        panels: by title; `at` of each difference is a site's name: a text, …, an embedding.
+    """
+    embeddings = {"PPMI": "word counts (PPMI)", "SmolLM2": "pretrained (SmolLM2)"}
+    texts = [list(dict.fromkeys(e.at.split(", ")[0] for e in table)) for table in panels.values()]
+    heights = [len(names) for names in texts]
+    figure, drawn = new_figure(len(panels), 1, 1.8 + 0.4 * sum(heights), 3.9, sharex=True, height_ratios=heights)
+    for (title, table), names, (axes,) in zip(panels.items(), texts, drawn, strict=True):
+        for e, verdict in zip(table, table.verdicts, strict=True):
+            text, *_, embedding = e.at.split(", ")
+            position, (value, low, high) = [*embeddings].index(embedding), e.in_unit
+            row = names.index(text) + (0.3 * position - 0.15 if len(table) > len(names) else 0)
+            colour = {"lower": FIRST["A"], "higher": FIRST["B"]}.get(verdict, "0.45")
+            inside = colour if verdict in ("lower", "higher") else "white"
+            axes.plot([low, high], [row, row], color=colour, linewidth=2)
+            axes.plot(value, row, MARKERS[position], color=colour, mfc=inside, markersize=7)
+        axes.axvline(0, **REFERENCE)
+        axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        axes.set_title(title, style="italic")
+        axes.grid(axis="y", visible=False)
+    top, last = drawn[0, 0], drawn[-1, 0]
+    for side, words, x in (("left", "← A better", 0), ("right", "B better →", 1)):
+        top.annotate(words, (x, 1.16), xycoords="axes fraction", ha=side, color=FIRST[words.strip("← →")[0]])
+    last.set_xlabel("perplexity of A against B's, %; 95 % intervals\n(filled: significant, corrected)")
+    keys = [Line2D([], [], color="0.3", marker=m, linestyle="") for m in MARKERS[: len(embeddings)]]
+    figure.legend(
+        keys, embeddings.values(), title="token embedding", ncols=2, loc="outside lower center", frameon=False
+    )
+    return figure
 
 
 def waterfall(parts: Estimates, label: str) -> Figure:
