@@ -84,9 +84,10 @@ benchmark: $(VENV)/.ready  ## measure speed and memory up to a million tokens (o
 	  notebooks/10_benchmark.ipynb outputs/benchmark/benchmark.ipynb -f params/benchmark.yaml
 	$(BIN)/jupyter nbconvert --to html outputs/benchmark/benchmark.ipynb
 
-gpu: $(VENV)/.tested  ## device tests, benchmark and the study's runs on a GPU (outputs/gpu/gpu.json)
+gpu: $(VENV)/.tested  ## device tests, benchmark and the study's runs, on a GPU
 	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
-	$(BIN)/python -m ctxlm.analysis.benchmark study outputs/gpu
+	@$(MAKE) --no-print-directory benchmark
+	@$(MAKE) --no-print-directory report GRID=study
 
 test: $(VENV)/.tested  ## check the code's style and run the tests, side by side on all cores
 	$(BIN)/ruff check .

@@ -4,13 +4,11 @@ Where there is none, updates run on torch's device `meta`, whose tensors have sh
 the CPU, or a number read back, is found there too.
 """
 
-import json
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from ctxlm.analysis import benchmark
 from ctxlm.config import Experiment
 from ctxlm.metrics import singular_values
 from ctxlm.networks import NeuralLM, Windows
@@ -18,7 +16,7 @@ from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import Phase2
 from ctxlm.recurrence import Contexts, chunked
 from ctxlm.trainer import Trainer
-from tests.conftest import SMALL, short_paragraphs, stream, tiny, train_token_block
+from tests.conftest import stream, tiny, train_token_block
 
 V = 300
 NETWORKS = {kind: {"model": kind, "num_layers": 2, "hidden_dim": 24, "window": 16} for kind in ("lstm", "mingru")}
@@ -161,28 +159,3 @@ def test_a_tensor_left_on_the_cpu_is_found(meta):
     assert {(len(layer), layer.device) for layer in layers} == {(22, meta)}
     with pytest.raises(RuntimeError, match=r"(?i)device"):
         model.context_block(torch.empty(20, 12, device=meta), [torch.empty(20, 12)] * 3)
-
-
-# The plan
-
-
-@pytest.mark.slow
-def test_the_plan_rehearsed_on_the_cpu_leaves_one_small_file(tmp_path, monkeypatch, outputs):
-    text = short_paragraphs(tmp_path / "text.txt", count=120)
-    monkeypatch.setattr(benchmark, "peak_gflops", lambda *_: 50.0)
-    common = {name: value for name, value in SMALL.items() if name not in ("context_dim", "train_tokens")}
-    common |= {"corpus": str(text), "dtype": "float32"}
-    shape = {"num_layers": 4, "context_dim": 16}
-    grid = {"title": "Mine", "common": common, "experiments": {"A": shape}, "sweep": {"train_tokens": [400]}}
-    (tmp_path / "mine.yaml").write_text(json.dumps(grid), encoding="utf-8")
-    benchmark.measure_grid(str(tmp_path / "mine.yaml"), outputs / "gpu", "cpu", [400])
-    report = json.loads((outputs / "gpu" / "gpu.json").read_text(encoding="utf-8"))
-    assert [run["run"] for run in report["runs"]] == ["A_train_tokens-400"]
-    assert len(report["stages"]) == 4 and (outputs / "gpu" / "gpu.json").stat().st_size < 20_000
-    assert all(run["phase2_seconds"] > 0 and run["test_ppl"] > 1 for run in report["runs"])
-
-
-def test_without_a_gpu_the_plan_says_so_and_does_nothing(monkeypatch, outputs, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert benchmark.main(["study", str(outputs / "gpu")]) == 1
-    assert "device = 'cuda'" in capsys.readouterr().err and not (outputs / "gpu").exists()

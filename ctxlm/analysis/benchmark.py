@@ -1,9 +1,7 @@
 """What the stages of a run cost, against the machine's own matrix products: `notebooks/10_benchmark.ipynb` shows it.
 
 `python -m ctxlm.analysis.benchmark '{"num_layers": 6, …}'` measures one experiment in a process of its own, so that
-its peak memory is its own, and prints the result as JSON. `python -m ctxlm.analysis.benchmark GRID FOLDER` measures a
-grid's experiments on a GPU at the study's two sizes, makes its runs, and leaves one file, `FOLDER/gpu.json`: what `make
-gpu` does after the device tests, without a network and without Jupyter.
+its peak memory is its own, and prints the result as JSON.
 """
 
 import json
@@ -11,56 +9,63 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-from ctxlm.config import ConfigError, Experiment, load_grid
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import VOCABULARY, split
 from ctxlm.device import resolve_device, resolve_dtype
 from ctxlm.embeddings import load_embedding
-from ctxlm.files import ROOT, atomic, resolve
+from ctxlm.files import ROOT
 from ctxlm.model import ContextLM, forward_flops
 from ctxlm.networks import NeuralLM
 from ctxlm.phase1 import train_context_block
 from ctxlm.phase2 import Phase2, Predictor, evaluate
 from ctxlm.recurrence import chunked
-from ctxlm.run import run
 from ctxlm.trainer import Trainer
 
-SIZES = (86_925, 183_620)
-"""The study's."""
 EVALUATED = 20_000
 """Tokens that the evaluation is timed on, at most."""
 
 
-def flops_per_token(experiment: Experiment) -> dict[str, float]:
-    """Floating-point operations a token in the matrix products of each stage, from their shapes alone.
+def flops_per_token(experiment: Experiment) -> dict[str, int]:
+    """Floating-point operations a token in the matrix products of each stage, as torch counts them by shape.
 
     A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
-    weight's gradient, and of the gradients that pass from layer to layer. Of the `constant` design with a frozen
-    embedding.
+    weight's gradient, and of the gradients that pass from layer to layer.
     """
-    layers, c, d = experiment.num_layers, experiment.context_dim, experiment.embed_dim
-    inputs = experiment.num_input_tokens * d
-    context_part = 2 * layers * c * c
-    contexts = context_part + 2 * layers * c * inputs
-    token_block = 2 * d * (c + inputs) + (layers - 1) * 2 * d * (c + d)
-    head = 2 * d * VOCABULARY
-    return {
+    model = ContextLM(experiment, torch.zeros(VOCABULARY, experiment.embed_dim)).to("meta")
+    context = torch.empty(1, experiment.context_dim, device="meta")
+    inputs = torch.empty(1, experiment.num_input_tokens * experiment.embed_dim, device="meta")
+
+    def contexts() -> list[torch.Tensor]:
+        return model.context_block(context, model.context_block.projections(inputs))
+
+    with torch.no_grad():
+        before = contexts()  # Phase 2 trains no contexts
+
+    def logits() -> torch.Tensor:
+        return F.linear(model.token_block(inputs, before), model.embedding)
+
+    stages = {
         "recurrence": contexts,
-        # forward, weight gradients, and what passes back through all layers but the first
-        "phase1_step": 2 * contexts + context_part * (layers - 1) / layers,
-        # the block's forward pass, weight gradients and what passes back; the head there and back; contexts are there
-        "phase2_epoch": 2 * token_block + (layers - 1) * 2 * d * d + 2 * head,
-        "evaluation": token_block + head,
+        "phase1_step": lambda: contexts()[-1].sum().backward(),
+        "phase2_epoch": lambda: logits().sum().backward(),
+        "evaluation": logits,
     }
+    counts = {}
+    for name, stage in stages.items():
+        with FlopCounterMode(display=False) as counter:
+            stage()
+        counts[name] = counter.get_total_flops()
+    return counts
 
 
 def cost(e: Experiment) -> dict[str, int]:
@@ -174,13 +179,11 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
-        ConfigError: the floor of its design, embedding, dropout, trained or slow contexts is not counted.
+        ConfigError: it trains its contexts, which is not measured.
         RuntimeError: it failed; the message is its last line.
     """
-    for name in ("design", "phase2_freeze_embedding", "phase2_context_window", "slow_decay", "dropout"):
-        given, counted = getattr(experiment, name), Experiment.model_fields[name].default
-        if given != counted:
-            raise ConfigError(f"{name} = {given!r}: the benchmark counts the products of {counted!r} only")
+    if window := experiment.phase2_context_window:
+        raise ConfigError(f"phase2_context_window = {window}: the benchmark counts no trained contexts: set it to 0")
     command = [sys.executable, "-m", "ctxlm.analysis.benchmark", json.dumps(experiment.model_dump())]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
@@ -217,41 +220,5 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_grid(grid: str, folder: Path, device: str = "cuda", sizes: Sequence[int] = SIZES) -> None:
-    """Measure the stages of a grid's experiments, and make its runs one by one: `gpu.json` in the folder.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    runs = {name: e.model_copy(update={"device": device}) for name, e in load_grid(grid).runs.items()}
-    where = resolve_device(next(iter(runs.values())))
-    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-    report: dict[str, Any] = {"card": card, "torch": str(torch.__version__), "stages": [], "runs": []}
-    for size in sizes:
-        for e in {e.experiment: e for e in reversed(runs.values())}.values():
-            report["stages"] += measure(e.model_copy(update={"train_tokens": size}))["stages"]
-    columns = ("train_tokens", "dtype", "epochs_run", "phase1_iterations", "val_ppl", "test_ppl")
-    for name, e in runs.items():
-        metrics = run(e, folder / name)
-        seconds = {key: round(value, 3) for key, value in metrics.items() if key.endswith("_seconds")}
-        report["runs"].append({"run": name} | {key: metrics.get(key) for key in columns} | seconds)
-        print(json.dumps(report["runs"][-1]), flush=True)
-    report["runs_seconds"] = round(sum(row["total_seconds"] for row in report["runs"]), 1)
-    with atomic(folder / "gpu.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def main(arguments: Sequence[str]) -> int:
-    try:
-        if len(arguments) == 1:
-            print(json.dumps(measure(Experiment.from_mapping(json.loads(arguments[0])))))
-        else:
-            measure_grid(arguments[0], resolve(arguments[1]))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(json.dumps(measure(Experiment.from_mapping(json.loads(sys.argv[1])))))
