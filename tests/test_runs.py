@@ -202,7 +202,7 @@ def test_replicates_are_numbered_over_all_grids_and_the_overview_counts(roots):
     replicate = runs.groupby(["grid", "seed"])["replicate"].first()
     assert runs["replicate"].nunique() == 2 and replicate["one", 43] == replicate["two", 43]
     row = overview(runs).loc["one"]
-    assert row[["finished runs", "replicates"]].tolist() == [4, 2]
+    assert row[["runs read here", "replicates"]].tolist() == [4, 2]
     assert row["drawn anew in each"] == "seed, training text" and row["training tokens"] == "20,000, 30,000"
     short = overview(runs.assign(overfit_rate=0.2, log_over_fitting=[float("nan"), 0.2] * 3))
     assert short["ended by the limit of epochs"].tolist() == ["2 of 4", "1 of 2"]

@@ -285,8 +285,8 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
         rates = rows.reindex(columns=["overfit_rate", "log_over_fitting"])  # n-grams have neither
         ended = rates["overfit_rate"].notna() & rates["log_over_fitting"].isna()
         table[grid] = {
-            "finished runs": len(rows),
-            "planned": rows["planned"].iloc[0],
+            "runs read here": len(rows),
+            "planned in all": rows["planned"].iloc[0],
             "replicates": repeated,
             "drawn anew in each": ", ".join(drawn) or "nothing",
             "ended by the limit of epochs": f"{ended.sum()} of {len(rows)}",

@@ -255,7 +255,7 @@ def page_body(html: str, pages: Collection[str]) -> BeautifulSoup:
         made, rows = tag.find_parent(class_=PROVENANCE), len(tag.select("tbody tr"))
         if not tag.find_parent(class_="output"):
             tag.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
-        elif made or (rows > 13 and not tag.find_parent(class_="answer") and tag.get("class") != ["simpletable"]):
+        elif made or (rows > 18 and not tag.find_parent(class_="answer") and tag.get("class") != ["simpletable"]):
             label = "how the runs were made" if made else f"{rows} rows"
             tag.wrap(soup.new_tag("details")).insert(0, soup.new_tag("summary", string=label))
     return soup
