@@ -5,13 +5,14 @@ A grid file names several experiments and the values to sweep; `load_grid` expan
 
 import ast
 import difflib
+import inspect
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -92,7 +93,7 @@ class Experiment(Checked):
         "A",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         max_length=60,
-        description="label of the configuration: letters, digits, _.-",
+        description="label: letters, digits, dots, hyphens, underscores",
     )
     # What is read
     corpus: str = Field(
@@ -101,32 +102,33 @@ class Experiment(Checked):
         description="chitchat, sotu, docstrings, prompts or ultrachat, several of them in turn (chitchat+sotu), or a "
         ".txt, .jsonl or .parquet file",
     )
-    judged_corpus: str | None = Field(None, pattern=CORPUS, description="another corpus to be judged on; null: none")
-    shuffle_samples: bool = Field(False, description="take the samples of a corpus in random order, always the same")
+    judged_corpus: str | None = Field(None, pattern=CORPUS, description="another corpus to judge on")
+    shuffle_samples: bool = Field(False, description="samples in one random order, always the same")
     embedding: str = Field(
         "ppmi",
         pattern=r"^(ppmi|ppmi-train|smollm2|random|gpt2|[^\p{Cc}]+\.safetensors)$",
-        description="ppmi, ppmi-train, smollm2, random, gpt2, or a .safetensors file holding wte",
+        description="ppmi, ppmi-train, smollm2, random, gpt2, or a .safetensors file with a tensor wte",
     )
-    embedding_rows: Literal["given", "centred", "unit"] = Field("given", description="given, centred, or of one length")
-    embedding_seed: Seed = Field(0, description="0: as it is; else dimensions' signs, or random's numbers, are drawn")
-    embedding_turned: Natural | None = Field(None, description="its dimension that changes sign; null: none")
-    train_tokens: Count = Field(86_925, description="training tokens, cut exactly")
-    train_sample_tokens: Count | None = Field(None, description="first tokens read of a training sample; null: all")
-    train_piece_tokens: Count | None = Field(None, description="of pieces, read in random order; null: none")
-    data_seed: int = Field(0, ge=0, lt=60, description="start of the training window, in sixtieths")
-    val_samples: Count = Field(200, description="validation samples, which choose the epoch: the first of their region")
-    development_samples: Count = Field(200, description="the first of their region; settings are chosen on them")
-    test_samples: Count = Field(200, description="test samples, by which nothing is chosen: the first of their region")
-    max_sample_tokens: Count | None = Field(256, description="first tokens read of a judged sample; null: all")
-    held_out_tokens: Natural = Field(0, description="for tuning: last training tokens that stand in for validation")
+    embedding_rows: Literal["given", "centred", "unit"] = Field(
+        "given", description="its rows: as they are, less their mean, or all of one length"
+    )
+    embedding_seed: Seed = Field(0, description="draws its dimensions' signs, or random's numbers; 0: signs stay")
+    embedding_turned: Natural | None = Field(None, description="number of a dimension whose sign is turned")
+    train_tokens: Count = Field(86_925, description="training tokens, exactly")
+    train_sample_tokens: Count | None = Field(None, description="tokens read of each training sample; null: all")
+    train_piece_tokens: Count | None = Field(
+        None, description="cut training text into pieces of so many tokens, read in random order"
+    )
+    data_seed: int = Field(0, ge=0, lt=60, description="where training text begins, in sixtieths of what there is")
+    val_samples: Count = Field(200, description="validation samples, which choose the epoch")
+    development_samples: Count = Field(200, description="development samples, which choose settings")
+    test_samples: Count = Field(200, description="test samples, which choose nothing")
+    max_sample_tokens: Count | None = Field(256, description="tokens read of each judged sample; null: all")
+    held_out_tokens: Natural = Field(0, description="last training tokens, kept as validation to choose settings")
     # The model
-    model: Literal[*MODULES] = Field(
-        "context", description="the two-phase context language model, or another to set beside it"
-    )
+    model: Literal[*MODULES] = Field("context", description="the two-phase model, or another beside it")
     design: Literal["constant", "arithmetic", "echo"] = Field(
-        "constant",
-        description="widths of layers: constant, or falling; echo: contexts of an untrained echo state network",
+        "constant", description="layers of one width, of falling widths, or an untrained echo state network"
     )
     num_layers: int = Field(6, ge=1, le=1024, description="layers of each block, L")
     context_dim: Width = Field(768, description="width of the context, C")
@@ -134,53 +136,61 @@ class Experiment(Checked):
     num_input_tokens: int = Field(2, ge=1, le=64, description="tokens read at a time, n")
     spectral_radius: Positive = Field(0.9, description="of an echo state network's recurrent weights")
     leak: float = Field(1.0, gt=0, le=1, description="share of an echo state network's context that a token replaces")
-    input_scale: Positive = Field(1.0, description="sd of what an echo state network reads of a token, before its tanh")
+    input_scale: Positive = Field(1.0, description="standard deviation of what an echo state network reads of a token")
     # Phase 1
-    phase1_init_std: Positive = Field(0.1, description="sd of the ContextBlock's initial weights (of biases a tenth)")
-    dist_reg_weight: Fraction = Field(0.5, description="weight of diversity in Phase 1's loss")
-    phase1_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 1")
-    phase1_batch_size: Count = Field(4096, description="tokens per accumulated block")
-    phase1_min_iterations: Count = Field(3, description="no early stop before this iteration")
-    phase1_max_iterations: Count = Field(10, description="Phase 1 ends here at the latest")
+    phase1_init_std: Positive = Field(
+        0.1, description="standard deviation of the ContextBlock's initial weights; of biases a tenth"
+    )
+    dist_reg_weight: Fraction = Field(0.5, description="weight of diversity in the loss")
+    phase1_learning_rate: Positive = Field(0.002, description="Adam's learning rate")
+    phase1_batch_size: Count = Field(4096, description="tokens of a block; a step is of all blocks")
+    phase1_min_iterations: Count = Field(3, description="iterations at least")
+    phase1_max_iterations: Count = Field(10, description="iterations at most")
     phase1_convergence_threshold: Positive = Field(
         0.03, description="a context has converged if its mean squared change is less"
     )
-    phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that stops Phase 1")
-    phase1_context_noise: float = Field(0.1, ge=0, le=1e30, description="sd of the noise on contexts read")
-    phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 1")
+    phase1_min_converged_ratio: Fraction = Field(0.95, description="share of converged tokens that ends it")
+    phase1_context_noise: float = Field(0.1, ge=0, le=1e30, description="standard deviation of noise on contexts")
+    phase1_gradient_clip: Positive = Field(1.0, description="largest gradient norm")
     # Phase 2
-    phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate in Phase 2")
+    phase2_learning_rate: Positive = Field(0.002, description="Adam's learning rate")
     phase2_batch_size: Count = Field(512, description="tokens per update, consecutive unless phase2_shuffle")
-    phase2_epochs: Count = Field(10, description="Phase 2 ends here at the latest")
+    phase2_epochs: Count = Field(10, description="epochs at most")
     phase2_patience: Count = Field(2, description="epochs without a better validation loss before stopping")
-    phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm in Phase 2")
-    phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed in Phase 2")
+    phase2_gradient_clip: Positive = Field(1.0, description="largest gradient norm")
+    phase2_freeze_embedding: bool = Field(True, description="keep the embedding fixed")
     # What the study does not have, off by default
-    validations_per_epoch: int = Field(1, ge=1, le=100, description="of which the best is kept")
-    dropout: Share = Field(0.0, description="share of the TokenBlock's, or a network's, new activations set to zero")
-    weight_decay: float = Field(0.0, ge=0, le=100, description="decoupled, of all matrices")
-    output_bias: Literal["none", "unigram"] = Field("none", description="unigram: a trained one, from log (counts + 1)")
-    phase2_init_std: Positive = Field(0.1, description="sd of the TokenBlock's initial weights (of biases a tenth)")
-    logit_scale: Positive | None = Field(1.0, description="factor of the logits, bias apart; null: √(32 / embed_dim)")
-    phase2_context_window: Natural = Field(0, description="tokens Phase 2 trains the ContextBlock through; 0: none")
-    phase2_shuffle: bool = Field(False, description="Phase 2 reads in random order, anew every epoch")
-    slow_decay: Share = Field(0.0, description="decay a token of a slow context that the head reads too; 0: none")
+    validations_per_epoch: int = Field(1, ge=1, le=100, description="validations an epoch")
+    dropout: Share = Field(0.0, description="share of new activations, of TokenBlock or network, set to zero")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="decoupled weight decay of all matrices")
+    output_bias: Literal["none", "unigram"] = Field("none", description="unigram: trained, at first log (counts + 1)")
+    phase2_init_std: Positive = Field(0.1, description="as phase1_init_std, of the TokenBlock")
+    logit_scale: Positive | None = Field(
+        1.0, description="factor of the logits before the bias; null: √(32 / embed_dim)"
+    )
+    phase2_context_window: Natural = Field(
+        0, description="tokens that the ContextBlock is trained through; 0: not trained"
+    )
+    phase2_shuffle: bool = Field(False, description="read in random order, anew every epoch")
+    slow_decay: Share = Field(
+        0.0, description="share that a token leaves of a slow context, which the head reads; 0: none"
+    )
     # Other models
-    ngram_order: int = Field(4, ge=1, le=64, description="tokens that an n-gram of kneser-ney spans")
+    ngram_order: int = Field(4, ge=1, le=64, description="longest n-gram of kneser-ney, in tokens")
     ngram_second_half: bool = Field(False, description="kneser-ney counts the text that ppmi has read, too")
     hidden_dim: Width = Field(1712, description="width of the lstm's or mingru's state, or of the transformer's layers")
     window: Count = Field(32, description="tokens an lstm or mingru is trained through, or a transformer sees at most")
     num_heads: Count = Field(8, description="attention heads of a layer of the transformer")
     # Looking into it
     context_ablation: Literal["none", "zero", "random_tokens"] = Field(
-        "none", description="what the TokenBlock reads: its contexts (none), zeros, or contexts of shuffled tokens"
+        "none", description="replace contexts by zeros, or by those of shuffled tokens"
     )
     context_rank: Natural = Field(0, description="principal dimensions of contexts that the TokenBlock reads; 0: all")
     # The machine
-    seed: Seed = Field(42, description="of initialisation, noise and order")
+    seed: Seed = Field(42, description="draws initial weights, noise and order")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d?))?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of products but the recurrence's; auto: bfloat16 where the machine computes it natively"
+        "auto", description="type of matrix products but the recurrence's; auto: bfloat16 where the machine has it"
     )
 
     @model_validator(mode="after")
@@ -462,10 +472,16 @@ def _check_name(run: str, others: Mapping[str, Experiment]) -> None:
 
 
 def parameters_list() -> str:
-    """`docs/parameters.md`: `make docs` writes it, and a test holds it."""
-    listed = ((name, json.dumps(f.default).strip('"'), f.description) for name, f in Experiment.model_fields.items())
-    head = "# Parameters\n\nName (default): meaning. For papermill's `-p`, null is `None`. Written by `make docs`.\n\n"
-    return head + "".join(f"- `{name}` ({default}): {meaning}\n" for name, default, meaning in listed)
+    """`docs/parameters.md`, under the comments of `Experiment`: `make docs` writes it, and a test holds it."""
+    page = "# Parameters\n\nName (default; other values): meaning. To papermill null is `None`.\n\n"
+    for comment, name in re.findall(r"^    (?:# (.+)|(\w+): )", inspect.getsource(Experiment), re.MULTILINE):
+        if comment:
+            page += f"\n## {comment}\n\n"
+        elif field := Experiment.model_fields.get(name):
+            others = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            values = [json.dumps(field.default).strip('"'), ", ".join(o for o in others if o != field.default)]
+            page += f"- `{name}` ({'; '.join(filter(None, values))}): {field.description}\n"
+    return page
 
 
 if __name__ == "__main__":

@@ -168,10 +168,12 @@ CONTRASTS = {
     "04_chance: A − B, study, rotated embedding @ 0.002": contrast(10_000, "rotation/A", "rotation/B"),
     "06_contexts: zeros, study, full size @ A": contrast(SMALL, "ablations-full/A-zero", "study/A"),
     "06_contexts: zeros, study, full size @ B": contrast(SMALL, "ablations-full/B-zero", "study/B"),
-    "06_contexts: 2 − 6 layers, each at its best @ 20,000 tokens": contrast(QUICK, "depth-best/L2", "depth-best/L6"),
+    "06_contexts: 2 layers − 6 layers, each at its best @ 20,000 tokens": contrast(
+        QUICK, "depth-best/L2", "depth-best/L6"
+    ),
     "06_contexts: context 256 − 128 @ stabilised": pooled("depth", 2, "context_dim", 256, 128),
-    "06_contexts: 1 − 6 layers @ stabilised": pooled("depth", 2, "num_layers", 1, 6),
-    "06_contexts: 2 − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
+    "06_contexts: 1 layer − 6 layers @ stabilised": pooled("depth", 2, "num_layers", 1, 6),
+    "06_contexts: 2 layers − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
     "07_alternatives: A, searched − A, stabilised @ 86,925 tokens": contrast(
         SMALL, "searched/A-searched", "stabilised/A"
     ),
@@ -182,7 +184,7 @@ CONTRASTS = {
     "07_alternatives: A − B, both by A's search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B-as-A"),
     "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": contrast(LARGE, "baselines/KN-4", "stabilised/A"),
     "07_alternatives: context 256 − 128, searched @ ": pooled("searched-depth", 1, "context_dim", 256, 128),
-    "07_alternatives: 2 − 6 layers, searched @ ": pooled("searched-depth", 1, "num_layers", 2, 6),
+    "07_alternatives: 2 layers − 6 layers, searched @ ": pooled("searched-depth", 1, "num_layers", 2, 6),
 } | {
     f"06_contexts: zeros, stabilised, full size @ {x}": contrast(
         SMALL, f"stabilised-ablations-full/{x}-zero", f"stabilised/{x}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlm.analysis.audit import FALSE, HOLDS, ROUNDED, UNTESTABLE, VERDICTS, Cell, audit, verdict
+from ctxlm.analysis.audit import FALSE, HOLDS, ROUNDED, UNTESTABLE, VERDICTS, Cell, audit, off, verdict
 from ctxlm.config import ConfigError
 from ctxlm.files import resolve
 
@@ -89,6 +89,11 @@ def test_verdicts_and_numbers_are_those_found_by_hand(study, found, counts, requ
             assert number is None or result.loc[claim_id, "recomputed"] == pytest.approx(number), claim_id
     assert result["verdict"].value_counts()[[*VERDICTS]].tolist() == counts and sum(counts) == len(result)
     assert result.index.is_unique
+
+
+def test_a_percentage_is_off_by_points_and_all_else_by_per_cent(claims):
+    shown = claims.loc[["doubling_B", "crossover", "better_at_large", "recommendation_large"]].apply(off, axis=1)
+    assert [*shown] == ["−6.6 points", "+9.6 %", "−0.039 points", ""]
 
 
 # What hangs on a cell

@@ -66,12 +66,12 @@ def test_every_grid_is_listed_with_how_many_of_its_runs_are_published(tmp_path, 
 
 def test_the_table_of_parameters_is_that_of_the_models(monkeypatch):
     monkeypatch.setattr("ctxlm.model.generator", lambda *_: None)  # counted without any weights
-    lines = prose(ROOT / "docs" / "method.md").partition("| | L | C |")[2].partition("\n\n")[0].splitlines()[2:]
+    lines = prose(ROOT / "docs" / "method.md").partition("| model |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     stated = {row[0]: row[1:] for row in rows}
     files = {"A": ["A"], "B": ["B"], "A, arithmetic": ["A-arithmetic"], "B, arithmetic": ["B-arithmetic"]}
     files |= {"B, arithmetic, small": ["B-arithmetic-small"]}
-    files |= {f"{label}, tuned recipe": [label, "tuned"] for label in "AB"}
+    files |= {f"{label}, searched": [label, "tuned"] for label in "AB"}
     assert stated.keys() == files.keys()
     for label, names in files.items():
         e = Experiment.from_mapping(*(read_yaml(f"params/{name}.yaml") for name in names))
@@ -79,4 +79,4 @@ def test_the_table_of_parameters_is_that_of_the_models(monkeypatch):
             model = ContextLM(e, torch.empty(VOCABULARY, e.embed_dim))
         counts = (f"{count:,}" for count in model.parameter_counts().values())
         cost = f"{model.cost(1, 1, 0)['flops_per_token'] / 1e6:.1f}"
-        assert stated[label] == [str(e.num_layers), str(e.context_dim), *counts, cost]
+        assert stated[label] == [*counts, cost, str(e.num_layers), str(e.context_dim)]

@@ -102,6 +102,14 @@ def verdict(published: Any, recomputed: Any, testable: str = "") -> str:
     return ROUNDED if abs(recomputed - published) <= ROUNDING * abs(published) else FALSE
 
 
+def off(claim: pd.Series) -> str:
+    """By how much a claim of `audit` is off, in words: per cent of what is printed; of a percentage, points."""
+    if pd.isna(claim["difference"]):
+        return ""
+    points, share = claim["recomputed"] - float(claim["published"]), 100 * claim["difference"]
+    return (f"{points:+.2g} points" if "%" in claim["claim"] else f"{share:+.1f} %").replace("-", "−")
+
+
 def _row(claim: dict[str, str], names: dict[str, Any], functions: dict[str, Callable]) -> dict[str, Any]:
     expressions = SimpleEval(OPERATORS, functions, names)
     with np.errstate(all="ignore"):  # what is not finite does not follow

@@ -1,7 +1,7 @@
 """The figures that several pages draw, of many runs; all return a matplotlib Figure.
 
 A configuration keeps its colour in every figure: A blue, B orange, their variants lighter. Runs are points, their
-means lines.
+means bars and lines.
 """
 
 import math
@@ -32,21 +32,27 @@ from ctxlm.analysis.run_plots import (
 )
 from ctxlm.analysis.scaling import STUDIES, crossing_share
 
+BAR = {"marker": "_", "markersize": 13, "markeredgewidth": 2}
+"""How a mean is drawn, so that it hides no run."""
+
 
 def by_tokens(runs: pd.DataFrame) -> Figure:
-    """Test PPL by training tokens: a point a run, a line through the means of the replicates that have most sizes."""
+    """Test PPL by training tokens: a point a run, bars and a line at the means of the replicates with most sizes."""
     figure, ((axes,),) = new_figure(height=3.7, width=NARROW)
     known = runs.dropna(subset=["log_ppl"])
-    styles = line_styles(known["configuration"])
+    styles, sizes = line_styles(known["configuration"]), sorted(set(known["train_tokens"]))
+    # side by side, never far from their size: so much of log tokens has each configuration
+    band = min(0.08, 0.24 / len(styles), 0.6 * min(np.diff(np.log(sizes)), default=1) / len(styles))
     for position, (name, rows) in enumerate(known.groupby("configuration")):
-        # side by side, never far from their size
-        dodge = 1 + min(0.024 * len(styles), 0.12) * ((position + 0.5) / len(styles) - 0.5)
-        sizes = rows.groupby("replicate")["train_tokens"].transform("nunique")
-        whole = rows[sizes == sizes.max()]  # a mean of other replicates at every size would not be one curve's
+        middle, replicate = band * (position + 0.5 - len(styles) / 2), rows["replicate"].rank(method="dense")
+        beside = np.exp(middle + 0.75 * band * ((replicate - 0.5) / replicate.max() - 0.5))
+        count = rows.groupby("replicate")["train_tokens"].transform("nunique")
+        whole = rows[count == count.max()]  # a mean of other replicates at every size would not be one curve's
         mean, look = np.exp(whole.groupby("train_tokens")["log_ppl"].mean()), styles[name]
-        axes.plot(rows["train_tokens"] * dodge, np.exp(rows["log_ppl"]), **look | {"linestyle": "none"}, alpha=0.4)
-        axes.plot(mean.index * dodge, mean, label=name, **look | {"markersize": 8})
-    ticks, sizes = [], sorted(set(known["train_tokens"]))
+        points = {"linestyle": "none", "markersize": 4.5, "alpha": 0.55, "markeredgewidth": 0}
+        axes.plot(mean.index * np.exp(middle), mean, label=name, **look | BAR)
+        axes.plot(rows["train_tokens"] * beside, np.exp(rows["log_ppl"]), **look | points)
+    ticks = []
     for size in sizes:  # save those too close together
         if not ticks or size / ticks[-1] >= (sizes[-1] / sizes[0]) ** 0.18:
             ticks.append(size)
@@ -58,11 +64,11 @@ def by_tokens(runs: pd.DataFrame) -> Figure:
         axes.set_xlim(ticks[0] / 1.3, ticks[0] * 1.3)
     axes.set_xlabel("training tokens (log)")
     log_axis(axes, "test PPL (log)")
-    return legend(figure)
+    return legend(figure, [Line2D([], [], label=name, **look) for name, look in styles.items()])
 
 
 def crossings(table: pd.DataFrame) -> Figure | None:
-    """How often studies would see curves cross that run side by side, by how far apart these are; 0 is a tie.
+    """How often chance would make curves cross that run side by side, by how far apart these are; 0 is a tie.
 
     `table` is as `scaling.crossing_shares` gives it, and its first pair is drawn; None if it has none.
     """
@@ -74,11 +80,11 @@ def crossings(table: pd.DataFrame) -> Figure | None:
     for n, line, colour in zip(STUDIES, cycle(LINES), COLOURS[2:], strict=False):
         shares = crossing_share(leads, pair["covariance"], pair["dof"], n)
         axes.plot(100 * np.expm1(leads), shares, linestyle=line, color=colour, label=f"{n} replicate{'s' * (n > 1)}")
-    axes.axvline(100 * math.expm1(abs(pair["lead"])), **REFERENCE)
+    axes.axvline(100 * math.expm1(abs(pair["lead"])), **REFERENCE, label="lead as measured")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.set(ylim=0, xlim=0, title=f"{pair['a']} and {pair['b']}", ylabel="studies that see a crossover")
-    axes.set_xlabel("lead at both sizes (vertical: as measured)")
+    axes.set(ylim=0, xlim=0, title=f"How often chance makes {pair['a']} and {pair['b']} cross")
+    axes.set(xlabel="true lead, the same at both sizes", ylabel="studies that see a crossover")
     return legend(figure)
 
 
@@ -125,6 +131,8 @@ def waterfall(parts: Estimates, label: str) -> Figure:
     """
     places = list(dict.fromkeys(e.at for e in parts))
     figure, (panels,) = new_figure(1, len(places), 3.2, sharey=True, sharex=True)
+    farthest = 1.08 * max(max(e.value, e.high or 0) for e in parts)
+    ticks = [tick for tick in (0, 0.25, 0.5, 1, 1.5, 2) if math.log1p(tick) < 0.95 * farthest]
     for place, axes in zip(places, panels, strict=True):
         first, *steps, last = (e for e in parts if e.at == place)
         level = 0.0
@@ -137,9 +145,8 @@ def waterfall(parts: Estimates, label: str) -> Figure:
                 axes.plot([start + e.low, start + e.high], [row, row], color="0.2", linewidth=2)
         axes.set_title(place)
         axes.set_yticks(range(len(steps) + 2), [e.contrast for e in (first, *steps, last)])
-        axes.set(ylim=(len(steps) + 1.6, -0.6), xlim=0, xlabel=label)
-        ticks = [0, 0.25, 0.5, 1, 1.5, 2]
         axes.set_xticks(np.log1p(ticks), [f"{100 * tick:.0f} %" for tick in ticks])
+        axes.set(ylim=(len(steps) + 1.6, -0.6), xlim=(0, farthest), xlabel=label)
         axes.grid(axis="y", visible=False)
     return figure
 
@@ -155,9 +162,10 @@ def learning_curves(histories: pd.DataFrame, panel: str = "train_tokens") -> Fig
     curves = curves.assign(epoch=curves["step"] / curves["validations_per_epoch"])
     curves, styles = curves.sort_values("train_tokens", kind="stable"), line_styles(curves["configuration"])
     values = list(dict.fromkeys(curves[panel]))
-    columns = min(2, len(values))
+    columns = min(len(values), 3 if len(values) % 3 == 0 else 2)
     rows = math.ceil(len(values) / columns)
-    figure, panels = new_figure(rows, columns, 0.9 + 2.9 * rows, sharey=True)
+    figure, panels = new_figure(rows, columns, 0.9 + 2.7 * rows, sharex=True, sharey=True)
+    figure.get_layout_engine().set(hspace=0.06)
     for axes in panels.flat[len(values) :]:
         axes.axis("off")
     for value, axes in zip(values, panels.flat, strict=False):
@@ -169,7 +177,9 @@ def learning_curves(histories: pd.DataFrame, panel: str = "train_tokens") -> Fig
             mean = np.exp(np.log(table.dropna()).mean(axis=1))
             axes.plot(mean.index, mean, **look | {"marker": styles[name]["marker"], "markersize": 4})
         axes.set_title(f"{value:,} tokens" if panel == "train_tokens" else value)
+    for axes in panels.flat[max(0, len(values) - columns) : len(values)]:  # the lowest of each column
         steps_axis(axes, "epoch")
+        axes.xaxis.set_tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         log_axis(axes, "PPL (log)")
     keys = [Line2D([], [], **look | {"linestyle": "-"}, label=name) for name, look in styles.items()]
@@ -181,17 +191,31 @@ def learning_curves(histories: pd.DataFrame, panel: str = "train_tokens") -> Fig
 
 
 def groups(runs: pd.DataFrame, x: str, hue: str, panel: str) -> Figure:
-    """Test PPL by two factors, a panel a value of a third: the mean of each cell, its runs as points."""
-    values, names = sorted(runs[panel].unique()), sorted(runs[hue].unique())
+    """Test PPL by two factors, a panel a value of a third: a point a run, a bar the mean, joined where x is a number.
+
+    Numbers are drawn in their order, names in that of the rows.
+    """
+    values, names, places = (_levels(runs[name]) for name in (panel, hue, x))
     figure, (panels,) = new_figure(1, len(values), 3.8, sharey=True)
-    shown, palette = runs.assign(ppl=np.exp(runs["log_ppl"])), COLOURS[2 : 2 + len(names)]
-    look = {"x": x, "y": "ppl", "hue": hue, "hue_order": names, "palette": palette, "legend": False}
+    shown = runs.assign(ppl=np.exp(runs["log_ppl"]))
+    palette = [FIRST.get(name, COLOURS[2 + k % 8]) for k, name in enumerate(names)]
+    numeric, apart = pd.api.types.is_numeric_dtype(runs[x]), 0.6 * (1 - 1 / len(names))
+    offsets = np.linspace(-apart / 2, apart / 2, len(names))
+    look = {"x": x, "y": "ppl", "hue": hue, "order": places, "hue_order": names, "palette": palette, "legend": False}
+    look |= {"errorbar": None, "estimator": stats.gmean, "linestyle": "-" if numeric else "none", "linewidth": 1.6}
     for value, axes in zip(values, panels, strict=True):
         rows = shown[shown[panel] == value]
-        sns.stripplot(rows, alpha=0.4, jitter=False, dodge=True, ax=axes, **look)
-        apart = 0.8 * (1 - 1 / len(names))  # as far as stripplot dodges
-        sns.pointplot(rows, errorbar=None, dodge=apart, ax=axes, estimator=stats.gmean, **look)
-        axes.set(title=f"{panel} {value}", ylabel="")
+        sns.pointplot(rows, dodge=apart or False, ax=axes, **look | BAR)
+        for name, colour, marker, offset in zip(names, palette, cycle(MARKERS), offsets, strict=False):
+            points = rows[rows[hue] == name]
+            position = points[x].map(places.index) + offset
+            axes.plot(position, points["ppl"], marker, color=colour, markersize=4.5, alpha=0.55, markeredgewidth=0)
+        axes.set(title=f"{panel}: {value}", ylabel="", xlim=(-0.5, len(places) - 0.5))
     log_axis(panels[0], "test PPL (log)")
-    keys = zip(names, palette, strict=True)
-    return legend(figure, [Line2D([], [], color=colour, marker="o", label=f"{hue} {name}") for name, colour in keys])
+    keys = zip(names, palette, cycle(MARKERS), strict=False)
+    return legend(figure, [Line2D([], [], color=c, marker=m, label=f"{hue} {name}") for name, c, m in keys])
+
+
+def _levels(column: pd.Series) -> list:
+    """A column's values: numbers in their order, names in that of the rows."""
+    return sorted(column.unique()) if pd.api.types.is_numeric_dtype(column) else [*column.unique()]
