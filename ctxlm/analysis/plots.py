@@ -113,7 +113,7 @@ def leads(panels: Mapping[str, Estimates]) -> Figure:
         axes.grid(axis="y", visible=False)
     for side, words, x in (("left", "← A better", 0), ("right", "B better →", 1)):
         drawn[0, 0].annotate(words, (x, 1.16), xycoords="axes fraction", ha=side, color=FIRST[words.strip("← →")[0]])
-    drawn[-1, 0].set_xlabel("perplexity of A against B's, %\n(95 % intervals; filled:\nsignificant, corrected)")
+    drawn[-1, 0].set_xlabel("A's perplexity less B's, %\n(95 % intervals; filled:\nsignificant, corrected)")
     keys = [Line2D([], [], color="0.3", marker=m, linestyle="") for m in MARKERS[: len(embeddings)]]
     figure.legend(
         keys, embeddings.values(), title="token embedding", ncols=2, loc="outside lower center", frameon=False
