@@ -65,7 +65,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
             return ""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CTXLM_BATCH": "1"}
         environment |= free_gpu(values, held)
-        command = f"{sys.executable} -m papermill --cwd . -k python3 --no-progress-bar --log-output".split()
+        command = [sys.executable, *"-m papermill --cwd . -k python3 --no-progress-bar --log-output".split()]
         command += [notebook, str(executed), "-y", on_one_line(values)]
         failure.unlink(missing_ok=True)
         before, log = _changed(done), executed.with_suffix(".log")
@@ -180,6 +180,9 @@ def check(grid: str) -> list[str]:
 
     plan = load_grid(grid)
     runs = plan.runs.values()
+    home = outputs_dir()
+    if home.exists() and not os.access(home, os.W_OK):
+        raise ConfigError(f"CTXLM_OUTPUTS = {str(home)!r} cannot be written to: name another folder")
     for run in runs:
         resolve_device(run)
     check_data(runs)

@@ -186,7 +186,8 @@ class Search:
         self.write_table()
         values = [other.value for other in self.study.get_trials(states=(TrialState.COMPLETE,))]
         best = min(values, default=math.nan)
-        print(f"{self.name}, trial {trial.number}: {value}, best {best:.4f}, {self.left} left", flush=True)
+        shown = f"{value:.4f} nats" if metrics else "does not learn"
+        print(f"{self.name}, trial {trial.number}: {shown}, best {best:.4f}, {self.left} left", flush=True)
 
     def draw(self) -> Trial:
         """A new trial, numbers of a range to three digits."""

@@ -79,15 +79,18 @@ def carry_out(folder, values, notebook="notebooks/x.ipynb", **options):
         ("Executing Cell 5", -9, "memory"),
     ],
 )
-def test_why_a_notebook_failed_is_kept_in_a_line_until_it_succeeds(folder, values, papermill, line, code, why):
+def test_why_a_notebook_failed_is_kept_in_a_line_until_it_succeeds(
+    folder, values, papermill, line, code, why, monkeypatch
+):
     write_result(folder, values, train_tokens=200)  # an earlier result is no success
     calls = papermill((line, code), ("done", 0))
+    monkeypatch.setattr(sys, "executable", "/a folder/python")  # a space in it parts no words
     reason = carry_out(folder, values, threads=3)
     assert why in reason and bool(reason) == bool(why) and "\n" not in reason
     assert ((folder / FAILURE).read_text().strip() if why else "") == reason
     ((command, environment),) = calls
     assert environment["OMP_NUM_THREADS"] == "3" and environment["CTXLM_BATCH"] == "1"
-    assert yaml.safe_load(command[-1]) == values
+    assert command[:3] == ["/a folder/python", "-m", "papermill"] and yaml.safe_load(command[-1]) == values
     assert carry_out(folder, values) == "" and not (folder / FAILURE).exists()
 
 
@@ -215,6 +218,11 @@ def test_results_of_other_parameters_or_code_are_to_be_made_anew(grid, outputs, 
     assert main(["--check", str(grid)]) == 0
     anew = {f"{outputs}/grid/{label}/metrics.json" for label in ("failed", "changed", "older")}
     assert {*capsys.readouterr().out.split()} == anew
+
+
+def test_a_grid_is_refused_where_nothing_can_be_written(grid, outputs, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert refusal(batch.check, str(grid)) == f"CTXLM_OUTPUTS = '{outputs}' cannot be written to: name another folder"
 
 
 @pytest.mark.slow

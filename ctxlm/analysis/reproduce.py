@@ -60,7 +60,8 @@ def again(published: pd.Series) -> dict[str, object]:
     for name in ("val_ppl", "test_ppl"):
         row |= {name: published[name], f"{name}, again": metrics.get(name, float("nan"))}
     changes = [row[f"{name}, again"] / row[name] - 1 for name in ("val_ppl", "test_ppl")]
-    return row | {"change, %": 100 * max(changes, key=abs), "agrees": all(abs(c) <= tolerance for c in changes)}
+    row |= {"change, %": 100 * max(changes, key=abs), "allowed, %": 100 * tolerance}
+    return row | {"agrees": all(abs(c) <= tolerance for c in changes)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,12 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     try:
         runs = draw(given.count, given.seed, given.grid)
+        print(f"{len(runs)} runs, which took {runs['total_seconds'].sum() / 60:.0f} minutes when published", flush=True)
         with ThreadPoolExecutor(given.jobs) as pool:
             for row in pool.map(again, [run for _, run in runs.iterrows()]):
                 rows.append(row)
                 print(
                     f"{row['grid']}/{row['run']}: test PPL {row['test_ppl']:.2f}, again {row['test_ppl, again']:.2f}, "
-                    f"{'agrees' if row['agrees'] else 'DIFFERS'} (processor: {row['processor']}); "
+                    f"{'agrees' if row['agrees'] else 'DIFFERS'} ({row['change, %']:+.2f} %; on one processor "
+                    f"{row['allowed, %']:g} % is allowed, and this is {row['processor']}); "
                     f"{given.count - len(rows)} left",
                     flush=True,
                 )
