@@ -110,3 +110,15 @@ def test_leads_are_coloured_by_what_is_better_and_hollow_where_that_is_unsure():
         ["speeches", "prompts"],
         ["prompts"],
     ]
+
+
+def test_groups_show_every_run_and_the_mean_of_each_cell(runs):
+    shape = runs.assign(shape=runs["experiment"], recipe="one")
+    (axes,) = plots.groups(shape, "train_tokens", "shape", "recipe").axes
+    assert axes.get_title() == "recipe: one"
+    drawn = [line for line in axes.lines if len(line.get_ydata())]
+    points = np.concatenate([line.get_ydata() for line in drawn if line.get_marker() != "_"])
+    np.testing.assert_allclose(np.sort(points), np.sort(np.exp(runs["log_ppl"])))
+    means = np.concatenate([line.get_ydata() for line in drawn if line.get_marker() == "_"])
+    cells = np.exp(runs.groupby(["experiment", "train_tokens"])["log_ppl"].mean())
+    np.testing.assert_allclose(np.sort(means), np.sort(cells))
