@@ -73,6 +73,7 @@ def analysis(words: str = "A is better") -> str:
         ran("plot();", FIGURE, tags=["main-figure"], alt="PPL by tokens"),
         ran("better", SORTABLE.replace(">a<", f">{words}<"), tags=["answer"]),
         text("Of committed runs B is worse.", "finding"),
+        text("Of committed runs the text is another.", "committed"),
         text("## The `law`"),
         ran("plots", FIGURE),
         ran("wide", WIDE),

@@ -46,6 +46,8 @@ NOTEBOOK_ONLY = "notebook-only"
 """Tag of cells that help whoever opens the notebook, and are left out of its page."""
 FINDING = "finding"
 """Tag of cells that say what committed runs showed: they have no place on a page of other runs."""
+COMMITTED = "committed"
+"""Tag of cells that say what committed runs are: they have no place in the report of a grid."""
 PROVENANCE = "provenance"
 """Tag of cells whose table says how runs were made: a page shows it on demand."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -106,7 +108,7 @@ def build(grid: str) -> Path:
     with _replaced(home / "report") as folder:
         common, answer = {"site": settings.title, "navigation": navigation}, []
         for name, notebook in notebooks.items():
-            body = page_body(cells_html(notebook, FINDING), navigation)
+            body = page_body(cells_html(notebook, COMMITTED, FINDING), navigation)
             answer += body.select(".answer") + body.select(".main-figure")
             _write(folder / f"{name}.html", body=body, **common)
         common |= {"title": settings.title, "description": settings.description, "failure": failure}
