@@ -21,8 +21,11 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ctxlm.files import BY_HAND, ROOT, resolve, source_hash
 
@@ -193,6 +196,14 @@ class Experiment(Checked):
         "auto", description="type of matrix products but the recurrence's; auto: bfloat16 where the machine has it"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """`weight_decay: true` would else be 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("truth_value", "give a number, a word or null")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
         if self.logit_scale is None:  # at first logits then spread alike at every width
@@ -348,6 +359,16 @@ def _sentence(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     return f"{name} = {value} is unknown: {f'did you mean {close[0]}?' if close else 'see docs/parameters.md'}"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := {str(name) for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; relative paths are taken from the repository's root.
 
@@ -355,7 +376,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no mapping.
     """
     try:
-        content = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
+        content = yaml.load(resolve(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path} is not there: check the name") from None
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -37,6 +37,10 @@ def test_the_floor_counts_the_products_of_a_token(layers, c, d, n, monkeypatch):
     }
 
 
-def test_a_model_that_trains_its_contexts_is_refused():
-    experiment = Experiment.from_mapping({"phase2_context_window": 1})
-    assert refusal(benchmark.measure_apart, experiment).startswith("phase2_context_window = 1")
+UNCOUNTED = {"design": "arithmetic", "phase2_freeze_embedding": False, "phase2_context_window": 1}
+UNCOUNTED |= {"slow_decay": 0.9, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(("name", "value"), UNCOUNTED.items())
+def test_what_the_floor_does_not_count_is_refused(name, value):
+    assert refusal(benchmark.measure_apart, Experiment.from_mapping({name: value})).startswith(f"{name} = {value!r}")

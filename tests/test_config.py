@@ -19,14 +19,14 @@ GRIDS = sorted(file.stem for file in (ROOT / "params" / "grids").glob("*.yaml"))
 
 BOUNDS = {
     # One parameter of each kind
-    "phase2_epochs": [0, 10**9 + 1, 2.5, math.nan, math.inf, 1e300, "no such: thing", None, [1], {"a": 1}],
+    "phase2_epochs": [0, 10**9 + 1, 2.5, True, math.nan, math.inf, 1e300, "no such: thing", None, [1], {"a": 1}],
     "held_out_tokens": [-1, 10**9 + 1],
     "context_dim": [1, 65_537],
     "seed": [-1, 2**32],
     "dist_reg_weight": [-0.1, 1.1],
     "dropout": [-0.1, 1],
-    "phase2_init_std": [0, 1e31, math.nan, math.inf, "no such: thing", None, [1]],
-    "train_sample_tokens": [0, ""],  # or null
+    "phase2_init_std": [0, 1e31, True, math.nan, math.inf, "no such: thing", None, [1]],
+    "train_sample_tokens": [0, True, ""],  # or null
     "phase2_shuffle": [2, "no such: thing", None],
     "dtype": ["float16", True, None],
     # With bounds of their own
@@ -195,6 +195,11 @@ def test_a_grid_file_that_cannot_be_used_is_named_with_the_reason(grid, content,
     file = grid(**content)
     message = refusal(load_grid, file)
     assert message.startswith(file) and words in message and "Mine" not in message  # the file is not printed whole
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: Mine\nexperiments:\n  A: {seed: 1}\n  A: {seed: 2}\n")
+    assert "A is given twice" in refusal(load_grid, str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize("name", ["study", "site", "a b", ".hidden"])

@@ -39,7 +39,8 @@ def flops_per_token(experiment: Experiment) -> dict[str, int]:
     """Floating-point operations a token in the matrix products of each stage, as torch counts them by shape.
 
     A product [a, b] · [b, c] counts 2·a·b·c. Training counts the products of the forward pass, of every trained
-    weight's gradient, and of the gradients that pass from layer to layer.
+    weight's gradient, and of the gradients that pass from layer to layer. Of the `constant` design with a frozen
+    embedding.
     """
     model = ContextLM(experiment, torch.zeros(VOCABULARY, experiment.embed_dim)).to("meta")
     context = torch.empty(1, experiment.context_dim, device="meta")
@@ -179,11 +180,13 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
-        ConfigError: it trains its contexts, which is not measured.
+        ConfigError: the floor of its design, embedding, dropout, trained or slow contexts is not counted.
         RuntimeError: it failed; the message is its last line.
     """
-    if window := experiment.phase2_context_window:
-        raise ConfigError(f"phase2_context_window = {window}: the benchmark counts no trained contexts: set it to 0")
+    for name in ("design", "phase2_freeze_embedding", "phase2_context_window", "slow_decay", "dropout"):
+        given, counted = getattr(experiment, name), Experiment.model_fields[name].default
+        if given != counted:
+            raise ConfigError(f"{name} = {given!r}: the benchmark counts the products of {counted!r} only")
     command = [sys.executable, "-m", "ctxlm.analysis.benchmark", json.dumps(experiment.model_dump())]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
