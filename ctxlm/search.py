@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ JUDGED = {"quick": "val", "full": "development"}
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of a trial that has ended; pruned is one whose loss is not finite."""
 AT_RANDOM = 16
-"""Trials that the sampler must know before it chooses by them."""
+"""Trials drawn at random first, of all turns together."""
 
 
 class SearchFile(Checked):
@@ -52,12 +53,12 @@ class SearchFile(Checked):
     seed: Seed
     """Of the sampler, which with several jobs draws by chance all the same."""
     turns: str
-    """A line of the space whose values take turns, each with what is known of its own trials: none is dropped early."""
+    """A line of the space whose values take turns, each with a sampler of its own: none is dropped early."""
     space: dict[str, Annotated[list[Any], Field(min_length=1)] | dict[str, float | bool]] = Field(min_length=1)
 
 
 class Search:
-    """A search, its study and its folder."""
+    """A search, its studies and its folder."""
 
     def __init__(self, path: str | Path):
         """Read the file and see that its points are experiments.
@@ -66,7 +67,7 @@ class Search:
             ConfigError: the file, or an end of its space, is not possible.
         """
         self.name, self.home = Path(path).stem, outputs_dir() / "search" / Path(path).stem
-        self.interrupted = False
+        self.interrupted, self.drawing = False, Lock()
         try:
             self.file = SearchFile(**read_yaml(path))
             quick = [read_yaml("params/base.yaml"), *read_layers(self.file.common)]
@@ -124,28 +125,43 @@ class Search:
         return e
 
     @cached_property
-    def study(self) -> optuna.Study:
-        """Optuna's, from the journal.
+    def studies(self) -> list[optuna.Study]:
+        """Optuna's, from the journal, one a turn: TPE would take the better turn's trials alone for good ones.
 
         Raises:
             ConfigError: the journal is of another search.
         """
         self.home.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self.home / "journal.log")))
-        study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
         code = code_hash(self.experiment(self.first, "quick").model)
         asked = digest(json.dumps([self.layers["quick"], self.file.space, self.file.turns, self.file.seed]), code)
-        if study.trials and study.user_attrs["asked"] != asked:
-            raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
-        study.set_user_attr("asked", asked)
-        seed = self.file.seed + len(study.trials)
-        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_RANDOM)
-        return study
+        studies, turns = [], len(self._ends(self.file.turns))
+        for turn in range(turns):
+            study = optuna.create_study(storage=storage, study_name=f"{self.name}, {turn}", load_if_exists=True)
+            if study.trials and study.user_attrs["asked"] != asked:
+                raise ConfigError(f"{self.home} is of another space or other code: move it away, and search anew")
+            study.set_user_attr("asked", asked)
+            seed = self.file.seed + turns * len(study.trials) + turn
+            study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=-(-AT_RANDOM // turns))
+            studies.append(study)
+        return studies
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Those of any turn in one of the states."""
+        return [trial for study in self.studies for trial in study.get_trials(states=states)]
+
+    def turn(self, trial: Trial | FrozenTrial) -> int:
+        """Which turn's a trial is."""
+        return self._ends(self.file.turns).index(trial.user_attrs["drawn"][self.file.turns])
+
+    def number(self, trial: Trial | FrozenTrial) -> int:
+        """A trial's among those of all turns."""
+        return trial.number * len(self.studies) + self.turn(trial)
 
     @property
     def left(self) -> int:
         """Trials that have not ended yet."""
-        return max(0, self.file.trials - len(self.study.get_trials(states=ENDED)))
+        return max(0, self.file.trials - len(self.trials(*ENDED)))
 
     def carry_out(self, jobs: int) -> None:
         """Run the trials that are left, so many at a time: first those that were stopped, on from their checkpoints.
@@ -154,8 +170,8 @@ class Search:
             ConfigError: as `run_apart`.
         """
         print(f"{self.name}: {self.left} of {self.file.trials} trials left, some minutes each", flush=True)
-        # a trial that nobody has told the study an end of is running: its process was stopped
-        stopped = [trial for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if trial.user_attrs]
+        # what is still running in the journal is of a process that was killed; some before it had drawn
+        stopped = [trial for trial in self.trials(TrialState.RUNNING) if trial.user_attrs]
         with ThreadPoolExecutor(jobs) as pool:
             trials = [pool.submit(self.trial, trial) for trial in [*stopped, *[None] * self.left][: self.left]]
             try:
@@ -175,34 +191,36 @@ class Search:
             ConfigError: as `run_apart`.
         """
         trial = stopped or self.draw()
+        study = self.studies[self.turn(trial)]
         try:
             metrics = self.run(trial, "quick")
         except ConfigError:
             if stopped and not self.interrupted:  # what fails twice is given up
-                self.study.tell(trial.number, state=TrialState.FAIL)
+                study.tell(trial.number, state=TrialState.FAIL)
             raise
         value = metrics.get("val_loss")
-        self.study.tell(trial.number, value, None if metrics else TrialState.PRUNED)
+        study.tell(trial.number, value, None if metrics else TrialState.PRUNED)
         self.write_table()
-        values = [other.value for other in self.study.get_trials(states=(TrialState.COMPLETE,))]
-        best = min(values, default=math.nan)
+        best = min((other.value for other in self.trials(TrialState.COMPLETE)), default=math.nan)
         shown = f"{value:.4f} nats" if metrics else "does not learn"
-        print(f"{self.name}, trial {trial.number}: {shown}, best {best:.4f}, {self.left} left", flush=True)
+        print(f"{self.name}, trial {self.number(trial)}: {shown}, best {best:.4f}, {self.left} left", flush=True)
 
     def draw(self) -> Trial:
-        """A new trial, numbers of a range to three digits."""
-        trial, turns = self.study.ask(), self._ends(self.file.turns)
-        drawn, turn = {}, trial.number % len(turns)
+        """A new trial of the turn that has the fewest, numbers of a range to three digits."""
+        with self.drawing:  # other threads draw, too
+            counts = [len(study.trials) for study in self.studies]
+            turn = counts.index(min(counts))
+            trial = self.studies[turn].ask()
+        drawn = {}
         for line, given in self.file.space.items():
-            name = f"{line}, {turn}"  # what is known of it by its other turns does not count
             if line == self.file.turns:
-                drawn[line] = turns[turn]
+                drawn[line] = self._ends(line)[turn]
             elif isinstance(given, dict):
-                value = float(f"{trial.suggest_float(name, **given):.3g}")
+                value = float(f"{trial.suggest_float(line, **given):.3g}")
                 low, high = self._ends(line)
                 drawn[line] = min(max(value, low), high)
             else:
-                drawn[line] = given[trial.suggest_categorical(name, range(len(given)))]
+                drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
         trial.set_user_attr("drawn", drawn)
         return trial
 
@@ -214,11 +232,10 @@ class Search:
         """
         if self.left > 0:
             raise ConfigError(f"{self.left} of {self.file.trials} trials are not over: search without --top first")
-        trials = self.study.get_trials(states=(TrialState.COMPLETE,))
-        best = sorted(trials, key=lambda trial: trial.value)[:top]
+        best = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: trial.value)[:top]
         with ThreadPoolExecutor(jobs) as pool:
             for trial, metrics in zip(best, pool.map(lambda trial: self.run(trial, "full"), best), strict=True):
-                print(f"{self.name}, full {trial.number}: {metrics.get('development_loss')}", flush=True)
+                print(f"{self.name}, full {self.number(trial)}: {metrics.get('development_loss')}", flush=True)
         self.write_table()
 
     def run(self, trial: Trial | FrozenTrial, scale: str) -> dict[str, Any]:
@@ -227,7 +244,7 @@ class Search:
 
     def folder(self, trial: Trial | FrozenTrial, scale: str) -> Path:
         """Where a trial's run at a scale is."""
-        return self.home / f"{scale}-{trial.number:03d}"
+        return self.home / f"{scale}-{self.number(trial):03d}"
 
     def metrics(self, trial: FrozenTrial, scale: str) -> dict[str, Any]:
         """What metrics.json of a trial's run at a scale holds; nothing where there is none."""
@@ -237,7 +254,7 @@ class Search:
     def write_table(self) -> None:
         """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
         rows = []
-        for trial in self.study.get_trials(states=ENDED):
+        for trial in self.trials(*ENDED):
             point = _by_parameter(trial.user_attrs["drawn"])
             judged = {"quick": (trial.value, self.metrics(trial, "quick").get("total_seconds"))}
             metrics = self.metrics(trial, "full")
@@ -245,7 +262,12 @@ class Search:
                 judged["full"] = metrics[f"{JUDGED['full']}_loss"], metrics["total_seconds"]
             for scale, (value, seconds) in judged.items():
                 known = value is not None
-                row = {"scale": scale, "trial": trial.number, "value": value, "ppl": math.exp(value) if known else None}
+                row = {
+                    "scale": scale,
+                    "trial": self.number(trial),
+                    "value": value,
+                    "ppl": math.exp(value) if known else None,
+                }
                 rows.append(row | point | {"seconds": seconds, "state": "finished" if known else "failed"})
         table = pd.DataFrame(rows).sort_values(["scale", "trial"], ascending=[False, True])
         with atomic(TABLES / f"{self.name}.csv") as path:

@@ -108,6 +108,8 @@ def test_the_planted_best_is_found_and_the_table_holds_every_trial_also_those_th
     assert trials["value"].isna().equals(failed) and failed.equals(trials["dropout"] == 0)
     assert failed[24:].sum() < failed[:24].sum()  # what does not learn is learnt from
     assert trials["logit_spread"].tolist() == [0.5, 1.0] * 24
+    for _, turn in trials.groupby("logit_spread"):  # also the worse one's choices are learnt
+        assert turn["value"][AT_RANDOM // 2 :].mean() < turn["value"][: AT_RANDOM // 2].mean() - 0.05
     names = ["phase2_learning_rate", "logit_spread", "dropout", "weight_decay", "phase2_epochs"]
     assert [*trials] == ["scale", "trial", "value", "ppl", *names, "seconds", "state"]
     assert trials["trial"].tolist() == [*range(48)] and [*one.ran] == [f"quick-{k:03d}" for k in range(48)]
@@ -125,7 +127,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(file, planted, table, ca
     stopped = planted(stops=6)
     assert main([file(trials=12), "--jobs", "2"]) == 1
     assert [*stopped.ran][5] in capsys.readouterr().err
-    Search(file(trials=12)).study.ask()  # as if a process had been killed before it had drawn
+    Search(file(trials=12)).studies[0].ask()  # as if a process had been killed before it had drawn
     again = planted()
     assert main([file(trials=12), "--jobs", "2"]) == 0
     (same,) = {*again.ran} & {*stopped.ran}  # in the same folder, from its checkpoint on
