@@ -30,7 +30,7 @@ if not (ROOT / "params").is_dir():
 
 def resolve(path: str | Path) -> Path:
     """`path` itself when absolute, otherwise below the repository's root."""
-    return ROOT / os.path.expanduser(str(path))  # a folder called 2025 comes as a number
+    return ROOT / os.path.expanduser(str(path))  # YAML gives a folder called 2025 as a number
 
 
 def find(path: str | Path) -> Path:
@@ -57,7 +57,10 @@ def results_dir() -> Path:
 
 
 def run_folders(grid: str, committed: bool = False) -> dict[str, tuple[Path, str]]:
-    """Finished runs of a grid: name → (folder, "outputs" or "committed"); the latter where `outputs` has none of it."""
+    """Finished runs of a grid: name → (folder, "outputs" or "committed"); the latter where `outputs` has none of it.
+
+    `committed`: look among committed results alone.
+    """
     for root, source in ((outputs_dir(), "outputs"), (results_dir(), "committed"))[committed:]:
         if paths := sorted((root / grid).glob("*/metrics.json")):
             return {path.parent.name: (path.parent, source) for path in paths}
@@ -84,7 +87,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @cache
 def _lock(path: Path) -> FileLock:
-    """One lock for all threads of this process, whose death lets go of it; nodes of a file system share it."""
+    """A path's one lock: shared by the threads of this process, freed by its death, seen from other machines too."""
     return FileLock(path, thread_local=False)
 
 
@@ -165,4 +168,5 @@ def _bare(path: Path) -> tuple[str, list[str]]:
         source = "\n".join("".join(cell["source"]) for cell in cells)
     syntax = _Bare().visit(ast.parse(source))
     modules = [node.module for node in ast.walk(syntax) if isinstance(node, ast.ImportFrom)]
-    return ast.unparse(syntax), [f"{name.replace('.', '/')}.py" for name in modules if name.startswith("ctxlm.")]
+    code = ast.unparse(syntax).replace('"', "'")  # Pythons before 3.12 quote within f-strings otherwise
+    return code, [f"{name.replace('.', '/')}.py" for name in modules if name.startswith("ctxlm.")]

@@ -156,6 +156,13 @@ def test_comments_docstrings_and_layout_change_no_digest(sources, altered):
     assert changed > 15 and altered() == set()
 
 
+def test_a_digest_is_the_same_by_every_python(sources):
+    # before 3.12 quotes within an f-string were others
+    code = 'a = {"b": f"{dict(c=1)[\'c\']} \\n"}\nprint("it\'s")\n'
+    (sources / "ctxlm" / "alone.py").write_text(code, encoding="utf-8")
+    assert files.source_hash("ctxlm/alone.py") == "73caa04d3e330d1c"
+
+
 def test_code_counts_for_the_models_whose_numbers_it_makes(sources, altered):
     for path in (sources / "ctxlm").glob("analysis/*.py"):
         path.write_text("ADDED = 1\n", encoding="utf-8")
