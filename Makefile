@@ -1,5 +1,6 @@
 # `make` alone prints the targets. PYTHON= chooses the interpreter, GRID= the grid, SEARCH= the search, JOBS= how many
-# cores to use, PROFILE= a cluster and GRES= what each of its jobs asks for, LAB= JupyterLab's own options.
+# cores to use, PROFILE= a cluster and GRES= what each of its jobs asks for, LAB= JupyterLab's own options; TOP=, K=, FROM=
+# and SEED= stand beside the targets that read them.
 PYTHON ?= python3
 GRID ?= quick
 SEARCH ?= lstm

@@ -160,7 +160,7 @@ def corpora(runs: Iterable[Experiment]) -> dict[str, Experiment]:
 
 
 def home_of(grid: str) -> str:
-    """A grid's folder as Snakemake names it, which runs keep: relative where it lies in the repository."""
+    """A grid's folder as Snakemake and `output_dir` name it: below the root, unless CTXLM_OUTPUTS is absolute."""
     return f"{os.path.expanduser(os.environ.get('CTXLM_OUTPUTS') or 'outputs')}/{grid}"
 
 
@@ -168,8 +168,8 @@ def check(grid: str) -> list[str]:
     """See that a grid can be run: its file, its devices, its text, its embeddings.
 
     Returns:
-        results in its folder that are of other parameters, code or text. Snakemake, whose memory of them ends with a
-        failure or with its own folder, is told to make them anew.
+        results in its folder that are of other parameters, code or text. `make report` has Snakemake make them anew,
+        which after a failure, or without its own folder, does not know what a result was made with.
 
     Raises:
         ConfigError: what is wrong, in a sentence.
@@ -215,7 +215,7 @@ def status(grid: str) -> list[str]:
     home, width = outputs_dir() / plan.name, max(map(len, plan.runs))
     states = {name: state(home / name, run) for name, run in sorted(plan.runs.items())}
     counted = Counter(word for word, _ in states.values()).most_common()
-    head = f"Grid {plan.name}: {len(plan.runs)} runs, " + ", ".join(f"{count} {state}" for state, count in counted)
+    head = f"Grid {plan.name}: {len(plan.runs)} runs, " + ", ".join(f"{count} {word}" for word, count in counted)
     return [head, *(f"{name:{width}}  {word:8}  {rest}".rstrip() for name, (word, rest) in states.items())]
 
 

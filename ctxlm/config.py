@@ -472,7 +472,7 @@ def _grid_file(name: str) -> Path:
         known = ", ".join(sorted(file.stem for file in ours.glob("*.yaml")))
         raise ConfigError(f"grid {name!r} does not exist: choose one of {known}, or name a .yaml file")
     namesake = ours / f"{path.stem}.yaml"
-    if namesake.exists() and resolve(path).resolve() != namesake:
+    if namesake.exists() and not resolve(path).samefile(namesake):
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
     if path.stem in RESERVED or not re.fullmatch(NAME, path.stem):
         raise ConfigError(f"{path}: {path.stem!r} cannot name its folder in outputs: rename your file")

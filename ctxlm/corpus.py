@@ -44,7 +44,7 @@ ULTRACHAT_SIZES = {500: 86_925, 1000: 183_620}
 PROTOCOL = 3
 """How runs are judged (`split`); results of two protocols are not compared."""
 REGION = 200
-"""Samples of each judged region, at most: an eighth of a corpus's first half."""
+"""Samples of each judged region; of a corpus too short for that, an eighth of its first half."""
 MIN_SAMPLES = 6
 """With fewer, no sample is left to train on, or for the embedding, beside one for each judged region."""
 WINDOWS = 60

@@ -15,8 +15,8 @@ def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu"
     """A generator of its own for each purpose, so that a draw skipped in one place shifts none in another.
 
     Weights, and the order of a network's windows, are drawn on the CPU, the same for every device. Noise and other
-    permutations are drawn where they are used, since a GPU would wait for them: there they are equal in law to the
-    CPU's, not in bits.
+    permutations are drawn where they are used, since a GPU would wait for them: there they are of the
+    CPU's distribution, not its bits.
     """
     name = repr((seed, *purpose)).encode()
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "little"))

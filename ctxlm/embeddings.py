@@ -34,7 +34,7 @@ NOISE = 0.05
 """Spread of the rows of tokens never seen, as a share of the others'."""
 
 SEED = 0
-"""Embeddings belong to the data: they are the same for every `seed` of an experiment; `embedding_seed` draws others."""
+"""Of what is drawn to make an embedding, the same for every run; `embedding_seed` turns signs, and draws `random`."""
 
 
 def load_embedding(experiment: Experiment, corpus: Corpus | None = None) -> np.ndarray:

@@ -188,7 +188,8 @@ def load_run(grid: str, run: str) -> LanguageModel:
     else:
         model, path = _trained(e, folder, name), folder / LOSSES
         losses = model.losses(torch.from_numpy(split(e).val.tokens[: CHECKED + 1]).long())[1:].numpy()
-        same = not path.exists() or np.abs(losses - np.load(path)["loss"][:CHECKED]).mean() < TOLERANCE
+        kept = np.load(path)["loss"][:CHECKED] if path.exists() else losses
+        same = len(kept) == len(losses) and np.abs(losses - kept).mean() < TOLERANCE
     if not same:
         raise ConfigError(f"{name} is not what it was, for its text, its embedding or the code has changed: {REMEDY}")
     return model

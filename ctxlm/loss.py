@@ -1,8 +1,8 @@
 """Cross-entropy against a large vocabulary without the logits of a whole batch.
 
 The vocabulary is walked over in tiles, as flash attention walks over keys (Dao et al., 2022): a tile's logits stay in
-the cache while they become the softmax over this tile and are multiplied back. How much of the whole a tile is follows
-from its log-sum-exp. A gradient of the head or the bias needs the final shares: for these alone all tiles are kept.
+the cache while they become the softmax over this tile and are multiplied back. A tile's share of the whole softmax
+follows from its log-sum-exp. A gradient of the head or the bias needs the final shares: for it alone tiles are kept.
 """
 
 import threading
@@ -143,7 +143,7 @@ def linear_cross_entropy(
 
 
 class HeadLoss:
-    """The loss of what a model predicts, through a head that is kept ready in the type of the products.
+    """The next-token loss through the tied head, which, if frozen, is converted to the type of the products once.
 
     Where the model has a slow context, the head reads that too.
     """

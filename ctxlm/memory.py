@@ -55,7 +55,7 @@ def forgetting(
 
 
 def reach(block: ContextBlock, contexts: Contexts) -> tuple[dict[str, float | None], list[dict]]:
-    """How soon the contexts that `block` made forget: `horizon` and `lyapunov` by name, and `forgetting`."""
+    """How soon the contexts that `block` made forget: `horizon` and `lyapunov` of a run, and `forgetting`'s rows."""
     rows = forgetting(block, contexts)
     return {"horizon": horizon([row["value"] for row in rows]), "lyapunov": lyapunov(block, contexts)}, rows
 
@@ -87,7 +87,7 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
         return None
     positions = _spaced(0, total - 2 * steps, starts, contexts.tokens.device)
     context, tables = contexts.values[positions], contexts.distinct.tables(block)
-    tangent = F.normalize(context.roll(1, 1) - context)  # any direction will do, but not a constant: the norm undoes it
+    tangent = F.normalize(context.roll(1, 1) - context)  # any but a constant, which a LayerNorm removes
     grown = torch.zeros((), dtype=torch.float64, device=context.device)
     for step in range(1, 2 * steps + 1):
         inputs = look_up(tables, contexts.distinct.table_rows(positions + step))

@@ -47,7 +47,7 @@ def effective_rank_pct(values: Tensor) -> float:
 
 def perplexity(mean_loss: float) -> float:
     """exp of a mean cross-entropy in nats; infinite where that overflows."""
-    return math.exp(mean_loss) if not mean_loss > 700 else math.inf  # nan stays nan
+    return math.inf if mean_loss > 700 else math.exp(mean_loss)
 
 
 def loss_summary(name: str, losses: Tensor, accuracy: float) -> dict[str, float]:

@@ -140,8 +140,8 @@ class ContextBlock(_Layers):
 class EchoBlock(nn.Module):
     """In the ContextBlock's place an echo state network (Jaeger, 2001): a random recurrence that nothing trains.
 
-    c_t = (1 − leak)·c_{t-1} + leak·tanh(W c_{t-1} + V u_t). W is normal, scaled to its `spectral_radius`; V is normal,
-    so that V u_t has a standard deviation of `input_scale`. All layers of the TokenBlock read the same context.
+    c_t = (1 − leak)·c_{t-1} + leak·tanh(W c_{t-1} + U u_t). W is normal, scaled to its `spectral_radius`; U is normal,
+    so that U u_t has a standard deviation of `input_scale`. All layers of the TokenBlock read the same context.
     """
 
     def __init__(self, e: Experiment):
@@ -223,9 +223,9 @@ class DistinctTokens:
         return rows + torch.arange(self.n, device=rows.device) * len(self.rows)
 
 
-def look_up(tables: list[Tensor], places: Tensor) -> list[Tensor]:
-    """The projections of u_t, [B, width], from `DistinctTokens`' tables and places [B, n]."""
-    return [F.embedding_bag(places, table, mode="sum") for table in tables]
+def look_up(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """The projections of u_t, [B, width], from `DistinctTokens`' tables and their rows [B, n]."""
+    return [F.embedding_bag(rows, table, mode="sum") for table in tables]
 
 
 class SlowContext(nn.Module):
@@ -367,7 +367,7 @@ def forward_flops(model: nn.Module) -> int:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training made of a model: every weight but a frozen embedding, which its own cache holds."""
+    """What training made of a model: all weights and buffers but a frozen embedding, which can be loaded again."""
     kept = model.state_dict()
     if not model.embedding.requires_grad:
         del kept["embedding"]

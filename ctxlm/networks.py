@@ -26,7 +26,7 @@ from ctxlm.trainer import Trainer
 State = tuple[Tensor, ...]
 """What a recurrent network hands on from token to token."""
 PART, WARMUP = 1024, 256
-"""A recurrent network is judged on parts of a stream side by side, each read on from so many tokens before it."""
+"""A recurrent network is judged in parts of so many targets, side by side, each begun so many tokens earlier."""
 
 
 class LSTM(nn.Module):
@@ -132,9 +132,9 @@ class Transformer(nn.Module):
 
     def forward(self, inputs: Tensor, state: State = ()) -> tuple[Tensor, State]:
         """h [R, W, d] from inputs [R, W, d], each position from those up to it."""
-        width = inputs.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(width, device=inputs.device)
-        x = self.into(inputs) + self.positions[:width]
+        length = inputs.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=inputs.device)
+        x = self.into(inputs) + self.positions[:length]
         for layer in self.layers:
             x = layer(x, src_mask=mask, is_causal=True)
         return self.out(self.norm(x)), ()
@@ -214,8 +214,9 @@ def parts(targets: int, part: int, warmup: int) -> tuple[Tensor, Tensor]:
 def evaluate(reader: Reader, tokens: Tensor, warmup: int = WARMUP, part: int = PART) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction); of tokens int64 [T].
 
-    A Transformer sees half a window or more before every token but the stream's first ones; a recurrent network is read
-    on from `warmup` tokens or more, in parts of so many. A slow context has read the stream from its start.
+    A recurrent network is judged in parts of `part` targets, each read from `warmup` positions earlier. A Transformer,
+    for which neither counts, sees half a window or more before every token but the stream's first ones. A slow context
+    has read the stream from its start.
     """
     if not reader.model.recurrent:
         warmup = reader.model.window // 2
@@ -248,7 +249,7 @@ class Windows:
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows, `phase2_batch_size` positions at a time: positions and which are scored, both [R, W].
 
-        A recurrent network reads as many stretches of the stream side by side, from their first window to their last. A
+        A recurrent network reads `phase2_batch_size / window` stretches of the stream side by side, window by window. A
         Transformer reads windows in random order, from a random first position, so that their joints move.
         """
         w, targets = self.model.window, self.targets
@@ -265,7 +266,7 @@ class Windows:
         starts = starts[torch.randperm(len(starts), generator=draws)]
         for some in starts.split(self.rows):
             positions = some[:, None] + torch.arange(w)
-            # a window that hangs over the stream's start is read from the start on, so that it sees no other text
+            # a window that would begin before the stream is moved to its start; only its own targets are scored
             positions = positions - positions[:, :1].clamp(max=0)
             end = torch.where(some < 0, some + w, targets)[:, None]
             yield positions.clamp(max=targets - 1), positions < end.clamp(max=targets)

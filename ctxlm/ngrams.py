@@ -127,7 +127,7 @@ class _Level:
 def _discounts(counts: np.ndarray) -> np.ndarray:
     """D for counts of 0, 1, 2 and 3 or more.
 
-    Without an n-gram that occurs once, twice, three or four times it cannot be estimated, and an estimate of 0 or less
+    It cannot be estimated where no n-gram occurs once, or none twice, three or four times; and an estimate of 0 or less
     would leave nothing for words never seen: then it is 0.5, 1 and 1.5.
     """
     n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))

@@ -11,9 +11,12 @@ from ctxlm.loss import HeadLoss, Losses
 from ctxlm.model import ContextLM, set_frequencies
 from ctxlm.recurrence import Contexts, chunked
 
+JUDGED = 2048
+"""Targets that are judged at a time."""
+
 
 class Predictor:
-    """The model's next-token loss on a stream, from contexts that are there, batch by batch."""
+    """The model's next-token loss on a stream, from contexts that were made before, batch by batch."""
 
     def __init__(self, model: ContextLM, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
@@ -36,10 +39,10 @@ class Predictor:
 
 
 @torch.no_grad()
-def evaluate(predict: Predictor, stream: Contexts, batch_size: int = 2048) -> tuple[Tensor, float]:
+def evaluate(predict: Predictor, stream: Contexts) -> tuple[Tensor, float]:
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction)."""
     positions = torch.arange(len(stream.tokens) - 1, device=stream.tokens.device)
-    parts = [predict(stream, at)[1:] for at in positions.split(batch_size)]
+    parts = [predict(stream, at)[1:] for at in positions.split(JUDGED)]
     losses, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     return losses, correct.double().mean().item()
 
@@ -49,7 +52,7 @@ class Phase2:
 
     Trained are the TokenBlock and what else the model has to train: the output's bias, the slow context's gain, and the
     embedding unless frozen. Batches are consecutive tokens in stream order, the short last one included; with
-    `phase2_shuffle` they are drawn anew for every epoch, without replacement, as contexts are there for any order.
+    `phase2_shuffle` they are drawn anew for every epoch, without replacement: contexts are made before.
 
     With `phase2_context_window` the ContextBlock is trained too: a batch is cut into windows of so many tokens, and
     gradients go back through each (`Contexts.unrolled`). Every epoch begins with contexts made anew, in `train.values`,
@@ -62,8 +65,8 @@ class Phase2:
         self.model, self.train, self.val, self.e, self.dtype = model, train, val, experiment, dtype
         set_frequencies(model, train.tokens)
         kept = () if experiment.phase2_context_window else ("context_block.",)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {name: p for name, p in trained.items() if not name.startswith(kept)}
+        named = model.named_parameters()
+        self.weights = {name: p for name, p in named if p.requires_grad and not name.startswith(kept)}
         self.predict = Predictor(model, dtype)
         self.targets, self.window = len(train.tokens) - 1, experiment.phase2_context_window
 

@@ -84,8 +84,7 @@ def sequential(model: ContextLM, tokens: Tensor) -> Contexts:
     block, distinct = model.context_block, DistinctTokens(model, tokens)
     context = torch.zeros(1, block.context_dim, device=tokens.device)
     values = torch.empty(len(tokens), block.context_dim, device=tokens.device)
-    positions = range(len(tokens))
-    for t in track(positions, "contexts, token by token"):
+    for t in track(range(len(tokens)), "contexts, token by token"):
         inputs = model.context_inputs(tokens, torch.tensor([t], device=tokens.device))
         context = block(context, block.projections(inputs))[-1]
         values[t] = context[0]

@@ -323,16 +323,16 @@ def folder_by_hand(settings: Experiment) -> tuple[Experiment, Path]:
     values = {name: value for name, value in settings.model_dump().items() if value != getattr(usual, name)}
     if "experiment" not in settings.model_fields_set:  # its default is the context model's
         values.pop("experiment", None)
-    name = _name(values, 120) or usual.experiment
+    name = name_of(values, 120) or usual.experiment
     if "experiment" not in values:
-        label = _name({key: value for key, value in values.items() if key not in REPLICATED}, 60)
+        label = name_of({key: value for key, value in values.items() if key not in REPLICATED}, 60)
         settings = settings.model_copy(update={"experiment": label or usual.experiment})
     beside = (f"{name}-{count}" if count > 1 else name for count in itertools.count(1))
     folders = (outputs_dir() / BY_HAND / each for each in beside)
     return settings, next(folder for folder in folders if not _holds_another(folder, settings))
 
 
-def _name(values: dict[str, Any], longest: int) -> str:
+def name_of(values: dict[str, Any], longest: int) -> str:
     """Parameters as a run's name has them, the label and the model first; a digest ends one that is cut off."""
     first = [str(values[name]) for name in ("experiment", "model") if name in values]
     rest = [f"{name}-{value}" for name, value in values.items() if name not in ("experiment", "model")]

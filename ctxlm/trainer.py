@@ -71,7 +71,7 @@ class Trained:
 
 
 class Trainer:
-    """Trains a task's weights in place until validation gets no better for `phase2_patience` epochs."""
+    """Trains a task's weights in place until `phase2_patience` epochs made validation no better, or all are over."""
 
     def __init__(self, task: Task, experiment: Experiment):
         """The experiment supplies the `phase2_*` parameters, `dropout`, `weight_decay` and `validations_per_epoch`."""
@@ -217,7 +217,7 @@ class Trainer:
             self.best = best | {"loss": loss, "validation": self.validations}
 
     def _check(self, loss: float) -> None:
-        if not math.isfinite(perplexity(loss)):  # also where it is a number, but no longer a language model's loss
+        if not math.isfinite(perplexity(loss)):  # also of a finite loss, above some 700 nats
             raise NonFiniteLoss(
                 f"the loss is {loss} by update {self.updates}: lower phase2_learning_rate = "
                 f"{self.e.phase2_learning_rate} or logit_scale = {self.e.logit_scale}"

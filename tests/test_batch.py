@@ -191,7 +191,8 @@ def test_how_far_a_grid_is(folder, grid, capsys):
         (folder.with_name(label) / "experiment.log").write_text("Executing\nepoch 3: PPL 7.0\nExecuting\n")
     with held(folder.with_name("running") / ".batch.lock"):
         assert main(["--status", str(grid)]) == 0
-    _, *lines = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert f"{len(lines)} runs, " in head and {"3 to come", "1 failed"} <= {*head.split(", ")}
     states = {label: " ".join(rest) for label, *rest in map(str.split, lines)}
     assert states["done"].startswith("finished ") and "7.4" in states["done"]
     assert states["failed"].startswith("failed ") and "nan" in states["failed"]

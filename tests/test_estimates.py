@@ -222,6 +222,7 @@ def test_a_shift_is_one_difference_less_another_over_samples_too(judged):
     (e,) = shifted(runs, A, B, *sizes, ["place"])
     apart = {one.at: one.value for one in paired(runs, A, B)}
     assert e.value == pytest.approx(apart[f"{last:,} tokens"] - apart[f"{first:,} tokens"]) and e.at == "here"
+    assert [e] == shifted(runs, A, B, *sizes, "place") and e.value == shifted(runs, A, B, *sizes, [])[0].value
     assert "samples" in e.over and e.replicates == runs["replicate"].nunique() and e.low < e.value < e.high
     (back,) = shifted(runs, B, A, *sizes, ["place"])
     assert (back.low, back.high) == pytest.approx((-e.high, -e.low))

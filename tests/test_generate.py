@@ -305,7 +305,8 @@ def test_what_is_no_finished_run_or_has_no_weights_is_refused(tmp_path, copied):
     assert "context_ablation = 'zero'" in refusal(load_run, str(tmp_path), "echo")
 
 
+@pytest.mark.parametrize("shape", [{"power": 2}, {"count": 200, "length": 20}], ids=["as many tokens", "fewer"])
 @pytest.mark.parametrize("name", ["study", "KN-3"])
-def test_a_model_whose_text_has_changed_since_it_was_judged_is_refused(name, copied, tmp_path):
-    copied(name, corpus=str(short_paragraphs(tmp_path / "text.txt", power=2)))
+def test_a_model_whose_text_has_changed_since_it_was_judged_is_refused(name, shape, copied, tmp_path):
+    copied(name, corpus=str(short_paragraphs(tmp_path / "text.txt", **shape)))
     assert "is not what it was" in refusal(load_run, str(tmp_path), name)

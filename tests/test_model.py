@@ -70,6 +70,8 @@ def test_flops_are_those_of_the_shapes():
     both = learning.cost(100, iterations=1, epochs=1)  # contexts are made anew before an epoch
     assert both["training_flops"] - untrained["training_flops"] == 100 * 4 * 2 * context
     assert both["trained_params"] == cost["trained_params"]
+    whole = tiny(num_layers=2, context_dim=12, embed_dim=8, num_input_tokens=2, phase2_freeze_embedding=False)
+    assert whole.cost(100, iterations=1, epochs=1)["training_flops"] - untrained["training_flops"] == 100 * 2 * head
 
 
 def test_a_gpu_that_is_missing_is_refused(monkeypatch):

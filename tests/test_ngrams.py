@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlm.ngrams import KneserNey
+from ctxlm.config import Experiment
+from ctxlm.corpus import VOCABULARY, load_corpus, split
+from ctxlm.ngrams import KneserNey, kneser_ney
+from tests.conftest import SMALL, short_paragraphs
 
 
 class Literal:
@@ -84,6 +87,18 @@ def test_a_distribution_holds_the_probabilities_and_sums_to_one(length, order, v
     expected = np.array([model.probabilities(np.append(before, word))[-1] for word in range(vocabulary)])
     assert expected.sum() == pytest.approx(1, abs=1e-9) and expected.min() > 0
     assert model.distribution(before) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_second_half_is_counted_too_where_it_is_asked_for(empty_cache, tmp_path):
+    path = str(short_paragraphs(tmp_path / "text.txt"))
+    values = SMALL | {"model": "kneser-ney", "ngram_order": 2, "corpus": path}
+    streams, read = split(Experiment.from_mapping(values)), load_corpus(path).tokens[:300]
+    counted = {False: streams.train.tokens}
+    counted[True] = np.concatenate([streams.train.tokens, load_corpus(path).second_half.tokens])
+    for second_half, tokens in counted.items():
+        e = Experiment.from_mapping(values, {"ngram_second_half": second_half})
+        expected = KneserNey(tokens, 2, VOCABULARY).probabilities(read)
+        assert np.array_equal(kneser_ney(e, streams).probabilities(read), expected)
 
 
 def test_judging_gives_losses_and_the_share_of_first_guesses():

@@ -18,8 +18,7 @@ from nbconvert import HTMLExporter
 
 from ctxlm.analysis import benchmark, site
 from ctxlm.analysis.estimates import paired
-from ctxlm.analysis.playground import visible
-from ctxlm.analysis.run_plots import WIDTH
+from ctxlm.analysis.run_plots import WIDTH, visible
 from ctxlm.analysis.runs import read_runs
 from ctxlm.config import ConfigError, Experiment
 from ctxlm.files import ROOT

@@ -104,6 +104,13 @@ def test_the_files_of_a_run_agree(made, model):
         assert metrics["tokens_per_parameter"] == 600 / weights
 
 
+def test_flops_of_a_network_are_those_of_its_shapes(made):
+    metrics = read(made["lstm"][0])
+    body, head = 2 * 4 * 16 * (16 + 16) + 16 * 16, 50_257 * 16  # two layers of cells, and the way out
+    assert metrics["flops_per_token"] == 2 * (body + head)
+    assert metrics["training_flops"] == 600 * metrics["epochs_run"] * 2 * (3 * body + 2 * head)
+
+
 def test_every_column_is_documented_and_every_documented_column_is_written(made):
     items = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## metrics.json\n\n")[1]
     cells = re.findall(r"^- (.*?):\s", items.split("\n\n")[0], re.M | re.S)

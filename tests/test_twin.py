@@ -55,7 +55,7 @@ def test_phase1_is_the_twins(shape, noise):
             assert values[name] == pytest.approx(record[name], rel=1e-4, abs=1e-6), (name, record["iteration"])
     torch.testing.assert_close(contexts, twin_contexts, atol=2e-4, rtol=0)
     for layer, expected in zip(literal.copied(model).context_layers, weights.context_layers, strict=True):
-        torch.testing.assert_close(layer["weight"], expected["weight"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(layer, expected, atol=2e-4, rtol=0)
 
 
 def test_phase1_stops_as_soon_as_enough_tokens_converged():
@@ -134,4 +134,4 @@ def test_phase2_is_the_twins(shape, trains):
     copied = literal.copied(model)
     pairs = [*zip(copied.token_layers, weights.token_layers, strict=True)]
     for layer, expected in [*pairs, *zip(copied.context_layers, weights.context_layers, strict=True)]:
-        torch.testing.assert_close(layer["weight"], expected["weight"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(layer, expected, atol=1e-3, rtol=0)

@@ -238,8 +238,8 @@ class Moments:
         """Of weighted sums [..., p] of the quantities, and its degrees of freedom: numbers, or arrays [...].
 
         Of all parts together, with Satterthwaite's (1946) degrees of freedom; or of the first one alone where that
-        gives the wider interval, for two or three replicates that happen to lie close together make the other one too
-        narrow. A part whose variance is estimated as negative counts as none.
+        gives the wider interval, for a few replicates that lie close by chance make the other one too narrow. A part
+        whose variance is estimated as negative counts as none.
         """
         w = np.asarray(weights, float)
         parts = np.array([np.clip(np.einsum("...i,ij,...j", w, cov, w), 0, None) for cov, _ in self.parts])
@@ -488,11 +488,12 @@ def shifted(
     def have(values: Mapping[str, Any]) -> np.ndarray:
         return np.logical_and.reduce([runs[name] == value for name, value in values.items()])
 
+    at = [at] if isinstance(at, str) else [*at]
     rows = runs.assign(first=1.0 * have(a), after=1.0 * have(to))[(have(a) | have(b)) & (have(to) | have(before))]
     rows = rows[rows.groupby([*at, "replicate"], dropna=False)["id"].transform("size") == 4]
     return Estimates(
         Coefficients(f"{column} ~ first * after", four).estimate("first:after", contrast, _place(at, key))
-        for key, four in rows.groupby([*at], dropna=False)
+        for key, four in (rows.groupby(at, dropna=False) if at else [((), rows)])
         if four["replicate"].nunique() > 1
     )
 

@@ -8,12 +8,10 @@ may hold anything: they are escaped, in `pre` and `code` elements, where nobody 
 import functools
 import inspect
 import json
-import re
 import signal
 import textwrap
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -31,6 +29,7 @@ from ctxlm import run as running
 from ctxlm.analysis import run_plots as plots
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.estimates import Estimates, paired
+from ctxlm.analysis.run_plots import quoted, visible
 from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import Stream, decode, split
 from ctxlm.files import BY_HAND, atomic, outputs_dir, results_dir, run_folders
@@ -119,18 +118,6 @@ def lines(panels: Mapping[str, pd.DataFrame], x: str, title: str = "") -> Figure
     columns = 1 if max(map(len, names)) > 26 else 2
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
     return figure
-
-
-def visible(text: str, spaces: bool = False) -> str:
-    """A text with signs in the place of what cannot be seen: control characters and, if asked for, spaces."""
-    signs = {c: f"⟨U+{ord(c):04X}⟩" for c in text if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029"}
-    return text.translate(str.maketrans(signs | {"\n": "⏎", "\t": "⇥"} | ({" ": "␣"} if spaces else {})))
-
-
-def quoted(text: Any) -> str:
-    """A text as HTML: escaped, and in an element in which nobody looks for formulas."""
-    look = "font:inherit;color:inherit;background:none;white-space:pre-wrap"
-    return f'<code style="{look}">{escape(visible(str(text)))}</code>'
 
 
 def table_of(frame: pd.DataFrame, texts: Sequence[str] = (), caption: str = "") -> Styler:
@@ -266,8 +253,8 @@ def train(preset: str, **change: Any) -> str:
     of_width = start.logit_scale == Experiment.from_mapping(start.model_dump(), by_width).logit_scale
     e = Experiment.from_mapping(start.model_dump(), by_width if of_width else {}, change)
     e.check_read(change)
-    label = [f"{key}-{value}" for key, value in change.items()] or ["again"]  # notebook 02's by hand may be called so
-    name = re.sub(r"[^\w.+-]", "-", "_".join([preset, *label]))
+    # notebook 02's by hand may be called as the preset
+    name = running.name_of({"experiment": preset} | change, 120) if change else f"{preset}_again"
     run, path = f"{BY_HAND}/{name}", outputs_dir() / BY_HAND / name / "metrics.json"
     if path.exists() and e.is_that_of(metrics(run)):
         print(f"{run} is finished: to train it anew, delete {path.parent}")

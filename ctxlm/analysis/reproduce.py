@@ -46,7 +46,7 @@ def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
             f"K = {count}: of the published runs{where} {len(runs)} are of today's protocol, {PROTOCOL}: ask for 1 or "
             "more of those, or of another grid"
         )
-    return runs.sample(frac=1, random_state=seed).head(count)  # a longer draw begins as a shorter one
+    return runs.sample(frac=1, random_state=seed).head(count)
 
 
 def again(published: pd.Series) -> dict[str, object]:

@@ -7,7 +7,9 @@ take seconds. `history` is long: phase, step, metric, value. Importing the modul
 import colorsys
 import math
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import cycle
 from typing import Any
 
@@ -246,3 +248,15 @@ def recent_tokens(histories: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["step"] > 0]
     whole = rows["id"].map(whole).astype(float)  # of no rows, too
     return rows.assign(k=rows["step"], extra=rows["value"] - whole)
+
+
+def visible(text: str, spaces: bool = False) -> str:
+    """A text with signs in the place of what cannot be seen: control characters and, if asked for, spaces."""
+    signs = {c: f"⟨U+{ord(c):04X}⟩" for c in text if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029"}
+    return text.translate(str.maketrans(signs | {"\n": "⏎", "\t": "⇥"} | ({" ": "␣"} if spaces else {})))
+
+
+def quoted(text: Any) -> str:
+    """A text as HTML: escaped, and in an element in which nobody looks for formulas."""
+    look = "font:inherit;color:inherit;background:none;white-space:pre-wrap"
+    return f'<code style="{look}">{escape(visible(str(text)))}</code>'

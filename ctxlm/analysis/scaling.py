@@ -141,10 +141,11 @@ def crossing_share(
     draws: int = 100_000,
     swing: float = 0.0,
 ) -> np.ndarray:
-    """The share of studies that see the leader behind at their larger size only, though it leads as far at both.
+    """The share of studies that see the leader ahead at the smaller size and behind at the larger: by chance alone.
 
-    Of so many simulated ones. Deviations are normal, or follow the predictive law of two that share an estimated
-    covariance, Student's with a degree of freedom less (Gelman et al. 2013, Bayesian Data Analysis, 3.6).
+    Of so many simulated ones, in which its true lead is the same at both. Deviations are normal, or follow the
+    predictive law of two that share an estimated covariance, Student's with a degree of freedom less (Gelman et al.
+    2013, Bayesian Data Analysis, 3.6).
 
     Args:
         leads: differences of two losses, nats, of either sign.

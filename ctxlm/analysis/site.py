@@ -235,9 +235,10 @@ def cells_html(notebook: NotebookNode, *without: str) -> str:
 def page_body(html: str, pages: Collection[str]) -> BeautifulSoup:
     """HTML of cells as a page shows it: nothing loads or runs anything, links lead to `pages`, what is wide scrolls."""
     html = re.sub("<!--.*?-->", "", html, flags=re.DOTALL)
+    parts = re.split("(<pre.*?</pre>)", html, flags=re.DOTALL)  # code stays as it is
     # no line ends within these
-    html = re.sub("(?<=[0-9>]) %", "\u00a0%", html).replace("A − B", "A\u00a0−\u00a0B")
-    soup = BeautifulSoup(html, "html.parser")
+    parts[::2] = (re.sub("(?<=[0-9>]) %", "\u00a0%", part).replace("A − B", "A\u00a0−\u00a0B") for part in parts[::2])
+    soup = BeautifulSoup("".join(parts), "html.parser")
     for tag in soup("script iframe object embed link meta base form".split()):
         tag.decompose()
     for tag in soup(re.compile("^h[1-6]$")):
