@@ -16,7 +16,7 @@ from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ctxlm import batch
-from ctxlm.batch import FAILURE, execute, is_finished, main, run_apart
+from ctxlm.batch import FAILURE, corpora, execute, is_finished, main, run_apart
 from ctxlm.config import Experiment, code_hash, load_grid
 from ctxlm.embeddings import data_hash
 from ctxlm.files import ROOT
@@ -180,6 +180,13 @@ def grid(folder, values, tmp_path):
         write_result(folder.with_name(label), asked[label], **other)
     values |= asked["run"]
     return file
+
+
+def test_runs_that_read_the_same_share_a_corpus_which_the_largest_stands_for():
+    few, more = (Experiment(train_tokens=tokens, seed=tokens) for tokens in (100, 200))
+    other = Experiment(train_tokens=100, corpus="sotu")
+    assert corpora([more, few]) == {"corpus": more}
+    assert corpora([few, other, more]) == {"corpus-1": more, "corpus-2": other}
 
 
 def test_how_far_a_grid_is(folder, grid, capsys):

@@ -74,7 +74,8 @@ def cost(e: Experiment) -> dict[str, int]:
 
     Returns:
         parameters without embedding and output bias; FLOPs of a prediction; numbers that it keeps from one token to the
-        next; and its layers that must wait for the token before (0: it reads the tokens of a text side by side).
+        next, but for input tokens and a slow context; and its layers that must wait for the token before (0: it reads
+        the tokens of a text side by side).
     """
     model = (ContextLM if e.model == "context" else NeuralLM)(e, torch.zeros(VOCABULARY, e.embed_dim))
     cells = e.num_layers * e.hidden_dim
