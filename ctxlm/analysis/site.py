@@ -64,9 +64,9 @@ PAGES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("07_alternatives", "08_audit")},
 }
 """The article's pages in their order: name → the notebook it is made of, and parameters that are given to that."""
-DOCS = ("method", "plan", "literature", "parameters", "results")
-"""Files of `docs` that are pages; the navigation has the first."""
-PLACES = {"../data/results": "runs.html", "index.ja.md": "index.html#summary-in-japanese"}
+DOCS = ("method", "index.ja", "plan", "literature", "parameters", "results")
+"""Files of `docs` that are pages; the navigation has the first two."""
+PLACES = {"../data/results": "runs.html"}
 """Where the site has what links of `docs/index.md` lead to in the repository."""
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -135,7 +135,7 @@ def build_all() -> Path:
     with _replaced(target) as folder:
         executed = _execute_all(folder / "notebooks")
         navigation = {"index.html": "Index"} | {f"{name}.html": _label(name) for name in executed}
-        navigation |= {"runs.html": "Runs", "method.html": "Method"}
+        navigation |= {"runs.html": "Runs", "method.html": "Method", "index.ja.html": "日本語"}
         pages = {*navigation, *(f"{name}.html" for name in DOCS)}
         bodies = {name: page_body(_document(name), pages) for name in ("index", *DOCS)}
         for name, notebook in executed.items():
@@ -152,7 +152,8 @@ def build_all() -> Path:
                 image["src"] = f"data:image/svg+xml;base64,{base64.b64encode(source.read_bytes()).decode()}"
         common = {"site": bodies["index"].h1.get_text(), "navigation": navigation}
         for name, body in bodies.items():
-            _write(folder / f"{name}.html", body=body, kicker=_label(name) if name in executed else "", **common)
+            words = {"kicker": _label(name) if name in executed else "", "lang": "ja" if name == "index.ja" else "en"}
+            _write(folder / f"{name}.html", body=body, **words, **common)
         runs = []
         for grid in sorted(path.name for path in results_dir().iterdir()):
             table = load_runs(grid, committed=True).assign(grid=grid)
@@ -282,11 +283,8 @@ def _slug(text: str) -> str:
 
 
 def _document(name: str) -> str:
-    """A file of `docs` as HTML; of the index also its summary in Japanese, as a section of it."""
+    """A file of `docs` as HTML."""
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    if name == "index":
-        summary = re.sub("^#", "##", (ROOT / "docs/index.ja.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-        text += f'\n<section lang="ja" id="summary-in-japanese">\n\n{summary}\n\n</section>\n'
     return cells_html(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]))
 
 
