@@ -15,6 +15,11 @@ from ctxlm.config import Experiment
 from ctxlm.device import generator
 
 
+def normalised(embedding: Tensor, tokens: Tensor) -> Tensor:
+    """The embeddings [..., d] of `tokens` [...], each with mean 0 and variance 1 over its dimensions."""
+    return F.layer_norm(F.embedding(tokens, embedding), embedding.shape[-1:])
+
+
 def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -> Tensor:
     """u_t: the normalised embeddings of the n tokens that end at each position, oldest first.
 
@@ -28,7 +33,7 @@ def token_inputs(embedding: Tensor, tokens: Tensor, positions: Tensor, n: int) -
         [..., n·d]; tokens before the stream's start read as zeros.
     """
     index = positions.unsqueeze(-1) + torch.arange(1 - n, 1, device=positions.device)
-    rows = F.layer_norm(F.embedding(tokens[index.clamp(min=0)], embedding), embedding.shape[-1:])
+    rows = normalised(embedding, tokens[index.clamp(min=0)])
     return (rows * (index >= 0).unsqueeze(-1)).flatten(-2)
 
 
@@ -199,7 +204,7 @@ class DistinctTokens:
     def __init__(self, model: "ContextLM", tokens: Tensor):
         """`tokens` are int64 [T], read as the model's ContextBlock reads them."""
         distinct, self.index = tokens.unique(return_inverse=True)
-        rows = F.layer_norm(F.embedding(distinct, model.read_embedding), model.read_embedding.shape[-1:])
+        rows = normalised(model.read_embedding, distinct)
         self.rows = torch.cat([torch.zeros_like(rows[:1]), rows])
         """[K + 1, d]: zeros, which stand before the stream, and the normalised embedding of each distinct token."""
         self.n = model.num_input_tokens
@@ -253,8 +258,7 @@ class SlowContext(nn.Module):
 
     def inputs(self, embedding: Tensor, tokens: Tensor) -> Tensor:
         """What each of `tokens` [...] adds, [..., d]."""
-        rows = F.layer_norm(F.embedding(tokens, embedding), embedding.shape[-1:])
-        return self.weights[tokens].unsqueeze(-1) * rows
+        return self.weights[tokens].unsqueeze(-1) * normalised(embedding, tokens)
 
     @torch.no_grad()
     def contexts(self, embedding: Tensor, tokens: Tensor) -> Tensor:
