@@ -38,11 +38,6 @@ from tests.test_protocol import counting
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
-@pytest.fixture(scope="module")
-def chitchat():
-    return load_corpus("chitchat")  # set up before `empty_cache`: the user's own cache, keyed by source and content
-
-
 def judged(samples):
     return dict.fromkeys(("val_samples", "development_samples", "test_samples"), samples)
 
@@ -70,9 +65,11 @@ def test_any_text_has_gpt2s_tokens_and_bytes_and_comes_back(text):
 # The corpora that come with ctxlm, mixed and shuffled
 
 
-def test_chitchat_is_the_known_conversations_in_order(chitchat):
+def test_chitchat_is_the_known_conversations_in_order(monkeypatch):
     import chitchat_dataset
 
+    monkeypatch.delenv("CTXLM_CACHE")  # tokenising takes some seconds
+    chitchat = load_corpus("chitchat")
     assert chitchat.num_samples == 3_508
     assert len(chitchat.tokens) == chitchat.starts[-1] == 3_010_135
     assert np.diff(chitchat.starts).min() >= 64
@@ -88,7 +85,7 @@ def test_chitchat_is_the_known_conversations_in_order(chitchat):
     [("sotu", 5_591, 2_074_129, "df52fac5013bf2be"), ("docstrings", 6_820, 2_675_559, "f88403fe94cb4ba0")],
 )
 def test_an_embedded_corpus_is_the_known_one(name, samples, tokens, known, monkeypatch):
-    monkeypatch.delenv("CTXLM_CACHE")  # tokenising takes some seconds
+    monkeypatch.delenv("CTXLM_CACHE")
     corpus = load_corpus(name)
     assert (corpus.num_samples, len(corpus.tokens), corpus.region, corpus.digest) == (samples, tokens, 200, known)
     with lzma.open(ROOT / "data" / "corpora" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
@@ -223,6 +220,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_ultrachat_is_the_studys_has_room_for_ten_times_as_much_and_is_fetched_once(hub):
+    hub()
+    assert "corpus = 'ultrachat' " in refusal(load_corpus, "ultrachat")
     study = [86_925 - 499, *[1] * 499, 183_620 - 86_925 - 499, *[1] * 499]  # its first 500 and 1,000 samples
     hub(study[0], *study[:-1])
     assert "corpus = 'ultrachat' is not the study's" in refusal(load_corpus, "ultrachat")  # and is not kept
@@ -234,11 +233,6 @@ def test_ultrachat_is_the_studys_has_room_for_ten_times_as_much_and_is_fetched_o
     calls.assert_called_once_with(ULTRACHAT, ULTRACHAT_FILE, revision=ULTRACHAT_REVISION, repo_type="dataset")
     ends = [(int(part.samples[0]), int(part.samples[-1])) for part in vars(streams).values()]
     assert ends == [(0, 999), (9600, 9799), (9800, 9999), (10_000, 10_199)]
-
-
-def test_a_hub_that_cannot_be_asked_is_one_sentence(hub):
-    hub()
-    assert "corpus = 'ultrachat' " in refusal(load_corpus, "ultrachat")
 
 
 # The cache
@@ -256,12 +250,6 @@ def test_the_cache_goes_by_content_kind_and_code_not_by_name(tmp_path, monkeypat
     monkeypatch.setattr(corpus_module, "source_hash", lambda *_: "of other code")
     with pytest.raises(pytest.fail.Exception, match="tokenised again"):
         load_corpus(str(tmp_path / "a.txt"))
-
-
-def test_a_file_of_another_kind_and_a_missing_one_are_refused(tmp_path):
-    (tmp_path / "notes.md").write_text("one\n\ntwo")
-    for name in ("notes.md", "missing.txt"):
-        assert "has no text at" in refusal(load_corpus, str(tmp_path / name))
 
 
 # What the corpus notebook shows

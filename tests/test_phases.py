@@ -18,10 +18,7 @@ SHAPE = {"num_layers": 2, "context_dim": 12, "embed_dim": 8}
 def prepared(train=200, val=80, **parameters):
     """An experiment, its model, and the contexts of a training and a validation stream."""
     settings = Experiment.from_mapping(SHAPE, {"phase2_batch_size": 32, "phase2_epochs": 4}, parameters)
-    model = tiny(
-        **SHAPE,
-        **{k: v for k, v in parameters.items() if k in ("design", "phase2_freeze_embedding")},
-    )
+    model = tiny(**SHAPE, **parameters)
     return settings, model, *(sequential(model, stream(length, seed=seed)) for seed, length in enumerate((train, val)))
 
 

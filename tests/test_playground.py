@@ -234,16 +234,11 @@ def test_views_are_shown_of_first_values_and_anew_when_a_control_is_moved(monkey
 def live(monkeypatch):
     """The small run A as the only preset, of 3 epochs; the list has what to do at each."""
 
-    class Live:
-        def __call__(self, history):
-            for do in live:
-                do()
-
     live = []
     known = {"A": Experiment.of_run(play.metrics(A)).model_copy(update={"phase2_epochs": 3})}
     monkeypatch.setattr(play, "presets", lambda: known)
     monkeypatch.setattr(play, "GRID", "small")
-    monkeypatch.setattr(play.plots, "Live", Live)
+    monkeypatch.setattr(play.plots, "Live", lambda: lambda _history: [do() for do in live])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     yield live
     signal.signal(signal.SIGINT, before)

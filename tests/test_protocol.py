@@ -22,11 +22,6 @@ READ = DATA_PARAMETERS | {"train_tokens", "data_seed", "held_out_tokens"}
 
 
 @pytest.fixture(scope="module")
-def chitchat():
-    return load_corpus("chitchat")
-
-
-@pytest.fixture(scope="module")
 def runs():
     """The runs of all grids, by grid and name."""
     return {(grid, name): run for grid in GRIDS for name, run in load_grid(grid).runs.items()}
@@ -98,7 +93,8 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_onc
 # Chitchat
 
 
-def test_chitchats_parts_have_the_known_sizes(chitchat):
+def test_chitchats_parts_have_the_known_sizes():
+    chitchat = load_corpus("chitchat")
     assert PROTOCOL == 3
     assert (chitchat.half, chitchat.region, chitchat.capacity) == (1754, 200, 1354)
     assert chitchat.starts[1354] == 1_133_776

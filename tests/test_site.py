@@ -130,13 +130,8 @@ def repository(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    return repository(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def grid(root) -> str:
-    return str(root / "mini.yaml")
+def grid(tmp_path, monkeypatch) -> str:
+    return str(repository(tmp_path, monkeypatch) / "mini.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +222,12 @@ def test_what_tells_the_experiments_of_a_grid_apart():
     assert table.to_dict("list") == {"experiment": ["A", "B"], "num_layers": ["6", "3"], "context_dim": ["128", "256"]}
 
 
-def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where_there_is_one(grid, root):
+def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where_there_is_one(grid, tmp_path):
     index = build(grid)
     assert "Committed findings" not in index.read_text(encoding="utf-8")
     write(index.parent, {"gone.html": "of an earlier report"})
     write(index.parents[1] / ".report-new", {"half.html": "of a command that was killed"})
-    write(root, {"outputs/site/index.html": "made", "notebooks/04_scaling.ipynb": analysis("B is better")})
+    write(tmp_path, {"outputs/site/index.html": "made", "notebooks/04_scaling.ipynb": analysis("B is better")})
     content = build(grid).read_text(encoding="utf-8")
     assert "B is better" in content and '<a href="../../site/index.html">Committed findings</a>' in content
     assert {path.name for path in index.parent.iterdir()} == {"index.html", "04_scaling.html", "corpus.html"}
@@ -240,9 +235,7 @@ def test_a_rebuilt_report_replaces_the_old_one_whole_and_links_to_the_site_where
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "again"])
-def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
-    root, grid, earlier, monkeypatch, capsys
-):
+def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(grid, earlier, monkeypatch, capsys):
     def fail(_name, _parameters, target, *_):
         target.write_text("half", encoding="utf-8")
         raise ConfigError(f"no sizes {HOSTILE}")
@@ -266,9 +259,9 @@ def test_where_the_analysis_fails_the_earlier_one_stays_and_the_index_says_why(
     assert len(rows_of(soup("table")[-1])) == 3
 
 
-def test_a_grid_without_a_finished_run_is_refused_in_a_line(root, capsys):
-    write(root, {"none.yaml": json.dumps({"title": "None", "experiments": {"A": {}}})})
-    assert main(["--grid", str(root / "none.yaml")]) == 1
+def test_a_grid_without_a_finished_run_is_refused_in_a_line(grid, tmp_path, capsys):
+    write(tmp_path, {"none.yaml": json.dumps({"title": "None", "experiments": {"A": {}}})})
+    assert main(["--grid", str(tmp_path / "none.yaml")]) == 1
     line = capsys.readouterr()
     assert line.out == "" and line.err.startswith("error: ") and line.err.count("\n") == 1
     assert "A: to come" in line.err
