@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from ctxlm.config import Experiment
@@ -16,6 +17,12 @@ EPOCHS = {"phase2_epochs": 5, "phase2_patience": 5}
 
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+@pytest.fixture
+def without_code(monkeypatch, without_text):
+    """No source is read for a run's provenance: that takes longer than to write it."""
+    monkeypatch.setattr("ctxlm.run.code_hash", lambda _: "0" * 16)
 
 
 # Killed, and gone on with
@@ -70,7 +77,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(model, text
     assert not [*often.glob("*checkpoint*")]  # nor half-written ones
 
 
-def test_what_a_runs_checkpoint_depends_on(tmp_path, without_text):
+def test_what_a_runs_checkpoint_depends_on(tmp_path, without_code):
     def changed(**change):
         this = Run(Experiment(device="cpu", dtype="float32"), tmp_path)
         this.provenance.update(change)
@@ -80,3 +87,24 @@ def test_what_a_runs_checkpoint_depends_on(tmp_path, without_text):
     for name, value in (others | {"dtype": "bfloat16", "versions": {"torch": "9"}}).items():
         assert changed(**{name: value}) != changed(), name
     assert changed(git_commit="other", threads=9, device="cuda:1") == changed()  # one GPU of two, which are alike
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_disk_that_is_full_for_a_while_costs_a_run_its_checkpoints_and_no_bit(error, text, tmp_path, monkeypatch):
+    """Which torch says in two ways: where the file cannot be made, and where it is cut off."""
+    e, save, failed = Experiment.from_mapping(asked("lstm", text), EPOCHS), torch.save, []
+
+    def full(state, path):
+        if 2 <= state["validations"] < 5:
+            failed.append(path.write_bytes(b"half"))
+            raise error
+        save(state, path)
+
+    run(e, tmp_path / "run")
+    monkeypatch.setattr(torch, "save", full)
+    run(e, tmp_path / "full")
+    assert len(failed) == 3
+    assert_same_run(tmp_path / "full", tmp_path / "run")

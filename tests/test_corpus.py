@@ -252,6 +252,12 @@ def test_the_cache_goes_by_content_kind_and_code_not_by_name(tmp_path, monkeypat
         load_corpus(str(tmp_path / "a.txt"))
 
 
+def test_a_file_of_another_kind_and_a_missing_one_are_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("one\n\ntwo")
+    for name in ("notes.md", "missing.txt"):
+        assert "has no text at" in refusal(load_corpus, str(tmp_path / name))
+
+
 # What the corpus notebook shows
 
 

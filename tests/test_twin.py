@@ -30,7 +30,8 @@ def test_contexts_are_the_twins(shape):
         torch.testing.assert_close(layer[0], expected, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("shape", "noise"), [(SHAPES[0], 0.0), *((shape, 0.1) for shape in SHAPES)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_phase1_is_the_twins(shape, noise):
     settings = Experiment.from_mapping(
         {"embed_dim": 8, "phase1_batch_size": 32, "phase1_max_iterations": 6, "phase1_min_converged_ratio": 1.0},
