@@ -469,8 +469,9 @@ def _grid_file(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("params/grids") / f"{name}.yaml"
     ours = ROOT / "params" / "grids"
     if not resolve(path).exists():
-        known = ", ".join(sorted(file.stem for file in ours.glob("*.yaml")))
-        raise ConfigError(f"grid {name!r} does not exist: choose one of {known}, or name a .yaml file")
+        close = difflib.get_close_matches(name, [file.stem for file in ours.glob("*.yaml")])
+        remedy = f"did you mean {close[0]}?" if close else "choose one of docs/grids.md, or name a .yaml file"
+        raise ConfigError(f"grid {name!r} does not exist: {remedy}")
     namesake = ours / f"{path.stem}.yaml"
     if namesake.exists() and not resolve(path).samefile(namesake):
         raise ConfigError(f"{path}: outputs/{path.stem} belongs to params/grids/{path.stem}.yaml: rename your file")
