@@ -109,16 +109,13 @@ def leads(panels: Mapping[str, Estimates]) -> Figure:
             axes.plot(value, row, MARKERS[position], color=colour, mfc=inside, markersize=7)
         axes.axvline(0, **REFERENCE)
         axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-        axes.set_title(title, style="italic")
+        axes.set_title(title)
         axes.grid(axis="y", visible=False)
     for side, words, x in (("left", "← A better", 0), ("right", "B better →", 1)):
         drawn[0, 0].annotate(words, (x, 1.16), xycoords="axes fraction", ha=side, color=FIRST[words.strip("← →")[0]])
-    drawn[-1, 0].set_xlabel("A's perplexity less B's, %\n(95 % intervals; filled:\nsignificant, corrected)")
-    keys = [Line2D([], [], color="0.3", marker=m, linestyle="") for m in MARKERS[: len(embeddings)]]
-    figure.legend(
-        keys, embeddings.values(), title="token embedding", ncols=2, loc="outside lower center", frameon=False
-    )
-    return figure
+    drawn[-1, 0].set_xlabel("A's perplexity less B's, % (95 % intervals;\nfilled: significant, corrected)")
+    keys = zip(MARKERS, embeddings.values(), strict=False)
+    return legend(figure, [Line2D([], [], color="0.3", marker=m, linestyle="", label=name) for m, name in keys])
 
 
 def waterfall(parts: Estimates, label: str) -> Figure:
