@@ -114,8 +114,9 @@ def leads(panels: Mapping[str, Estimates]) -> Figure:
     for side, words, x in (("left", "← A better", 0), ("right", "B better →", 1)):
         drawn[0, 0].annotate(words, (x, 1.16), xycoords="axes fraction", ha=side, color=FIRST[words.strip("← →")[0]])
     drawn[-1, 0].set_xlabel("A's perplexity less B's, % (95 % intervals;\nfilled: significant, corrected)")
-    keys = zip(MARKERS, embeddings.values(), strict=False)
-    return legend(figure, [Line2D([], [], color="0.3", marker=m, linestyle="", label=name) for m, name in keys])
+    drawn_through = {e.at.split(", ")[-1] for table in panels.values() for e in table}
+    keys = [(m, words) for m, (name, words) in zip(MARKERS, embeddings.items(), strict=False) if name in drawn_through]
+    return legend(figure, [Line2D([], [], color="0.3", marker=m, linestyle="", label=words) for m, words in keys])
 
 
 def waterfall(parts: Estimates, label: str) -> Figure:
