@@ -452,6 +452,8 @@ def test_a_table_carries_its_data_and_is_escaped():
     for row, e in zip(data, result, strict=True):
         assert (row["value"], row["low"], row["high"], row["dof"]) == (e.value, e.low, e.high, e.dof)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html and "<script>" not in html and "<b>" not in html
+    shown = result.frame()[["value", "low", "high"]].astype(float)
+    np.testing.assert_array_equal(shown, np.array([e.in_unit for e in result], float))
     nothing = Estimates()._repr_mimebundle_()
     assert nothing[MIME] == [] and nothing["text/html"] and [*Estimates().frame()] == [*result.frame()]
 
