@@ -8,7 +8,6 @@ with a grid before any work, and which of its results are to be made anew; and `
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
@@ -53,13 +52,8 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         held.enter_context(FileLock(folder / BATCH_LOCK))
-        kernel = FileLock(folder / RUN_LOCK)  # of one that outlives a killed papermill, or that somebody left open
-        try:
-            kernel.acquire(0)
-        except Timeout:
-            print_line(f"{folder.name}: waits for the notebook that has its folder to end or be shut down")
-            kernel.acquire()
-        kernel.release()
+        with FileLock(folder / RUN_LOCK):  # waits for a kernel that outlives a killed papermill
+            pass
         asked = {name: value for name, value in values.items() if name != "output_dir"}
         if done.name == "metrics.json" and is_finished(done, Experiment.from_mapping(asked)):
             return ""
@@ -190,8 +184,7 @@ def check(grid: str) -> list[str]:
         if run.embedding not in ("ppmi", "ppmi-train", "random"):  # those that may be missing
             load_embedding(run)
     results = {f"{home_of(plan.name)}/{name}/metrics.json": run for name, run in plan.runs.items()}
-    existing = {path: run for path, run in results.items() if resolve(path).exists()}
-    return [path for path, run in existing.items() if not is_finished(resolve(path), run)]
+    return [path for path, run in results.items() if resolve(path).exists() and not is_finished(resolve(path), run)]
 
 
 def on_one_line(values: Mapping[str, Any]) -> str:
@@ -254,9 +247,9 @@ def _changed(path: Path) -> int | None:
 def _result(done: Path) -> str:
     """What came of a run, in a few words."""
     metrics = json.loads(done.read_text(encoding="utf-8"))
-    if "test_loss" not in metrics:
+    if "test_ppl" not in metrics:
         return "done"
-    return f"test PPL {math.exp(metrics['test_loss']):,.1f} by {metrics['train_tokens']:,} tokens"
+    return f"test PPL {metrics['test_ppl']:,.1f} by {metrics['train_tokens']:,} tokens"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -298,7 +291,7 @@ def _carry_out(given: argparse.Namespace) -> int:
     line = f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s"
     with suppress(Exception):  # no grid (Snakefile names it), or one that is edited: this run is finished all the same
         runs = load_grid(os.environ["CTXLM_GRID"]).runs
-        left = sum(not is_finished(folder.parent / name / "metrics.json", run) for name, run in runs.items())
+        left = sum(not (folder.parent / name / "metrics.json").exists() for name in runs)
         line += f", {left} of {len(runs)} runs left"
     print_line(line)
     return 0

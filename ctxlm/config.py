@@ -219,7 +219,8 @@ class Experiment(Checked):
             refuse("embedding embed_dim", "GPT-2's has 768 dimensions")
         if self.embedding == "smollm2" and self.embed_dim > 576:
             refuse("embedding embed_dim", "SmolLM2's has 576 dimensions, of which fewer can be kept")
-        if self.judged_corpus and {*self.corpus.split("+")} & {*self.judged_corpus.split("+")}:
+        both = {*self.corpus.split("+")} & {*(self.judged_corpus or "").split("+")} & {*CORPORA}
+        if both or self.corpus == self.judged_corpus:
             refuse("corpus judged_corpus", "text of the first would be judged on: name another, or null")
         if self.ngram_second_half and self.model != "kneser-ney":
             refuse("ngram_second_half model", "only kneser-ney counts")
@@ -318,10 +319,7 @@ def code_hash(model: str = "context") -> str:
 
 
 def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
-    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign.
-
-    Where no such cell is on record, all that are plain data.
-    """
+    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign."""
     ours, papermills = set(), set()
     for cell in namespace.get("In", []):
         names = _assigned(cell)
@@ -329,9 +327,6 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
             papermills = names
         elif {"corpus", "output_dir"} <= names:
             ours, papermills = names, set()
-    if not ours:
-        plain = (bool, int, float, str, list, dict, type(None))
-        ours = {name for name, value in namespace.items() if type(value) in plain and not re.match("_|In$|Out$", name)}
     return (ours | papermills) & namespace.keys()
 
 
@@ -433,11 +428,12 @@ def load_grid(name: str) -> Grid:
     try:
         file = GridFile(**{"title": path.stem} | read_yaml(path))
         common = [read_yaml("params/base.yaml"), *read_layers(file.common)]
+        steps = list(sweep(file.sweep))
         for label, given in file.experiments.items():
             where = f"{path}, experiment {label}"
             layers = read_layers(given)
             written = {name for layer in given if isinstance(layer, dict) for name in layer}  # files: defaults
-            for step in sweep(file.sweep):
+            for step in steps:
                 run = "_".join([label, *(f"{key}-{value}" for key, value in step.items())])
                 where = f"{path}, run {run}"
                 _check_name(run, runs)

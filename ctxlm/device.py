@@ -64,8 +64,8 @@ def resolve_dtype(experiment: Experiment, device: torch.device) -> torch.dtype:
 def emulate_bfloat16() -> torch.library.Library:
     """From now on the CPU multiplies bfloat16 matrices by way of float32; torch's own way can be 30 times slower.
 
-    Both add exact products up in float32 and round the sum once, as processors with bfloat16 do. Only forms with `out`
-    are left to torch, for the others are made of them.
+    Both add exact products up in float32 and round the sum once, as processors with bfloat16 do. `mm.out` is
+    there for `ctxlm.loss`; other forms with `out`, which the rest are made of, stay torch's.
 
     Returns:
         what the kernels are registered with; they go with it.

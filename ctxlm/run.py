@@ -197,8 +197,7 @@ class Run:
                 f"{self.folder} cannot be written to ({getattr(error, 'strerror', None) or error}): make room there, "
                 "or make it writable, and run it again"
             ) from None
-        half_written = f".{Path(CHECKPOINT).stem}-*{Path(CHECKPOINT).suffix}"  # by a process that was killed
-        for left in (self.folder / CHECKPOINT, *self.folder.glob(half_written)):
+        for left in self.folder.glob("*checkpoint*.pt"):  # and what a killed process half wrote
             left.unlink(missing_ok=True)
         release(self.folder / RUN_LOCK)
         return pd.Series(metrics)

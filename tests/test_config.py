@@ -67,6 +67,7 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
         {"context_rank": 769, "context_dim": 768},
         {"embedding_turned": 768, "embed_dim": 768},
         {"corpus": "sotu+chitchat", "judged_corpus": "sotu"},
+        {"corpus": "mine.txt", "judged_corpus": "mine.txt"},
         {"embedding": "gpt2", "embed_dim": 128},
         {"embedding": "smollm2", "embed_dim": 577},
         {"ngram_second_half": True, "model": "lstm"},
@@ -80,6 +81,10 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
 def test_values_that_contradict_each_other_are_refused(values):
     message = refusal(Experiment.from_mapping, values)
     assert all(f"{name} = {value!r}" in message for name, value in [*values.items()][:2])
+
+
+def test_a_plus_in_the_name_of_a_file_is_no_mixture():
+    assert Experiment(corpus="data/a+train.txt", judged_corpus="data/a+test.txt")
 
 
 # What identifies a run
