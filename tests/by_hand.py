@@ -180,6 +180,9 @@ CONTRASTS = {
     "07_alternatives: without-contexts − whole @ 20,000 tokens": contrast(
         QUICK, "searched-ablations/without-contexts", "searched-ablations/whole"
     ),
+    "07_alternatives: LSTM − A, each by its own search @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/LSTM", "searched-quick/A"
+    ),
     "07_alternatives: A − B, each by its own search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B"),
     "07_alternatives: A − B, both by A's search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B-as-A"),
     "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": contrast(LARGE, "baselines/KN-4", "stabilised/A"),
