@@ -75,7 +75,7 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_onc
     if len(seeds) > 1:
         assert all(signs)  # each has signs that are drawn
     else:
-        assert grid in {"depth-rates", "logit-scale", "playground", "sizes-largest"}  # they choose, or cost too much
+        assert grid in {"depth-rates", "logit-scale", "playground", "search-ends", "sizes-largest"}  # to choose, or dear
     for corpus in {run.corpus for run in of_grid}:  # in another the same seed may have another window
         of_corpus = [run for run in of_grid if run.corpus == corpus]
         triples = {(run.seed, run.data_seed, run.embedding_seed) for run in of_corpus}
