@@ -56,6 +56,8 @@ def test_no_grid_has_a_run_twice(runs):
 
 NOT_TOGETHER = {"chance", "signs"}
 """Grids that cross seeds, texts and signs, or turn signs that are given: what they ask is what each of these does."""
+OF_ONE_SEED = {"depth-rates", "logit-scale", "playground", "search-ends", "sizes-largest"}
+"""Grids that choose, or cost too much."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_onc
     if len(seeds) > 1:
         assert all(signs)  # each has signs that are drawn
     else:
-        assert grid in {"depth-rates", "logit-scale", "playground", "search-ends", "sizes-largest"}  # to choose, or dear
+        assert grid in OF_ONE_SEED
     for corpus in {run.corpus for run in of_grid}:  # in another the same seed may have another window
         of_corpus = [run for run in of_grid if run.corpus == corpus]
         triples = {(run.seed, run.data_seed, run.embedding_seed) for run in of_corpus}
