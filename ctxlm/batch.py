@@ -291,7 +291,7 @@ def _carry_out(given: argparse.Namespace) -> int:
     line = f"{folder.name}: {_result(done)}, {time.monotonic() - began:.0f} s"
     with suppress(Exception):  # no grid (Snakefile names it), or one that is edited: this run is finished all the same
         runs = load_grid(os.environ["CTXLM_GRID"]).runs
-        left = sum(not (folder.parent / name / "metrics.json").exists() for name in runs)
+        left = sum(not is_finished(folder.parent / name / "metrics.json", run) for name, run in runs.items())
         line += f", {left} of {len(runs)} runs left"
     print_line(line)
     return 0

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ctxlm import search
-from ctxlm.config import ConfigError
+from ctxlm.config import ConfigError, load_grid
 from ctxlm.files import ROOT, atomic
 from ctxlm.model import ContextLM
 from ctxlm.networks import NeuralLM
@@ -251,6 +251,24 @@ def trained(e, **changed):
     with torch.device("meta"):  # shapes alone
         model = NeuralLM(e.model_copy(update=changed), torch.zeros(2, e.embed_dim))
     return sum(p.numel() for p in model.trained().values())
+
+
+@pytest.mark.parametrize(("file", "name", "window"), [("A", "A", "phase2_context_window"), ("lstm", "LSTM", "window")])
+def test_what_grids_compare_is_what_our_searches_found(file, name, window, monkeypatch):
+    monkeypatch.setattr(search, "check_data", lambda experiments: None)
+    ours, trials = Search(f"params/search/{file}.yaml"), pd.read_csv(search.TABLES / f"{file}.csv")
+    best = trials.loc[trials["value"].where(trials["scale"] == "quick").idxmin()]
+    drawn = {line: best[line] if line in best else [*best[line.split(", ")]] for line in ours.file.space}
+    expected = ours.experiment(drawn, "quick").for_notebook()
+
+    def changes(grid):
+        runs = [run.for_notebook() for run in load_grid(grid).runs.values() if run.experiment.partition("-")[0] == name]
+        assert runs
+        return {key for run in runs for key, value in run.items() if value != expected[key]}
+
+    judged = {"seed", "data_seed", "embedding_seed", "train_tokens", "held_out_tokens", "test_samples", "dtype"}
+    assert changes("searched-quick") == judged
+    assert changes("search-ends") == {"experiment", window}
 
 
 def test_our_searches_are_the_same_for_all_models(monkeypatch):
