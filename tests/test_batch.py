@@ -138,11 +138,12 @@ def test_a_loss_that_is_not_finite_is_no_failure_of_a_run_apart_all_else_is(fold
 
 def test_a_free_gpu_is_the_only_one_that_is_seen(folder, values, papermill, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    calls = papermill(("", 1), ("", 1))
+    calls = papermill(*[("", 1)] * 4)
     with FileLock(folder.parent.parent / f".gpu-{platform.node()}-3.lock"):  # grids and searches share the GPUs
-        carry_out(folder, values | {"device": "cuda"})
-    carry_out(folder, values | {"device": "cpu"})
-    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls] == ["5", "3,5"]
+        for device in ("auto", "cuda", "cpu"):
+            carry_out(folder, values | {"device": device})
+    carry_out(folder, {"model": "kneser-ney", "output_dir": str(folder)})  # counts
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls] == ["5", "5", "3,5", "3,5"]
 
 
 @pytest.mark.parametrize(("lock", "succeeds"), [(".batch.lock", True), (".lock", False)])
@@ -228,6 +229,13 @@ def test_results_of_other_parameters_or_code_are_to_be_made_anew(grid, outputs, 
     assert main(["--check", str(grid)]) == 0
     anew = {f"{outputs}/grid/{label}/metrics.json" for label in ("failed", "changed", "older")}
     assert {*capsys.readouterr().out.split()} == anew
+
+
+@pytest.mark.parametrize("lacking", [{"device": "cuda:99"}, {"embedding": "no/such.safetensors"}])
+def test_a_grid_is_refused_whose_device_or_embedding_is_not_there(grid, lacking):
+    file = yaml.safe_load(grid.read_text())
+    grid.write_text(yaml.safe_dump(file | {"common": file["common"] | lacking}))
+    assert str(*lacking.values()) in refusal(batch.check, str(grid))
 
 
 def test_a_grid_is_refused_where_nothing_can_be_written(grid, outputs, monkeypatch):

@@ -303,6 +303,8 @@ def test_a_pair_has_seed_text_signs_and_what_it_is_judged_on_in_common():
     runs = Planted().runs
     for name in ("seed", "data_seed", "embedding_seed"):
         assert matched(runs.assign(**{name: runs[name] + 100 * (runs["configuration"] == "B")})).empty
+    read_apart = runs.assign(replicate=runs["replicate"] + (runs["configuration"] == "B"))
+    assert matched(read_apart)["difference"].tolist() == matched(runs)["difference"].tolist()
     lacking = runs[(runs["configuration"] == "A") | (runs["seed"] != 43)]
     assert sorted(matched(lacking)["seed"].unique()) == [42, 44, 45]
     longer = (runs["configuration"] == "B") & (runs["train_tokens"] == 10_000)
@@ -605,6 +607,7 @@ def test_sites_that_agree_are_combined_by_their_precision_and_have_no_spread():
     assert mean.dof == 2 and mean.over == ("sites",) and mean.n == 15
     for bare in (one(-0.03, None, None), replace(sites[2], replicates=1)):
         assert len(combined([*sites[:2], bare], "A − B")) == 0
+        assert combined([*sites, bare], "A − B", "mean of {n} texts")[0].at == "mean of 3 texts"
 
 
 def test_the_spread_between_sites_is_paule_and_mandels():

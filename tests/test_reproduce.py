@@ -2,13 +2,14 @@
 
 import json
 from itertools import product
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
 from ctxlm.analysis import reproduce
 from ctxlm.analysis.reproduce import TOLERANCE, draw, main
-from ctxlm.config import Experiment
+from ctxlm.config import ConfigError, Experiment
 from ctxlm.corpus import PROTOCOL
 from ctxlm.run import run
 from tests.conftest import SMALL, refusal
@@ -69,6 +70,13 @@ def test_runs_agree_to_a_share_that_goes_by_their_type(dtype, within, outputs, m
         changed = values | {name: value * (1 + sign * part * within)}
         monkeypatch.setattr(reproduce, "run_apart", lambda *_, changed=changed: changed)
         assert reproduce.again(row)["agrees"] == (part < 1)
+
+
+def test_a_run_that_fails_is_said_and_does_not_agree(outputs, monkeypatch, capsys):
+    row = pd.Series(Experiment().model_dump() | {"val_ppl": 200.0, "test_ppl": 300.0, "dtype": "float32"})
+    row = pd.concat([row, pd.Series({"run": "A", "grid": "g", "device_name": "x"})])
+    monkeypatch.setattr(reproduce, "run_apart", Mock(side_effect=ConfigError("no package index")))
+    assert not reproduce.again(row)["agrees"] and "no package index" in capsys.readouterr().err
 
 
 @pytest.mark.night

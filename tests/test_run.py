@@ -27,6 +27,7 @@ SETTINGS = SMALL | {"device": "cpu", "dtype": "float32", "output_bias": "unigram
 NETWORK = {"hidden_dim": 16, "window": 8}
 MODELS = {
     "context": {"phase2_context_window": 8},
+    "zeros": {"context_ablation": "zero"},
     "lstm": {"model": "lstm"} | NETWORK,
     "kneser-ney": {"model": "kneser-ney"},
 }
@@ -122,12 +123,23 @@ def test_every_column_is_documented_and_every_documented_column_is_written(made)
     assert written == documented - {"resumed_after_epoch", "stopped"}
 
 
-@pytest.mark.parametrize("model", ["context", "lstm"])
+@pytest.mark.parametrize("model", ["context", "zeros", "lstm"])
 def test_the_cells_of_a_notebook_give_what_run_gives(made, model, text, tmp_path, monkeypatch):
     monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
-    run_cells(NOTEBOOKS[model], asked(model, text) | {"output_dir": str(tmp_path / "run")})
+    settings = asked(model, text)
+    notebook = NOTEBOOKS[settings.get("model", "context")]
+    run_cells(notebook, settings | {"output_dir": str(tmp_path / "run")})
     assert_same_run(tmp_path / "run", made[model][0])
+
+
+def test_zeros_for_contexts_are_trained_and_judged_with_on_every_part(made, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
+    other = Experiment.from_mapping(asked("zeros", text), {"phase1_init_std": 0.2})  # moves every context
+    metrics, others = read(made["zeros"][0]), run(other, tmp_path / "run")
+    assert metrics["horizon"] != others["horizon"]
+    for part in ("val", "development", "test"):
+        assert metrics[f"{part}_loss"] == others[f"{part}_loss"]
 
 
 def write(folder, settings=None, this=None, **columns):

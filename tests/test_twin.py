@@ -14,7 +14,7 @@ from tests.conftest import stream, tiny, train_token_block
 SHAPES = [
     {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2},
     {"num_layers": 1, "context_dim": 20, "num_input_tokens": 1, "phase1_gradient_clip": 1e-2},
-    {"num_layers": 2, "context_dim": 8, "num_input_tokens": 3},
+    {"num_layers": 2, "context_dim": 8, "num_input_tokens": 3, "phase2_gradient_clip": 1e-2},
     {"num_layers": 3, "context_dim": 12, "num_input_tokens": 2, "design": "arithmetic"},
     {"num_layers": 2, "context_dim": 9, "num_input_tokens": 1, "design": "arithmetic"},
 ]

@@ -410,8 +410,9 @@ def pairs(
         if len(alike):
             names = " and ".join(map(str, alike[:2]))
             raise ValueError(f"{names} are equal in {', '.join(keys)}: say in `at`, `a` or `b` in what they differ")
-        sides.append(side.set_index([*keys, "replicate"]))
-    both = sides[0].merge(sides[1], left_index=True, right_index=True, suffixes=("_a", "_b")).copy().reset_index()
+        sides.append(side)
+    # grids that were read apart may number the same draws otherwise: a pair's replicate is a's
+    both = sides[0].merge(sides[1].drop(columns="replicate"), on=keys, suffixes=("_a", "_b")).copy()
     both = both.assign(difference=both[f"{column}_a"] - both[f"{column}_b"])
     comparable = both["difference"].notna()
     if column in LOSSES:
@@ -524,6 +525,10 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     The variance between sites is Paule & Mandel's (1982), the interval of their mean Hartung & Knapp's (2001) with as
     many degrees of freedom as sites less one.
 
+    Args:
+        sites: those with an interval over replicates are taken together.
+        contrast, at: as `Estimate`; {n} in `at` becomes the number of sites that are.
+
     Returns:
         the mean over sites, in their unit; the standard deviation between them; and the prediction for a new site, with
         Student's prediction interval (Higgins, Thompson & Spiegelhalter 2009). Nothing of fewer than three sites with
@@ -532,6 +537,7 @@ def combined(sites: Sequence[Estimate], contrast: str, at: str = "") -> Estimate
     sites = [site for site in sites if site.error and site.replicates > 1]
     if len(sites) < 3:
         return Estimates()
+    at = at.format(n=len(sites))
     values, variances = np.array([(site.value, site.error**2) for site in sites]).T
     result = combine_effects(values, variances, method_re="iterated")
     mean, spread = result.mean_effect_re, math.sqrt(max(result.tau2, 0))
