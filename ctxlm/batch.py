@@ -65,7 +65,7 @@ def execute(notebook: str, executed: Path, done: Path, values: Mapping[str, Any]
         before, log = _changed(done), executed.with_suffix(".log")
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-        if _changed(done) != before:  # what papermill reports is not trusted, neither for good nor for ill
+        if _changed(done) not in (before, None):  # what papermill reports is not trusted, neither for good nor for ill
             return ""
         printed = log.read_text(encoding="utf-8", errors="replace").strip()
         reason = printed.splitlines()[-1].strip() if printed else f"papermill ended with {code} and printed nothing"

@@ -208,20 +208,22 @@ class Search:
     def draw(self) -> Trial:
         """A new trial of the turn that has the fewest, numbers of a range to three digits."""
         with self.drawing:  # other threads draw, too
-            counts = [len(study.trials) for study in self.studies]
-            turn = counts.index(min(counts))
-            trial = self.studies[turn].ask()
-        drawn = {}
-        for line, given in self.file.space.items():
-            if line == self.file.turns:
-                drawn[line] = self._ends(line)[turn]
-            elif isinstance(given, dict):
-                value = float(f"{trial.suggest_float(line, **given):.3g}")
-                low, high = self._ends(line)
-                drawn[line] = min(max(value, low), high)
-            else:
-                drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
-        trial.set_user_attr("drawn", drawn)
+            ended, running = self.trials(*ENDED), self.trials(TrialState.RUNNING)
+            turns = [
+                self.turn(trial) for trial in [*ended, *running] if trial.user_attrs
+            ]  # else it is lost
+            turn = min(range(len(self.studies)), key=turns.count)
+            trial, drawn = self.studies[turn].ask(), {}
+            for line, given in self.file.space.items():
+                if line == self.file.turns:
+                    drawn[line] = self._ends(line)[turn]
+                elif isinstance(given, dict):
+                    value = float(f"{trial.suggest_float(line, **given):.3g}")
+                    low, high = self._ends(line)
+                    drawn[line] = min(max(value, low), high)
+                else:
+                    drawn[line] = given[trial.suggest_categorical(line, range(len(given)))]
+            trial.set_user_attr("drawn", drawn)
         return trial
 
     def carry_out_full(self, top: int, jobs: int) -> None:
