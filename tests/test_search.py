@@ -255,7 +255,10 @@ def trained(e, **changed):
     return sum(p.numel() for p in model.trained().values())
 
 
-@pytest.mark.parametrize(("file", "name", "window"), [("A", "A", "phase2_context_window"), ("lstm", "LSTM", "window")])
+@pytest.mark.parametrize(
+    ("file", "name", "window"),
+    [("A", "A", "phase2_context_window"), ("lstm", "LSTM", "window"), ("mingru", "minGRU", "window")],
+)
 def test_what_grids_compare_is_what_our_searches_found(file, name, window, monkeypatch):
     monkeypatch.setattr(search, "check_data", lambda experiments: None)
     ours, trials = Search(f"params/search/{file}.yaml"), pd.read_csv(search.TABLES / f"{file}.csv")
