@@ -183,8 +183,15 @@ CONTRASTS = {
     "07_alternatives: LSTM − A, each by its own search @ 20,000 tokens": contrast(
         QUICK, "searched-quick/LSTM", "searched-quick/A"
     ),
-    "07_alternatives: A − B, each by its own search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B"),
-    "07_alternatives: A − B, both by A's search @ 20,000 tokens": contrast(QUICK, "fair-quick/A", "fair-quick/B-as-A"),
+    "07_alternatives: minGRU − A, each by its own search @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/minGRU", "searched-quick/A"
+    ),
+    "07_alternatives: A − B, each by its own search @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/A", "searched-quick/B"
+    ),
+    "07_alternatives: A − B, both by A's narrower search @ 20,000 tokens": contrast(
+        QUICK, "fair-quick/A", "fair-quick/B-as-A"
+    ),
     "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": contrast(LARGE, "baselines/KN-4", "stabilised/A"),
     "07_alternatives: context 256 − 128, searched @ ": pooled("searched-depth", 1, "context_dim", 256, 128),
     "07_alternatives: 2 layers − 6 layers, searched @ ": pooled("searched-depth", 1, "num_layers", 2, 6),
