@@ -208,8 +208,8 @@ class Search:
     def draw(self) -> Trial:
         """A new trial of the turn that has the fewest, numbers of a range to three digits."""
         with self.drawing:  # other threads draw, too
-            ended, running = self.trials(*ENDED), self.trials(TrialState.RUNNING)
-            turns = [self.turn(trial) for trial in [*ended, *running] if trial.user_attrs]  # else it is lost
+            known = self.trials(*ENDED, TrialState.RUNNING)
+            turns = [self.turn(trial) for trial in known if trial.user_attrs]  # else it is lost
             turn = min(range(len(self.studies)), key=turns.count)
             trial, drawn = self.studies[turn].ask(), {}
             for line, given in self.file.space.items():

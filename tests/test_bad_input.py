@@ -13,10 +13,13 @@ from tests.conftest import refusal
 LATIN1 = "wörd: né\n".encode("latin-1")
 CORPORA = [
     ("empty.txt", b""),
+    ("blank.txt", b" \n\n\t\n"),
     ("few.txt", b"\n\n".join([b"a short text"] * 5)),
     ("one line.txt", b"a" * 100),
     ("Latin-1.txt", LATIN1),
+    ("binary.txt", bytes(range(256)) * 8),
     ("Latin-1.jsonl", LATIN1),
+    ("blank.jsonl", b"\n"),
     ("truncated.jsonl", b'{"text": "x"}\n\n{"text": \n'),
     ("other key.jsonl", b'{"text": "x"}\n{"txt": "x"}'),
     ("null.jsonl", b'{"text": null}'),

@@ -59,6 +59,8 @@ def papermill(folder, values, monkeypatch):
             options["stdout"].write(f"Traceback\n{line}\n\n")
             if line == "done":
                 write_result(folder, values)
+            elif line == "gone":
+                (folder / "metrics.json").unlink()
             return subprocess.CompletedProcess(command, code)
 
         monkeypatch.setattr(batch.subprocess, "run", run)
@@ -78,6 +80,7 @@ def carry_out(folder, values, notebook="notebooks/x.ipynb", **options):
         ("done", 1, ""),  # a kernel that dies once all is written
         ("ConfigError: no", 1, "ConfigError: no"),
         ("all is well", 0, "all is well"),  # papermill's word is not taken for it
+        ("gone", 1, "gone"),  # whoever deletes a folder while its run is made has no result
         ("Executing Cell 5", -9, "memory"),
     ],
 )

@@ -93,7 +93,9 @@ def test_what_a_runs_checkpoint_depends_on(tmp_path, without_code):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
-def test_a_disk_that_is_full_for_a_while_costs_a_run_its_checkpoints_and_no_bit(error, text, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_for_a_while_costs_a_run_its_checkpoints_and_no_bit(
+    error, text, tmp_path, monkeypatch, capsys
+):
     """Which torch says in two ways: where the file cannot be made, and where it is cut off."""
     e, save, failed = Experiment.from_mapping(asked("lstm", text), EPOCHS), torch.save, []
 
@@ -106,5 +108,5 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_its_checkpoints_and_no_bit(
     run(e, tmp_path / "run")
     monkeypatch.setattr(torch, "save", full)
     run(e, tmp_path / "full")
-    assert len(failed) == 3
+    assert len(failed) == 3 == capsys.readouterr().out.count(str(tmp_path / "full" / "checkpoint.pt"))
     assert_same_run(tmp_path / "full", tmp_path / "run")

@@ -223,6 +223,17 @@ def test_a_missing_grid_is_answered_with_the_nearest_or_where_all_stand():
 # The repository's grids
 
 
+def test_the_study_grid_is_the_study_in_five_replicates():
+    shapes, drawn = {"A": (6, 768), "B": (3, 1536)}, {"seed", "data_seed", "embedding_seed"}
+    free = {"experiment", "num_layers", "context_dim", "train_tokens"} | drawn
+    runs = list(load_grid("study").runs.values())
+    assert len(runs) == 20 and len({tuple(run.model_dump(include=drawn).values()) for run in runs}) == 5
+    assert {(run.experiment, run.train_tokens) for run in runs} == {(x, n) for x in "AB" for n in (86_925, 183_620)}
+    for run in runs:
+        assert (run.num_layers, run.context_dim) == shapes[run.experiment]
+        assert run.model_dump(exclude=free) == Experiment().model_dump(exclude=free)
+
+
 def test_logits_spread_alike_at_every_width():
     for width, scale in {768: 0.204, 576: 0.236, 128: 0.5}.items():
         recipe = Experiment.from_mapping(read_yaml("params/stabilised.yaml"), {"embed_dim": width})

@@ -254,6 +254,11 @@ def test_what_a_token_changes_is_what_the_other_text_has_otherwise(name, loaded)
     assert same["kl"] == 0 and not same["context_distance"] > 0
 
 
+def test_an_n_gram_forgets_what_it_does_not_read(loaded):
+    kl = changed(loaded["KN-3"], TEXT, " tree", 99)["kl"]
+    assert len(kl) == len(tokenizer().encode(TEXT).ids) and (kl > 1e-9).tolist() == [True] * 2 + [False] * (len(kl) - 2)
+
+
 # What is refused
 
 

@@ -51,7 +51,12 @@ def test_an_experiment_from_a_text_of_ones_own(tmp_path, text):
     assert process.returncode == 0, process.stderr
     metrics = metrics_of(tmp_path / "run")
     assert (metrics["train_tokens"], metrics["num_layers"], metrics["corpus"]) == (600, 2, str(text))
-    assert metrics["recurrence_residual"] <= 1e-5
+    assert metrics["val_ppl"] > 1 and metrics["test_ppl"] > 1 and metrics["recurrence_residual"] <= 1e-5
+    history = pd.read_csv(tmp_path / "run" / "history.csv").set_index(["phase", "step", "metric"])["value"]
+    assert history["forgetting_init", 0, "share_left"] == history["forgetting", 0, "share_left"] == 1
+    assert history["recent_tokens", 0, "val_ppl"] > 1
+    for name in ("init_er_pct", "train_er_pct", "train_er_noiseless_pct", "val_er_pct"):
+        assert 0 < metrics[name] <= 100
     cells = nbformat.read(executed, as_version=4).cells
     data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     figures = [base64.b64decode(shown["image/png"]) for shown in data if "image/png" in shown]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -190,3 +191,26 @@ def test_a_killed_grid_goes_on_by_the_same_command_and_by_two_at_once(grid):
     assert [command.returncode for command in commands] == [0, 0], killed.printed
     assert {run: len(contents) for run, contents in seen.items()} == {"A": 1, "K": 1, "L": 1}  # each was done once
     assert killed.numbers() == grid.numbers()
+
+
+@pytest.mark.night
+def test_a_grid_that_is_killed_at_random_is_the_undisturbed_one(grid):
+    """Killed are all processes, the command alone, or any one of them."""
+    grid.plan("A", "K", "L")
+    assert grid.run()[0] == 0
+    draws, kills, starts = random.Random(0), 0, 0
+    while kills < 20:
+        killed, code = Grid(grid.folder, grid.folder / f"killed-{starts}"), None
+        while code != 0:
+            process, code, starts = killed.start(), None, starts + 1
+            assert starts < 60, f"it does not go on by itself: {killed.printed}"
+            while code is None:
+                try:
+                    code = process.wait(draws.uniform(1, 40) if kills < 20 else None)
+                except subprocess.TimeoutExpired:
+                    everyone = tree(psutil.Process(process.pid))
+                    commands = tree(psutil.Process(process.pid), below="ctxlm.batch")
+                    kill(draws.choice([everyone, commands, [draws.choice(everyone)]]))
+                    kills += 1
+        assert killed.numbers() == grid.numbers(), killed.printed
+        assert (killed.home / "estimates.csv").read_bytes() == (grid.home / "estimates.csv").read_bytes()

@@ -128,8 +128,7 @@ def test_the_cells_of_a_notebook_give_what_run_gives(made, model, text, tmp_path
     monkeypatch.setenv("CTXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
     settings = asked(model, text)
-    notebook = NOTEBOOKS[settings.get("model", "context")]
-    run_cells(notebook, settings | {"output_dir": str(tmp_path / "run")})
+    run_cells(NOTEBOOKS[settings["model"]], settings | {"output_dir": str(tmp_path / "run")})
     assert_same_run(tmp_path / "run", made[model][0])
 
 
