@@ -175,9 +175,6 @@ class Experiment(Checked):
         0, description="tokens that the ContextBlock is trained through; 0: not trained"
     )
     phase2_shuffle: bool = Field(False, description="read in random order, anew every epoch")
-    slow_decay: Share = Field(
-        0.0, description="share that a token leaves of a slow context, which the head reads; 0: none"
-    )
     # Other models
     ngram_order: int = Field(4, ge=1, le=64, description="longest n-gram of kneser-ney, in tokens")
     ngram_second_half: bool = Field(False, description="kneser-ney counts the text that ppmi has read, too")
@@ -234,8 +231,8 @@ class Experiment(Checked):
         updates = max(1, math.ceil((self.train_tokens - self.held_out_tokens - 1) / self.phase2_batch_size))
         if self.validations_per_epoch > updates:
             refuse("validations_per_epoch phase2_batch_size", f"an epoch has fewer updates, {updates}: lower one")
-        if self.context_ablation != "none" and (self.phase2_context_window or self.slow_decay or self.context_rank):
-            refuse("context_ablation phase2_context_window slow_decay context_rank", "the first replaces the contexts")
+        if self.context_ablation != "none" and (self.phase2_context_window or self.context_rank):
+            refuse("context_ablation phase2_context_window context_rank", "the first replaces the contexts")
         if self.phase2_shuffle and self.phase2_context_window:
             refuse("phase2_shuffle phase2_context_window", "the second trains through consecutive tokens: set it to 0")
         if self.context_rank and self.phase2_context_window:

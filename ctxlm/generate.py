@@ -43,14 +43,11 @@ class State(NamedTuple):
     """The last tokens, oldest first: those that the model reads as they are."""
     hidden: tuple[Tensor, ...] = ()
     """What it made of all tokens so far; what it remembers them by stands last."""
-    slow: Tensor | None = None
-    """The slow context, [1, d], where there is one."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps alive."""
-        tensors = [*self.hidden, *([] if self.slow is None else [self.slow])]
-        storages = [tensor.untyped_storage() for tensor in tensors]  # an echo's layers are one
+        storages = [tensor.untyped_storage() for tensor in self.hidden]  # an echo's layers are one
         return 8 * len(self.recent) + sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -72,20 +69,14 @@ class LanguageModel(Protocol):
 
 
 class _Neural(LanguageModel):
-    """What trained models share: the head and the slow context. `judge` knows their losses on a stream."""
+    """What trained models share: the head. `judge` knows their losses on a stream."""
 
     def __init__(self, model: ContextLM | NeuralLM, judge: Predictor | Reader):
         self.model, self.judge = model, judge
-        self.nothing = None if model.slow is None else torch.zeros(1, model.embedding.shape[1])
 
-    def _slow(self, state: State, token: int) -> Tensor | None:
-        """The slow context after one token more."""
-        slow, embedding = self.model.slow, self.model.read_embedding
-        return None if slow is None else slow.decay * state.slow + slow.inputs(embedding, torch.tensor([token]))
-
-    def _predict(self, h: Tensor, state: State) -> Tensor:
+    def _predict(self, h: Tensor) -> Tensor:
         """Log probabilities [V] from h [1, d]."""
-        score, h = self.judge.score, h if state.slow is None else self.model.slow(h, state.slow)
+        score = self.judge.score
         return F.linear(h * score.scale, score.weight, score.bias)[0].log_softmax(0)
 
     def losses(self, tokens: Tensor) -> Tensor:
@@ -101,15 +92,15 @@ class ContextLanguageModel(_Neural):
     """The context model: `recent` are its input tokens, `hidden` the contexts of all layers, L tensors [1, width]."""
 
     def start(self) -> State:
-        return State((), tuple(torch.zeros(1, width) for width in self.model.context_block.widths), self.nothing)
+        return State((), tuple(torch.zeros(1, width) for width in self.model.context_block.widths))
 
     def step(self, state: State, token: int) -> State:
         recent, block = _append(state.recent, token, self.model.num_input_tokens), self.model.context_block
         contexts = block(state.hidden[-1], block.projections(self.model.context_inputs(*_placed(recent))))
-        return State(recent, tuple(contexts), self._slow(state, token))
+        return State(recent, tuple(contexts))
 
     def log_probs(self, state: State) -> Tensor:
-        return self._predict(self.model.token_block(self.model.inputs(*_placed(state.recent)), state.hidden), state)
+        return self._predict(self.model.token_block(self.model.inputs(*_placed(state.recent)), state.hidden))
 
     def _later(self, tokens: Tensor) -> Tensor:
         return evaluate(self.judge, chunked(self.model, tokens))[0]
@@ -120,30 +111,30 @@ class RecurrentLanguageModel(_Neural):
 
     def start(self) -> State:
         body = self.model.body
-        return State((), (torch.zeros(1, body.out.out_features), *body.start(1)), self.nothing)
+        return State((), (torch.zeros(1, body.out.out_features), *body.start(1)))
 
     def step(self, state: State, token: int) -> State:
         h, hidden = self.model.body(self.model.inputs(*_placed((token,)))[None], state.hidden[1:])
-        return State((), (h[:, 0], *hidden), self._slow(state, token))
+        return State((), (h[:, 0], *hidden))
 
     def log_probs(self, state: State) -> Tensor:
-        return self._predict(state.hidden[0], state)
+        return self._predict(state.hidden[0])
 
 
 class TransformerLanguageModel(_Neural):
     """A Transformer: `recent` is its window; when it is full, half of it is kept, as when a run is judged."""
 
     def start(self) -> State:
-        return State((-1,) * (self.model.window // 2), (), self.nothing)  # places without a token
+        return State((-1,) * (self.model.window // 2))  # places without a token
 
     def step(self, state: State, token: int) -> State:
         window, full = self.model.window, len(state.recent) == self.model.window
-        return State((*state.recent[window - window // 2 if full else 0 :], token), (), self._slow(state, token))
+        return State((*state.recent[window - window // 2 if full else 0 :], token))
 
     def log_probs(self, state: State) -> Tensor:
         tokens, last = _placed(tuple(token for token in state.recent if token >= 0))
         positions = torch.arange(min(int(last), 0), int(last) + 1)
-        return self._predict(self.model.body(self.model.inputs(tokens, positions)[None])[0][:, -1], state)
+        return self._predict(self.model.body(self.model.inputs(tokens, positions)[None])[0][:, -1])
 
 
 class NGramLanguageModel(LanguageModel):

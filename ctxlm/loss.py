@@ -6,7 +6,6 @@ follows from its log-sum-exp. A gradient of the head or the bias needs the final
 """
 
 import threading
-from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -143,25 +142,14 @@ def linear_cross_entropy(
 
 
 class HeadLoss:
-    """The next-token loss through the tied head, which, if frozen, is converted to the type of the products once.
-
-    Where the model has a slow context, the head reads that too.
-    """
+    """The next-token loss through the tied head, which, if frozen, is converted to the type of the products once."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         """`model`: a ContextLM or a NeuralLM."""
         weight = model.embedding
         self.weight = weight if weight.requires_grad else weight.detach().to(dtype)
         self.bias, self.scale, self.dtype = model.output_bias, model.logit_scale, dtype
-        self.slow = model.slow
-        if model.slow is not None:  # those of the last two streams, training and validation, are kept
-            self.slow_contexts = lru_cache(2)(partial(model.slow.contexts, model.read_embedding))
 
-    def __call__(self, h: Tensor, tokens: Tensor, positions: Tensor, slow: Tensor | None = None) -> Losses:
-        """Losses of predicting what follows `positions` [B] of the stream `tokens` [T] from h [B, d] there.
-
-        `slow`: the slow contexts there, [B, d]; None: the stream's.
-        """
-        if self.slow is not None:
-            h = self.slow(h, self.slow_contexts(tokens)[positions] if slow is None else slow)
+    def __call__(self, h: Tensor, tokens: Tensor, positions: Tensor) -> Losses:
+        """Losses of predicting what follows `positions` [B] of the stream `tokens` [T] from h [B, d] there."""
         return linear_cross_entropy(h.float() * self.scale, self.weight, tokens[positions + 1], self.bias, self.dtype)

@@ -105,7 +105,7 @@ def lyapunov(block: ContextBlock, contexts: Contexts, steps: int = 64, starts: i
 def recent_tokens(
     model: ContextLM, losses: Callable[..., Losses], contexts: Contexts, positions: int = 1024
 ) -> list[dict]:
-    """PPL at evenly spaced positions when the context (and the slow one), from zero, has read the last k tokens only.
+    """PPL at evenly spaced positions when the context, from zero, has read the last k tokens only.
 
     The TokenBlock reads its own input tokens as ever. `losses` is a `Predictor`'s `from_layers`. Rows of history.csv:
     phase `recent_tokens`, step k (0: the whole stream), metrics `val_loss` and `val_ppl`. A k that the stream does not
@@ -120,8 +120,8 @@ def recent_tokens(
     nothing = torch.arange(distinct.n, device=tokens.device) * len(distinct.rows)  # as before the stream's start
     tables, rows = distinct.tables(block), []
 
-    def record(k: int, layers: list[Tensor], slow: Tensor | None = None) -> None:
-        loss = losses(tokens, at, layers, slow)[1].double().mean().item()
+    def record(k: int, layers: list[Tensor]) -> None:
+        loss = losses(tokens, at, layers)[1].double().mean().item()
         values = {"val_loss": loss, "val_ppl": perplexity(loss)}
         rows.extend({"phase": "recent_tokens", "step": k, "metric": m, "value": v} for m, v in values.items())
 
@@ -131,11 +131,7 @@ def recent_tokens(
         for back in range(k - 1, -1, -1):
             places = torch.where(offsets - back > -k, distinct.table_rows(at - back), nothing)
             layers = block(layers[-1], look_up(tables, places))
-        slow = None
-        if model.slow is not None:
-            embedding, decay = model.read_embedding, model.slow.decay
-            slow = sum(decay**back * model.slow.inputs(embedding, tokens[at - back]) for back in range(k))
-        record(k, layers, slow)
+        record(k, layers)
     return rows
 
 

@@ -233,58 +233,15 @@ def look_up(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
     return [F.embedding_bag(rows, table, mode="sum") for table in tables]
 
 
-class SlowContext(nn.Module):
-    """A context that forgets at a set pace, which the head reads through a trained gain: s_t = a·s_{t-1} + w(x_t)·e_t.
-
-    e_t is the normalised embedding of the token x_t, and a `slow_decay` (structurally constrained recurrence; Mikolov
-    et al., 2015). The rarer a token, the more it tells: w = RARE / (RARE + its frequency), the weights of Arora, Liang
-    & Ma (2017).
-    """
-
-    RARE = 1e-3
-    """The frequency at which a token counts for half."""
-    GAIN = 0.07
-    """The gain before it is trained, in units of 1 / logit_scale; training moves it little."""
-
-    def __init__(self, decay: float, logit_scale: float, vocabulary: int, width: int):
-        super().__init__()
-        self.decay = decay
-        self.gain = nn.Parameter(torch.full((width,), self.GAIN / logit_scale))
-        self.register_buffer("weights", torch.ones(vocabulary))
-
-    def weigh(self, frequencies: Tensor) -> None:
-        """Set the tokens' weights by their `frequencies` [V] in the training tokens, none of them 0."""
-        self.weights.copy_(self.RARE / (self.RARE + frequencies))
-
-    def inputs(self, embedding: Tensor, tokens: Tensor) -> Tensor:
-        """What each of `tokens` [...] adds, [..., d]."""
-        return self.weights[tokens].unsqueeze(-1) * normalised(embedding, tokens)
-
-    @torch.no_grad()
-    def contexts(self, embedding: Tensor, tokens: Tensor) -> Tensor:
-        """The slow context after every token of the stream `tokens` [T], float32 [T, d]."""
-        rows = self.inputs(embedding, tokens)
-        for t in range(1, len(rows)):
-            rows[t].add_(rows[t - 1], alpha=self.decay)
-        return rows
-
-    def forward(self, h: Tensor, rows: Tensor) -> Tensor:
-        """What the head reads: h [B, d], and the slow contexts [B, d] there, normalised, times the gain."""
-        return h + self.gain * F.layer_norm(rows, rows.shape[-1:])
-
-
 @torch.no_grad()
 def set_frequencies(model: nn.Module, tokens: Tensor) -> None:
-    """Start what goes by the frequencies of the training `tokens` [T]: an output bias, a slow context's weights.
+    """Start an output bias, where there is one, at the log frequencies of the training `tokens` [T].
 
     Every token counts once more than it occurs, so that none is impossible.
     """
-    counts = torch.bincount(tokens, minlength=len(model.embedding)) + 1.0
-    log_frequencies = (counts / counts.sum()).log()
     if model.output_bias is not None:
-        model.output_bias.copy_(log_frequencies)
-    if model.slow is not None:
-        model.slow.weigh(log_frequencies.exp())
+        counts = torch.bincount(tokens, minlength=len(model.embedding)) + 1.0
+        model.output_bias.copy_((counts / counts.sum()).log())
 
 
 class ContextLM(nn.Module):
@@ -305,7 +262,6 @@ class ContextLM(nn.Module):
         # Phase 2 starts it at the log frequencies of the training tokens.
         self.output_bias = nn.Parameter(torch.zeros(embedding.shape[0])) if e.output_bias == "unigram" else None
         self.logit_scale = e.logit_scale
-        self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
         self.trains_contexts = bool(e.phase2_context_window)
 
     def inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:

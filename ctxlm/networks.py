@@ -20,7 +20,7 @@ from ctxlm.embeddings import load_embedding
 from ctxlm.files import digest
 from ctxlm.loss import HeadLoss, Losses
 from ctxlm.metrics import Baseline
-from ctxlm.model import SlowContext, forward_flops, set_frequencies, token_inputs, trained_weights
+from ctxlm.model import forward_flops, set_frequencies, token_inputs, trained_weights
 from ctxlm.trainer import Trainer
 
 State = tuple[Tensor, ...]
@@ -157,9 +157,6 @@ class NeuralLM(nn.Module):
             torch.default_generator.manual_seed(generator(e.seed, "init", e.model).initial_seed())
             self.body: LSTM | MinGRU | Transformer = BODIES[e.model](e)
         self.output_bias = nn.Parameter(torch.zeros(len(embedding))) if e.output_bias == "unigram" else None
-        self.slow = SlowContext(e.slow_decay, e.logit_scale, *embedding.shape) if e.slow_decay else None
-        # what the slow context is made from: as it was before training
-        self.register_buffer("read_embedding", embedding if self.slow else None, persistent=False)
         self.logit_scale, self.window = e.logit_scale, e.window
         self.recurrent = self.body.recurrent
         """Whether a state is carried from window to window."""
@@ -215,8 +212,7 @@ def evaluate(reader: Reader, tokens: Tensor, warmup: int = WARMUP, part: int = P
     """Every target's loss, nats, float32 [T - 1], and the accuracy (top-1, a fraction); of tokens int64 [T].
 
     A recurrent network is judged in parts of `part` targets, each read from `warmup` positions earlier. A Transformer,
-    for which neither counts, sees half a window or more before every token but the stream's first ones. A slow context
-    has read the stream from its start.
+    for which neither counts, sees half a window or more before every token but the stream's first ones.
     """
     if not reader.model.recurrent:
         warmup = reader.model.window // 2

@@ -26,16 +26,11 @@ class Predictor:
         """Losses of predicting the tokens after the positions `at`, int64 [B]."""
         return self.from_layers(stream.tokens, at, stream.layers(self.model.context_block, at))
 
-    def from_layers(
-        self, tokens: Tensor, positions: Tensor, layers: list[Tensor], slow: Tensor | None = None
-    ) -> Losses:
-        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, width].
-
-        `slow`: the slow contexts there, [B, d], where the model has them; None: those of the stream.
-        """
+    def from_layers(self, tokens: Tensor, positions: Tensor, layers: list[Tensor]) -> Losses:
+        """The same after `positions` [B] of `tokens`, from every layer's contexts there, L tensors [B, width]."""
         with autocast(tokens.device, self.dtype):
             h = self.model.token_block(self.model.inputs(tokens, positions), layers)
-        return self.score(h, tokens, positions, slow)
+        return self.score(h, tokens, positions)
 
 
 @torch.no_grad()
@@ -50,8 +45,8 @@ def evaluate(predict: Predictor, stream: Contexts) -> tuple[Tensor, float]:
 class Phase2:
     """What Phase 2 is, for the trainer: N tokens give N - 1 targets, each read once an epoch.
 
-    Trained are the TokenBlock and what else the model has to train: the output's bias, the slow context's gain, and the
-    embedding unless frozen. Batches are consecutive tokens in stream order, the short last one included; with
+    Trained are the TokenBlock and what else the model has to train: the output's bias, and the embedding unless frozen.
+    Batches are consecutive tokens in stream order, the short last one included; with
     `phase2_shuffle` they are drawn anew for every epoch, without replacement: contexts are made before.
 
     With `phase2_context_window` the ContextBlock is trained too: a batch is cut into windows of so many tokens, and

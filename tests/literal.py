@@ -162,9 +162,8 @@ def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
     `val_losses` (the best epoch's, one for each validation target, [N - 1]).
     With `phase2_context_window` the ContextBlock is trained too, through so many tokens at a time from the context held
     before them; an epoch begins with contexts folded anew, and what is validated has contexts of its own weights.
-    With `output_bias` unigram a bias of the logits is trained, which starts at the log frequencies. With `slow_decay`
-    the head reads s_t = a·s_{t-1} + w(x_t)·x_t too, normalised, times a trained gain; rare tokens weigh more.
-    With `phase2_shuffle` an epoch reads its positions in the order that `order(epoch)` gives.
+    With `output_bias` unigram a bias of the logits is trained, which starts at the log frequencies. With
+    `phase2_shuffle` an epoch reads its positions in the order that `order(epoch)` gives.
     """
     snapshot = weights.embedding.detach().clone()  # contexts keep Phase 1's embedding
     parameters = [tensor for layer in weights.token_layers for tensor in layer.values()]
@@ -173,17 +172,13 @@ def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
         parameters += [tensor for layer in weights.context_layers for tensor in layer.values()]
     if not settings["phase2_freeze_embedding"]:
         parameters.append(weights.embedding)
-    vocabulary, d = snapshot.shape
-    frequencies = torch.ones(vocabulary)
-    for token in train_tokens:
-        frequencies[token] += 1
-    frequencies /= frequencies.sum()
-    bias, gain = torch.zeros(vocabulary), torch.full((d,), 0.07 / settings["logit_scale"])
+    bias = torch.zeros(len(snapshot))
     if settings["output_bias"] == "unigram":
-        bias = frequencies.log()
+        counts = torch.ones(len(snapshot))
+        for token in train_tokens:
+            counts[token] += 1
+        bias = (counts / counts.sum()).log()
         parameters.append(bias)
-    if settings["slow_decay"]:
-        parameters.append(gain)
     for tensor in parameters:
         tensor.requires_grad_(True)
     groups = [
@@ -192,21 +187,12 @@ def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
     ]
     optimiser = torch.optim.AdamW(groups, lr=settings["phase2_learning_rate"])
 
-    def slow_contexts(tokens):
-        s, rows = torch.zeros(d), []
-        for token in tokens if settings["slow_decay"] else []:
-            s = settings["slow_decay"] * s + 0.001 / (0.001 + frequencies[token]) * F.layer_norm(snapshot[token], (d,))
-            rows.append(s)
-        return rows
-
-    def predict(tokens, t, contexts, slow):
+    def predict(tokens, t, contexts):
         h = token_step(weights, contexts, token_input(weights.embedding, tokens, t, n))
-        if settings["slow_decay"]:
-            h = h + gain * F.layer_norm(slow[t], (d,))
         return settings["logit_scale"] * (weights.embedding @ h) + bias
 
-    train_contexts, train_slow = run_contexts(weights, train_tokens, n, snapshot), slow_contexts(train_tokens)
-    val_contexts, val_slow = run_contexts(weights, val_tokens, n, snapshot), slow_contexts(val_tokens)
+    train_contexts = run_contexts(weights, train_tokens, n, snapshot)
+    val_contexts = run_contexts(weights, val_tokens, n, snapshot)
     targets = len(train_tokens) - 1
     epochs, steps, best, best_tensors = [], [], None, None
     for epoch in range(1, settings["phase2_epochs"] + 1):
@@ -226,7 +212,7 @@ def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
                     contexts = context_step(weights, c, token_input(snapshot, train_tokens, t, n))
                     c = contexts[-1]
                     anew[t] = c.detach()
-                rows.append(predict(train_tokens, t, contexts, train_slow))
+                rows.append(predict(train_tokens, t, contexts))
             logits = torch.stack(rows)
             following = torch.as_tensor([int(train_tokens[t + 1]) for t in positions])
             loss = F.cross_entropy(logits, following)
@@ -243,7 +229,7 @@ def phase2(weights, train_tokens, val_tokens, n, settings, order=None):
             val_contexts = run_contexts(weights, val_tokens, n, snapshot)
         with torch.no_grad():
             judged = range(len(val_tokens) - 1)
-            logits = torch.stack([predict(val_tokens, t, val_contexts[t], val_slow) for t in judged])
+            logits = torch.stack([predict(val_tokens, t, val_contexts[t]) for t in judged])
             following = torch.as_tensor([int(token) for token in val_tokens[1:]])
             val_losses = F.cross_entropy(logits, following, reduction="none")
         record = {"train_loss": loss_sum / targets, "train_accuracy": hits / targets}

@@ -37,8 +37,7 @@ def test_the_floor_counts_the_products_of_a_token(layers, c, d, n, monkeypatch):
     }
 
 
-UNCOUNTED = {"design": "arithmetic", "phase2_freeze_embedding": False, "phase2_context_window": 1}
-UNCOUNTED |= {"slow_decay": 0.9, "dropout": 0.1}
+UNCOUNTED = {"design": "arithmetic", "phase2_freeze_embedding": False, "phase2_context_window": 1, "dropout": 0.1}
 
 
 @pytest.mark.parametrize(("name", "value"), UNCOUNTED.items())

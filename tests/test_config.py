@@ -61,7 +61,6 @@ def test_an_unknown_name_is_refused_with_what_may_be_meant(name, meant):
     [
         {"phase2_batch_size": 512, "phase2_context_window": 7},
         {"context_ablation": "zero", "phase2_context_window": 8},
-        {"context_ablation": "zero", "slow_decay": 0.9},
         {"context_rank": 8, "phase2_context_window": 1},
         {"phase2_shuffle": True, "phase2_context_window": 1},
         {"context_rank": 769, "context_dim": 768},

@@ -41,7 +41,7 @@ RUNS = {
     "study": {},
     "echo": read_yaml("params/echo.yaml") | {"leak": 0.5},
     "tuned": read_yaml("params/tuned.yaml") | {"phase2_context_window": 4, "dropout": 0.2},
-    "LSTM": NETWORK | {"model": "lstm", "slow_decay": 0.9},
+    "LSTM": NETWORK | {"model": "lstm"},
     "Transformer": NETWORK | {"model": "transformer"},
     "KN-3": {"model": "kneser-ney", "ngram_order": 3},
 }
@@ -113,11 +113,11 @@ def planted(kind, **parameters):
 
 
 KINDS = [
-    ("context", {"num_input_tokens": 3, "slow_decay": 0.9, "output_bias": "unigram"}),
+    ("context", {"num_input_tokens": 3, "output_bias": "unigram"}),
     ("context", {"design": "arithmetic"}),
-    ("lstm", {"slow_decay": 0.9}),
-    ("mingru", {"slow_decay": 0.9}),
-    ("transformer", {"window": 7, "phase2_batch_size": 21, "slow_decay": 0.9}),
+    ("lstm", {}),
+    ("mingru", {}),
+    ("transformer", {"window": 7, "phase2_batch_size": 21}),
     ("transformer", {"window": 1}),
     ("n-gram", {}),
 ]

@@ -22,7 +22,7 @@ V = 300
 NETWORKS = {kind: {"model": kind, "num_layers": 2, "hidden_dim": 24, "window": 16} for kind in ("lstm", "mingru")}
 NETWORKS["transformer"] = {"model": "transformer", "num_layers": 2, "hidden_dim": 32, "num_heads": 4, "window": 16}
 TRAINING = {"phase2_batch_size": 64, "phase2_epochs": 2, "dtype": "float32"}
-RECIPE = {"output_bias": "unigram", "phase2_freeze_embedding": False, "slow_decay": 0.9}
+RECIPE = {"output_bias": "unigram", "phase2_freeze_embedding": False}
 RECIPE |= {"dropout": 0.2, "weight_decay": 0.1}
 
 
@@ -142,7 +142,7 @@ def meta_task(kind, e, model, device):
 
 @pytest.mark.parametrize("kind", ["constant", "arithmetic", *NETWORKS])
 def test_an_update_reads_no_number_back_and_all_of_it_stays_on_the_device(kind, meta):
-    beyond = {"output_bias": "unigram", "slow_decay": 0.9, "phase2_freeze_embedding": False}
+    beyond = {"output_bias": "unigram", "phase2_freeze_embedding": False}
     e, model = network(kind, **beyond) if kind in NETWORKS else (settings(), tiny(V, design=kind, **beyond))
     task = meta_task(kind, e, model, meta)
     for batch in task.batches(1):

@@ -41,9 +41,9 @@ def test_the_horizon_lies_between_two_tokens_on_a_logarithmic_scale():
     assert horizon([1, 0.005, 0.02, 0.002]) == pytest.approx(math.log(100) / math.log(200))  # the first time counts
 
 
-@pytest.mark.parametrize(("n", "decay"), [(1, 0.0), (3, 0.9)])
-def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, decay):
-    model, tokens = tiny(num_input_tokens=n, slow_decay=decay), stream(90)
+@pytest.mark.parametrize("n", [1, 3])
+def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n):
+    model, tokens = tiny(num_input_tokens=n), stream(90)
     contexts = sequential(model, tokens)
     predict = Predictor(model, torch.float32)
     rows = recent_tokens(model, predict.from_layers, contexts, positions=4)
@@ -55,8 +55,7 @@ def test_contexts_of_the_last_tokens_are_those_of_a_stream_that_begins_there(n, 
         for t in positions:
             last = sequential(model, tokens[t - k + 1 : t + 1])
             layers = last.layers(model.context_block, torch.arange(k - 1, k))
-            slow = predict.score.slow_contexts(last.tokens)[-1:] if decay else None
-            losses.append(predict.from_layers(tokens, torch.tensor([t]), layers, slow)[0].item())
+            losses.append(predict.from_layers(tokens, torch.tensor([t]), layers)[0].item())
         assert values[k, "val_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
         assert values[k, "val_ppl"] == pytest.approx(math.exp(values[k, "val_loss"]))
     whole = [predict(contexts, torch.arange(t, t + 1))[0].item() for t in positions]

@@ -29,7 +29,7 @@ RUNS = {
     "A": A | STUDY,
     "sound-A": A | SOUND,
     "window-B": B | SOUND | {"phase2_context_window": 4, "phase1_max_iterations": 1, "phase1_min_iterations": 1},
-    "LSTM": NETWORK | {"model": "lstm", "num_layers": 1, "window": 32, "slow_decay": 0.98},
+    "LSTM": NETWORK | {"model": "lstm", "num_layers": 1, "window": 32},
     "Transformer": NETWORK | {"model": "transformer", "num_layers": 2, "num_heads": 4, "window": 64},
     "KN-4": {"model": "kneser-ney", "ngram_order": 4},
 }

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlm.config import Experiment, read_yaml
-from ctxlm.loss import HeadLoss
 from ctxlm.model import ContextBlock, ContextLM
 from ctxlm.recurrence import CHUNKS, chunked, sequential
 from tests import literal
@@ -185,19 +183,3 @@ def test_kept_layers_are_those_computed_again(shape, dtype, monkeypatch):
     for budget in (size, size - 1):
         monkeypatch.setattr("ctxlm.recurrence.INNER_KEPT", budget)
         assert (in_chunks(100, model, tokens, keep=dtype).inner is None) == (budget < size)
-
-
-@settings(max_examples=20)
-@given(length=st.integers(1, 300), decay=st.floats(0.01, 0.999), seed=st.integers(0, 100))
-def test_slow_contexts_are_those_made_token_by_token(length, decay, seed):
-    model, tokens, draws = tiny(slow_decay=decay), stream(length, seed=seed), torch.Generator().manual_seed(seed)
-    embedding, shares = model.embedding.requires_grad_(), torch.rand(60, generator=draws)
-    model.slow.weigh(shares)
-    score, s, expected = HeadLoss(model, torch.float32), torch.zeros(8, dtype=torch.float64), []
-    rows = score.slow_contexts(tokens)
-    assert score.slow_contexts(tokens) is rows and not rows.requires_grad
-    assert score.slow_contexts(tokens.clone()) is not rows
-    for token in tokens:
-        s = decay * s + 1e-3 / (1e-3 + shares[token]) * F.layer_norm(embedding[token].detach().double(), (8,))
-        expected.append(s)
-    torch.testing.assert_close(rows.double(), torch.stack(expected), atol=1e-5, rtol=1e-4)

@@ -20,7 +20,7 @@ from tests.conftest import stream
 
 VOCABULARY = 40
 COMMON = {"embed_dim": 8, "num_layers": 2, "phase2_batch_size": 32, "phase2_epochs": 4, "phase2_patience": 4}
-EVERYTHING = {"output_bias": "unigram", "slow_decay": 0.9, "phase2_freeze_embedding": False}
+EVERYTHING = {"output_bias": "unigram", "phase2_freeze_embedding": False}
 EVERYTHING |= {"dropout": 0.2, "weight_decay": 0.3}
 KINDS = {
     "study": {"context_dim": 12},

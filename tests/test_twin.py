@@ -73,7 +73,7 @@ def test_phase1_stops_as_soon_as_enough_tokens_converged():
             assert ratios(**parameters) == {step: ratio for step, ratio in whole.items() if step <= last}
 
 
-BEYOND = {"output_bias": "unigram", "logit_scale": 0.5, "slow_decay": 0.9, "weight_decay": 2.0}
+BEYOND = {"output_bias": "unigram", "logit_scale": 0.5, "weight_decay": 2.0}
 """What the study does not have."""
 
 

@@ -181,10 +181,10 @@ def measure_apart(experiment: Experiment) -> dict[str, Any]:
     """`measure` in a process of its own.
 
     Raises:
-        ConfigError: the floor of its design, embedding, dropout, trained or slow contexts is not counted.
+        ConfigError: the floor of its design, embedding, dropout or trained contexts is not counted.
         RuntimeError: it failed; the message is its last line.
     """
-    for name in ("design", "phase2_freeze_embedding", "phase2_context_window", "slow_decay", "dropout"):
+    for name in ("design", "phase2_freeze_embedding", "phase2_context_window", "dropout"):
         given, counted = getattr(experiment, name), Experiment.model_fields[name].default
         if given != counted:
             raise ConfigError(f"{name} = {given!r}: the benchmark counts the products of {counted!r} only")
