@@ -189,8 +189,11 @@ CONTRASTS = {
     "07_alternatives: A − B, each by its own search @ 20,000 tokens": contrast(
         QUICK, "searched-quick/A", "searched-quick/B"
     ),
-    "07_alternatives: A − B, both by A's narrower search @ 20,000 tokens": contrast(
-        QUICK, "fair-quick/A", "fair-quick/B-as-A"
+    "07_alternatives: A − B, each by its own narrower search @ 20,000 tokens": contrast(
+        QUICK, "fair-quick/A", "fair-quick/B"
+    ),
+    "07_alternatives: Transformer − A, each by its own search @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/Transformer", "searched-quick/A"
     ),
     "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": contrast(LARGE, "baselines/KN-4", "stabilised/A"),
     "07_alternatives: context 256 − 128, searched @ ": pooled("searched-depth", 1, "context_dim", 256, 128),
