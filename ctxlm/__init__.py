@@ -14,6 +14,10 @@ where, from what is asked for to what is written:
 - `device`, `files`, `progress`: generators and types of products; paths, locks and the cache; a line of progress;
 - `search`: hyper-parameters by Optuna; `batch`: what Snakemake runs;
 - `analysis`: tables of finished runs, estimates with intervals, figures, the site, the playground.
+
+To extend it: a network is a class in `networks.BODIES`, a name in `config.MODULES` and a file in `params/baselines/`; a
+parameter is a field of `Experiment` and a line of `params/base.yaml` and of its notebook. `make test` names what is
+missing.
 """
 
 __version__ = "0.1.0"

@@ -171,6 +171,9 @@ CONTRASTS = {
     "06_contexts: 2 layers − 6 layers, each at its best @ 20,000 tokens": contrast(
         QUICK, "depth-best/L2", "depth-best/L6"
     ),
+    "06_contexts: 2 layers − 6 layers, tuned, each at its best @ 20,000 tokens": contrast(
+        QUICK, "depth-best/L2.A", "depth-best/L6.A"
+    ),
     "06_contexts: context 256 − 128 @ stabilised": pooled("depth", 2, "context_dim", 256, 128),
     "06_contexts: 1 layer − 6 layers @ stabilised": pooled("depth", 2, "num_layers", 1, 6),
     "06_contexts: 2 layers − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
