@@ -40,7 +40,7 @@ NETWORK = {"output_bias": "unigram", "hidden_dim": 16, "window": 16, "num_heads"
 RUNS = {
     "study": {},
     "echo": read_yaml("params/echo.yaml") | {"leak": 0.5},
-    "tuned": read_yaml("params/tuned.yaml") | {"phase2_context_window": 4, "dropout": 0.2},
+    "tuned": read_yaml("params/searched-A.yaml") | {"phase2_context_window": 4, "dropout": 0.2},
     "LSTM": NETWORK | {"model": "lstm"},
     "Transformer": NETWORK | {"model": "transformer"},
     "KN-3": {"model": "kneser-ney", "ngram_order": 3},

@@ -272,9 +272,9 @@ def test_what_grids_compare_is_what_our_searches_found(name, monkeypatch):
     judged = {"seed", "data_seed", "embedding_seed", "train_tokens", "held_out_tokens", "test_samples", "dtype"}
     assert changes("searched-quick") == judged
     if name == "A":
-        tuned = [read_yaml(f"params/{one}.yaml") for one in ("A", "search-quick", "tuned")]
-        tuned = Experiment.from_mapping(*tuned, {"context_dim": 128}).for_notebook()
-        assert {key for key in tuned if tuned[key] != expected[key]} == {"logit_scale"}  # 0.5 for 0.49
+        file = [read_yaml(f"params/{one}.yaml") for one in ("A", "search-quick", "searched-A")]
+        file = Experiment.from_mapping(*file, {"context_dim": 128}).for_notebook()
+        assert {key for key in file if file[key] != expected[key]} == {"logit_scale"}  # 0.5 for 0.49
     if name not in ("Transformer", "echo"):  # whose best window is not its list's longest, or that has none
         assert changes("search-ends") == {"experiment", "phase2_context_window" if name in "AB" else "window"}
 
