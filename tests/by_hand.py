@@ -165,23 +165,28 @@ CONTRASTS = {
     "04_chance: stabilised − study, full size @ A, 86,925 tokens": contrast(SMALL, "stabilised/A", "study/A"),
     "04_chance: stabilised − study, full size @ B, 86,925 tokens": contrast(SMALL, "stabilised/B", "study/B"),
     "04_chance: A − B, study, float32 @ 0.002": contrast(QUICK, "dtype/A", "dtype/B"),
-    "04_chance: A − B, study, rotated embedding @ 0.002": contrast(10_000, "rotation/A", "rotation/B"),
     "06_contexts: zeros, study, full size @ A": contrast(SMALL, "ablations-full/A-zero", "study/A"),
     "06_contexts: zeros, study, full size @ B": contrast(SMALL, "ablations-full/B-zero", "study/B"),
     "06_contexts: 2 layers − 6 layers, each at its best @ 20,000 tokens": contrast(
         QUICK, "depth-best/L2", "depth-best/L6"
     ),
-    "06_contexts: 2 layers − 6 layers, tuned, each at its best @ 20,000 tokens": contrast(
+    "06_contexts: 2 layers − 6 layers, searched, each at its best @ 20,000 tokens": contrast(
         QUICK, "depth-best/L2.A", "depth-best/L6.A"
     ),
     "06_contexts: context 256 − 128 @ stabilised": pooled("depth", 2, "context_dim", 256, 128),
     "06_contexts: 1 layer − 6 layers @ stabilised": pooled("depth", 2, "num_layers", 1, 6),
     "06_contexts: 2 layers − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
-    "07_alternatives: A, searched − A, stabilised @ 86,925 tokens": contrast(
-        SMALL, "searched/A-searched", "stabilised/A"
+    "07_alternatives: A, searched − A, stabilised @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/A", "depth-best/L6"
     ),
-    "07_alternatives: without-contexts − whole @ 20,000 tokens": contrast(
-        QUICK, "searched-ablations/without-contexts", "searched-ablations/whole"
+    "07_alternatives: A, tuned − A, searched @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/tuned", "searched-quick/A"
+    ),
+    "07_alternatives: contexts-frozen − A @ 20,000 tokens": contrast(
+        QUICK, "searched-lines/contexts-frozen", "searched-quick/A"
+    ),
+    "07_alternatives: embedding-frozen − A @ 20,000 tokens": contrast(
+        QUICK, "searched-lines/embedding-frozen", "searched-quick/A"
     ),
     "07_alternatives: LSTM − A, each by its own search @ 20,000 tokens": contrast(
         QUICK, "searched-quick/LSTM", "searched-quick/A"
@@ -199,31 +204,38 @@ CONTRASTS = {
         QUICK, "searched-quick/Transformer", "searched-quick/A"
     ),
     "07_alternatives: KN-4 − stabilised A @ 183,620 tokens": contrast(LARGE, "baselines/KN-4", "stabilised/A"),
-    "07_alternatives: context 256 − 128, searched @ ": pooled("searched-depth", 1, "context_dim", 256, 128),
-    "07_alternatives: 2 layers − 6 layers, searched @ ": pooled("searched-depth", 1, "num_layers", 2, 6),
 } | {
-    f"06_contexts: zeros, stabilised, full size @ {x}": contrast(
-        SMALL, f"stabilised-ablations-full/{x}-zero", f"stabilised/{x}"
-    )
+    f"06_contexts: zeros, stabilised, full size @ {x}": [
+        (
+            ("sites-zeros", {"experiment": x, "corpus": "chitchat", "embedding": "ppmi"}),
+            ("stabilised", {"experiment": x, "train_tokens": SMALL}),
+        )
+    ]
     for x in "AB"
 }
 """By the page that shows it."""
+
+
+def site(text: str, embedding: str, recipe: str = "stabilised", size: int = SMALL) -> Cell:
+    """Where a site's runs are: conversations through PPMI have the grids of the study."""
+    grids = {"stabilised": "sites" if size == SMALL else "sites-large", "study": "sites-study"}
+    grid = recipe if (text, embedding) == ("chitchat", "ppmi") else grids[recipe]
+    return grid, {"corpus": text, "embedding": embedding, "train_tokens": size}
+
+
 TEXTS = {"chitchat": "conversations", "sotu": "speeches", "docstrings": "technical text"}
 EMBEDDINGS = {"ppmi": "PPMI", "smollm2": "SmolLM2"}
 SITES = {
-    f"04_sites: A − B @ {words}, {through}": shapes(("sites", {"corpus": text, "embedding": embedding}))
+    f"04_sites: A − B @ {words}, {through}": shapes(site(text, embedding))
     for text, words in TEXTS.items()
     for embedding, through in EMBEDDINGS.items()
 }
-PLACES = {words: ("sites", {"corpus": text}) for text, words in TEXTS.items()}
-PLACES |= {"user prompts": ("prompts", {"train_sample_tokens": None})}
-TEXTWISE = {
-    f"04_sites: A − B, both embeddings @ {text}": shapes(*((grid, at | {"embedding": e}) for e in EMBEDDINGS))
-    for text, (grid, at) in PLACES.items()
-}
+PLACES = {words: [site(text, e) for e in EMBEDDINGS] for text, words in TEXTS.items()}
+PLACES |= {"user prompts": [("prompts", {"embedding": e, "train_sample_tokens": None}) for e in EMBEDDINGS]}
+TEXTWISE = {f"04_sites: A − B, both embeddings @ {text}": shapes(*places) for text, places in PLACES.items()}
 TWICE = {
     f"04_sites: A − B, stabilised @ {TEXTS[text]}, {EMBEDDINGS[embedding]}, 183,620 tokens": shapes(
-        ("sites-large", {"corpus": text, "embedding": embedding})
+        site(text, embedding, size=LARGE)
     )
     for text, embedding in [("chitchat", "ppmi"), *((text, "smollm2") for text in TEXTS)]
 }
@@ -235,18 +247,17 @@ SHIFTS = {
     for name, larger in TWICE.items()
 }
 STUDIED = {
-    f"04_sites: A − B, as the study trains @ {words}, {through}, 86,925 tokens": shapes(
-        ("sites-study", {"corpus": text, "embedding": embedding})
-    )
+    f"04_sites: A − B, as the study trains @ {words}, {through}, 86,925 tokens": shapes(site(text, embedding, "study"))
     for text, words in TEXTS.items()
     for embedding, through in EMBEDDINGS.items()
 }
 RECIPE = {
-    f"04_sites: stabilised − study @ {x}, {words}, {through}": [(("sites", at), ("sites-study", at))]
+    f"04_sites: stabilised − study @ {x}, {words}, {through}": [
+        tuple((grid, at | {"experiment": x}) for grid, at in (site(text, e, r) for r in ("stabilised", "study")))
+    ]
     for x in "AB"
     for text, words in TEXTS.items()
-    for embedding, through in EMBEDDINGS.items()
-    for at in [{"experiment": x, "corpus": text, "embedding": embedding}]
+    for e, through in EMBEDDINGS.items()
 }
 RECIPE |= {
     f"04_sites: stabilised − study, both embeddings @ {x}, {words}": [
