@@ -182,6 +182,9 @@ CONTRASTS = {
     "07_alternatives: A, tuned − A, searched @ 20,000 tokens": contrast(
         QUICK, "searched-quick/tuned", "searched-quick/A"
     ),
+    "07_alternatives: A, tuned − A, stabilised @ 20,000 tokens": contrast(
+        QUICK, "searched-quick/tuned", "depth-best/L6"
+    ),
     "07_alternatives: contexts-frozen − A @ 20,000 tokens": contrast(
         QUICK, "searched-lines/contexts-frozen", "searched-quick/A"
     ),
