@@ -166,8 +166,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
     """The finished runs of one or several grids, a row a run, ready for a formula.
 
     Of a grid that has a file, only runs that it asks for with the parameters that they have are read; others are an
-    earlier file's. Of one without, all: of runs made by hand, as in `interactive`, and of published ones whose
-    parameters the code no longer has (their commit does).
+    earlier file's. Of one without, all: of runs made by hand, as in `interactive`, or by a grid's file elsewhere.
     Beside the content of metrics.json there are the columns that docs/results.md names; `replicate` as `replicates`
     numbers them over all grids, `log_over_fitting` nan where training ended by the limit of epochs, not by an early
     stop, and has no over-fitting to show yet.
@@ -211,7 +210,7 @@ def read_finished(*grids: str) -> pd.DataFrame:
 
 
 def _load(grid: str) -> tuple[Grid | None, pd.DataFrame]:
-    """A grid's file and the finished runs it asks for; of runs by hand, or whose file is gone, None and all."""
+    """A grid's file and the finished runs it asks for; of runs by hand, or whose file is elsewhere, None and all."""
     planned = (ROOT / "params" / "grids" / f"{grid}.yaml").exists()
     if grid == BY_HAND or (not planned and len(load_runs(grid))):
         return None, load_runs(grid)
