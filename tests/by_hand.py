@@ -185,12 +185,8 @@ CONTRASTS = {
     "07_alternatives: A, tuned − A, stabilised @ 20,000 tokens": contrast(
         QUICK, "searched-quick/tuned", "depth-best/L6"
     ),
-    "07_alternatives: contexts-frozen − A @ 20,000 tokens": contrast(
-        QUICK, "searched-lines/contexts-frozen", "searched-quick/A"
-    ),
-    "07_alternatives: embedding-frozen − A @ 20,000 tokens": contrast(
-        QUICK, "searched-lines/embedding-frozen", "searched-quick/A"
-    ),
+    "07_alternatives: contexts frozen − A @ ": contrast(QUICK, "searched-lines/contexts-frozen", "searched-quick/A"),
+    "07_alternatives: embedding frozen − A @ ": contrast(QUICK, "searched-lines/embedding-frozen", "searched-quick/A"),
     "07_alternatives: LSTM − A, each by its own search @ 20,000 tokens": contrast(
         QUICK, "searched-quick/LSTM", "searched-quick/A"
     ),
