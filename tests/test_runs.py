@@ -376,7 +376,7 @@ def test_every_committed_grid_is_whole_and_its_runs_are_what_their_names_say(tmp
 
 
 def test_a_recipe_is_named_by_all_three_of_its_settings():
-    rows = [("none", 0.1, 1.0, 768), ("unigram", 0.01, 0.2, 768), ("unigram", 0.01, 0.5, 128)]
+    rows = [("none", 0.1, 1.0, 768), ("unigram", 0.01, 0.204, 768), ("unigram", 0.01, 0.5, 128)]
     rows += [("unigram", 0.1, 0.5, 128), ("none", 0.01, 1.0, 128), ("unigram", 0.01, 1.0, 128)]
     runs = pd.DataFrame(rows, columns=["output_bias", "phase2_init_std", "logit_scale", "embed_dim"])
     named = with_shape(runs.assign(num_layers=[6, 3, 6, 6, 6, 2]))

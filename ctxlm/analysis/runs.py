@@ -80,7 +80,7 @@ def _asked(plan: Grid, runs: pd.DataFrame) -> pd.DataFrame:
 def with_shape(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs of the context model with `shape`, A (six layers) or B (three), and `recipe`: study, stabilised or other."""
     bias, std, scale = runs["output_bias"], runs["phase2_init_std"], runs["logit_scale"]
-    small_logits = np.isclose(scale, np.sqrt(32 / runs["embed_dim"]), rtol=0.03)  # earlier ones were rounded, to 0.2
+    small_logits = np.isclose(scale, np.sqrt(32 / runs["embed_dim"]), rtol=0.01)  # grids round it
     kinds = [(bias == "none") & (std == 0.1) & (scale == 1), (bias == "unigram") & (std == 0.01) & small_logits]
     recipe = np.select(kinds, ["study", "stabilised"], "other")
     return runs.assign(shape=runs["num_layers"].map({6: "A", 3: "B"}), recipe=recipe)
