@@ -478,6 +478,10 @@ def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
     p = [verdict.partition(", p ")[2] for verdict in table["verdict"]]
     assert p == ["0.005", "0.039", "0.039", "0.039", "0.500", "", ""]
     assert not Estimates([tested[0], *others]).adjusted()  # alone it is its own
+    family = Estimates([*tested, *others]).holm()  # the k-th times 6 - k, none below an earlier one's
+    assert [*family.adjusted().values()] == pytest.approx([0.005, 0.08, 0.09, 0.09, 0.5])
+    carried = [row["in_unit"][0] for row in family._repr_mimebundle_()[MIME] if row["contrast"].startswith("p by Holm")]
+    assert carried == [*family.adjusted().values()]
     assert [verdict.partition(",")[0] for verdict in table["verdict"][:5]] == ["lower"] * 4 + [one(0, -1, 1).verdict]
     lucky = Estimates([tested[3], *[tested[4]] * 9])  # one of ten: its interval says lower
     assert tested[3].verdict == "lower"

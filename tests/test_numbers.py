@@ -23,12 +23,12 @@ COMMON = {
 }  # fmt: skip
 A, B = {"num_layers": 6, "context_dim": 64}, {"num_layers": 3, "context_dim": 128}
 STUDY = {"output_bias": "none", "phase2_init_std": 0.1, "logit_scale": 1.0}
-SOUND = {"output_bias": "unigram", "phase2_init_std": 0.01, "logit_scale": 0.7}
+STABILISED = {"output_bias": "unigram", "phase2_init_std": 0.01, "logit_scale": 0.7}
 NETWORK = {"output_bias": "unigram", "phase2_learning_rate": 0.001, "hidden_dim": 64}
 RUNS = {
     "A": A | STUDY,
-    "sound-A": A | SOUND,
-    "window-B": B | SOUND | {"phase2_context_window": 4, "phase1_max_iterations": 1, "phase1_min_iterations": 1},
+    "stabilised-A": A | STABILISED,
+    "window-B": B | STABILISED | {"phase2_context_window": 4, "phase1_max_iterations": 1, "phase1_min_iterations": 1},
     "LSTM": NETWORK | {"model": "lstm", "num_layers": 1, "window": 32},
     "Transformer": NETWORK | {"model": "transformer", "num_layers": 2, "num_heads": 4, "window": 64},
     "KN-4": {"model": "kneser-ney", "ngram_order": 4},

@@ -28,6 +28,7 @@ from pandas.io.formats.style import Styler
 from scipy import special, stats
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.meta_analysis import combine_effects
+from statsmodels.stats.multitest import multipletests
 
 from ctxlm.analysis import runs as tidy
 from ctxlm.analysis.run_plots import COLOURS, REFERENCE, WIDTH, new_figure
@@ -41,6 +42,8 @@ NOTHING, UNKNOWN = "not significant", "one replicate: chance is not known"
 SAMPLES, SITES = "samples", ("sites",)
 RESIDUALS = "residuals"
 """What an interval covers where the regression's residuals are its error, as with a single replicate."""
+CORRECTIONS = {"fdr_bh": "Benjamini & Hochberg", "holm": "Holm"}
+"""Of p of several differences: statsmodels' name, and who made it."""
 LOSSES = {"log_ppl": "test", "test_loss": "test", "development_loss": "development", "val_loss": "val"}
 """Columns that are means of losses, nats, and the text they are of."""
 
@@ -129,6 +132,15 @@ class Estimate:
 class Estimates(list[Estimate]):
     """Estimates that show themselves as a table, and carry themselves with it."""
 
+    correction = "fdr_bh"
+    """Of `CORRECTIONS`: how p of several differences are corrected."""
+
+    def holm(self) -> "Estimates":
+        """These as one family of planned questions, in which not one is to be wrong by chance (Holm 1979)."""
+        family = Estimates(self)
+        family.correction = "holm"
+        return family
+
     def frame(self) -> pd.DataFrame:
         """One row an estimate, its own fields, value and interval in its unit, and the verdict."""
         rows = []
@@ -143,7 +155,8 @@ class Estimates(list[Estimate]):
         """Of each estimate.
 
         Where several differences stand together, some intervals leave out 0 by chance: verdicts then go by a p that is
-        below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995).
+        below 0.05 for those of which, together, one in twenty is expected to be nothing (Benjamini & Hochberg 1995), or
+        by that of `holm`.
         """
         adjusted = self.adjusted()
         return [NOTHING if adjusted.get(e, 0) >= 1 - LEVEL else e.verdict for e in self]
@@ -160,7 +173,7 @@ class Estimates(list[Estimate]):
             rows.append(row | {"d.o.f.": "" if e.dof is None else f"{e.dof:.3g}", "verdict": verdict})
         table = pd.DataFrame(rows)
         if adjusted:
-            common.append("p adjusted (Benjamini & Hochberg), intervals not")
+            common.append(f"p adjusted ({CORRECTIONS[self.correction]}), intervals not")
         for name, words in (("covers", "intervals cover"), ("replicates", "replicates")):
             if len(table) > 1 and table[name].nunique() == 1 and table[name][0]:
                 common.append(f"{words}: {table.pop(name)[0]}")
@@ -168,11 +181,11 @@ class Estimates(list[Estimate]):
         return table[filled].style.hide(axis="index").format(escape="html").set_caption("; ".join(common))
 
     def adjusted(self) -> dict[Estimate, float]:
-        """Benjamini & Hochberg's p of the differences with an interval over more than samples, if there are several."""
+        """The corrected p of the differences with an interval over more than samples, if there are several."""
         tested = [e for e in self if UNITS[e.unit].comparison and e.error and e.verdict != UNKNOWN]
         if len(tested) < 2:
             return {}
-        return dict(zip(tested, stats.false_discovery_control([e.p for e in tested]).tolist(), strict=True))
+        return dict(zip(tested, multipletests([e.p for e in tested], method=self.correction)[1].tolist(), strict=True))
 
     def forest(self, title: str = "", width: float = WIDTH) -> Figure | None:
         """Every estimate with its interval, means over sites as diamonds; hollow without a verdict. None of none."""
@@ -205,6 +218,9 @@ class Estimates(list[Estimate]):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         verdicts = self.verdicts
         data = [asdict(e) | {"verdict": v, "in_unit": e.in_unit} for e, v in zip(self, verdicts, strict=True)]
+        if self.correction == "holm":  # p that prose states, which the verdicts show
+            of = self.adjusted().items()
+            data += [{"contrast": f"p by Holm, {e.contrast}", "at": e.at, "in_unit": (p, None, None)} for e, p in of]
         html = self.table().to_html() if self else "<p>No estimate: it takes further runs, sizes or replicates.</p>"
         return {"text/html": html, MIME: data}
 
