@@ -149,10 +149,10 @@ def shapes(*places: Cell) -> Pairs:
     return [((grid, {"experiment": "A"} | at), (grid, {"experiment": "B"} | at)) for grid, at in places]
 
 
-def pooled(grid: str, read_at_once: int, column: str, a: int, b: int) -> Pairs:
+def pooled(grid: str, column: str, a: int, b: int) -> Pairs:
     """Two values of a column, at all widths or at all layers."""
     over, places = {"context_dim": ("num_layers", (1, 2, 3, 6)), "num_layers": ("context_dim", (128, 256))}[column]
-    each = [{"num_input_tokens": read_at_once, over: place} for place in places]
+    each = [{over: place} for place in places]
     return [((grid, at | {column: a}), (grid, at | {column: b})) for at in each]
 
 
@@ -173,9 +173,8 @@ CONTRASTS = {
     "06_contexts: 2 layers − 6 layers, searched, each at its best @ 20,000 tokens": contrast(
         QUICK, "depth-best/L2.A", "depth-best/L6.A"
     ),
-    "06_contexts: context 256 − 128 @ stabilised": pooled("depth", 2, "context_dim", 256, 128),
-    "06_contexts: 1 layer − 6 layers @ stabilised": pooled("depth", 2, "num_layers", 1, 6),
-    "06_contexts: 2 layers − 6 layers, one token @ ": pooled("depth", 1, "num_layers", 2, 6),
+    "06_contexts: context 256 − 128 @ ": pooled("depth", "context_dim", 256, 128),
+    "06_contexts: 1 layer − 6 layers @ ": pooled("depth", "num_layers", 1, 6),
     "07_alternatives: A, searched − A, stabilised @ 20,000 tokens": contrast(
         QUICK, "searched-quick/A", "depth-best/L6"
     ),

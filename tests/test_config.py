@@ -240,11 +240,11 @@ def test_logits_spread_alike_at_every_width():
 
 
 def test_grids_that_say_so_are_stabilised():
-    others = {"depth", "depth-full", "designs", "dtype", "quick", "random", "sizes"}
+    others = {"depth", "depth-full", "designs", "quick", "sizes"}
     stabilised = [name for name in GRIDS if "stabilised" in name or name in others]
-    mixed = [run for name in ("chance", "signs", "rank") for run in load_grid(name).runs.values()]
+    mixed = [run for name in ("chance", "signs", "rank", "random", "dtype") for run in load_grid(name).runs.values()]
     runs = [run for name in stabilised for run in load_grid(name).runs.values()]
-    runs += [run for run in mixed if run.experiment.startswith("stabilised-")]
+    runs += [run for run in mixed if run.experiment.startswith(("sound-", "stabilised-"))]
     assert len(runs) > 150
     for run in runs:
         assert (run.output_bias, run.phase2_init_std) == ("unigram", 0.01)

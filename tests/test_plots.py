@@ -16,7 +16,7 @@ from ctxlm.corpus import load_corpus, split
 def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CTXLM_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
-        return read_runs("variance")
+        return read_runs("stabilised-variance")
 
 
 @pytest.fixture(scope="module")
