@@ -544,7 +544,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates, coun
         crossing = inside(fieller(result, MIDDLE), meet)
         hits.append((level.low < truth[0] < level.high, slope.low < truth[1] < slope.high, crossing))
     covered = np.mean(hits, axis=0)
-    most = 0.97 if replicates > 4 else 0.975  # wide where few replicates scatter less than samples explain
+    most = 0.97 if replicates > 4 else 0.985  # wide where few replicates scatter less than samples explain
     assert ((covered > 0.93) & (covered < most)).all(), covered
 
 
