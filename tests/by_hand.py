@@ -175,6 +175,7 @@ CONTRASTS = {
     ),
     "06_contexts: context 256 − 128 @ ": pooled("depth", "context_dim", 256, 128),
     "06_contexts: 1 layer − 6 layers @ ": pooled("depth", "num_layers", 1, 6),
+    "06_contexts: 2 layers − 6 layers @ ": pooled("depth", "num_layers", 2, 6),
     "07_alternatives: A, searched − A, stabilised @ 20,000 tokens": contrast(
         QUICK, "searched-quick/A", "depth-best/L6"
     ),

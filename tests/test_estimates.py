@@ -466,7 +466,7 @@ def test_what_all_rows_have_in_common_stands_above_the_table():
     assert {"covers", "replicates"} < {*apart.data} and "replicates" not in apart.caption
 
 
-def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg():
+def test_differences_that_stand_together_have_p_by_benjamini_and_hochberg_or_by_holm():
     """Of five p, sorted, the k-th times 5 / k, and none above a later one's: worked out by hand."""
     plain = [0.001, 0.02, 0.03, 0.031, 0.5]
     dofs = [3.0, 200.0, None, 7.0, 1.42]
@@ -533,7 +533,7 @@ def draws(rng, replicates: int, spread, truth, tokens) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("spread", "replicates", "count"), [(LIKE_RUNS, 4, 500), pytest.param(APART, 8, 2000, marks=pytest.mark.night)]
+    ("spread", "replicates", "count"), [(LIKE_RUNS, 4, 2000), pytest.param(APART, 8, 2000, marks=pytest.mark.night)]
 )
 def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates, count):
     rng, tokens, truth = np.random.default_rng(12), lengths(), np.array([0.03, -0.1])
@@ -544,7 +544,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(spread, replicates, coun
         crossing = inside(fieller(result, MIDDLE), meet)
         hits.append((level.low < truth[0] < level.high, slope.low < truth[1] < slope.high, crossing))
     covered = np.mean(hits, axis=0)
-    most = 0.97 if replicates > 4 else 0.985  # wide where few replicates scatter less than samples explain
+    most = 0.97 if replicates > 4 else 0.975  # wide where few replicates scatter less than samples explain
     assert ((covered > 0.93) & (covered < most)).all(), covered
 
 
