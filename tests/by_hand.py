@@ -164,7 +164,7 @@ CONTRASTS = {
     "04_quick_scale: A − B @ 20,000 tokens": contrast(QUICK, "stabilised-variance/A", "stabilised-variance/B"),
     "04_chance: stabilised − study @ A, 86,925 tokens": contrast(SMALL, "stabilised/A", "study/A"),
     "04_chance: stabilised − study @ B, 86,925 tokens": contrast(SMALL, "stabilised/B", "study/B"),
-    "04_chance: A − B, study, float32 @ 0.002": contrast(QUICK, "dtype/A", "dtype/B"),
+    "04_chance: A − B, float32 @ 0.002": contrast(QUICK, "dtype/A", "dtype/B"),
     "06_contexts: zeros, study, full size @ A": contrast(SMALL, "ablations-full/A-zero", "study/A"),
     "06_contexts: zeros, study, full size @ B": contrast(SMALL, "ablations-full/B-zero", "study/B"),
     "06_contexts: 2 layers − 6 layers, each at its best @ 20,000 tokens": contrast(
