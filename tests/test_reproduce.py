@@ -10,7 +10,6 @@ import pytest
 from ctxlm.analysis import reproduce
 from ctxlm.analysis.reproduce import TOLERANCE, draw, main
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import PROTOCOL
 from ctxlm.run import run
 from tests.conftest import SMALL, refusal
 
@@ -49,16 +48,13 @@ def test_published_runs_agree_with_themselves_and_a_number_that_was_changed_does
     assert agrees.to_dict() == {"A": False, "K": True}
 
 
-def test_what_is_drawn_is_todays_and_begins_alike(outputs, monkeypatch):
-    tables = {
-        "new": pd.DataFrame({"run": [f"n{i}" for i in range(20)], "protocol": PROTOCOL}),
-        "old": pd.DataFrame({"run": [f"o{i}" for i in range(20)], "protocol": PROTOCOL - 1}),
-    }
+def test_what_is_drawn_begins_alike(outputs, monkeypatch):
+    tables = {grid: pd.DataFrame({"run": [f"{grid}{i}" for i in range(20)]}) for grid in ("one", "other")}
     monkeypatch.setattr(reproduce, "load_runs", lambda grid, committed: tables[grid])
-    some, more = (draw(count, 0, ["new", "old"])["run"].tolist() for count in (5, 12))
-    assert more[:5] == some and {run[0] for run in more} == {"n"} and len({*more}) == 12
-    assert draw(12, 1, ["new"])["run"].tolist() != more
-    assert "K = 21" in refusal(draw, 21, 0, ["new"]) and "K = 0" in refusal(draw, 0, 0, ["new"])
+    some, more = (draw(count, 0, ["one", "other"])["run"].tolist() for count in (5, 12))
+    assert more[:5] == some and {run[0:3] for run in more} == {"one", "oth"} and len({*more}) == 12
+    assert draw(12, 1, ["one", "other"])["run"].tolist() != more
+    assert "K = 21" in refusal(draw, 21, 0, ["one"]) and "K = 0" in refusal(draw, 0, 0, ["one"])
     assert "K = 1" in refusal(draw, 1, 0)  # nothing is published
 
 

@@ -16,7 +16,6 @@ from snakemake.utils import available_cpu_count
 from ctxlm.analysis.runs import load_runs
 from ctxlm.batch import run_apart
 from ctxlm.config import ConfigError, Experiment
-from ctxlm.corpus import PROTOCOL
 from ctxlm.files import atomic, outputs_dir, results_dir
 
 TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
@@ -24,7 +23,7 @@ TOLERANCE = {"bfloat16": 0.005, "float32": 1e-4}
 
 
 def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
-    """Published runs of today's protocol, drawn at random; a longer draw begins as a shorter one.
+    """Published runs, drawn at random; a longer draw begins as a shorter one.
 
     Args:
         count: how many.
@@ -38,14 +37,10 @@ def draw(count: int, seed: int, grids: Sequence[str] = ()) -> pd.DataFrame:
     tables = {grid: load_runs(grid, committed=True).assign(grid=grid) for grid in names}
     if empty := [grid for grid, table in tables.items() if table.empty]:
         raise ConfigError(f"grid {empty[0]!r} has no published runs: docs/grids.md lists those that have")
-    runs = pd.concat(tables.values() or [pd.DataFrame(columns=["protocol"])])
-    runs = runs[runs["protocol"] == PROTOCOL]
+    runs = pd.concat(tables.values() or [pd.DataFrame()])
     if not 0 < count <= len(runs):
         where = f" of {', '.join(grids)}" if grids else ""
-        raise ConfigError(
-            f"K = {count}: of the published runs{where} {len(runs)} are of today's protocol, {PROTOCOL}: ask for 1 or "
-            "more of those, or of another grid"
-        )
+        raise ConfigError(f"K = {count}: {len(runs)} runs{where} are published: ask for 1 or more of those")
     return runs.sample(frac=1, random_state=seed).head(count)
 
 

@@ -22,8 +22,6 @@ from ctxlm.files import BY_HAND, ROOT, atomic, outputs_dir, results_dir, run_fol
 
 TABLES = {"history": ["phase", "step", "metric", "value"], "samples": ["part", "sample", "loss_sum", "tokens", "bytes"]}
 """A run's tables, and their columns."""
-READABLE = (2, PROTOCOL)
-"""Protocols whose runs are read, though not in one table: protocol 2's test text is protocol 3's development text."""
 DRAWN = {"seed": "seed", "data_seed": "training text", "embedding_seed": "signs"}
 """Parameters that a replicate draws anew and a pair has in common, and what each of them is arbitrary about."""
 VARIED = {"experiment", "train_tokens", *DRAWN}
@@ -135,15 +133,12 @@ def publish(grid: str) -> Path:
     folder = results_dir() / name
     if (folder / "runs.csv").exists():
         earlier, new = _read_published(folder / "runs.csv"), set(runs["run"])
-        if set(earlier["protocol"]) != set(runs["protocol"]):
-            raise ConfigError(
-                f"{folder} holds runs of another protocol, which are not read beside these: delete it first"
-            )
         earlier = _asked(plan, earlier[~earlier["run"].isin(new)])
         runs = pd.concat([earlier, runs])
         for table, rows in tables.items():
             before = pd.read_parquet(folder / f"{table}.parquet")
             tables[table] = pd.concat([before[before["run"].isin(earlier["run"])], rows])
+    _check_alike(runs.assign(grid=name))
     write_tables(folder, runs, tables)
     return folder
 
@@ -172,7 +167,7 @@ def read_runs(*grids: str) -> pd.DataFrame:
     stop, and has no over-fitting to show yet.
 
     Raises:
-        ConfigError: a grid has no finished run, or runs were judged by two protocols, or by one no longer read.
+        ConfigError: a grid has no finished run, or runs were judged by another protocol, or on text that has changed.
     """
     frames = []
     for grid in dict.fromkeys(grids):
@@ -290,7 +285,6 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
             "drawn anew in each": ", ".join(drawn) or "nothing",
             "ended by the limit of epochs": f"{ended.sum()} of {len(rows)}",
             "training tokens": ", ".join(f"{size:,}" for size in sorted(rows["train_tokens"].unique())),
-            "protocol": ", ".join(map(str, sorted(rows["protocol"].unique()))),
             "dtype": ", ".join(sorted(rows["dtype"].unique())),
             "source": ", ".join(sorted(rows["source"].unique())),
             "commits": ", ".join(sorted(rows["git_commit"].fillna("none").str[:7].unique())),
@@ -299,13 +293,12 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check_alike(runs: pd.DataFrame) -> None:
-    """Refuse runs by two protocols, or one that is no longer read, and runs on a text that has changed since."""
-    if runs["protocol"].nunique() > 1 or not runs["protocol"].isin(READABLE).all():
-        counts = runs.groupby(["grid", "protocol"]).size()
-        listed = ", ".join(f"{count} of {grid} by protocol {protocol}" for (grid, protocol), count in counts.items())
+    """Refuse runs by another protocol than today's, and runs on a text that has changed since."""
+    if len(others := runs[runs["protocol"] != PROTOCOL]):
+        first = others.iloc[0]
         raise ConfigError(
-            f"these runs were not judged by one protocol, {' or '.join(map(str, READABLE))} ({listed}): read grids of "
-            "one protocol, or delete the older runs' folders and run them again"
+            f"{len(others)} runs, as {first['run']} of grid {first['grid']}, were judged by protocol "
+            f"{first['protocol']}, not by today's, {PROTOCOL}: delete the older runs' folders and run them again"
         )
     for (corpus, *_), rows in runs.groupby(["corpus", "judged_corpus", "embedding"], dropna=False):
         first = rows.drop_duplicates("data_hash").dropna(subset="data_hash")["run"]
