@@ -1,7 +1,7 @@
-"""On a GPU every stage gives what it gives on the CPU (marked `gpu`), and no update waits for the GPU.
+"""On a GPU: every stage gives what it gives on the CPU, and no update waits for the GPU. Marked `gpu`.
 
-The latter runs everywhere, on torch's device `meta`, whose tensors have shapes but no numbers: a tensor left on the
-CPU, or a number read back, fails there.
+Where there is none, updates run on torch's device `meta`, whose tensors have shapes but no numbers: a tensor left on
+the CPU, or a number read back, is found there too.
 """
 
 from contextlib import nullcontext
@@ -94,6 +94,31 @@ def test_networks_are_the_cpus(kind):
     agree(trained)
 
 
+@gpu_test
+@pytest.mark.parametrize("kind", ["study", "recipe", *NETWORKS])
+def test_no_update_waits_for_the_gpu(kind):
+    device, tokens = torch.device("cuda"), stream(2001, V).cuda()
+    if kind in NETWORKS:
+        e, model = network(kind, dropout=0.2)
+        task = Windows(model.to(device), tokens, tokens, e, torch.float32)
+    else:
+        e = settings(**({} if kind == "study" else RECIPE))
+        model = tiny(V, **({} if kind == "study" else RECIPE | {"dropout": 0.2})).to(device)
+        task = Phase2(model, chunked(model, tokens), chunked(model, tokens), e, torch.float32)
+    trainer = Trainer(task, e)
+    trainer.run_epoch()  # once, so that everything lazy is made
+    model.train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in task.batches(2):
+            trainer.optimiser.zero_grad()
+            task.loss(batch)[0].backward()
+            torch.nn.utils.clip_grad_norm_(task.weights.values(), 1.0)
+            trainer.optimiser.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # Without one: on the device `meta`
 
 
@@ -127,7 +152,10 @@ def test_an_update_reads_no_number_back_and_all_of_it_stays_on_the_device(kind, 
         assert {x.device for x in (*result, *gradients)} == {meta}
 
 
-def test_contexts_unrolled_stay_on_the_device(meta):
+def test_a_tensor_left_on_the_cpu_is_found(meta):
     model = tiny(V)
-    layers = meta_task("study", settings(), model, meta).train.unrolled(model, torch.arange(22, device=meta), 4)
+    task = meta_task("study", settings(), model, meta)
+    layers = task.train.unrolled(model, torch.arange(22, device=meta), 4)
     assert {(len(layer), layer.device) for layer in layers} == {(22, meta)}
+    with pytest.raises(RuntimeError, match=r"(?i)device"):
+        model.context_block(torch.empty(20, 12, device=meta), [torch.empty(20, 12)] * 3)

@@ -95,12 +95,13 @@ def test_runs_on_a_text_that_has_changed_since_are_refused(roots, grid):
     assert "'chitchat' was another text" in refusal(read_runs, grid(train_tokens=[20_000, 30_000], seed=[42]))
 
 
-def test_runs_of_another_protocol_are_refused(roots, grid):
+@pytest.mark.parametrize("older", [2, 1])
+def test_runs_of_another_protocol_are_refused(roots, grid, older):
     write(roots[0], "planted", train_tokens=20_000)
-    write(roots[0], "planted", train_tokens=30_000, protocol=2)
-    assert "protocol 2" in refusal(read_runs, grid(train_tokens=[20_000, 30_000], seed=[42]))
+    write(roots[0], "planted", train_tokens=30_000, protocol=older)
+    assert f"protocol {older}" in refusal(read_runs, grid(train_tokens=[20_000, 30_000], seed=[42]))
     assert len(read_runs(grid(train_tokens=[20_000], seed=[42]))) == 1  # what is not asked for is in nobody's way
-    assert "protocol 2" in refusal(read_runs, grid(train_tokens=[30_000], seed=[42]))
+    assert f"protocol {older}" in refusal(read_runs, grid(train_tokens=[30_000], seed=[42]))
 
 
 def test_committed_folders_stand_in_where_outputs_have_none_and_a_folder_in_a_folder_is_a_grid(roots):
