@@ -56,7 +56,7 @@ def test_no_grid_has_a_run_twice(runs):
 
 NOT_TOGETHER = {"chance", "signs"}
 """Grids that cross seeds, texts and signs, or turn signs that are given: what they ask is what each of these does."""
-OF_ONE_SEED = {"depth-rates", "playground", "search-ends", "searched-rates", "sizes-largest"}
+OF_ONE_SEED = {"depth-rates", "playground", "search-ends", "searched-three", "sizes-largest"}
 """Grids that choose, or cost too much."""
 
 
