@@ -1,8 +1,8 @@
 """Hyper-parameters by Optuna, the same way for every model: `python -m ctxlm.search params/search/lstm.yaml`.
 
 A trial is one run at the quick scale in `outputs/search/<name>/quick-NNN/`, judged on held-out training text; Optuna's
-journal beside them is what a search that was stopped goes on from. `--top 3` runs the best three at full size, in
-`full-NNN/`, judged on development. `data/search/<name>.csv` holds all of them.
+journal beside them is what a search that was stopped goes on from. `data/search/<name>.csv` holds all of them. Of
+these, `--top 3` runs the best three at full size, in `full-NNN/`, judged on development.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from ctxlm.networks import BODIES
 TABLES = ROOT / "data" / "search"
 JUDGED = {"quick": "val", "full": "development"}
 """By which text settings are chosen: at the quick scale validation is held-out training text."""
+COLUMNS = {"scale", "trial", "value", "ppl", "seconds", "state"}
+"""Of a search's table; all others are parameters."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of a trial that has ended; pruned is one whose loss is not finite."""
 AT_RANDOM = 16
@@ -67,6 +69,7 @@ class Search:
             ConfigError: the file, or an end of its space, is not possible.
         """
         self.name, self.home = Path(path).stem, outputs_dir() / "search" / Path(path).stem
+        self.table = TABLES / f"{self.name}.csv"
         self.interrupted, self.drawing = False, Lock()
         try:
             self.file = SearchFile(**read_yaml(path))
@@ -193,7 +196,7 @@ class Search:
         trial = stopped or self.draw()
         study = self.studies[self.turn(trial)]
         try:
-            metrics = self.run(trial, "quick")
+            metrics = self.run(self.number(trial), trial.user_attrs["drawn"], "quick")
         except ConfigError:
             if stopped and not self.interrupted:  # what fails twice is given up
                 study.tell(trial.number, state=TrialState.FAIL)
@@ -225,53 +228,57 @@ class Search:
         return trial
 
     def carry_out_full(self, top: int, jobs: int) -> None:
-        """Run the best trials at full size.
+        """Run the table's best trials at full size, and add them to it: also where another machine has searched.
 
         Raises:
             ConfigError: the search is not over; or as `run_apart`.
         """
-        if self.left > 0:
-            raise ConfigError(f"{self.left} of {self.file.trials} trials are not over: search without --top first")
-        best = sorted(self.trials(TrialState.COMPLETE), key=lambda trial: trial.value)[:top]
+        table = pd.read_csv(self.table) if self.table.exists() else pd.DataFrame(columns=["scale"])
+        trials = table[table["scale"] == "quick"]
+        if len(trials) < self.file.trials:
+            left = self.file.trials - len(trials)
+            raise ConfigError(f"{left} of {self.file.trials} trials are not over: search without --top first")
+        best = [trial.dropna().to_dict() for _, trial in trials.nsmallest(top, "value").iterrows()]
+        drawn = [{name: trial[name] for name in trial if name not in COLUMNS} for trial in best]
         with ThreadPoolExecutor(jobs) as pool:
-            for trial, metrics in zip(best, pool.map(lambda trial: self.run(trial, "full"), best), strict=True):
-                print(f"{self.name}, full {self.number(trial)}: {metrics.get('development_loss')}", flush=True)
-        self.write_table()
+            runs = pool.map(lambda trial, point: self.run(trial["trial"], point, "full"), best, drawn)
+            for trial, point, metrics in zip(best, drawn, runs, strict=True):
+                loss = metrics.get("development_loss")
+                print(f"{self.name}, full {trial['trial']}: {loss}", flush=True)
+                row = _row("full", trial["trial"], loss, point, metrics.get("total_seconds"))
+                trials = pd.concat([trials, pd.DataFrame([row])])
+        self.write(trials)
 
-    def run(self, trial: Trial | FrozenTrial, scale: str) -> dict[str, Any]:
+    def run(self, number: int, drawn: Mapping[str, Any], scale: str) -> dict[str, Any]:
         """What a trial has drawn, at a scale: as `run_apart`."""
-        return run_apart(self.experiment(trial.user_attrs["drawn"], scale), self.folder(trial, scale))
+        return run_apart(self.experiment(drawn, scale), self.folder(number, scale))
 
-    def folder(self, trial: Trial | FrozenTrial, scale: str) -> Path:
+    def folder(self, number: int, scale: str) -> Path:
         """Where a trial's run at a scale is."""
-        return self.home / f"{scale}-{self.number(trial):03d}"
-
-    def metrics(self, trial: FrozenTrial, scale: str) -> dict[str, Any]:
-        """What metrics.json of a trial's run at a scale holds; nothing where there is none."""
-        done = self.folder(trial, scale) / "metrics.json"
-        return json.loads(done.read_bytes()) if done.exists() else {}
+        return self.home / f"{scale}-{number:03d}"
 
     def write_table(self) -> None:
-        """Write `data/search/<name>.csv` anew; value (nats) and ppl are of the text that `JUDGED` names."""
+        """Write the table of all trials that have ended."""
         rows = []
         for trial in self.trials(*ENDED):
-            point = _by_parameter(trial.user_attrs["drawn"])
-            judged = {"quick": (trial.value, self.metrics(trial, "quick").get("total_seconds"))}
-            metrics = self.metrics(trial, "full")
-            if metrics and self.experiment(trial.user_attrs["drawn"], "full").is_that_of(metrics):
-                judged["full"] = metrics[f"{JUDGED['full']}_loss"], metrics["total_seconds"]
-            for scale, (value, seconds) in judged.items():
-                known = value is not None
-                row = {
-                    "scale": scale,
-                    "trial": self.number(trial),
-                    "value": value,
-                    "ppl": math.exp(value) if known else None,
-                }
-                rows.append(row | point | {"seconds": seconds, "state": "finished" if known else "failed"})
-        table = pd.DataFrame(rows).sort_values(["scale", "trial"], ascending=[False, True])
-        with atomic(TABLES / f"{self.name}.csv") as path:
+            done = self.folder(number := self.number(trial), "quick") / "metrics.json"
+            seconds = json.loads(done.read_bytes())["total_seconds"] if done.exists() else None
+            rows.append(_row("quick", number, trial.value, _by_parameter(trial.user_attrs["drawn"]), seconds))
+        self.write(pd.DataFrame(rows).sort_values("trial"))
+
+    def write(self, table: pd.DataFrame) -> None:
+        """Write `data/search/<name>.csv` anew."""
+        with atomic(self.table) as path:
             table.to_csv(path, index=False, float_format="%.6g")
+
+
+def _row(
+    scale: str, number: int, loss: float | None, drawn: Mapping[str, Any], seconds: float | None
+) -> dict[str, Any]:
+    """A row of a search's table: its loss (nats) and perplexity are of the text that `JUDGED` names."""
+    known = loss is not None
+    row = {"scale": scale, "trial": number, "value": loss, "ppl": math.exp(loss) if known else None, **drawn}
+    return row | {"seconds": seconds, "state": "finished" if known else "failed"}
 
 
 def _by_parameter(drawn: Mapping[str, Any]) -> dict[str, Any]:
