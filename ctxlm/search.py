@@ -34,10 +34,7 @@ from ctxlm.files import ROOT, atomic, digest, outputs_dir, take
 from ctxlm.networks import BODIES
 
 TABLES = ROOT / "data" / "search"
-JUDGED = {"quick": "val", "full": "development"}
-"""By which text settings are chosen: at the quick scale validation is held-out training text."""
-COLUMNS = {"scale", "trial", "value", "ppl", "seconds", "state"}
-"""Of a search's table; all others are parameters."""
+SCALES = ("quick", "full")
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States of a trial that has ended; pruned is one whose loss is not finite."""
 AT_RANDOM = 16
@@ -77,12 +74,12 @@ class Search:
             self.layers = {"quick": quick, "full": [*quick, *read_layers(self.file.full)]}
             for line in self.file.space:
                 for value in self._ends(line):
-                    tried = {scale: self.experiment(self.first | {line: value}, scale) for scale in JUDGED}
+                    tried = {scale: self.experiment(self.first | {line: value}, scale) for scale in SCALES}
                     if not tried["quick"].held_out_tokens:
                         raise ConfigError("held_out_tokens = 0: hold out text to choose by")
             if not isinstance(self.file.space.get(self.file.turns), list):
                 raise ConfigError(f"turns = {self.file.turns!r}: name a line of the space that is a list")
-            for scale in JUDGED:
+            for scale in SCALES:
                 check_data([self.experiment(self.first, scale)])
         except (ConfigError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from None
@@ -185,7 +182,7 @@ class Search:
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)  # after a fault, what waits is not begun
-        self.write_table()
+        self.write_trials()
 
     def trial(self, stopped: FrozenTrial | None) -> None:
         """Run a trial and tell the study its held-out loss, nats, or that it does not learn.
@@ -203,7 +200,6 @@ class Search:
             raise
         value = metrics.get("val_loss")
         study.tell(trial.number, value, None if metrics else TrialState.PRUNED)
-        self.write_table()
         best = min((other.value for other in self.trials(TrialState.COMPLETE)), default=math.nan)
         shown = f"{value:.4f} nats" if metrics else "does not learn"
         print(f"{self.name}, trial {self.number(trial)}: {shown}, best {best:.4f}, {self.left} left", flush=True)
@@ -238,16 +234,15 @@ class Search:
         if len(trials) < self.file.trials:
             left = self.file.trials - len(trials)
             raise ConfigError(f"{left} of {self.file.trials} trials are not over: search without --top first")
-        best = [trial.dropna().to_dict() for _, trial in trials.nsmallest(top, "value").iterrows()]
-        drawn = [{name: trial[name] for name in trial if name not in COLUMNS} for trial in best]
+        best = trials.dropna(subset="value").nsmallest(top, "value")
+        drawn, rows = best[[*_by_parameter(self.first)]].to_dict("records"), []
         with ThreadPoolExecutor(jobs) as pool:
-            runs = pool.map(lambda trial, point: self.run(trial["trial"], point, "full"), best, drawn)
-            for trial, point, metrics in zip(best, drawn, runs, strict=True):
+            runs = pool.map(lambda number, point: self.run(number, point, "full"), best["trial"], drawn)
+            for number, point, metrics in zip(best["trial"], drawn, runs, strict=True):
                 loss = metrics.get("development_loss")
-                print(f"{self.name}, full {trial['trial']}: {loss}", flush=True)
-                row = _row("full", trial["trial"], loss, point, metrics.get("total_seconds"))
-                trials = pd.concat([trials, pd.DataFrame([row])])
-        self.write(trials)
+                print(f"{self.name}, full {number}: {loss}", flush=True)
+                rows.append(_row("full", number, loss, point, metrics.get("total_seconds")))
+        self.write("full", rows)
 
     def run(self, number: int, drawn: Mapping[str, Any], scale: str) -> dict[str, Any]:
         """What a trial has drawn, at a scale: as `run_apart`."""
@@ -257,17 +252,22 @@ class Search:
         """Where a trial's run at a scale is."""
         return self.home / f"{scale}-{number:03d}"
 
-    def write_table(self) -> None:
-        """Write the table of all trials that have ended."""
+    def write_trials(self) -> None:
+        """Write all trials that have ended."""
         rows = []
         for trial in self.trials(*ENDED):
             done = self.folder(number := self.number(trial), "quick") / "metrics.json"
             seconds = json.loads(done.read_bytes())["total_seconds"] if done.exists() else None
             rows.append(_row("quick", number, trial.value, _by_parameter(trial.user_attrs["drawn"]), seconds))
-        self.write(pd.DataFrame(rows).sort_values("trial"))
+        self.write("quick", rows)
 
-    def write(self, table: pd.DataFrame) -> None:
-        """Write `data/search/<name>.csv` anew."""
+    def write(self, scale: str, rows: list[dict[str, Any]]) -> None:
+        """Write the rows of a scale into `data/search/<name>.csv`, in place of those that it had."""
+        table = pd.DataFrame(rows)
+        if self.table.exists():
+            before = pd.read_csv(self.table)
+            table = pd.concat([before[before["scale"] != scale], table])
+        table = table.sort_values(["scale", "trial"], ascending=[False, True])
         with atomic(self.table) as path:
             table.to_csv(path, index=False, float_format="%.6g")
 
@@ -275,7 +275,7 @@ class Search:
 def _row(
     scale: str, number: int, loss: float | None, drawn: Mapping[str, Any], seconds: float | None
 ) -> dict[str, Any]:
-    """A row of a search's table: its loss (nats) and perplexity are of the text that `JUDGED` names."""
+    """A row of a search's table: its loss (nats) and perplexity are on held-out training text, or on development."""
     known = loss is not None
     row = {"scale": scale, "trial": number, "value": loss, "ppl": math.exp(loss) if known else None, **drawn}
     return row | {"seconds": seconds, "state": "finished" if known else "failed"}

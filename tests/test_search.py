@@ -206,6 +206,11 @@ def test_the_best_are_run_at_full_size(outputs, file, planted, table, capsys):
         same = {"embed_dim", "logit_scale", "held_out_tokens"}
         assert e.model_dump(exclude=same) == before.model_dump(exclude=same)
         assert row.value == pytest.approx(Planted.loss(e), rel=1e-5)
+    planted(stops=2)
+    assert main([file(trials=6), "--jobs", "1"]) == 1 and table().equals(trials)  # searched anew, and stopped
+    planted()
+    assert main([file(trials=6), "--jobs", "1"]) == 0
+    assert table()["scale"].tolist() == [*["quick"] * 6, *["full"] * 2] and table()[6:].equals(trials[6:])
 
 
 @pytest.mark.parametrize(
