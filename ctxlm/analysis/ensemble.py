@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ctxlm.analysis.runs import replicates
-from ctxlm.config import ConfigError, load_grid
+from ctxlm.analysis.runs import load_planned, replicates
+from ctxlm.config import ConfigError, Experiment, load_grid
 from ctxlm.corpus import split
 from ctxlm.files import atomic, results_dir
 from ctxlm.generate import load_run
@@ -29,20 +29,25 @@ def average(losses: Tensor) -> Tensor:
 
 
 def ask_together(grid: str) -> Path:
-    """Write what the finished runs of a grid that share all but the seed predict of test together, in float32.
+    """Write what a grid's runs that share all parameters but the seed predict of test together, in float32.
 
     Raises:
-        ConfigError: as `load_run`, of every run of the grid.
+        ConfigError: a run of the grid is not finished; or as `load_run`.
     """
     plan = load_grid(grid)
-    members = pd.DataFrame([{"run": run} | e.model_dump() for run, e in plan.runs.items()])
+    members = load_planned(plan)
+    if missing := sorted(set(plan.runs).difference(members.get("run", []))):
+        raise ConfigError(
+            f"{len(missing)} runs of grid {grid} are not there, as {missing[0]}: `make report GRID={grid}`"
+        )
+    alike = [name for name in Experiment.model_fields if name != "seed" and name in members]
     rows = []
-    for (label, *_), group in members.groupby(["experiment", "train_tokens", "data_seed", "embedding_seed"]):
+    for _, group in members.groupby(alike, dropna=False):
         first = group.sort_values("seed").iloc[0]
         tokens = torch.from_numpy(split(plan.runs[first["run"]]).test.tokens).long()
         losses = average(torch.stack([load_run(plan.name, run).losses(tokens)[1:] for run in group["run"]]))
-        known = {"run": first["run"], "experiment": f"{len(group)} {label}", "test_tokens": len(tokens)}
-        rows.append(dict(first) | known | {"test_loss": losses.double().mean().item()})
+        judged = {"experiment": f"{len(group)} {first['experiment']}", "test_loss": losses.double().mean().item()}
+        rows.append(first[["run", *alike, "seed", "test_tokens"]].to_dict() | judged)
     with atomic(results_dir() / plan.name / FILE) as path:
         pd.DataFrame(rows).to_csv(path, index=False)
     return results_dir() / plan.name / FILE
@@ -50,7 +55,10 @@ def ask_together(grid: str) -> Path:
 
 def read_ensembles(grid: str) -> pd.DataFrame:
     """Ensembles as `runs.read_runs` has runs, with the seed of their first model, labelled "3 L2" for three of L2."""
-    rows = pd.read_csv(results_dir() / grid / FILE)
+    path = results_dir() / grid / FILE
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: run `python -m ctxlm.analysis.ensemble {grid}`")
+    rows = pd.read_csv(path)
     together = {"grid": grid, "id": grid + "/together/" + rows["run"], "log_ppl": rows["test_loss"]}
     return rows.assign(**together, replicate=replicates(rows))
 
