@@ -173,6 +173,12 @@ CONTRASTS = {
     "06_contexts: 2 layers − 6 layers, searched, each at its best @ 20,000 tokens": contrast(
         QUICK, "depth-best/L2.A", "depth-best/L6.A"
     ),
+    "06_contexts: 2 layers 2.5 times as wide − 6 layers @ 20,000 tokens": contrast(
+        QUICK, "depth-best/L2-C328", "depth-best/L6"
+    ),
+    "06_contexts: 2 layers 2.5 times as wide − 6 layers, searched @ 20,000 tokens": contrast(
+        QUICK, "depth-best/L2.A-C320", "depth-best/L6.A"
+    ),
     "06_contexts: context 256 − 128 @ ": pooled("depth", "context_dim", 256, 128),
     "06_contexts: 1 layer − 6 layers @ ": pooled("depth", "num_layers", 1, 6),
     "06_contexts: 2 layers − 6 layers @ ": pooled("depth", "num_layers", 2, 6),

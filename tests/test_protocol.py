@@ -54,7 +54,7 @@ def test_no_grid_has_a_run_twice(runs):
     assert len(unnamed) == len(runs)
 
 
-NOT_TOGETHER = {"chance", "signs"}
+NOT_TOGETHER = {"chance", "depth-members", "signs"}
 """Grids that cross seeds, texts and signs, or turn signs that are given: what they ask is what each of these does."""
 OF_ONE_SEED = {"depth-rates", "playground", "search-ends", "searched-three", "sizes-largest"}
 """Grids that choose, or cost too much."""
@@ -90,6 +90,19 @@ def test_replicates_are_drawn_together_and_from_texts_apart(grid, runs, read_onc
             check_data(of_grid)
     else:
         check_data({tuple(run.model_dump(include=READ).values()): run for run in of_grid}.values())
+
+
+def test_models_that_are_asked_together_are_of_one_replicate_and_unlike_in_seed_alone(runs):
+    replicates = {
+        (run.seed, run.data_seed, run.embedding_seed) for (grid, _), run in runs.items() if grid == "depth-best"
+    }
+    of_grid = [run for (grid, _), run in runs.items() if grid == "depth-members"]
+    for label in {run.experiment for run in of_grid}:
+        drawn = {(run.seed, run.data_seed, run.embedding_seed) for run in of_grid if run.experiment == label}
+        assert drawn == {(seed + more, *rest) for seed, *rest in replicates for more in (0, 100, 200)}
+        assert len({seed for seed, _, _ in drawn}) == 3 * len(replicates)
+        alike = [run.model_copy(update={"seed": 0}) for run in of_grid if run.experiment == label]
+        assert len(set(alike)) == len(replicates)
 
 
 # Chitchat
