@@ -93,7 +93,7 @@ def min_gru(z: Tensor, candidate: Tensor, before: Tensor) -> Tensor:
     """h_t [R, W, H] of all positions at once, by doubling (Hillis & Steele, 1986): log2(W) passes.
 
     Not in log space as the authors have it: all factors lie between 0 and 1, and the large logarithms that cancel there
-    cost digits (errors of 5e-4 at 512 positions, here 1e-6; LOG.md).
+    cost digits (errors of 5e-4 at 512 positions, here 1e-6).
 
     Args:
         z: before its sigmoid, [R, W, H].
