@@ -1,7 +1,7 @@
 """Published runs, drawn at random, run again and compared: `make reproduce K=12`.
 
 A run is made again with its own type of products, seed and text, and agrees where its perplexities lie within
-`TOLERANCE`. On another processor it may well not: that one rounds otherwise, and training carries it on (LOG.md). What
+`TOLERANCE`. On another processor it may well not: that one rounds otherwise, and training carries it on. What
 is done again lies in `outputs/reproduce`; a command that was stopped goes on with it.
 """
 
