@@ -68,7 +68,7 @@ rule corpus:
     params:
         notebook="notebooks/01_corpus.ipynb",
         values=lambda wildcards: on_one_line(
-            CORPORA[wildcards.corpus].model_dump(include=DATA_PARAMETERS | {"train_tokens"})
+            CORPORA[wildcards.corpus].model_dump(include=DATA_PARAMETERS | {"train_tokens", "data_seed", "held_out_tokens"})
             | {"output_dir": f"{HOME}/{wildcards.corpus}"}
         ),
         data=lambda wildcards: data_of(CORPORA[wildcards.corpus]),

@@ -133,7 +133,10 @@ def visible_gpus() -> list[str]:
 
 
 def free_gpu(values: Mapping[str, Any], held: ExitStack) -> dict[str, str]:
-    """Make a free GPU the only one that a run of these parameters sees, if it wants one; its own until `held` ends."""
+    """Make a free GPU the only one that a run of these parameters sees, if it wants one; its own until `held` ends.
+
+    Where none is free, a run sees them all.
+    """
     wanted = values.get("device", "cpu") in ("auto", "cuda") and values.get("model") != "kneser-ney"
     for gpu in visible_gpus() if wanted else []:
         with suppress(Timeout):

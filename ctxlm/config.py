@@ -316,10 +316,7 @@ def code_hash(model: str = "context") -> str:
 
 
 def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
-    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign.
-
-    Where no such cell is on record, all that are plain data.
-    """
+    """Names that a notebook's parameters' cell, as it was run last, and the one that papermill put behind it assign."""
     ours, papermills = set(), set()
     for cell in namespace.get("In", []):
         names = _assigned(cell)
@@ -327,9 +324,6 @@ def _parameters_given(namespace: Mapping[str, Any]) -> set[str]:
             papermills = names
         elif {"corpus", "output_dir"} <= names:
             ours, papermills = names, set()
-    if not ours:
-        plain = (bool, int, float, str, list, dict, type(None))
-        ours = {name for name, value in namespace.items() if type(value) in plain and not re.match("_|In$|Out$", name)}
     return (ours | papermills) & namespace.keys()
 
 

@@ -287,6 +287,7 @@ def git_commit() -> str | None:
         # a notebook that was run is listed by `git status`, which looks at its size alone; `diff` strips it first
         written = ("data/results", "data/search", "docs", "*.md")
         changed = git("diff", "--name-only", "HEAD", "--", ".", *(f":!{path}" for path in written))
+        changed += git("ls-files", "--others", "--exclude-standard", "--", "ctxlm", "params")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

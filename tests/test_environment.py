@@ -86,11 +86,12 @@ def test_a_notebook_that_runs_experiments_has_every_parameter_that_its_models_re
     """With its literal default, in whose place papermill puts another."""
     notebook = RUN_BY[model]
     values = parameter_cell(ROOT / notebook)
-    settings = Experiment.from_namespace(dict(values), notebook)
+    cell = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    settings = Experiment.from_namespace(values | {"In": [cell]}, notebook)
     assert set(values) == {"output_dir", *settings.for_notebook()}
     assert set(papermill.inspect_notebook(ROOT / notebook)) == set(values)  # as papermill sees it
     assert settings == Experiment.from_mapping(read_yaml(f"params/{notebook.replace('.ipynb', '.yaml')}"))
-    of_model = Experiment.from_namespace(values | {"model": model}, notebook)
+    of_model = Experiment.from_namespace(values | {"model": model, "In": [cell]}, notebook)
     assert of_model.model == model and of_model.for_notebook().keys() == settings.for_notebook().keys()
 
 

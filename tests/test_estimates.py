@@ -228,6 +228,8 @@ def test_a_shift_is_one_difference_less_another_over_samples_too(judged):
     assert (back.low, back.high) == pytest.approx((-e.high, -e.low))
     lacking = (runs["replicate"] > 0) & (runs["train_tokens"] == last)
     assert not shifted(runs[~lacking], A, B, *({"train_tokens": n} for n in (first, last)), ["place"])
+    with pytest.raises(ValueError, match="of one replicate: name in `at`"):
+        shifted(pd.concat([runs, runs.assign(seed=99)]), A, B, *sizes, ["place"])
 
 
 def test_seeds_of_one_text_count_once_and_a_single_replicate_covers_samples_alone(judged):

@@ -215,8 +215,11 @@ def test_the_commit_is_dirty_where_a_file_differs_that_may_move_a_number(tmp_pat
         git("add", written)
     monkeypatch.setattr("ctxlm.run.ROOT", tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", git_commit())
-    (tmp_path / "a.ipynb").write_text("{1}\n")
-    assert git_commit().endswith("-dirty")
+    for changed in ("a.ipynb", "ctxlm/new.py"):  # one in the commit, one in none
+        (tmp_path / changed).parent.mkdir(exist_ok=True)
+        (tmp_path / changed).write_text("{1}\n")
+        assert git_commit().endswith("-dirty")
+        git("checkout", "--quiet", "a.ipynb")
     monkeypatch.setattr("ctxlm.run.ROOT", tmp_path / "nowhere")
     assert git_commit() is None
 

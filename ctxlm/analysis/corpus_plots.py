@@ -31,12 +31,12 @@ def sizes(corpus: Corpus, streams: Split) -> pd.DataFrame:
     return table
 
 
-def examples(stream: Stream, samples: int, length: int = 160) -> pd.Series:
+def examples(stream: Stream, samples: int) -> pd.Series:
     """The beginning of a stream's first samples as text, by sample."""
     shown = {}
     for sample in pd.unique(stream.samples)[:samples]:
-        text = decode(stream.tokens[stream.samples == sample][:length])
-        shown[int(sample)] = text[:length] + ("…" if len(text) > length else "")
+        text = decode(stream.tokens[stream.samples == sample][:160])
+        shown[int(sample)] = text[:160] + ("…" if len(text) > 160 else "")
     return pd.Series(shown, name="text")
 
 

@@ -199,17 +199,15 @@ class Estimates(list[Estimate]):
             colour = COLOURS[0] if significant else "0.45"
             if low is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
-            marker, inside = "D" if e.over == SITES else "o", colour if significant else "white"
-            axes.plot(value, row, marker, color=colour, mfc=inside, markersize=7)
+            axes.plot(value, row, "o", color=colour, mfc=colour if significant else "white", markersize=7)
         if unit.comparison:
             axes.axvline(0, **REFERENCE)
         same = len({e.contrast for e in self}) == 1 and all(e.at for e in self)  # then places tell them apart
         labels = [e.at if same else ", ".join(filter(None, (e.contrast, e.at))) for e in self]
         label = "difference of PPL, %" if self[0].unit == "% of PPL" else self[0].unit
         filled = "; filled: significant, corrected" if unit.comparison else ""
-        means = "\ndiamonds: means" if any(e.over == SITES for e in self) else ""
         axes.set_ylim(len(self) - 0.5, -0.5)
-        figure.supxlabel(f"{label}\n(95 % intervals{filled}){means}", fontsize="medium")
+        figure.supxlabel(f"{label}\n(95 % intervals{filled})", fontsize="medium")
         figure.suptitle(title or (self[0].contrast if same else ""), fontsize="medium")
         axes.set_yticks(range(len(self)), labels)
         axes.grid(axis="y", visible=False)
@@ -373,12 +371,12 @@ class Coefficients:
         return self.moments.estimate(weights, contrast or " + ".join(terms), at, unit)
 
 
-def from_fit(result: Any, hypothesis: str, contrast: str = "", at: str = "", unit: str = "% of PPL") -> Estimate:
+def from_fit(result: Any, hypothesis: str, contrast: str = "", unit: str = "% of PPL") -> Estimate:
     """A linear combination of a statsmodels result's coefficients, by its own `t_test`: "x", or "x + 2 * y"."""
     test = result.t_test(hypothesis)
     low, high = (float(x) if math.isfinite(x) else None for x in test.conf_int(1 - LEVEL)[0])
     dof, over = (None, ()) if low is None else (float(test.df_denom), (RESIDUALS,))
-    return Estimate(contrast or hypothesis, at, test.effect.item(), low, high, int(result.nobs), 0, dof, over, unit)
+    return Estimate(contrast or hypothesis, "", test.effect.item(), low, high, int(result.nobs), 0, dof, over, unit)
 
 
 def mean(runs: pd.DataFrame, column: str, contrast: str, at: str = "", unit: str = "") -> Estimate:
@@ -500,6 +498,9 @@ def shifted(
     Args:
         runs, a, b, at, column, contrast: as `paired`.
         to, before: column → value. Places of fewer than two such replicates are left out.
+
+    Raises:
+        ValueError: a replicate has more than the four runs at a place.
     """
 
     def have(values: Mapping[str, Any]) -> np.ndarray:
@@ -507,7 +508,11 @@ def shifted(
 
     at = [at] if isinstance(at, str) else [*at]
     rows = runs.assign(first=1.0 * have(a), after=1.0 * have(to))[(have(a) | have(b)) & (have(to) | have(before))]
-    rows = rows[rows.groupby([*at, "replicate"], dropna=False)["id"].transform("size") == 4]
+    kinds = rows.groupby([*at, "replicate"], dropna=False)["id"].transform("size")
+    if (kinds > 4).any():
+        twice = rows[kinds > 4].sort_values([*at, "replicate"])["id"].iloc[:5]
+        raise ValueError(f"{', '.join(twice)} are of one replicate: name in `at` what tells them apart")
+    rows = rows[kinds == 4]
     return Estimates(
         Coefficients(f"{column} ~ first * after", four).estimate("first:after", contrast, _place(at, key))
         for key, four in (rows.groupby(at, dropna=False) if at else [((), rows)])
